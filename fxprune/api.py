@@ -1,0 +1,171 @@
+"""The façade: ``analyze``, ``compress`` and ``record`` over the passes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxprune import inputs as forms
+from fxprune.errors import FxPruneError, InputError, PolicyError
+from fxprune.passes.base import run_passes
+from fxprune.passes.cost import CostModel
+from fxprune.passes.coupling import CouplingGraph
+from fxprune.passes.pipeline import Plan, Slim, TracedGraph, analysed
+from fxprune.passes.slim import Slimmer
+from fxprune.passes.slim_module import SlimModule
+from fxprune.policies import Policy, checked_sparsity
+from fxprune.records import PruningRecord
+from fxprune.scores import Importance, scores
+
+Given = Policy | float | Mapping[str, float] | str | os.PathLike[str]
+
+
+def analyze(model: nn.Module, example_inputs: Any = None, *, ignore: Iterable[Any] = (), attention: str = "auto") -> CouplingGraph:
+    """Find which channels of ``model`` must be removed together.
+
+    ``example_inputs``: a tensor, a tuple of positional inputs, or a dict of keyword inputs; only shapes and dtypes are used.
+    ``ignore``: modules, qualified names or globs whose output channels stay. ``attention``: prune "heads", "head_dim", or "auto"
+    (the axis with more units). The model is not touched. Raises ``TraceError`` and ``InputError`` with the line in the user's source.
+    """
+    example = _example(model, example_inputs, None)
+    graph: CouplingGraph = analysed(model, example, tuple(ignore), attention).meta["coupling"]
+    return graph
+
+
+def compress(
+    model: nn.Module | CouplingGraph, policy: Given, example_inputs: Any = None, *, ignore: Iterable[Any] = (), importance: Importance = "auto",
+    calibration: Iterable[Any] | None = None, round_to: int = 1, attention: str = "auto", repair: str = "none", verify: bool = False,
+) -> fx.GraphModule:  # fmt: skip
+    """Remove channels of ``model`` as ``policy`` says and return the slim network as a ``torch.fx.GraphModule``.
+
+    ``policy``: a ``Policy``, one sparsity for every group (0 keeps all), a mapping from group name to sparsity, or a policy file's path.
+    ``round_to``: channels kept in every pruned dimension are rounded up to a multiple of it. ``repair``: "none", or what mends the slim
+    module on ``calibration`` without training. ``verify``: run the zeroing oracle and raise ``VerificationError`` where it fails.
+    ``model`` may be a ``CouplingGraph``: then nothing is traced again and the weights its model holds now are sliced.
+
+    The slim module shares no storage with ``model``, keeps its parameter names, modes and ``requires_grad`` flags; ``record`` tells what
+    was done.
+    """
+    chosen = _policy(policy)
+    options = dict(chosen.options)
+    ignore = tuple(ignore) or tuple(options.get("ignore") or ())
+    attention = attention if attention != "auto" else str(options.get("attention") or "auto")
+    round_to = round_to if round_to != 1 else int(options.get("round_to") or 1)
+    importance = importance if importance != "auto" else str(options.get("importance") or "auto")
+    if round_to < 1:
+        raise InputError(f"round_to is {round_to}; it must be 1 or more")
+    if repair != "none" and repair not in REPAIRS:
+        raise InputError(f"repair is {repair!r}; choose one of {', '.join(REPAIRS)}")
+    batches = None if calibration is None else list(calibration)
+    if isinstance(model, CouplingGraph):
+        carrier = TracedGraph(nn.Module(), fx.Graph())
+        carrier._graph = model.walk.traced.graphs["eval"]
+        carrier.meta["coupling"] = model
+        example = example_inputs if example_inputs is not None else None
+    else:
+        example = _example(model, example_inputs, chosen.inputs)
+        carrier = analysed(model, example, ignore, attention)
+    graph: CouplingGraph = carrier.meta["coupling"]
+    wanted: Mapping[str, float] | float = checked_sparsity(policy, "a uniform policy") if isinstance(policy, (int, float)) else chosen.sparsity
+    slim = run_passes(carrier, [Plan(wanted, lambda g: scores(g, importance, batches), round_to), Slim()])
+    assert isinstance(slim, SlimModule)
+    slimmer: Slimmer = slim.meta.pop("slimmer")
+    keep = slim.meta.pop("keep")
+    slim.meta.clear()
+    used = {"attention": attention, "ignore": list(graph.options.get("ignore", ())), "round_to": round_to,
+            "importance": importance if isinstance(importance, str) else "callable"}  # fmt: skip
+    applied = {g.name: float(wanted) for g in graph.groups if g.prunable} if isinstance(wanted, (int, float)) else dict(wanted)
+    slim._record = made_record(graph, slimmer, keep, Policy(applied, graph.inputs, {**graph.options, **used}, chosen.meta))
+    if verify:
+        from fxprune.passes.verify import verify as check
+
+        check(graph, slim, slim._record.kept, example if example is not None else forms.build(graph.inputs))
+    if repair != "none":
+        raise InputError("repair")
+    return slim
+
+
+REPAIRS = ("none",)
+
+
+def _policy(policy: Given) -> Policy:
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, (str, os.PathLike)):
+        return Policy.load(Path(policy))
+    if isinstance(policy, Mapping):
+        return Policy(policy)
+    checked_sparsity(policy, "a uniform policy")
+    return Policy({})
+
+
+def _example(model: nn.Module, given: Any, recorded: Any) -> Any:
+    if given is not None:
+        return given
+    if recorded is not None:
+        return forms.build(recorded, device="meta")
+    earlier = getattr(model, "_record", None)
+    if isinstance(earlier, PruningRecord) and earlier.policy.inputs is not None:
+        return forms.build(earlier.policy.inputs, device="meta")
+    if isinstance(model, fx.GraphModule):
+        metas = [n.meta.get("val") for n in model.graph.nodes if n.op == "placeholder"]
+        if metas and all(isinstance(m, torch.Tensor) for m in metas):
+            return tuple(torch.empty(m.shape, dtype=m.dtype, device="meta") for m in metas)
+    raise InputError("example_inputs are missing; pass a tensor, a tuple or a dict, or a policy that records them")
+
+
+def record(slim: nn.Module) -> PruningRecord:
+    """What was done to a slim module. Raises ``FxPruneError`` for a module that fxprune did not make."""
+    found = getattr(slim, "_record", None)
+    if not isinstance(found, PruningRecord):
+        raise FxPruneError(f"this {type(slim).__name__} carries no pruning record; pass what compress, search or load returned")
+    return found
+
+
+def made_record(graph: CouplingGraph, slimmer: Slimmer, keep: Any, policy: Policy) -> PruningRecord:
+    """The record of one rewrite, in terms of the outermost original (Habit: facts are computed once and are plain data)."""
+    skeleton = graph.walk.traced.skeleton
+    kept: dict[str, dict[int, torch.Tensor]] = {}
+    for name in skeleton.names:
+        dims = slimmer.kept_dims(name)
+        if dims and skeleton.tensor(name).is_floating_point():
+            for alias in skeleton.aliases[name]:
+                kept[alias] = dims
+    removed = {}
+    for group in graph.groups:
+        gone = (~keep[graph.starts[group.number] : graph.starts[group.number + 1]]).nonzero()[0]
+        if len(gone):
+            removed[group.name] = torch.from_numpy(gone)
+    costs = CostModel(graph)
+    made = PruningRecord(kept, removed, policy, "none", costs.profile(), costs.profile(keep), tuple(sorted(slimmer.renumber)), graph.notes)
+    earlier = getattr(graph.model, "_record", None)
+    return _composed(earlier, made) if isinstance(earlier, PruningRecord) else made
+
+
+def _composed(first: PruningRecord, second: PruningRecord) -> PruningRecord:
+    """Two prunings as one: what the second kept, counted in the indices of the original that the first kept."""
+    kept = {name: dict(dims) for name, dims in first.kept.items()}
+    for name, dims in second.kept.items():
+        mine = kept.setdefault(name, {})
+        for dim, indices in dims.items():
+            mine[dim] = mine[dim][indices] if dim in mine else indices
+    removed = dict(first.removed_units)
+    for name, units in second.removed_units.items():
+        if name not in removed:
+            removed[name] = units
+            continue
+        size = len(removed[name]) + int(units.max()) + 1 + len(removed[name])
+        left = torch.tensor(sorted(set(range(size)) - set(removed[name].tolist())))
+        removed[name] = torch.cat([removed[name], left[units]]).sort().values
+    notes = tuple(dict.fromkeys(first.notes + second.notes))
+    renumbered = tuple(sorted({*first.renumbered, *second.renumbered}))
+    return replace(second, kept=kept, removed_units=removed, before=first.before, renumbered=renumbered, notes=notes)
+
+
+__all__ = ["PolicyError", "analyze", "compress", "record"]

@@ -1,0 +1,68 @@
+"""Every error fxprune raises on purpose.
+
+    FxPruneError
+    ├── TraceError          the model could not be traced to a graph
+    ├── UnsupportedError    an operation or module cannot be pruned or rewritten as asked
+    ├── InputError          example inputs that do not fit the model, or are missing
+    ├── PolicyError         a policy, its file or a sparsity in it is wrong
+    ├── FileError           a saved file is unreadable or does not fit the model
+    ├── DependencyError     an optional package is not installed
+    ├── SearchError         a search option is wrong, or a part of the search is used wrongly
+    ├── TargetError         the search target cannot be met
+    ├── EvaluationError     the user's evaluate function or training gave no usable number
+    └── VerificationError   the slim module does not compute what it must
+
+Messages are one line: what is wrong, where in the user's code, what to do next.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class FxPruneError(Exception):
+    """Base of all fxprune errors."""
+
+
+class TraceError(FxPruneError):
+    """The model could not be traced."""
+
+
+class UnsupportedError(FxPruneError):
+    """What was asked is not supported; the message names the operation and the reason."""
+
+
+class InputError(FxPruneError):
+    """Example inputs are missing or do not fit the model."""
+
+
+class PolicyError(FxPruneError):
+    """A policy, a policy file, or a sparsity in it is wrong."""
+
+
+class FileError(FxPruneError):
+    """A saved file cannot be read, or does not fit the model."""
+
+
+class DependencyError(FxPruneError):
+    """An optional dependency is missing; the message gives the pip command."""
+
+
+class SearchError(FxPruneError):
+    """A search option is wrong, or a part of the search was used out of order."""
+
+
+class TargetError(FxPruneError):
+    """The search target cannot be met; the message names the nearest value, ``nearest`` holds the result that has it."""
+
+    def __init__(self, message: str, nearest: Any = None) -> None:
+        super().__init__(message)
+        self.nearest = nearest
+
+
+class EvaluationError(FxPruneError):
+    """An evaluation or a training loss was not a finite number."""
+
+
+class VerificationError(FxPruneError):
+    """The slim module differs from the zeroed original; the worst node is named."""

@@ -1,0 +1,76 @@
+"""Example inputs: how they are called, described in JSON, and made again from the description."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fxprune.errors import InputError
+
+Json = Any
+
+
+def call_form(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Turn a tensor, a tuple or list of positional inputs, or a dict of keyword inputs into ``(args, kwargs)``."""
+    if isinstance(example, Mapping):
+        return (), {str(k): v for k, v in example.items()}
+    if isinstance(example, (tuple, list)):
+        return tuple(example), {}
+    if isinstance(example, torch.Tensor):
+        return (example,), {}
+    raise InputError(
+        f"example_inputs is a {type(example).__name__}; pass a tensor, a tuple of positional inputs or a dict of keyword inputs"
+    )
+
+
+def describe(example: Any) -> Json:
+    """Describe ``example`` as JSON: its structure, and the shape and dtype of every tensor in it."""
+    if isinstance(example, torch.Tensor):
+        return {"tensor": list(example.shape), "dtype": str(example.dtype).removeprefix("torch.")}
+    if isinstance(example, Mapping):
+        return {"dict": {str(k): describe(v) for k, v in example.items()}}
+    if isinstance(example, tuple):
+        return {"tuple": [describe(v) for v in example]}
+    if isinstance(example, list):
+        return {"list": [describe(v) for v in example]}
+    if example is None or isinstance(example, (bool, int, float, str)):
+        return {"value": example}
+    raise InputError(f"example_inputs hold a {type(example).__name__}, which a policy file cannot describe")
+
+
+def build(spec: Json, *, device: torch.device | str = "cpu", seed: int = 0) -> Any:
+    """Make random inputs of the form that ``describe`` recorded (normal for floats, 0 or 1 for integers)."""
+    generator = torch.Generator().manual_seed(seed)
+    return _build(spec, torch.device(device), generator)
+
+
+def _build(spec: Json, device: torch.device, generator: torch.Generator) -> Any:
+    if not isinstance(spec, dict):
+        raise InputError(f"recorded inputs are malformed: expected an object, found {type(spec).__name__}")
+    if "tensor" in spec:
+        return _tensor(spec, device, generator)
+    if "dict" in spec:
+        return {k: _build(v, device, generator) for k, v in spec["dict"].items()}
+    if "tuple" in spec:
+        return tuple(_build(v, device, generator) for v in spec["tuple"])
+    if "list" in spec:
+        return [_build(v, device, generator) for v in spec["list"]]
+    if "value" in spec:
+        return spec["value"]
+    raise InputError(f"recorded inputs are malformed: {sorted(spec)} names no known kind of input")
+
+
+def _tensor(spec: dict[str, Json], device: torch.device, generator: torch.Generator) -> torch.Tensor:
+    dtype = getattr(torch, str(spec.get("dtype", "float32")), None)
+    shape = spec["tensor"]
+    if not isinstance(dtype, torch.dtype) or not isinstance(shape, list) or not all(isinstance(s, int) and s >= 0 for s in shape):
+        raise InputError(f"recorded inputs are malformed: shape {shape!r}, dtype {spec.get('dtype')!r}")
+    if device.type == "meta":
+        return torch.empty(shape, dtype=dtype, device=device)
+    if dtype.is_floating_point or dtype.is_complex:
+        made = torch.randn(shape, generator=generator, dtype=torch.promote_types(dtype, torch.float32))
+    else:
+        made = torch.randint(0, 2, shape, generator=generator)
+    return made.to(device=device, dtype=dtype)

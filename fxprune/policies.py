@@ -1,0 +1,113 @@
+"""Policies: how much to remove from each group, and the file they live in."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from fxprune.errors import PolicyError
+
+FORMAT = "fxprune-policy/1"
+
+
+class _Group(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def prunable(self) -> bool: ...
+
+
+class _Graph(Protocol):
+    """What ``Policy.uniform`` needs of a ``CouplingGraph`` (policies do not import the passes)."""
+
+    @property
+    def groups(self) -> tuple[Any, ...]: ...
+    @property
+    def inputs(self) -> Any: ...
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+
+
+def units_removed(sparsity: float, units: int) -> int:
+    """How many of ``units`` a sparsity removes: ``floor(p*n + 1e-6)``, never all of them.
+
+    The epsilon keeps ``p = k / n`` from losing a unit to rounding, as it would for (61, 112).
+    """
+    return max(0, min(math.floor(sparsity * units + 1e-6), units - 1))
+
+
+def checked_sparsity(value: Any, where: str) -> float:
+    """Return ``value`` as a float in [0, 1]; raise ``PolicyError`` naming ``where`` otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise PolicyError(f"sparsity of {where} is {value!r}; it must be a number from 0 (keep all) to 1")
+    if not 0 <= value <= 1:
+        raise PolicyError(f"sparsity of {where} is {value}; it must lie from 0 (keep all) to 1 (all but one unit)")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A sparsity for each group, with what is needed to apply it again.
+
+    ``sparsity``: group name -> share of its units to remove, 0 to 1; groups left out keep all.
+    ``inputs``: the recorded form of the example inputs (see ``fxprune.inputs``), or None.
+    ``options``: attention, ignore, round_to and importance, on which the group names and the choice of units depend.
+    ``meta``: anything else; written by a search (target, reward, seed), never read back by ``compress``.
+    """
+
+    sparsity: Mapping[str, float]
+    inputs: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        checked = {str(name): checked_sparsity(p, f"group {name!r}") for name, p in self.sparsity.items()}
+        object.__setattr__(self, "sparsity", checked)
+        object.__setattr__(self, "options", dict(self.options))
+        object.__setattr__(self, "meta", dict(self.meta))
+
+    @classmethod
+    def uniform(cls, graph: _Graph, sparsity: float) -> Policy:
+        """The same ``sparsity`` for every prunable group of ``graph``."""
+        p = checked_sparsity(sparsity, "a uniform policy")
+        return cls({g.name: p for g in graph.groups if g.prunable}, graph.inputs, dict(graph.options))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the policy as JSON, fit to be edited by hand; an existing file is replaced only when the new one is whole."""
+        data = {
+            "format": FORMAT,
+            "sparsity": dict(self.sparsity),
+            "inputs": self.inputs,
+            "options": dict(self.options),
+            "meta": dict(self.meta),
+        }
+        target = Path(path)
+        scratch = target.with_name(target.name + ".part")
+        try:
+            scratch.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+            os.replace(scratch, target)
+        except OSError as error:
+            raise PolicyError(f"cannot write the policy to {target}: {error.strerror}; choose a folder that can be written") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Policy:
+        """Read a policy file. Raises ``PolicyError`` that says what is wrong with it."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PolicyError(f"cannot read the policy file {path}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise PolicyError(f"the policy file {path} is not JSON: {error}") from error
+        if not isinstance(data, dict) or not isinstance(data.get("sparsity"), dict):
+            raise PolicyError(f"the policy file {path} has no 'sparsity' object: group name -> share to remove")
+        if data.get("format", FORMAT) != FORMAT:
+            raise PolicyError(f"the policy file {path} has format {data['format']!r}; this fxprune reads {FORMAT!r}")
+        for key in ("options", "meta"):
+            if not isinstance(data.get(key) or {}, dict):
+                raise PolicyError(f"the policy file {path}: {key!r} must be an object")
+        return cls(data["sparsity"], data.get("inputs"), data.get("options") or {}, data.get("meta") or {})

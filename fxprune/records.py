@@ -1,0 +1,64 @@
+"""Plain data about a pruning: what was kept, and what it costs before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from fxprune.errors import FxPruneError
+from fxprune.policies import Policy
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a network costs for one call on its example inputs.
+
+    ``macs``: multiply-accumulates of convolutions, linears and matrix products.
+    ``params``: number of parameter elements, tied ones counted once.
+    ``param_bytes``: their bytes.
+    ``peak_activation_bytes``: most bytes of activations alive at once, run operation by operation without gradients.
+    ``per_layer``: qualified module name -> {"macs": ..., "params": ...}.
+    """
+
+    macs: int
+    params: int
+    param_bytes: int
+    peak_activation_bytes: int
+    per_layer: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    timer: Callable[[int], float] | None = field(default=None, repr=False, compare=False)
+
+    def latency(self, runs: int = 10) -> float:
+        """Median seconds of one forward call over ``runs`` calls on the device of the model (after warm-up)."""
+        if self.timer is None:
+            raise FxPruneError("this profile was read from a record and has no model to time; call fxprune.profile(model, inputs)")
+        return self.timer(runs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "timer": None}
+
+
+@dataclass(frozen=True)
+class PruningRecord:
+    """What a compression did, always in terms of the outermost original model.
+
+    ``kept``: parameter or floating buffer name -> {dimension: LongTensor of kept original indices}, for those that changed.
+    ``removed_units``: group name -> LongTensor of removed unit numbers, 0 to the size of the group.
+    ``renumbered``: names of index buffers whose values were renumbered.
+    ``repair``: "none", "bn", "bias" or "lstsq".
+    ``notes``: sentences a user should know: what tracing specialised, what could not be kept.
+    """
+
+    kept: Mapping[str, Mapping[int, torch.Tensor]]
+    removed_units: Mapping[str, torch.Tensor]
+    policy: Policy
+    repair: str
+    before: Profile
+    after: Profile
+    renumbered: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def with_repair(self, repair: str) -> PruningRecord:
+        return replace(self, repair=repair)

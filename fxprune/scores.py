@@ -1,0 +1,121 @@
+"""Importance: one score per unit of every group; the lowest go first.
+
+Criteria are summed over all the weights that a unit's removal takes: the producer's rows, the consumers' columns, the norms between.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxprune.errors import EvaluationError, InputError, PolicyError
+from fxprune.passes.coupling import CouplingGraph, Group
+
+Scores = Mapping[str, npt.NDArray[np.float64]]
+Importance = str | Callable[[Group, nn.Module], Any]
+NAMES = ("auto", "taylor", "l2", "l1", "variance", "random")
+
+
+def scores(graph: CouplingGraph, importance: Importance = "auto", calibration: Iterable[Any] | None = None, seed: int = 0) -> Scores:
+    """Scores of all prunable groups: group name -> array (units).
+
+    ``importance``: "taylor" (first order, |weight x gradient| summed; Molchanov 2017, here over the whole group), "l2", "l1",
+    "variance" (of the weights), "random" (by ``seed``), "auto" (taylor where ``calibration`` is given, else l2), or a callable
+    ``(group, module) -> scores``. ``calibration``: batches, each ``(inputs, targets)`` or inputs alone.
+    """
+    if callable(importance):
+        return {g.name: _checked(importance(g, graph.model), g) for g in graph.groups if g.prunable}
+    if importance not in NAMES:
+        raise PolicyError(f"importance {importance!r} is not known; choose one of {', '.join(NAMES)} or pass a callable (group, module) -> scores")
+    if importance == "auto":
+        importance = "l2" if calibration is None else "taylor"
+    if importance == "random":
+        drawn = np.random.default_rng(seed).random(int(graph.starts[-1]))
+        return _by_group(graph, drawn)
+    if importance == "taylor":
+        if calibration is None:
+            raise InputError('importance "taylor" needs calibration data: pass calibration=[(inputs, targets), ...], or importance="l2"')
+        return _by_group(graph, _sums(graph, gradients(graph.model, calibration), lambda w, g: (w * g).abs()))
+    weights = {n: graph.walk.traced.skeleton.real(n) for n in graph.walk.traced.skeleton.parameter_names}
+    if importance == "l1":
+        return _by_group(graph, _sums(graph, weights, lambda w, _: w.abs()))
+    squares = _sums(graph, weights, lambda w, _: w.square())
+    if importance == "l2":
+        return _by_group(graph, np.sqrt(squares))
+    count = _sums(graph, weights, lambda w, _: torch.ones_like(w))
+    mean = _sums(graph, weights, lambda w, _: w) / np.maximum(count, 1)
+    return _by_group(graph, squares / np.maximum(count, 1) - mean**2)
+
+
+def _checked(given: Any, group: Group) -> npt.NDArray[np.float64]:
+    found = np.asarray(torch.as_tensor(given).detach().cpu(), dtype=np.float64).reshape(-1)
+    if len(found) != group.size or not np.isfinite(found).all():
+        raise PolicyError(f"the importance callable gave {len(found)} scores for group {group.name!r}; it must give {group.size} finite numbers")
+    return found
+
+
+def _by_group(graph: CouplingGraph, unit_scores: npt.NDArray[np.float64]) -> Scores:
+    return {g.name: unit_scores[graph.starts[g.number] : graph.starts[g.number + 1]] for g in graph.groups if g.prunable}
+
+
+def _sums(graph: CouplingGraph, tensors: Mapping[str, Any], term: Callable[[torch.Tensor, Any], torch.Tensor]) -> npt.NDArray[np.float64]:
+    """``term`` of every weight, added up over the units each dimension of the weight belongs to. Shape (units,)."""
+    total = np.zeros(int(graph.starts[-1]))
+    terms: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for (name, dim), units in graph.unit_of.items():
+            if name not in tensors:
+                continue
+            if name not in terms:
+                given = tensors[name]
+                weight, gradient = given if isinstance(given, tuple) else (given, None)
+                terms[name] = term(weight.detach().float(), gradient)
+            found = terms[name]
+            rest = [d for d in range(found.ndim) if d != dim]
+            per_index = found.sum(rest) if rest else found
+            total += np.bincount(units, weights=per_index.double().cpu().numpy(), minlength=len(total))
+    return total
+
+
+def gradients(model: nn.Module, calibration: Iterable[Any]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """(weight, gradient) of every parameter, the gradient of the loss averaged over ``calibration``; the model is not touched.
+
+    The loss is cross-entropy for integer targets and mean squared error for others; for inputs without targets, cross-entropy with the
+    model's own decisions.
+    """
+    twin = copy.deepcopy(model).eval()
+    for p in twin.parameters():
+        p.requires_grad_(True)
+    batches = 0
+    for batch in calibration:
+        inputs, targets = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
+        output = _main(twin(**inputs) if isinstance(inputs, dict) else twin(*inputs) if isinstance(inputs, (tuple, list)) else twin(inputs))
+        loss = _loss(output, targets)
+        if not torch.isfinite(loss):
+            raise EvaluationError(f"the calibration loss is {loss.item()} on batch {batches}; check the calibration data and the model's weights")
+        loss.backward()  # type: ignore[no-untyped-call]
+        batches += 1
+    if not batches:
+        raise InputError("the calibration set is empty; pass at least one batch")
+    return {n: (p.detach(), torch.zeros_like(p) if p.grad is None else p.grad / batches) for n, p in twin.named_parameters()}
+
+
+def _main(output: Any) -> torch.Tensor:
+    while not isinstance(output, torch.Tensor):
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    return output
+
+
+def _loss(output: torch.Tensor, targets: Any) -> torch.Tensor:
+    if targets is None:
+        targets = output.argmax(1)
+    if not targets.is_floating_point():
+        return F.cross_entropy(output, targets)
+    return F.mse_loss(output, targets)

@@ -1,0 +1,488 @@
+"""Labels: which channel each slice of a tensor is, and the walk that carries them through the graph.
+
+A ``Value`` stands for a tensor. For each axis that carries channels it holds one label per index; an axis without labels has a
+fixed size. A slice of the tensor goes when its label goes, so what is left is a rectangle by construction. Labels that must go
+together are united in a union-find (``Labels``); labels that must stay are pinned, with the reason.
+
+Operations that only move elements are run literally on label tensors; where a result would vary along two axes of one original
+axis (a view into heads and head dimension, a channel shuffle), ``Walk.rectangle`` picks the axis and unites each slice along it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.fx.node import map_arg
+
+from fxprune.passes.rules import registry
+from fxprune.passes.rules.values import Labels, Value, Vector, has_tensor, lift, tensors, values
+from fxprune.passes.trace import TracedModel
+
+
+
+@dataclass
+class Tie:
+    """A parameter's dimension met labels at a node; the coupling graph draws its edges from these."""
+
+    name: str
+    dim: int
+    node: str
+    op: str
+
+
+@dataclass
+class Cost:
+    """Multiply-accumulates of one node: ``macs`` on the example, times the kept share along each vector of ``along``."""
+
+    layer: str
+    macs: int
+    along: tuple[Vector, ...]
+
+
+@dataclass
+class Meeting:
+    """Labels of two producers were united by a node: an edge of the coupling graph."""
+
+    a: int
+    b: int
+    op: str
+    where: str
+
+
+class Walk:
+    """One interpretation of the traced graphs with labels; see the module's docstring.
+
+    ``parameters[(name, dim)]`` are the labels of that dimension of a parameter or buffer; ``env[mode][node]`` is what each node gave.
+    """
+
+    def __init__(self, traced: TracedModel, attention: str = "auto", fixed: Iterable[str] = (), forced: dict[str, str] | None = None) -> None:
+        self.traced, self.attention = traced, attention
+        self.fixed = frozenset(fixed)
+        self.forced = dict(forced or {})
+        self.labels = Labels()
+        self.parameters: dict[tuple[str, int], Vector] = {}
+        self.ties: list[Tie] = []
+        self.meetings: list[Meeting] = []
+        self.costs: dict[str, list[Cost]] = {}
+        self.env: dict[str, dict[fx.Node, Any]] = {}
+        self.unknown: dict[str, str] = {}
+        self.choices: dict[str, Vector] = {}
+        self.clashes: list[tuple[Vector, Vector]] = []
+        self.source: dict[int, tuple[str, int]] = {}
+        self.weights: list[Vector] = []
+        self.weight_keys: set[tuple[str, int]] = set()
+        self._soft: list[tuple[int, int]] = []
+        self._real: dict[fx.Node, torch.Tensor | None] = {}
+        self.mode = ""
+        self.node: fx.Node | None = None
+
+    # -- the walk -----------------------------------------------------------------------------------------------------------
+
+    def run(self) -> Walk:
+        for mode, graph in self.traced.graphs.items():
+            self.mode, env = mode, {}
+            self.env[mode] = env
+            self.costs[mode] = []
+            for node in graph.nodes:
+                self.node = node
+                env[node] = self._step(node, env)
+        self.node = None
+        return self
+
+    def _step(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        value = node.meta.get("val")
+        if node.op == "placeholder":
+            return lift(value, f"it comes from the network's input {node.name!r}")
+        if node.op == "get_attr":
+            return self.attribute(str(node.target)) if isinstance(value, torch.Tensor) else value
+        args = map_arg(node.args, env.__getitem__)
+        kwargs = map_arg(node.kwargs, env.__getitem__)
+        if node.op == "output":
+            for found in values(args):
+                self.pin_all(found, "it reaches the network's output")
+            return None
+        inputs = list(values((args, kwargs)))
+        if not inputs and not has_tensor(value):
+            return value
+        if isinstance(node.target, type):  # a named tuple or a dataclass is built
+            return node.target(*args, **kwargs)
+        if node.op == "call_module":
+            module = self.traced.skeleton.module(str(node.target))
+            rule = registry.module_rule(module) if str(node.target) not in self.traced.opaque else None
+            if rule is not None:
+                return self._checked(node, rule.infer(self, node, module, *args, **kwargs))
+        else:
+            rule = (registry.METHODS.get(str(node.target)) if node.op == "call_method" else registry.FUNCTIONS.get(node.target))
+            if rule is not None:
+                return self._checked(node, rule.infer(self, node, *args, **kwargs))
+            if not has_tensor(value):
+                return value  # a number computed from tensors (a dtype, a device): nothing to carry
+        return self.opaque(node, inputs)
+
+    def _checked(self, node: fx.Node, result: Any) -> Any:
+        for value, meta in zip(values(result), tensors(node.meta.get("val")), strict=True):
+            if tuple(value.shape) != tuple(meta.shape):
+                raise AssertionError(f"{node.name}: a rule gave shape {tuple(value.shape)}, the operation {tuple(meta.shape)}")
+            for axis, vector in value.axes.items():
+                if len(vector) != value.shape[axis]:
+                    raise AssertionError(f"{node.name}: {len(vector)} labels on axis {axis} of size {value.shape[axis]}")
+        return result
+
+    # -- parameters ---------------------------------------------------------------------------------------------------------
+
+    def attribute(self, name: str) -> Value:
+        """The Value of a parameter, buffer or constant: labels of its own along every axis longer than one."""
+        tensor = self.traced.constants.get(name)
+        if tensor is None:
+            tensor = self.traced.skeleton.tensor(name)
+        shape = tuple(tensor.shape)
+        floating = tensor.is_floating_point()
+        axes = {d: self.parameter(name, d, n) for d, n in enumerate(shape) if n > 1} if floating else {}
+        return Value(shape, axes, frozenset(axes), f"it comes from {name!r}")
+
+    def parameter(self, name: str, dim: int, size: int) -> Vector:
+        """The labels of dimension ``dim`` of a parameter; made the first time it is asked for."""
+        key = (name, dim)
+        if key not in self.parameters:
+            vector = self.labels.new(size)
+            self.parameters[key] = vector
+            self.source[int(vector[0])] = key
+            self.ties.append(Tie(name, dim, self.node.name if self.node else "", self.op_name()))
+            if self.is_fixed(name):
+                self.labels.pin(vector, "the user asked to leave it alone (ignore)")
+        return self.parameters[key]
+
+    def is_fixed(self, name: str) -> bool:
+        return name in self.fixed
+
+    def tie(self, name: str, dim: int, vector: Vector) -> None:
+        """Dimension ``dim`` of parameter ``name`` is read along ``vector``: the two go together."""
+        key = (name, dim)
+        if key not in self.parameters:
+            self.parameters[key] = vector
+            self.ties.append(Tie(name, dim, self.node.name if self.node else "", self.op_name()))
+            return
+        self.labels.unite(self.parameters[key], vector)
+
+    def canonical(self, module: str, key: str) -> str | None:
+        """The first name of the tensor ``key`` of a module, or None where the module has none."""
+        skeleton = self.traced.skeleton
+        tensor = getattr(skeleton.module(module), key, None)
+        return skeleton.tensor_names.get(id(tensor)) if isinstance(tensor, torch.Tensor) else None
+
+    def weight(self, node: fx.Node, key: str) -> Value | None:
+        """The Value of a tensor of the module that ``node`` calls."""
+        name = self.canonical(str(node.target), key)
+        return None if name is None else self.attribute(name)
+
+    def weight_dims(self, node: fx.Node, key: str, dims: Sequence[int]) -> Value | None:
+        """Like ``weight``, with labels along ``dims`` alone (a kernel's width carries no channels)."""
+        name = self.canonical(str(node.target), key)
+        if name is None:
+            return None
+        shape = tuple(self.traced.skeleton.tensor(name).shape)
+        axes = {d: self.parameter(name, d, shape[d]) for d in dims if shape[d] > 1}
+        return Value(shape, axes, frozenset(axes), f"it comes from {name!r}")
+
+    def read_as_weight(self, node: Any, value: Value) -> None:
+        """A tensor is used as a layer's weight: its channels are a layer's channels, whoever holds the parameter."""
+        self.weights.extend(value.axes.values())
+        source = node
+        while isinstance(source, fx.Node) and source.op != "get_attr" and source.all_input_nodes:
+            source = source.all_input_nodes[0]
+        if isinstance(source, fx.Node) and source.op == "get_attr":
+            self.weight_keys.update((str(source.target), d) for d in range(2))
+
+    def is_weight(self, value: Value) -> bool:
+        """Whether a value is a parameter, or one that was only moved."""
+        return value.why.startswith("it comes from '") and value.why[15:-1] in self.traced.skeleton.parameter_names
+
+    # -- helpers for rules --------------------------------------------------------------------------------------------------
+
+    def op_name(self) -> str:
+        return op_name(self.node, self.traced) if self.node is not None else ""
+
+    def where(self) -> str:
+        return str(self.node.meta.get("where", "")) if self.node is not None else ""
+
+    def fresh(self, key: str, size: int, soft: bool = False) -> Vector:
+        """New labels for an axis that the current node makes. ``soft`` ones yield where they meet a fixed size."""
+        vector = self.labels.new(size)
+        if soft and size:
+            self._soft.append((int(vector[0]), int(vector[-1])))
+        return vector
+
+    def is_soft(self, vector: Vector) -> bool:
+        """Whether all labels were made by an expansion or a factory and have met no other label."""
+        if not self._soft or not np.array_equal(self.labels.find(vector), vector):
+            return False
+        starts = np.array([s for s, _ in self._soft])
+        ends = np.array([e for _, e in self._soft])
+        slot = np.searchsorted(starts, vector, side="right") - 1
+        return bool((slot >= 0).all() and (vector <= ends[slot]).all())
+
+    def pin(self, vector: Vector | None, reason: str) -> None:
+        if vector is not None and len(vector):
+            at = f" at {self.op_name()} ({self.where()})" if self.node is not None and self.node.op != "output" else ""
+            self.labels.pin(vector, reason + at)
+
+    def pin_all(self, value: Value, reason: str) -> None:
+        for vector in value.axes.values():
+            self.pin(vector, reason)
+
+    def inexact(self, vector: Vector | None, reason: str) -> None:
+        """The zeroing oracle is not defined for these labels; pruning them is allowed and changes a statistic."""
+        if vector is not None:
+            self.labels.inexact.append((vector, f"{reason} at {self.op_name()}"))
+
+    def unite(self, a: Vector, b: Vector) -> None:
+        if a is b:
+            return
+        first, second = int(self.labels.find(a[:1])[0]), int(self.labels.find(b[:1])[0])
+        if first != second:
+            self.meetings.append(Meeting(int(a[0]), int(b[0]), self.op_name(), self.where()))
+        self.labels.unite(a, b)
+
+    def cost(self, layer: str, macs: int, *along: Vector | None) -> None:
+        self.costs[self.mode].append(Cost(layer, macs, tuple(v for v in along if v is not None)))
+
+    def owner(self, node: fx.Node) -> str:
+        return str(node.target) if node.op == "call_module" else node.name
+
+    def make(self, node: fx.Node, axes: dict[int, Vector], zero: Iterable[int] = (), why: str = "", index: int | None = None) -> Value:
+        """The Value of the node's result (or of its ``index``-th result), with labels ``axes``."""
+        meta = node.meta["val"] if index is None else node.meta["val"][index]
+        shape = tuple(meta.shape)
+        axes = {a: v for a, v in axes.items() if shape[a] > 1}
+        return Value(shape, axes, frozenset(a for a in zero if a in axes), why or f"it comes from {self.op_name()}")
+
+    def opaque(self, node: fx.Node, inputs: Sequence[Value], reason: str = "") -> Any:
+        """No rule: pin everything that goes in; what comes out has fixed sizes."""
+        name = op_name(node, self.traced)
+        why = reason or f"{name} has no rule"
+        if not reason:
+            self.unknown.setdefault(name, self.where())
+        for value in inputs:
+            self.pin_all(value, why)
+        return lift(node.meta.get("val"), f"it comes from {name}")
+
+    def combine(self, shape: Sequence[int], values: Sequence[Value]) -> tuple[dict[int, Vector], dict[int, list[Value]]]:
+        """Broadcast ``values`` against each other: labels united index by index where they meet.
+
+        Along an axis where one operand carries labels and another has a full extent without any, the labels are pinned.
+        Returns the labels by axis of the result, and for each axis the operands that span it.
+        """
+        axes: dict[int, Vector] = {}
+        spans: dict[int, list[Value]] = {}
+        n = len(shape)
+        for axis in range(n):
+            if shape[axis] == 1:
+                continue
+            spanning = [v for v in values if axis - n + v.ndim >= 0 and v.shape[axis - n + v.ndim] != 1]
+            with_labels = [(v, v.axes[axis - n + v.ndim]) for v in spanning if axis - n + v.ndim in v.axes]
+            if not with_labels:
+                continue
+            spans[axis] = spanning
+            bare = next((v for v in spanning if axis - n + v.ndim not in v.axes), None)
+            if bare is not None:
+                for value, vector in with_labels:
+                    self.clash(vector, bare)
+                    self.pin(vector, f"it meets a tensor of fixed size ({bare.why})")
+                continue
+            first = next((vector for _, vector in with_labels if not self.is_soft(vector)), with_labels[0][1])
+            for _, vector in with_labels:
+                self.unite(first, vector)
+            axes[axis] = first
+        return axes, spans
+
+    def clash(self, vector: Vector, other: Value) -> None:
+        """Labels meet a fixed axis of a tensor that carries labels elsewhere: two attention tensors may have chosen different axes."""
+        for mine in other.axes.values():
+            self.clashes.append((vector, mine))
+
+    def pointwise(self, node: fx.Node, *operands: Any, zero: str = "none") -> Any:
+        """Element-wise on any number of tensors and numbers.
+
+        ``zero``: what is known of the result where inputs are zero: "one" (zero if any input is, as a product), "all" (zero if
+        all inputs are, as a sum; a nonzero number counts as an input), "first" (zero where the first is), "none".
+        """
+        values = [v for v in operands if isinstance(v, Value)]
+        meta = node.meta["val"]
+        if not isinstance(meta, torch.Tensor):
+            return self.opaque(node, values)
+        axes, spans = self.combine(tuple(meta.shape), values)
+        zeros = set()
+        for axis in axes:
+            flags = [axis - meta.ndim + v.ndim in v.zero for v in values if v in spans[axis]] if len(values) > 1 else [axis in values[0].zero]
+            whole = len(flags) == len(values) and all(o == 0 for o in operands if isinstance(o, (int, float)) and not isinstance(o, bool))
+            if zero == "one" and any(flags) or zero == "all" and whole and all(flags):
+                zeros.add(axis)
+            elif zero == "first" and values and axis - meta.ndim + values[0].ndim in values[0].zero:
+                zeros.add(axis)
+        return self.make(node, axes, zeros, next((v.why for v in values if v.ndim == meta.ndim), values[0].why if values else ""))
+
+    def through(self, node: fx.Node, x: Value, mixed: Sequence[int] = (), zero: bool = True, index: int | None = None) -> Value:
+        """Same axes out as in; the axes ``mixed`` are mixed by the operation, so labels there are pinned."""
+        held = {a % x.ndim for a in mixed}
+        for axis in held & set(x.axes):
+            self.pin(x.axes[axis], "it is mixed along an axis that is not a channel axis")
+        axes = {a: v for a, v in x.axes.items() if a not in held}
+        return self.make(node, axes, x.zero if zero else (), x.why, index)
+
+    def move(self, node: fx.Node, x: Value, run: Callable[[torch.Tensor], Any], fill: str = "") -> Any:
+        """A data movement: ``run`` is applied to the labels themselves, one axis at a time.
+
+        ``run`` maps a tensor of x's shape to what the operation gives on it (a tensor or a tuple).
+        """
+        metas = node.meta["val"]
+        single = isinstance(metas, torch.Tensor)
+        outs = [metas] if single else list(metas)
+        axes: list[dict[int, Vector]] = [{} for _ in outs]
+        zeros: list[set[int]] = [set() for _ in outs]
+        for axis, vector in x.axes.items():
+            shape = [1] * x.ndim
+            shape[axis] = len(vector)
+            full = torch.from_numpy(self.labels.find(vector)).view(shape).expand(x.shape)
+            results = [run(full)] if single else list(run(full))
+            for i, result in enumerate(results):
+                placed = self.rectangle(node, result)
+                if placed is None:
+                    continue
+                where, found = placed
+                if where in axes[i]:
+                    found = self._same_axis(axes[i][where], found)
+                axes[i][where] = found
+                if axis in x.zero:
+                    zeros[i].add(where)
+        made = [self.make(node, axes[i], zeros[i], x.why, None if single else i) for i in range(len(outs))]
+        return made[0] if single else tuple(made)
+
+    def _same_axis(self, a: Vector, b: Vector) -> Vector:
+        """Two sets of labels came to lie on one axis: those that an expansion made yield, others are united."""
+        for soft, other in ((a, b), (b, a)):
+            if self._soft_only(soft):
+                self.pin(soft, "it is folded into another axis")
+                return other
+        self.unite(a, b)
+        return a
+
+    def _soft_only(self, vector: Vector) -> bool:
+        return self.is_soft(np.unique(vector))
+
+    def rectangle(self, node: fx.Node, labels: torch.Tensor) -> tuple[int, Vector] | None:
+        """Reduce a label tensor to one axis. Where it varies along several, pick one and unite every slice along it.
+
+        Returns (axis, labels) or None where the labels are the same everywhere along every axis longer than one.
+        """
+        squeezed = labels
+        for axis in range(labels.ndim):
+            if squeezed.shape[axis] > 1:
+                head = squeezed.narrow(axis, 0, 1)
+                if squeezed.stride(axis) == 0 or torch.equal(squeezed, head.expand_as(squeezed)):
+                    squeezed = head
+        varying = [a for a in range(labels.ndim) if squeezed.shape[a] > 1]
+        if len(varying) == 1:
+            return varying[0], np.ascontiguousarray(squeezed.reshape(-1).numpy())
+        if not varying:
+            longer = [a for a in range(labels.ndim) if labels.shape[a] > 1]
+            if labels.numel() and longer:
+                # One label everywhere: it belongs to no axis any more, so the tensor as a whole must stay.
+                self.pin(np.unique(squeezed.numpy()), "one channel fills a whole tensor")
+            return None
+        axis = self._choose(node, squeezed, varying)
+        across = squeezed.movedim(axis, 0).reshape(squeezed.shape[axis], -1).numpy()
+        first = np.ascontiguousarray(across[:, 0])
+        self.labels.unite(np.repeat(first, across.shape[1]), across.reshape(-1))
+        return axis, first
+
+    def _choose(self, node: fx.Node, labels: torch.Tensor, varying: list[int]) -> int:
+        """The axis with the most units; for attention the axis the policy names (Wang 2024 prunes neither: the axis is ours)."""
+        counts = {axis: self._units_along(labels, axis) for axis in varying}
+        best = max(varying, key=lambda a: (counts[a], a))
+        distinct = [a for a in varying if counts[a] > 1]
+        pair = sorted(distinct, key=lambda a: labels.shape[a])[-2:]
+        if len(distinct) > 2:  # (3, heads, head_dim): the small outer axis separates q, k and v and is neither
+            outer = [a for a in distinct if labels.shape[a] in (2, 3)]
+            if outer:
+                pair = [a for a in distinct if a != outer[0]][-2:]
+        if len(pair) < 2 or not feeds_attention(node):
+            return best
+        heads, head_dim = sorted(pair)
+        key = f"{self.mode}:{node.name}"
+        wish = self.forced.get(key, self.attention)
+        chosen = {"heads": heads, "head_dim": head_dim}.get(wish, best if best in pair else max(pair, key=lambda a: (counts[a], a)))
+        self.choices[key] = np.unique(labels.numpy())
+        return chosen
+
+    def _units_along(self, labels: torch.Tensor, axis: int) -> int:
+        """How many units would be left if every slice along ``axis`` were united."""
+        across = labels.movedim(axis, 0).reshape(labels.shape[axis], -1).numpy()
+        _, flat = np.unique(across, return_inverse=True)
+        flat = flat.reshape(across.shape)
+        trial = Labels()
+        trial.new(int(flat.max()) + 1)
+        trial.unite(np.repeat(flat[:, 0], flat.shape[1]), flat.reshape(-1))
+        return trial.units(flat[:, 0])
+
+    # -- constants ----------------------------------------------------------------------------------------------------------
+
+    def real(self, node: Any) -> torch.Tensor | None:
+        """The actual tensor of a node that depends on constants and buffers alone (an index table), or None."""
+        if not isinstance(node, fx.Node):
+            return None
+        if node not in self._real:
+            self._real[node] = self._evaluate(node)
+        return self._real[node]
+
+    def _evaluate(self, node: fx.Node) -> torch.Tensor | None:
+        name = str(node.target)
+        if node.op == "get_attr":
+            if name in self.traced.constants:
+                return self.traced.constants[name]
+            tensor = self.traced.skeleton.real(name)
+            return tensor if tensor.device.type != "meta" else None
+        if node.op not in ("call_function", "call_method") or not isinstance(node.meta.get("val"), torch.Tensor):
+            return None
+        known: dict[fx.Node, Any] = {}
+        for source in node.all_input_nodes:
+            value = source.meta.get("val")
+            known[source] = self.real(source) if isinstance(value, torch.Tensor) else value
+            if known[source] is None or source.op == "placeholder":
+                return None
+        args = map_arg(node.args, known.__getitem__)
+        kwargs = {k: v for k, v in map_arg(node.kwargs, known.__getitem__).items() if k != "device"}
+        if not node.all_input_nodes and getattr(node.target, "__name__", "") not in ("arange", "zeros", "ones", "full", "eye"):
+            return None
+        with torch.no_grad():
+            result = getattr(args[0], name)(*args[1:], **kwargs) if node.op == "call_method" else node.target(*args, **kwargs)  # type: ignore[operator]
+        return result if isinstance(result, torch.Tensor) else None
+
+
+def op_name(node: fx.Node, traced: TracedModel) -> str:
+    """A readable name of what a node does: the module's path and type, or the function's name."""
+    if node.op == "call_module":
+        return f"{node.target} ({type(traced.skeleton.module(str(node.target))).__name__})"
+    return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def feeds_attention(node: fx.Node) -> bool:
+    """Whether what ``node`` makes is contracted with another activation before a layer reads it."""
+    seen, todo = set(), list(node.users)
+    while todo:
+        user = todo.pop()
+        if user in seen:
+            continue
+        seen.add(user)
+        name = str(user.target) if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+        if name in ("matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention", "__matmul__"):
+            return True
+        if user.op in ("call_function", "call_method") and name not in ("linear", "conv1d", "conv2d", "conv3d", "size"):
+            todo.extend(user.users)
+    return False
+
+

@@ -1,0 +1,94 @@
+"""Functions that fx keeps as one call although they hold structure: written out, so that the labels can see inside.
+
+``torch.nn.functional.multi_head_attention_forward`` (and with it ``nn.MultiheadAttention`` and the Transformer layers) becomes
+projections, views and products whose sizes are ordinary literals of the graph; the insistence of ``nn.MultiheadAttention`` that the
+embedding is heads times head dimension is then gone, and so is the need for a module of its own. Functions that a library wrapped with
+``torch.fx.wrap`` are traced into; where that fails they stay calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+def _projected(
+    query: Any, key: Any, value: Any, same: tuple[bool, bool], weight: Any, separate: tuple[Any, Any, Any], bias: Any, width: int
+) -> tuple[Any, Any, Any]:
+    """q, k and v by the packed weight (3 * width, width) in one product where they read one tensor, else by its three parts."""
+    if weight is not None and all(same):
+        q, k, v = F.linear(query, weight, bias).split([width, width, width], dim=-1)
+        return q, k, v
+    weights = weight.split([width, width, width]) if weight is not None else separate
+    biases = bias.split([width, width, width]) if bias is not None else (None, None, None)
+    q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+    return q, k, v
+
+
+def _additive(mask: Any, like: Any) -> Any:
+    """A boolean mask (True: leave out) as one to be added."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
+
+
+def attention_forward(
+    query: Any, key: Any, value: Any, embed_dim_to_check: int, num_heads: int, in_proj_weight: Any, in_proj_bias: Any, bias_k: Any, bias_v: Any,
+    add_zero_attn: bool, dropout_p: float, out_proj_weight: Any, out_proj_bias: Any, training: bool = True, key_padding_mask: Any = None,
+    need_weights: bool = True, attn_mask: Any = None, use_separate_proj_weight: bool = False, q_proj_weight: Any = None, k_proj_weight: Any = None,
+    v_proj_weight: Any = None, static_k: Any = None, static_v: Any = None, average_attn_weights: bool = True, is_causal: bool = False,
+) -> tuple[Any, Any]:  # fmt: skip
+    """What ``F.multi_head_attention_forward`` computes; query (L, N, E), key and value (S, N, E), or without N."""
+    batched = query.dim() == 3
+    same = (query is key or getattr(query, "node", 0) is getattr(key, "node", 1), key is value or getattr(key, "node", 0) is getattr(value, "node", 1))
+    if not batched:
+        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+    head_dim = embed_dim_to_check // num_heads
+    weight = None if use_separate_proj_weight else in_proj_weight
+    q, k, v = _projected(query, key, value, same, weight, (q_proj_weight, k_proj_weight, v_proj_weight), in_proj_bias, embed_dim_to_check)
+    if static_k is not None or static_v is not None:
+        raise NotImplementedError("static keys and values")
+    length, batch = query.shape[0], query.shape[1]
+    if bias_k is not None:
+        k, v = torch.cat([k, bias_k.expand(1, batch, -1)]), torch.cat([v, bias_v.expand(1, batch, -1)])
+
+    def heads(x: Any) -> Any:
+        return x.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3)
+
+    q, k, v = q.unflatten(-1, (num_heads, head_dim)).permute(1, 2, 0, 3), heads(k), heads(v)
+    if add_zero_attn:
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    mask = _additive(attn_mask, q)
+    if mask is not None and mask.dim() == 3:
+        mask = mask.unflatten(0, (-1, num_heads))
+    grown = int(bias_k is not None) + int(add_zero_attn)
+    if mask is not None and grown:
+        mask = F.pad(mask, (0, grown))
+    if key_padding_mask is not None:
+        padding = _additive(key_padding_mask, q)
+        padding = (F.pad(padding, (0, grown)) if grown else padding).unsqueeze(1).unsqueeze(1)
+        mask = padding if mask is None else mask + padding
+    dropout = dropout_p if training else 0.0
+    if need_weights:
+        scores = (q * math.sqrt(1.0 / head_dim)) @ k.transpose(-2, -1)
+        weights = F.softmax(scores if mask is None else scores + mask, dim=-1)
+        weights = F.dropout(weights, dropout) if dropout > 0 else weights
+        mixed = weights @ v
+    else:
+        weights = None
+        causal = is_causal and mask is None
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
+    out = F.linear(mixed.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
+    if weights is not None and average_attn_weights:
+        weights = weights.mean(dim=1)
+    if not batched:
+        return out.squeeze(1), None if weights is None else weights.squeeze(0)
+    return out, weights
+
+
+OPENERS: dict[Any, Callable[..., Any]] = {F.multi_head_attention_forward: attention_forward}

@@ -1,0 +1,190 @@
+"""Element-wise operations, and those that work on each channel alone: activations, arithmetic, dropout, pooling, resizing."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import fx, nn
+
+from fxprune.passes.rules.registry import functions, modules, named
+from fxprune.passes.rules.values import Value, values
+
+if TYPE_CHECKING:
+    from fxprune.passes.labels import Walk
+
+# f(0) = 0: a removed slice that was zero stays zero.
+_KEEP_ZERO = (
+    "relu", "relu6", "leaky_relu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "hardswish", "tanh", "hardtanh", "mish", "softsign", "abs",
+    "neg", "negative", "sqrt", "square", "sin", "sinh", "asin", "atan", "erf", "sign", "sgn", "floor", "ceil", "round", "trunc", "expm1", "log1p",
+    "hardshrink", "tanhshrink", "softshrink", "nan_to_num", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
+    "feature_dropout", "feature_alpha_dropout", "clone", "contiguous", "detach", "to", "float", "half", "double", "bfloat16", "type", "cpu", "cuda",
+    "requires_grad_", "positive", "relu_", "data", "int", "long", "bool", "type_as", "real", "conj", "asinh", "atanh", "tan", "frac", "deg2rad",
+)  # fmt: skip
+_MOVE_ZERO = (
+    "sigmoid", "hardsigmoid", "softplus", "exp", "exp2", "cos", "cosh", "log", "log2", "log10", "rsqrt", "reciprocal", "logsigmoid", "erfc",
+    "acos", "isnan", "isinf", "isfinite", "logical_not", "bitwise_not", "threshold", "logit", "digamma", "lgamma", "sinc", "erfinv", "signbit",
+    "zero", "fill", "normal", "uniform", "bernoulli", "rsub",
+)  # fmt: skip
+_SUMS = ("add", "sub", "subtract", "maximum", "minimum", "fmax", "fmin", "addcmul", "addcdiv", "lerp", "hypot")
+_PRODUCTS = ("mul", "multiply", "logical_and", "bitwise_and")
+_FIRST = ("div", "divide", "true_divide", "floor_divide", "fmod", "remainder", "masked_fill", "copysign", "atan2")
+_NONE = (
+    "pow", "where", "eq", "ne", "lt", "le", "gt", "ge", "greater", "less", "not_equal", "less_equal", "greater_equal", "logical_or", "logical_xor",
+    "bitwise_or", "bitwise_xor", "isclose", "heaviside", "xlogy", "logaddexp", "float_power",
+)  # fmt: skip
+
+
+@named(*_KEEP_ZERO)
+@functions(torchvision.ops.stochastic_depth)
+def keep_zero(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    if any(True for _ in values((args, kwargs))):
+        return walk.make(node, input.axes, input.zero, input.why)  # type_as and to(other) read no values
+    return walk.pointwise(node, input, zero="first")
+
+
+@named(*_MOVE_ZERO)
+def move_zero(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    return walk.pointwise(node, input, *args, zero="none")
+
+
+@named("clamp", "clip", "clamp_min", "clamp_max")
+def clamp(walk: Walk, node: fx.Node, input: Value, *bounds: Any, **kwargs: Any) -> Any:
+    return walk.pointwise(node, input, *bounds, *kwargs.values(), zero="none")
+
+
+@named(*_SUMS)
+@functions(operator.add, operator.sub, operator.iadd, operator.isub)
+def sums(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
+    return walk.pointwise(node, *args, *(v for k, v in kwargs.items() if k != "alpha"), zero="all")
+
+
+@named(*_PRODUCTS)
+@functions(operator.mul, operator.imul, operator.and_, operator.iand)
+def products(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
+    return walk.pointwise(node, *args, *kwargs.values(), zero="one")
+
+
+@named(*_FIRST)
+@functions(operator.truediv, operator.itruediv, operator.floordiv, operator.mod)
+def quotients(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
+    filled = getattr(node.target, "__name__", node.target) in ("masked_fill", "masked_fill_") and args[-1] != 0
+    return walk.pointwise(node, *args, *kwargs.values(), zero="first" if isinstance(args[0], Value) and not filled else "none")
+
+
+@named(*_NONE)
+@functions(operator.pow, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.or_, operator.xor, operator.invert)
+def arithmetic(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
+    name = getattr(node.target, "__name__", node.target)
+    square = name in ("pow", "pow_") and len(args) == 2 and isinstance(args[0], Value) and isinstance(args[1], (int, float)) and args[1] > 0
+    return walk.pointwise(node, *args, *kwargs.values(), zero="first" if square else "none")
+
+
+@functions(operator.neg, operator.pos, operator.abs)
+def unary(walk: Walk, node: fx.Node, input: Value) -> Any:
+    return walk.pointwise(node, input, zero="first")
+
+
+@named("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros_like", inplace=False)
+def like(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    """The result takes its size from ``input`` when it runs, so its axes are the same channels."""
+    zero = input.axes if getattr(node.target, "__name__", node.target) == "zeros_like" else ()
+    return walk.make(node, input.axes, zero, input.why)
+
+
+@functions(F.prelu, torch.prelu)
+def prelu(walk: Walk, node: fx.Node, input: Value, weight: Value) -> Value:
+    """``weight`` (channels) or (1): one slope for each index of axis 1."""
+    axis = 1 if input.ndim > 1 else 0
+    if 0 in weight.axes and axis in input.axes:
+        walk.unite(input.axes[axis], weight.axes[0])
+    elif 0 in weight.axes:
+        walk.pin(weight.axes[0], f"it meets channels of fixed size ({input.why})")
+    return walk.make(node, input.axes, input.zero, input.why)
+
+
+@modules(nn.PReLU)
+def prelu_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Value:
+    weight = walk.weight(node, "weight")
+    assert weight is not None
+    return prelu(walk, node, input, weight)
+
+
+@modules(
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Hardtanh, nn.Mish, nn.Softsign,
+    nn.Hardshrink, nn.Tanhshrink, nn.Softshrink, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+    nn.FeatureAlphaDropout, torchvision.ops.StochasticDepth,
+)  # fmt: skip
+def keep_zero_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
+    return walk.pointwise(node, input, zero="first")
+
+
+@modules(nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Threshold)
+def move_zero_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
+    return walk.pointwise(node, input, zero="none")
+
+
+def _pooled(walk: Walk, node: fx.Node, x: Value, space: int) -> Any:
+    """The last ``space`` axes are windows; a second result (the indices of a maximum) has the channels of the first."""
+    axes = range(x.ndim - space, x.ndim)
+    if isinstance(node.meta["val"], torch.Tensor):
+        return walk.through(node, x, mixed=axes)
+    return tuple(walk.through(node, x, mixed=axes, zero=i == 0, index=i) for i in range(len(node.meta["val"])))
+
+
+def _space(target: Any) -> int:
+    name = target.__name__ if not isinstance(target, str) else target
+    return next(int(name[i - 1]) for i in range(len(name), 0, -1) if name[i - 1] in "123" and name[i : i + 1] == "d")
+
+
+@functions(*(getattr(F, f"{kind}_pool{n}d") for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for n in (1, 2, 3)),
+           *(getattr(torch, f"{kind}_pool{n}d", F.relu) for kind in ("max", "adaptive_avg") for n in (1, 2, 3) if hasattr(torch, f"{kind}_pool{n}d")),
+           torch.avg_pool1d, torch.adaptive_max_pool1d)  # fmt: skip
+def pool(walk: Walk, node: fx.Node, input: Value, *_: Any, **__: Any) -> Any:
+    return _pooled(walk, node, input, _space(node.target))
+
+
+@modules(*(getattr(nn, f"{kind}Pool{n}d") for kind in ("Max", "Avg", "AdaptiveAvg", "AdaptiveMax", "LP") for n in (1, 2, 3)))
+def pool_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
+    return _pooled(walk, node, input, _space(type(module).__name__))
+
+
+@functions(F.interpolate, F.upsample)
+def interpolate(walk: Walk, node: fx.Node, input: Value, *_: Any, **__: Any) -> Value:
+    return walk.through(node, input, mixed=range(2, input.ndim))
+
+
+@modules(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
+def upsample_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Value:
+    return walk.through(node, input, mixed=range(2, input.ndim))
+
+
+@functions(F.grid_sample)
+def grid_sample(walk: Walk, node: fx.Node, input: Value, grid: Value, *_: Any, **__: Any) -> Value:
+    walk.pin_all(grid, "it is used as sampling positions")
+    return walk.through(node, input, mixed=range(2, input.ndim))
+
+
+@named("tril", "triu")
+def triangle(walk: Walk, node: fx.Node, input: Value, *_: Any, **__: Any) -> Value:
+    return walk.through(node, input, mixed=(-1, -2))
+
+
+@functions(F.glu)
+def glu(walk: Walk, node: fx.Node, input: Value, dim: int = -1) -> Value:
+    """The two halves of axis ``dim`` are multiplied, one of them through a sigmoid: they go together."""
+    axis = dim % input.ndim
+    axes = dict(input.axes)
+    if axis in axes:
+        first, second = axes[axis].reshape(2, -1)
+        walk.unite(first.copy(), second.copy())
+        axes[axis] = first.copy()
+    return walk.make(node, axes, input.zero, input.why)
+
+
+@modules(nn.GLU)
+def glu_module(walk: Walk, node: fx.Node, module: Any, input: Value) -> Value:
+    return glu(walk, node, input, module.dim)

@@ -1,0 +1,138 @@
+"""Reductions, softmax and the like: an axis of channels that they share a value over may be pruned, and that value changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxprune.passes.rules.registry import functions, modules, named
+from fxprune.passes.rules.values import Value
+
+if TYPE_CHECKING:
+    from fxprune.passes.labels import Walk
+
+
+def _dims(x: Value, dim: Any) -> set[int]:
+    if dim is None or (isinstance(dim, (tuple, list)) and not dim):
+        return set(range(x.ndim))
+    return {d % x.ndim for d in (dim if isinstance(dim, (tuple, list)) else (dim,))} if x.ndim else set()
+
+
+def _reduce(walk: Walk, node: fx.Node, x: Value, dims: set[int], keepdim: bool, exact: bool) -> Any:
+    """Axes ``dims`` go (or stay with size one). ``exact``: slices that hold zeros do not change the result."""
+    for axis in dims & set(x.axes):
+        if not (exact and axis in x.zero):
+            walk.inexact(x.axes[axis], "a reduction over channels")
+    axes: dict[int, Any] = {}
+    zero = set()
+    for axis, vector in x.axes.items():
+        if axis in dims:
+            continue
+        place = axis if keepdim else axis - sum(d < axis for d in dims)
+        axes[place] = vector
+        if axis in x.zero:
+            zero.add(place)
+    if isinstance(node.meta["val"], torch.Tensor):
+        return walk.make(node, axes, zero, x.why)
+    return tuple(walk.make(node, axes, zero if i == 0 else (), x.why, i) for i in range(len(node.meta["val"])))
+
+
+@named("sum", "nansum", "count_nonzero", "norm", "vector_norm", inplace=False)
+def total(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    name = getattr(node.target, "__name__", node.target)
+    rest = list(args)
+    if "norm" in name:  # norm(x, p, dim, keepdim)
+        rest = rest[1:]
+    dim = kwargs.get("dim", kwargs.get("axis", rest[0] if rest and not isinstance(rest[0], torch.dtype) else None))
+    return _reduce(walk, node, input, _dims(input, dim), _keepdim(rest, kwargs), exact=True)
+
+
+@named("mean", "nanmean", "amax", "amin", "prod", "var", "std", "var_mean", "std_mean", "logsumexp", "median", "any", "all", "aminmax", inplace=False)
+def average(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    dim = kwargs.get("dim", kwargs.get("axis", args[0] if args and not isinstance(args[0], torch.dtype) else None))
+    if isinstance(dim, bool):  # var(x, unbiased)
+        dim = None
+    return _reduce(walk, node, input, _dims(input, dim), _keepdim(list(args), kwargs), exact=False)
+
+
+def _keepdim(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    if "keepdim" in kwargs or "keepdims" in kwargs:
+        return bool(kwargs.get("keepdim", kwargs.get("keepdims")))
+    return any(a is True for a in args[-1:]) and len(args) > 1
+
+
+@named("max", "min", inplace=False)
+def extreme(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    other = args[0] if args else kwargs.get("other")
+    if isinstance(other, Value):
+        return walk.pointwise(node, input, other, zero="all")
+    dim = kwargs.get("dim", other)
+    dims = _dims(input, dim)
+    if not isinstance(node.meta["val"], torch.Tensor) and any(user.args[1:2] == (1,) or user.target is not _getitem() for user in node.users):
+        for axis in dims:
+            walk.pin(input.axes.get(axis), "the index of a maximum over it is used")
+    return _reduce(walk, node, input, dims, _keepdim(list(args), kwargs), exact=False)
+
+
+def _getitem() -> Any:
+    import operator
+
+    return operator.getitem
+
+
+@named("argmax", "argmin", inplace=False)
+def index_of(walk: Walk, node: fx.Node, input: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> Any:
+    dims = _dims(input, dim)
+    for axis in dims:
+        walk.pin(input.axes.get(axis), "the index of a maximum over it is used")
+    return _reduce(walk, node, input, dims, keepdim, exact=False)
+
+
+@named("topk", "sort", "argsort", inplace=False)
+def ordered(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    name = getattr(node.target, "__name__", node.target)
+    place = 1 if name == "topk" else 0
+    dim = kwargs.get("dim", args[place] if len(args) > place and not isinstance(args[place], bool) else -1)
+    if isinstance(node.meta["val"], torch.Tensor):
+        return walk.through(node, input, mixed=(dim,), zero=False)
+    return tuple(walk.through(node, input, mixed=(dim,), zero=False, index=i) for i in range(len(node.meta["val"])))
+
+
+def _shared(walk: Walk, node: fx.Node, x: Value, dim: int | None, what: str) -> Value:
+    axis = (1 if x.ndim > 1 else 0) if dim is None else dim % x.ndim
+    walk.inexact(x.axes.get(axis), what)
+    return walk.make(node, x.axes, (), x.why)
+
+
+@named("softmax", "log_softmax", "softmin", "gumbel_softmax", inplace=False)
+def softmax(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Value:
+    dim = kwargs.get("dim", args[0] if args and not isinstance(args[0], torch.dtype) else None)
+    return _shared(walk, node, input, dim, "softmax over channels")
+
+
+@modules(nn.Softmax, nn.LogSoftmax, nn.Softmin)
+def softmax_module(walk: Walk, node: fx.Node, module: Any, input: Value) -> Value:
+    return _shared(walk, node, input, module.dim, "softmax over channels")
+
+
+@modules(nn.Softmax2d)
+def softmax2d_module(walk: Walk, node: fx.Node, module: Any, input: Value) -> Value:
+    return _shared(walk, node, input, -3, "softmax over channels")
+
+
+@named("cumsum", "cumprod", "logcumsumexp")
+def cumulative(walk: Walk, node: fx.Node, input: Value, dim: int, **_: Any) -> Value:
+    walk.inexact(input.axes.get(dim % input.ndim), "a running total over channels")
+    return walk.make(node, input.axes, {a for a in input.zero if a != dim % input.ndim}, input.why)
+
+
+@functions(F.cosine_similarity)
+def cosine_similarity(walk: Walk, node: fx.Node, x1: Value, x2: Value, dim: int = 1, eps: float = 1e-8) -> Any:
+    shape = tuple(torch.broadcast_shapes(x1.shape, x2.shape))
+    axes, _ = walk.combine(shape, [x1, x2])
+    both = Value(shape, axes, frozenset(axes) if len(x1.zero) + len(x2.zero) else frozenset(), x1.why)
+    return _reduce(walk, node, both, {dim % len(shape)}, False, exact=True)

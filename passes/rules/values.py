@@ -1,0 +1,121 @@
+"""The vocabulary of the analysis: labels in a union-find, and the Value that stands for a tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Vector = npt.NDArray[np.int64]
+
+
+class Labels:
+    """A union-find over channel labels, vectorised; the root of a class is its smallest label, so the order of unions is without effect."""
+
+    def __init__(self) -> None:
+        self._parent: Vector = np.arange(1024, dtype=np.int64)
+        self.count = 0
+        self.pins: list[tuple[Vector, str]] = []
+        self.inexact: list[tuple[Vector, str]] = []
+
+    def new(self, size: int) -> Vector:
+        start, self.count = self.count, self.count + size
+        if self.count > len(self._parent):
+            grown = np.arange(max(self.count, 2 * len(self._parent)), dtype=np.int64)
+            grown[: len(self._parent)] = self._parent
+            self._parent = grown
+        return np.arange(start, self.count, dtype=np.int64)
+
+    def find(self, vector: Vector) -> Vector:
+        parent = self._parent
+        root = parent[vector]
+        while True:
+            up = parent[root]
+            if np.array_equal(up, root):
+                break
+            root = up
+        parent[vector] = root
+        return root
+
+    def unite(self, a: Vector, b: Vector) -> None:
+        if a is b:
+            return
+        while True:
+            a, b = self.find(a), self.find(b)
+            differ = a != b
+            if not differ.any():
+                return
+            a, b = a[differ], b[differ]
+            # Several pairs may name one root: it takes the smallest partner, and the next round unites the others.
+            np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
+
+    def pin(self, vector: Vector, reason: str) -> None:
+        self.pins.append((vector, reason))
+
+    def units(self, vector: Vector) -> int:
+        return len(np.unique(self.find(vector)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Value:
+    """What the walk knows of a tensor.
+
+    ``shape``: its sizes on the example. ``axes``: axis -> one label per index, for the axes that carry channels.
+    ``zero``: the axes along which a removed slice holds zeros in the zeroed original (the oracle needs that where two activations meet).
+    ``why``: why the axes without labels have a fixed size.
+    """
+
+    shape: tuple[int, ...]
+    axes: dict[int, Vector]
+    zero: frozenset[int]
+    why: str
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+def lift(value: Any, why: str) -> Any:
+    if isinstance(value, torch.Tensor):
+        return Value(tuple(value.shape), {}, frozenset(), why)
+    if isinstance(value, dict):
+        return {k: lift(v, why) for k, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(lift(v, why) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)([lift(v, why) for v in value]) if not isinstance(value, torch.Size) else value
+    return value
+
+
+def values(nested: Any) -> list[Value]:
+    found: list[Value] = []
+    _collect(nested, Value, found)
+    return found
+
+
+def tensors(nested: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    _collect(nested, torch.Tensor, found)
+    return found
+
+
+def has_tensor(nested: Any) -> bool:
+    return bool(tensors(nested))
+
+
+def _collect(nested: Any, kind: type, found: list[Any]) -> None:
+    if isinstance(nested, kind):
+        found.append(nested)
+    elif isinstance(nested, dict):
+        for v in nested.values():
+            _collect(v, kind, found)
+    elif isinstance(nested, (tuple, list)):
+        for v in nested:
+            _collect(v, kind, found)
+    elif isinstance(nested, slice):
+        _collect((nested.start, nested.stop, nested.step), kind, found)
+    elif is_dataclass(nested) and not isinstance(nested, type):
+        _collect(vars(nested), kind, found)

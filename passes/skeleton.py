@@ -1,0 +1,149 @@
+"""A structural copy of a module on the meta device: same classes and names, no weights, safe to trace."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+_SHARED = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size, types.FunctionType,
+           types.BuiltinFunctionType, types.ModuleType, fx.Graph)  # fmt: skip
+_OWN = frozenset({"_parameters", "_buffers", "_modules", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
+                  "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"})  # fmt: skip
+_watched: dict[type, type] = {}
+
+
+class Skeleton:
+    """The copy (``root``) and the tables between its tensors and modules and the original's names.
+
+    ``training_was_read``: whether traced code asked a module that is not kept whole for ``self.training``.
+    """
+
+    def __init__(self, model: nn.Module, is_known: Callable[[nn.Module], bool]) -> None:
+        self.original = model
+        self.training_was_read = False
+        self.keep_alive: list[Any] = []
+        memo: dict[int, Any] = {}
+        self._real: dict[str, torch.Tensor] = {}
+        self._meta: dict[str, torch.Tensor] = {}
+        self.tensor_names: dict[int, str] = {}
+        self.aliases: dict[str, list[str]] = {}
+        self.parameter_names: set[str] = set()
+        canonical: dict[int, str] = {}
+        for kind in ("_parameters", "_buffers"):
+            for prefix, module in model.named_modules(remove_duplicate=False):
+                for key, tensor in getattr(module, kind).items():
+                    if tensor is None:
+                        continue
+                    name = f"{prefix}.{key}" if prefix else key
+                    if id(tensor) in canonical:
+                        self.aliases[canonical[id(tensor)]].append(name)
+                        continue
+                    canonical[id(tensor)] = name
+                    self.aliases[name] = [name]
+                    if kind == "_parameters":
+                        self.parameter_names.add(name)
+                    meta = _meta_twin(tensor)
+                    memo[id(tensor)] = meta
+                    self._real[name], self._meta[name] = tensor, meta
+                    self.tensor_names[id(meta)] = name
+        originals = list(dict.fromkeys(m for _, m in model.named_modules()))
+        for module in originals:
+            twin = object.__new__(type(module) if is_known(module) else self._watch(type(module)))
+            memo[id(module)] = twin
+        for module in originals:
+            _fill(module, memo[id(module)], memo)
+            memo[id(module)].__dict__["_fxprune_skeleton"] = self
+        self.keep_alive.append(memo)
+        self.root: nn.Module = memo[id(model)]
+        self._modules: dict[str, nn.Module] = dict(self.root.named_modules(remove_duplicate=False))
+        self.module_names: dict[nn.Module, str] = {}
+        for name, module in self._modules.items():
+            self.module_names.setdefault(module, name)
+        self._original_modules = dict(model.named_modules(remove_duplicate=False))
+        # Tensors held as plain attributes keep the path they have; others get a name when the tracer meets them.
+        self.attribute_names: dict[int, str] = {}
+        for name, module in self._modules.items():
+            for key, value in module.__dict__.items():
+                if isinstance(value, torch.Tensor):
+                    self.attribute_names.setdefault(id(value), f"{name}.{key}" if name else key)
+
+    def _watch(self, cls: type) -> type:
+        if cls not in _watched:
+            def read(module: Any) -> bool:
+                module.__dict__["_fxprune_skeleton"].training_was_read = True
+                return bool(module.__dict__["training"])
+
+            def write(module: Any, value: bool) -> None:
+                module.__dict__["training"] = value
+
+            _watched[cls] = type(cls.__name__, (cls,), {"training": property(read, write), "__module__": cls.__module__, "_fxprune_watch": cls})
+        return _watched[cls]
+
+    @staticmethod
+    def type_of(module: nn.Module) -> type:
+        """The user's class of a module of the skeleton."""
+        return type(module).__dict__.get("_fxprune_watch", type(module))
+
+    def module(self, name: str) -> nn.Module:
+        return self._modules[name]
+
+    def original_module(self, name: str) -> nn.Module:
+        return self._original_modules[name]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The meta twin of a parameter or buffer, by its first name."""
+        return self._meta[name]
+
+    def real(self, name: str) -> torch.Tensor:
+        """The user's tensor of that name, as it is now."""
+        prefix, _, key = name.rpartition(".")
+        module = self._original_modules[prefix]
+        found = module._parameters.get(key)
+        if found is None:
+            found = module._buffers.get(key)
+        return self._real[name] if found is None else found
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._meta)
+
+    def set_training(self, mode: bool) -> None:
+        for module in self.module_names:
+            module.__dict__["training"] = mode
+
+
+def _meta_twin(tensor: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        twin = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(twin, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+
+
+def _fill(source: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
+    state = twin.__dict__
+    for key, value in source.__dict__.items():
+        if key in ("_parameters", "_buffers", "_modules"):
+            state[key] = {k: None if v is None else memo[id(v)] for k, v in value.items()}
+        elif key in _OWN:
+            state[key] = type(value)()
+        elif isinstance(value, _SHARED):
+            state[key] = value
+        elif isinstance(value, (tuple, list, dict, set)) and not value:
+            state[key] = type(value)() if type(value) in (tuple, list, dict, set) else copy.copy(value)
+        elif isinstance(value, tuple) and all(isinstance(v, _SHARED) for v in value):
+            state[key] = value
+        elif isinstance(value, torch.Tensor):
+            state[key] = value
+        else:
+            state[key] = _copied(value, memo)
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    try:
+        return copy.deepcopy(value, memo)
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
+        return value  # locks, generators, handles: nothing the forward pass's structure depends on

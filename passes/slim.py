@@ -1,0 +1,324 @@
+"""Kept units to a slim module: parameters sliced, attributes set, and every literal of the graph recomputed.
+
+Numbers in the graph keep the meaning they have in the original: a read of a pruned size is answered with the original size (so
+that ``C ** -0.5`` stays what it was), and where a number becomes a shape it is replaced by the new size of that node's output.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.fx.node import map_arg
+
+from fxprune.errors import UnsupportedError
+from fxprune.passes.coupling import CouplingGraph
+from fxprune.passes.rules.values import Value, Vector, values
+from fxprune.passes.plan import Keep
+from fxprune.passes.rules import conv, norm, recurrent, registry
+from fxprune.passes.skeleton import _fill
+from fxprune.passes.slim_module import SlimModule
+
+_ARITHMETIC = {getattr(operator, n) for n in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "eq", "ne", "lt", "le", "gt", "ge")}
+
+
+class Slimmer:
+    """One rewrite: the questions that rewrites of single operations ask (``kept``, ``size``, ``sizes``), and the slices made."""
+
+    def __init__(self, graph: CouplingGraph, keep: Keep) -> None:
+        self.graph = graph
+        self.walk = graph.walk
+        self.skeleton = graph.walk.traced.skeleton
+        self._keep = np.append(keep, True)  # unit -1, "belongs to no group", is kept
+        self._kept: dict[int, tuple[Vector, Vector | None]] = {}
+        self.renumber: dict[str, torch.Tensor] = {}
+        self.constants: dict[str, torch.Tensor] = {}
+        self.new: fx.Graph = fx.Graph()
+
+    # -- what rewrites ask --------------------------------------------------------------------------------------------------
+
+    def value(self, node: Any) -> Any:
+        """What the analysis knows of a copied node's tensor (or tensors)."""
+        return node.meta["value"]
+
+    def kept_of(self, vector: Vector) -> Vector | None:
+        """Positions kept along labels, or None where all are."""
+        found = self._kept.get(id(vector))
+        if found is None:
+            mask = self._keep[self.graph.units_of_labels(vector)]
+            found = self._kept[id(vector)] = (vector, None if mask.all() else np.flatnonzero(mask))
+        return found[1]
+
+    def kept(self, value: Value, axis: int) -> Vector | None:
+        vector = value.axes.get(axis)
+        return None if vector is None else self.kept_of(vector)
+
+    def count(self, value: Value, axis: int) -> int:
+        kept = self.kept(value, axis)
+        return value.shape[axis] if kept is None else len(kept)
+
+    def size(self, node: Any, axis: int) -> int:
+        return self.count(self.value(node), axis)
+
+    def pruned(self, node: Any, axis: int) -> bool:
+        value = self.value(node)
+        return self.kept(value, axis % value.ndim) is not None
+
+    def touched(self, nested: Any) -> bool:
+        return any(self.kept_of(v) is not None for value in values(nested) for v in value.axes.values())
+
+    def argument(self, node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+        if len(node.args) > position:
+            return node.args[position]
+        return node.kwargs.get(name, default)
+
+    def set_argument(self, node: fx.Node, position: int, name: str, value: Any) -> None:
+        if len(node.args) > position:
+            node.args = (*node.args[:position], value, *node.args[position + 1 :])
+        else:
+            node.kwargs = {**node.kwargs, name: value}
+
+    def number(self, value: Any) -> int:
+        """The number a literal or an integer node stands for on the example (a channel count is the same for every input)."""
+        return int(value.meta["number"]) if isinstance(value, fx.Node) else int(value)
+
+    def sizes(self, node: fx.Node, sizes: Sequence[Any], first: int = 0) -> list[Any]:
+        """Size arguments, one per axis of the node's tensor from axis ``first``: those of pruned axes replaced by what is left."""
+        value = self.value(node)
+        return [self._new_size(node, value, first + i, s) for i, s in enumerate(sizes)]
+
+    def _new_size(self, node: fx.Node, value: Value, axis: int, given: Any) -> Any:
+        kept = self.kept(value, axis)
+        if kept is None or (isinstance(given, int) and given == -1):
+            return given
+        if not isinstance(given, fx.Node) or self._static(value.axes[axis]):
+            return len(kept)
+        return self._scaled(given, len(kept), value.shape[axis])
+
+    def _static(self, vector: Vector) -> bool:
+        """No label repeats: the axis holds channels alone. Otherwise batch or space may be folded into it and its size is a product."""
+        units = self.graph.units_of_labels(vector)
+        return len(np.unique(units)) == len(units)
+
+    def _scaled(self, given: fx.Node, numerator: int, denominator: int) -> fx.Node:
+        divisor = int(np.gcd(numerator, denominator))
+        times = self.new.call_function(operator.mul, (given, numerator // divisor))
+        return self.new.call_function(operator.floordiv, (times, denominator // divisor))
+
+    def renumbered(self, node: fx.Node, index: Any, kept: Vector, size: int) -> Any:
+        """An index tensor along a pruned axis: entries of removed channels dropped, the others renumbered."""
+        actual = self.walk.real(index.meta["old"]) if isinstance(index, fx.Node) else None
+        if actual is None or actual.ndim != 1:
+            raise UnsupportedError(f"{node.meta.get('where', node.name)}: channels are picked by an index that cannot be renumbered; pass its layer to ignore=")
+        chosen = actual.cpu().numpy() % size
+        new = torch.from_numpy(np.searchsorted(kept, chosen[np.isin(chosen, kept)])).to(actual.dtype)
+        if index.op == "get_attr" and index.target not in self.walk.traced.constants:
+            earlier = self.renumber.setdefault(str(index.target), new)
+            if not torch.equal(earlier, new):
+                raise UnsupportedError(f"{node.meta.get('where', node.name)}: index buffer {index.target!r} picks channels of two groups; give each its own buffer")
+            return index
+        name = f"_fxprune_index{len(self.constants)}"
+        self.constants[name] = new.to(actual.device)
+        made: fx.Node = self.new.get_attr(name)
+        return made
+
+    # -- the rewrite --------------------------------------------------------------------------------------------------------
+
+    def run(self) -> SlimModule:
+        graphs = {mode: self.copy(mode, graph) for mode, graph in self.walk.traced.graphs.items()}
+        tree = self._tree()
+        self._resize(tree)
+        return SlimModule(tree, graphs)
+
+    def copy(self, mode: str, graph: fx.Graph) -> fx.Graph:
+        self.new = fx.Graph()
+        values = self.walk.env[mode]
+        made: dict[fx.Node, Any] = {}
+        for old in graph.nodes:
+            replaced = self._size_read(old, values, made)
+            if replaced is not None:
+                made[old] = replaced
+                continue
+            node = self.new.node_copy(old, made.__getitem__)
+            made[old] = node
+            value = values.get(old)
+            node.meta = {"value": value, "old": old, "where": old.meta.get("where")}
+            if isinstance(old.meta.get("val"), int):
+                node.meta["number"] = old.meta["val"]
+            if self._asserts_channels(old, values):
+                self.new.erase_node(node)
+                continue
+            rewrite = self._rewrite_of(old)
+            if rewrite is not None and (self.touched(value) or self.touched(map_arg((old.args, old.kwargs), values.get))):
+                with self.new.inserting_before(node):
+                    rewrite(self, node)
+        self._sweep()
+        for node in self.new.nodes:
+            node.meta = {"where": node.meta["where"]} if node.meta.get("where") else {}
+        return self.new
+
+    def _rewrite_of(self, old: fx.Node) -> Callable[..., None] | None:
+        rule = registry.METHODS.get(str(old.target)) if old.op == "call_method" else registry.FUNCTIONS.get(old.target) if old.op == "call_function" else None
+        return rule.rewrite if rule else None
+
+    def _size_read(self, old: fx.Node, values: Mapping[fx.Node, Any], made: dict[fx.Node, Any]) -> Any:
+        """The original size in place of a read of a pruned one, and numbers computed from such sizes."""
+        if old.op == "call_method" and old.target == "size" and len(old.args) == 2:
+            value, axis = values[old.args[0]], old.args[1] % values[old.args[0]].ndim
+            kept = self.kept(value, axis)
+            if kept is None:
+                return None
+            if self._static(value.axes[axis]):
+                return value.shape[axis]
+            return self._scaled(self.new.node_copy(old, made.__getitem__), value.shape[axis], len(kept))
+        if old.op == "call_function" and old.target in _ARITHMETIC and old.all_input_nodes:
+            args = map_arg(old.args, made.__getitem__)
+            if all(isinstance(a, (int, float)) for a in args):
+                return old.target(*args)
+        return None
+
+    def _asserts_channels(self, old: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
+        """A check on a size that was answered from the original holds by construction, and is left out."""
+        return old.op == "call_function" and getattr(old.target, "__name__", "") == "_assert" and not isinstance(old.args[0], fx.Node)
+
+    def _sweep(self) -> None:
+        for node in reversed(list(self.new.nodes)):
+            if not node.users and (node.op == "get_attr" or (node.target in _ARITHMETIC and "number" in node.meta) or (node.op == "call_method" and node.target == "size")):
+                self.new.erase_node(node)
+        for node in reversed(list(self.new.nodes)):
+            old = node.meta.get("old")
+            if not node.users and old is not None and old.op in ("call_function", "call_method") and old.users and _pure(old):
+                self.new.erase_node(node)
+
+    # -- parameters and modules ---------------------------------------------------------------------------------------------
+
+    def kept_dims(self, name: str) -> dict[int, torch.Tensor]:
+        """Dimension -> LongTensor of kept indices, for the dimensions of a tensor that lose any."""
+        found = {}
+        for dim in range(self._ndim(name)):
+            units = self.graph.unit_of.get((name, dim))
+            if units is not None:
+                mask = self._keep[units]
+                if not mask.all():
+                    found[dim] = torch.from_numpy(np.flatnonzero(mask))
+        return found
+
+    def _ndim(self, name: str) -> int:
+        constant = self.walk.traced.constants.get(name)
+        return self.skeleton.tensor(name).ndim if constant is None else constant.ndim
+
+    def sliced(self, name: str) -> torch.Tensor:
+        """A new tensor: the user's, without what went."""
+        constant = self.walk.traced.constants.get(name)
+        source = self.skeleton.real(name) if constant is None else constant
+        return cut(source, self.renumber[name] if name in self.renumber else None, self.kept_dims(name))
+
+    def _tree(self) -> nn.Module:
+        original = self.skeleton.original
+        memo: dict[int, Any] = {}
+        for name in self.skeleton.names:
+            memo[id(self.skeleton.real(name))] = self.sliced(name)
+        called = {str(n.target) for g in self.walk.traced.graphs.values() for n in g.nodes if n.op == "call_module"}
+        opaque = self.walk.traced.opaque
+        return assemble(original, memo, lambda path: path in called, lambda path: path in opaque, self._constants())
+
+    def _constants(self) -> dict[str, torch.Tensor]:
+        return {**{name: self.sliced(name) for name in self.walk.traced.constants}, **self.constants}
+
+    def _resize(self, tree: nn.Module) -> None:
+        done: set[str] = set()
+        for mode, graph in self.walk.traced.graphs.items():
+            for old in graph.nodes:
+                if old.op != "call_module" or old.target in done or old.target in self.walk.traced.opaque:
+                    continue
+                done.add(str(old.target))
+                inputs = values(map_arg(old.args, self.walk.env[mode].get))
+                outputs = values(self.walk.env[mode][old])
+                if self.touched(inputs) or self.touched(outputs):
+                    self._attributes(tree.get_submodule(str(old.target)), inputs, outputs)
+
+    def _attributes(self, module: Any, inputs: list[Value], outputs: list[Value]) -> None:
+        x, y = inputs[0], outputs[0]
+        if isinstance(module, nn.modules.conv._ConvNd):
+            channel = x.ndim - module.weight.ndim + 1
+            conv.resize(module, self.count(x, channel), self.count(y, channel))
+        elif isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+        elif isinstance(module, nn.Bilinear):
+            module.out_features, module.in1_features, module.in2_features = module.weight.shape
+        elif isinstance(module, nn.modules.batchnorm._NormBase):
+            axis = x.ndim - norm._spatial(module) - 1 if isinstance(module, nn.modules.instancenorm._InstanceNorm) else 1
+            module.num_features = self.count(x, axis)
+        elif isinstance(module, nn.GroupNorm):
+            module.num_groups = norm.groups_left(self, x, module.num_groups)
+            module.num_channels = self.count(x, 1)
+        elif hasattr(module, "normalized_shape"):
+            first = x.ndim - len(module.normalized_shape)
+            module.normalized_shape = tuple(self.count(x, a) for a in range(first, x.ndim))
+        elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            module.embedding_dim = module.weight.shape[1]
+        elif isinstance(module, nn.RNNBase):
+            recurrent.resize(module)
+        elif isinstance(module, nn.PReLU):
+            module.num_parameters = module.weight.shape[0]
+        elif isinstance(module, nn.Unflatten):
+            axis = module.dim % x.ndim
+            module.unflattened_size = tuple(self.count(y, axis + i) if s != -1 else -1 for i, s in enumerate(module.unflattened_size))
+
+
+def _pure(node: fx.Node) -> bool:
+    from fxprune.passes.trace import impure
+
+    return not impure(node)
+
+
+def cut(source: torch.Tensor, values: torch.Tensor | None, dims: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """A copy of ``source`` with only the kept indices of each dimension (or with new ``values``); layout and parameter-ness stay."""
+    with torch.no_grad():
+        made = source.detach() if values is None else values.to(source.device)
+        for dim, indices in dims.items():
+            made = made.index_select(dim, indices.to(made.device))
+        if made.data_ptr() == source.data_ptr() or not dims:
+            made = made.clone() if made.device.type != "meta" else torch.empty_like(made)
+        elif made.ndim == 4 and source.is_contiguous(memory_format=torch.channels_last) and not source.is_contiguous():
+            made = made.contiguous(memory_format=torch.channels_last)
+    return nn.Parameter(made, requires_grad=source.requires_grad) if isinstance(source, nn.Parameter) else made
+
+
+def assemble(
+    original: nn.Module, memo: dict[int, Any], called: Callable[[str], bool], opaque: Callable[[str], bool], constants: Mapping[str, torch.Tensor]
+) -> nn.Module:
+    """The module tree of ``original`` with the tensors of ``memo`` (id of the original tensor -> new tensor).
+
+    Modules the graph calls are copied with their class; the others hold their parameters under the same names as plain modules.
+    """
+    paths = list(original.named_modules(remove_duplicate=False))
+    whole = [p for p, _ in paths if opaque(p)]
+    for path, module in paths:
+        if id(module) in memo:
+            continue
+        inside = any(path == w or path.startswith(f"{w}.") for w in whole)
+        memo[id(module)] = object.__new__(type(module)) if inside or called(path) else nn.Module()
+    done: set[int] = set()
+    for path, module in paths:
+        twin = memo[id(module)]
+        if id(module) in done:
+            continue
+        done.add(id(module))
+        if type(twin) is nn.Module and type(module) is not nn.Module:
+            twin._parameters = {k: None if v is None else memo[id(v)] for k, v in module._parameters.items()}
+            twin._buffers = {k: None if v is None else memo[id(v)] for k, v in module._buffers.items()}
+            twin._modules = {k: None if v is None else memo[id(v)] for k, v in module._modules.items()}
+            twin._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+            twin.training = module.training
+        else:
+            _fill(module, twin, memo)
+    root: nn.Module = memo[id(original)]
+    for name, tensor in constants.items():
+        path, _, key = name.rpartition(".")
+        setattr(root.get_submodule(path), key, tensor)
+    return root

@@ -1,0 +1,146 @@
+"""The slim module: a ``GraphModule`` that keeps every name, holds both modes' graphs, and survives copies and pickles."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.graph_module import _forward_from_src
+from torch.fx.node import map_arg
+
+_FX = frozenset({"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls", "_tracer_extras", "meta", "_replace_hooks", "_create_node_hooks",
+                 "_erase_node_hooks", "_deepcopy_hooks", "graphs", "_compiled"})  # fmt: skip
+
+
+class SlimModule(fx.GraphModule):
+    """A pruned network as an ordinary ``torch.fx.GraphModule``.
+
+    ``graphs``: "eval", and "train" where the original computes something else in training mode; ``forward`` picks by
+    ``self.training``. ``graph`` is the one of evaluation. Copies and pickles keep both graphs and the record: they store the nodes
+    rather than trace again, which would lose what plain proxies cannot follow.
+    """
+
+    def __init__(self, tree: nn.Module, graphs: dict[str, fx.Graph]) -> None:
+        super().__init__(nn.Module(), fx.Graph())
+        self._adopt({k: v for k, v in tree.__dict__.items()}, graphs)
+
+    def _adopt(self, state: dict[str, Any], graphs: dict[str, fx.Graph]) -> None:
+        self.__dict__.update(state)
+        self.__dict__["graphs"] = graphs
+        self.graph = graphs["eval"]
+        for graph in graphs.values():
+            graph.owning_module = self
+
+    def recompile(self) -> Any:
+        graphs = self.__dict__.get("graphs", {})
+        state = [(n, n.target, n.args, n.kwargs) for g in (graphs or {"eval": self._graph}).values() for n in g.nodes]
+        known = self.__dict__.get("_compiled")
+        # A PassManager recompiles after every pass; the arguments of an unchanged node are the same objects.
+        if known is not None and len(known[0]) == len(state) and all(a is b for x, y in zip(known[0], state, strict=True) for a, b in zip(x, y, strict=True)):
+            return known[1]
+        code = super().recompile()
+        self.__dict__["_compiled"] = (state, code)
+        if "train" in graphs:
+            cls: Any = type(self)
+            cls._forward_eval = cls.forward
+            train = graphs["train"].python_code(root_module="self")
+            cls._forward_train = _forward_from_src(train.src, train.globals)
+            names = [str(n.target) for n in graphs["eval"].nodes if n.op == "placeholder"]
+            call = ", ".join(names)
+            source = (
+                f"def forward(self{', ' if names else ''}{call}):\n"
+                f"    if self.training:\n        return self._forward_train({call})\n    return self._forward_eval({call})\n"
+            )
+            cls.forward = _forward_from_src(source, {})
+        return code
+
+    def _state(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in _FX}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SlimModule:
+        twin = SlimModule(nn.Module(), {m: _thaw(_freeze(g)) for m, g in self.graphs.items()})
+        memo[id(self)] = twin
+        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self._state().items()})
+        return twin
+
+    def __copy__(self) -> SlimModule:
+        return _restore(self._state(), {m: _freeze(g) for m, g in self.graphs.items()})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self._state(), {m: _freeze(g) for m, g in self.graphs.items()})
+
+
+class _Ref:
+    """A reference to a node by name, in a frozen graph."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+Frozen = list[tuple[str, str, Any, Any, Any, dict[str, Any]]]
+
+
+def _freeze(graph: fx.Graph) -> Frozen:
+    nodes = []
+    for node in graph.nodes:
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: _Ref(n.name))
+        nodes.append((node.name, node.op, _Op(node.target) if isinstance(node.target, torch._ops.OpOverload) else node.target, _plain(args), _plain(kwargs), dict(node.meta)))
+    return nodes
+
+
+class _Op:
+    """An ATen operator, by name: the operator object itself does not pickle."""
+
+    def __init__(self, op: torch._ops.OpOverload) -> None:
+        self.parts = (op.namespace, op._schema.name.split("::")[-1], op._overloadname)
+
+    def get(self) -> Any:
+        namespace, name, overload = self.parts
+        return getattr(getattr(getattr(torch.ops, namespace), name), overload)
+
+
+def _plain(value: Any) -> Any:
+    """fx's immutable lists and dicts as ordinary ones (they do not pickle in every torch version)."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, tuple):
+        made = [_plain(v) for v in value]
+        return type(value)(*made) if hasattr(value, "_fields") else tuple(made)
+    if isinstance(value, slice):
+        return slice(_plain(value.start), _plain(value.stop), _plain(value.step))
+    return value
+
+
+def _thaw(nodes: Frozen) -> fx.Graph:
+    graph = fx.Graph()
+    made: dict[str, fx.Node] = {}
+
+    def refs(value: Any) -> Any:
+        if isinstance(value, _Ref):
+            return made[value.name]
+        if isinstance(value, dict):
+            return {k: refs(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [refs(v) for v in value]
+        if isinstance(value, tuple):
+            parts = [refs(v) for v in value]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        if isinstance(value, slice):
+            return slice(refs(value.start), refs(value.stop), refs(value.step))
+        return value
+
+    for name, op, target, args, kwargs, meta in nodes:
+        node = graph.create_node(op, target.get() if isinstance(target, _Op) else target, refs(args), refs(kwargs), name)
+        node.meta = dict(meta)
+        made[name] = node
+    return graph
+
+
+def _restore(state: dict[str, Any], graphs: dict[str, Frozen]) -> SlimModule:
+    twin = SlimModule(nn.Module(), {m: _thaw(g) for m, g in graphs.items()})
+    twin.__dict__.update(state)
+    return twin
