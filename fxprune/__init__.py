@@ -1,8 +1,59 @@
-"""fxprune: structured pruning as a torch.fx compiler pass."""
+"""fxprune: structured pruning of PyTorch networks as a torch.fx compiler pass.
+
+``analyze`` finds which channels go together, ``compress`` removes them, ``search`` finds how many to take from where, ``distill`` trains
+what is left, ``save`` and ``load`` keep it without pickle, ``visualize`` prints what was found.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from fxprune.api import analyze, compress, record
+from fxprune.distillation import DistillConfig, distill
 from fxprune.errors import FxPruneError, VerificationError
+from fxprune.files import load, save
 from fxprune.passes.rules import register_op
 from fxprune.policies import Policy
+from fxprune.profiling import profile
 
-__all__ = ["FxPruneError", "Policy", "VerificationError", "analyze", "compress", "record", "register_op"]
+if TYPE_CHECKING:
+    from fxprune.driver import SearchConfig
+    from fxprune.display import visualize
+    from fxprune.searching import SearchResult, search
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DistillConfig",
+    "FxPruneError",
+    "Policy",
+    "SearchConfig",
+    "SearchResult",
+    "VerificationError",
+    "analyze",
+    "compress",
+    "distill",
+    "load",
+    "profile",
+    "record",
+    "register_op",
+    "save",
+    "search",
+    "visualize",
+]
+
+# rich and the search driver are loaded when they are first asked for.
+_LATER = {
+    "SearchConfig": "fxprune.driver",
+    "SearchResult": "fxprune.searching",
+    "search": "fxprune.searching",
+    "visualize": "fxprune.display",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LATER[name]), name)

@@ -10,16 +10,20 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from fxprune import inputs as forms
-from fxprune.errors import FxPruneError, InputError, PolicyError
+from fxprune.encoding import indices
+from fxprune.errors import FxPruneError, InputError
+from fxprune.evaluation import device_of, recalibrate_batchnorm
 from fxprune.passes.base import run_passes
 from fxprune.passes.cost import CostModel
 from fxprune.passes.coupling import CouplingGraph
 from fxprune.passes.pipeline import Plan, Slim, TracedGraph, analysed
 from fxprune.passes.slim import Slimmer
 from fxprune.passes.slim_module import SlimModule
-from fxprune.policies import Policy, checked_sparsity
+from fxprune.passes.verify import verify as zeroing_oracle
+from fxprune.policies import Policy, checked_sparsity, units_removed
 from fxprune.records import PruningRecord
 from fxprune.scores import Importance, scores
 
@@ -73,7 +77,12 @@ def compress(
         carrier = analysed(model, example, ignore, attention)
     graph: CouplingGraph = carrier.meta["coupling"]
     wanted: Mapping[str, float] | float = checked_sparsity(policy, "a uniform policy") if isinstance(policy, (int, float)) else chosen.sparsity
-    slim = run_passes(carrier, [Plan(wanted, lambda g: scores(g, importance, batches), round_to), Slim()])
+    units = options.get("units") if importance == options.get("importance", "auto") else None
+
+    def score(graph: CouplingGraph) -> Mapping[str, Any]:
+        return _recorded(graph, wanted, units) or scores(graph, importance, batches)
+
+    slim = run_passes(carrier, [Plan(wanted, score, round_to), Slim()])
     assert isinstance(slim, SlimModule)
     slimmer: Slimmer = slim.meta.pop("slimmer")
     keep = slim.meta.pop("keep")
@@ -83,15 +92,39 @@ def compress(
     applied = {g.name: float(wanted) for g in graph.groups if g.prunable} if isinstance(wanted, (int, float)) else dict(wanted)
     slim._record = made_record(graph, slimmer, keep, Policy(applied, graph.inputs, {**graph.options, **used}, chosen.meta))
     if verify:
-        from fxprune.passes.verify import verify as check
-
-        check(graph, slim, slim._record.kept, example if example is not None else forms.build(graph.inputs))
-    if repair != "none":
-        raise InputError("repair")
+        given = example if _has_values(example) else forms.build(graph.inputs, device=device_of(graph.model))
+        zeroing_oracle(graph, keep, slim, *forms.call_form(given))
+    if repair == "bn":
+        if not batches:
+            raise InputError('repair="bn" needs calibration data: pass calibration=[inputs, ...], the more batches the better')
+        recalibrate_batchnorm(slim, batches)
+        slim._record = slim._record.with_repair("bn")
     return slim
 
 
-REPAIRS = ("none",)
+REPAIRS = ("bn",)
+
+
+def _has_values(example: Any) -> bool:
+    return example is not None and not any(t.device.type == "meta" for t in tree_leaves(example) if isinstance(t, torch.Tensor))
+
+
+def _recorded(graph: CouplingGraph, wanted: Any, units: Any) -> Mapping[str, Any] | None:
+    """Scores that choose again the units a policy lists; None where it lists none, or a sparsity was edited since."""
+    if not isinstance(units, Mapping) or not isinstance(wanted, Mapping):
+        return None
+    found = {}
+    for name, p in wanted.items():
+        group = graph.by_name.get(name)
+        count = units_removed(p, group.size) if group is not None else 0
+        if group is None or not count:
+            continue
+        gone = indices(str(units.get(name, "")))
+        if len(gone) != count or (count and int(gone.max()) >= group.size):
+            return None
+        found[name] = torch.ones(group.size)
+        found[name][gone] = 0.0
+    return found
 
 
 def _policy(policy: Given) -> Policy:
@@ -166,6 +199,3 @@ def _composed(first: PruningRecord, second: PruningRecord) -> PruningRecord:
     notes = tuple(dict.fromkeys(first.notes + second.notes))
     renumbered = tuple(sorted({*first.renumbered, *second.renumbered}))
     return replace(second, kept=kept, removed_units=removed, before=first.before, renumbered=renumbered, notes=notes)
-
-
-__all__ = ["PolicyError", "analyze", "compress", "record"]

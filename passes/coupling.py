@@ -274,6 +274,10 @@ class CouplingGraph:
         found: Vector = self._unit_of_label[vector]
         return found
 
+    def is_output(self, key: tuple[str, int]) -> bool:
+        """Whether a parameter's dimension is the output channels of a convolution, linear, embedding or recurrent layer."""
+        return self._produces(key)
+
     def exact(self, names: Iterable[str]) -> bool:
         """Whether the zeroing oracle is defined for all the named groups."""
         return not any(self.by_name[n].notes for n in names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import torch
@@ -86,8 +87,29 @@ def _freeze(graph: fx.Graph) -> Frozen:
     nodes = []
     for node in graph.nodes:
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: _Ref(n.name))
-        nodes.append((node.name, node.op, _Op(node.target) if isinstance(node.target, torch._ops.OpOverload) else node.target, _plain(args), _plain(kwargs), dict(node.meta)))
+        nodes.append((node.name, node.op, _target(node.target), _plain(args), _plain(kwargs), dict(node.meta)))
     return nodes
+
+
+def _target(target: Any) -> Any:
+    """A call's target in a form that pickles: some functions are made inside others and are known only by where they can be found."""
+    if isinstance(target, torch._ops.OpOverload):
+        return _Op(target)
+    if "<locals>" in getattr(target, "__qualname__", ""):
+        for home in (torch.nn.functional, torch):
+            if getattr(home, target.__name__, None) is target:
+                return _Found(home.__name__, target.__name__)
+    return target
+
+
+class _Found:
+    """A function by the module that offers it."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self.module, self.name = module, name
+
+    def get(self) -> Any:
+        return getattr(importlib.import_module(self.module), self.name)
 
 
 class _Op:
@@ -134,7 +156,7 @@ def _thaw(nodes: Frozen) -> fx.Graph:
         return value
 
     for name, op, target, args, kwargs, meta in nodes:
-        node = graph.create_node(op, target.get() if isinstance(target, _Op) else target, refs(args), refs(kwargs), name)
+        node = graph.create_node(op, target.get() if isinstance(target, (_Op, _Found)) else target, refs(args), refs(kwargs), name)
         node.meta = dict(meta)
         made[name] = node
     return graph

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx import _symbolic_trace as symbolic
+from torch.fx._symbolic_trace import _find_proxy
 from torch.fx.node import map_arg
 
 from fxprune.errors import InputError, TraceError
@@ -116,6 +118,9 @@ class ShapeProxy(fx.Proxy):
             self.tracer.specialised(self, f"len() is {value.shape[0]}")
             return int(value.shape[0])
         return len(value)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def __contains__(self, item: Any) -> bool:
         return item in self.value
@@ -429,6 +434,15 @@ def _patched(tracer: ShapeTracer) -> Iterator[None]:
             return _isinstance(obj.value, cls)
         return _isinstance(obj, cls)
 
+    def wrapped(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found = not tracer.busy and _find_proxy(args, kwargs) is not None
+            return tracer.create_proxy("call_function", original, args, kwargs) if found else original(*args, **kwargs)
+
+        return call
+
+    # fx's own wrapper expects one proxy back; a function that is traced into may return anything.
+    wrapper, symbolic._create_wrapped_func = symbolic._create_wrapped_func, wrapped
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     for name, original in saved.items():
@@ -438,6 +452,7 @@ def _patched(tracer: ShapeTracer) -> Iterator[None]:
         yield
     finally:
         builtins.isinstance = _isinstance
+        symbolic._create_wrapped_func = wrapper
         for name, original in saved.items():
             setattr(torch, name, original)
         torch.backends.mha.set_fastpath_enabled(fast)

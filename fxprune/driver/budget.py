@@ -1,0 +1,149 @@
+"""The budget: how far a removal vector is from the targets, and its projection onto them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from fxprune.driver.problem import FloatArray, IntArray, Metrics, Space
+from fxprune.driver.sampler import spread
+from fxprune.driver.targets import Point
+from fxprune.errors import SearchError
+
+FINE = 0.25  # projections are refined until the slack is within this share of the tolerance
+SWAPS = 5000  # pairs of groups tried at most in one exchange of units; large networks never need one
+
+
+class Budget:
+    """The targets of one search over ``space``, all to be met at once.
+
+    ``start``: where the way to the targets begins (the original network, or the previous point of a Pareto run).
+    """
+
+    def __init__(self, space: Space, targets: Point, tolerance: float = 0.01, start: IntArray | None = None) -> None:
+        self.space = space
+        self.targets = targets
+        self.tolerance = tolerance
+        self._known: dict[bytes, tuple[Metrics, dict[str, float]]] = {}
+        self.start = space.zeros() if start is None else start
+        self._from = {target.metric: self.remaining(self.start, target.metric) for target in targets}
+
+    def remaining(self, removed: IntArray, metric: str) -> float:
+        """What is left of ``metric``, as a share of the original; looked up once a vector, so a measured cost stays what it was."""
+        key = removed.tobytes()
+        if key not in self._known:
+            self._known[key] = (self.space.cost(removed.copy()), {})
+        cost, found = self._known[key]
+        if metric not in found:
+            found[metric] = 1 - self.space.sparsity(removed) if metric == "sparsity" else self._looked_up(cost, metric)
+        return found[metric]
+
+    def _looked_up(self, cost: Metrics, metric: str) -> float:
+        try:
+            value = float(cost[metric])
+        except KeyError:
+            raise SearchError(f"this problem has no cost named {metric!r}; it has {', '.join(sorted(cost)) or 'none'}") from None
+        if not np.isfinite(value):
+            raise SearchError(f"the cost {metric!r} came out as {value}; it must be a finite share of the original")
+        return value
+
+    def costs(self, removed: IntArray) -> dict[str, float]:
+        """The costs that every record holds: MACs, parameters and what the targets name (remaining shares), and the channel sparsity."""
+        names = dict.fromkeys(["macs", "params", *(target.metric for target in self.targets)])
+        shares = {name: self.remaining(removed, name) for name in names if name != "sparsity"}
+        return {**shares, "sparsity": self.space.sparsity(removed)}
+
+    def excess(self, removed: IntArray, progress: float = 1.0) -> float:
+        """How far ``removed`` is above its bounds after ``progress`` (0 to 1) of the way; negative below.
+
+        The largest over the targets, in shares of the number that the user gave: at ``progress`` 1 and within ``tolerance`` of 0 every
+        target is met, and the one that binds is met exactly enough.
+        """
+        worst = -np.inf
+        for target in self.targets:
+            begun = self._from[target.metric]
+            bound = begun + progress * (min(target.remaining, begun) - begun)
+            worst = max(worst, (self.remaining(removed, target.metric) - bound) / target.value)
+        return float(worst)
+
+    def progress(self, removed: IntArray) -> float:
+        """How much of the way from the start to the targets ``removed`` has come, 0 to 1."""
+        ways = [(self._from[t.metric], self.remaining(removed, t.metric), t.remaining) for t in self.targets]
+        return min(1.0, max(0.0, min((begun - now) / (begun - bound) if begun > bound else 1.0 for begun, now, bound in ways)))
+
+    def __str__(self) -> str:
+        return " ".join(str(target) for target in self.targets)
+
+    def shown(self, removed: IntArray) -> str:
+        """Where ``removed`` stands, in the terms of the targets."""
+        return " ".join(f"{t.metric}={t.shown(self.remaining(removed, t.metric)):.4g}" for t in self.targets)
+
+    def met(self, removed: IntArray) -> bool:
+        """Whether ``removed`` meets the targets within the tolerance: not above, and not needlessly below."""
+        return abs(self.excess(removed)) <= self.tolerance
+
+    def fits(self, removed: IntArray) -> bool:
+        """Whether nothing more has to go."""
+        return self.excess(removed) <= self.tolerance
+
+    def project(self, base: IntArray, action: FloatArray, progress: float = 1.0) -> IntArray:
+        """Remove as many units from ``base``, spread by ``action``, as bring it just within the bounds; exactly so at ``progress`` 1.
+
+        Where even the last unit would not do, all but one unit of every group go.
+        """
+        if self.excess(base, progress) <= 0:
+            return base
+        room = self.space.room - base
+        low, high = 0, int(room.sum())
+        while high - low > 1:  # costs fall as units go, so the boundary is found by bisection on their number
+            middle = (low + high) // 2
+            if self.excess(base + spread(action, middle, room), progress) <= 0:
+                high = middle
+            else:
+                low = middle
+        within = base + spread(action, high, room)
+        return self.refined(within, base) if progress >= 1 else within
+
+    def fitted(self, removed: IntArray) -> IntArray:
+        """The vector on the budget that has the proportions of ``removed`` (of the group sizes where nothing is removed)."""
+        weights = removed if removed.any() else self.space.units
+        return self.project(self.space.zeros(), np.maximum(weights / weights.sum(), 1e-9))
+
+    def uniform(self) -> IntArray:
+        """The largest allocation on the budget with the same share of units removed from every group, to the unit."""
+        return self.project(self.space.zeros(), self.space.units / self.space.units.sum())
+
+    def refined(self, removed: IntArray, base: IntArray) -> IntArray:
+        """Give single units back, and where that is not fine enough exchange units of two groups, until the slack is small."""
+        enough = FINE * self.tolerance
+        best, badness = removed, self._badness(removed)
+        while badness > enough:
+            moves = self._returns(best, base)
+            better = min(moves, key=self._badness, default=best)
+            if self._badness(better) >= badness and badness > self.tolerance:
+                better = min(self._exchanges(best, base), key=self._badness, default=best)
+            if self._badness(better) >= badness:
+                return best
+            best, badness = better, self._badness(better)
+        return best
+
+    def _badness(self, removed: IntArray) -> float:
+        """Slack below the bounds; above them the excess, after everything that is below by less than the tolerance."""
+        excess = self.excess(removed)
+        return -excess if excess <= 0 else excess + self.tolerance
+
+    def _returns(self, removed: IntArray, base: IntArray) -> Iterator[IntArray]:
+        for i in np.flatnonzero(removed > base):
+            moved = removed.copy()
+            moved[i] -= 1
+            yield moved
+
+    def _exchanges(self, removed: IntArray, base: IntArray) -> Iterator[IntArray]:
+        givers, takers = np.flatnonzero(removed > base), np.flatnonzero(removed < self.space.room)
+        pairs = [(i, j) for i in givers for j in takers if i != j]
+        for i, j in pairs[:SWAPS]:
+            moved = removed.copy()
+            moved[i] -= 1
+            moved[j] += 1
+            yield moved

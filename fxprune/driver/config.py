@@ -1,0 +1,154 @@
+"""Every knob of the search, with its default and where the paper's value comes from (RL-Pruner, https://arxiv.org/abs/2411.06463)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from fxprune.driver.targets import Point, parse
+from fxprune.errors import SearchError
+
+Reward = Callable[[Mapping[str, float]], float]
+DECAYS = ("constant", "linear", "cosine")
+STEP_UNITS = ("cost", "units")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Options of a search. The defaults are ours, for a small CNN in minutes; ``preset("paper")`` gives the paper's."""
+
+    targets: Any = ("macs=0.5",)  # one text, several texts or a mapping: see fxprune.driver.targets.parse
+    strategy: Any = "rl-pruner"  # rl-pruner, uniform, random, magnitude, optuna:SAMPLER, module:Class, or a Strategy subclass
+    reward: Any = "accuracy"  # accuracy, flops, params, latency, module:function, or a function of the metrics
+    alpha: float | None = None  # weight of the MACs removed in the reward; None: the preset reward's own
+    beta: float | None = None  # weight of the parameters removed in the reward; None: the preset reward's own
+    seed: int = 0
+    tolerance: float = 0.01  # a result is on target when it is within this share of it
+
+    # The prune steps (Wang 2024, sec. 3; constants from the authors' late code where the text gives none)
+    steps: int | None = 1  # prune steps to the target; None: as many as step_ratio gives. Paper: None
+    step_ratio: float = 0.01  # share of all units that a step removes. Paper: prune_filter_ratio, 1 %
+    step_by: str = "cost"  # "units": equal unit counts, the paper's; "cost": equal shares of the way to the target, so candidates compare
+    samples: int = 5  # actions sampled a round, and length of the replay buffer. Paper: 10
+    rounds: int = 40  # rounds of sampling and updating a step. Paper: 10
+    depth: int = 1  # levels of the sampled trajectories. Paper: 1 late, 2 early
+    depth_scaling: float = 2.0  # level k draws samples / scaling^k children. Paper: 2
+    discount: float = 0.9  # gamma of the look-ahead. Paper: 0.9
+    noise: float = 0.25  # the largest standard deviation of the noise on an action. Paper: 0.04, absolute
+    noise_relative: bool = True  # noise counted in mean entries (1 / groups), so it suits any number of groups. Paper: False
+    floor: float = 1e-5  # no entry of an action or policy is smaller. Paper: 1e-5
+    step_length: float = 1.0  # how far the policy moves to the best action. Paper: 0.1
+    clip: float | None = None  # a policy entry changes by at most this ratio a round. Paper: 0.25
+    epsilon: float = 0.0  # chance of a random buffer entry as next architecture at the first step. Paper: 0.4
+    epsilon_decay: str = "cosine"  # constant, linear or cosine. Paper: cosine
+    epsilon_share: float = 0.1  # share of the steps over which epsilon decays; zero after it. Paper: a tenth
+    patience: int | None = 10  # rounds without improvement after which a step ends early; None: never. Paper's early code: 3
+    improvement: float = 1e-4  # what counts as an improvement of the best Q
+    sharp_drop: float = 0.10  # relative fall of accuracy that resets the policy and redoes the step once. Paper: 10 %
+    recover_every: int = 0  # prune steps between recoveries (distillation); 0: none during the search. Paper: 1
+    warm_start: float = 0.0  # weight of the importance ranking in the first policy, 0 to 1. Paper: 0, proportional to group sizes
+    keep_best: bool = True  # result: the best on-target candidate scored; False: the last architecture, as in the paper
+    evaluations: int | None = 400  # scorings at most, all told; None: no bound. Paper: none
+
+    # Read by fxprune.search, which turns a network into a Problem; the driver does not look at them
+    importance: Any = "auto"  # auto, random, l1, l2, variance, taylor, or a callable. Paper: taylor
+    attention: str = "auto"
+    ignore: tuple[str, ...] = ()
+    round_to: int = 1
+    repair: str = "bn"  # repair inside the score: none, bn, bias, lstsq. Paper: none
+    device: str = "auto"
+
+    # Where candidates are scored: never changes the result
+    executor: str = "local"
+    jobs: int = 1
+
+    def __post_init__(self) -> None:
+        parse(self.targets)
+        for name in ("samples", "rounds", "depth", "round_to", "jobs"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("steps", "patience", "evaluations"):
+            _require(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "at least 1, or none")
+        for name in ("epsilon", "epsilon_share", "discount", "warm_start", "sharp_drop"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
+        for name in ("step_ratio", "step_length", "tolerance"):
+            _require(0 < getattr(self, name) <= 1, name, getattr(self, name), "above 0 and at most 1")
+        for name in ("noise", "improvement"):
+            _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "a finite number, 0 or more")
+        _require(0 < self.floor < 1e-2, "floor", self.floor, "above 0 and below 0.01")
+        _require(self.depth_scaling >= 1, "depth_scaling", self.depth_scaling, "at least 1")
+        _require(self.clip is None or 0 < self.clip < 1, "clip", self.clip, "between 0 and 1, or none")
+        _require(self.recover_every >= 0, "recover_every", self.recover_every, "0 or more")
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        _require(self.epsilon_decay in DECAYS, "epsilon_decay", self.epsilon_decay, f"one of {', '.join(DECAYS)}")
+        _require(self.step_by in STEP_UNITS, "step_by", self.step_by, f"one of {', '.join(STEP_UNITS)}")
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """The targets of each point of a Pareto run; a single one in an ordinary run."""
+        return parse(self.targets)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> SearchConfig:
+        """The options of a preset, "default" or "paper", with ``changes`` on top. Raises ``SearchError`` for an unknown name."""
+        if name not in PRESETS:
+            raise SearchError(f"unknown preset {name!r}; use one of {', '.join(PRESETS)}")
+        unknown = sorted(set(changes) - {field.name for field in fields(cls)})
+        if unknown:
+            raise SearchError(f"unknown search option {unknown[0]!r}; SearchConfig's docstring and source list them all")
+        return cls(**{**PRESETS[name], **changes})
+
+    def with_targets(self, point: Point) -> SearchConfig:
+        """The same options for one point."""
+        return replace(self, targets=tuple(str(target) for target in point))
+
+    def described(self) -> dict[str, Any]:
+        """The options as JSON; functions and classes by their qualified names."""
+        return {name: _named(value) for name, value in asdict(self).items()}
+
+    def identity(self) -> dict[str, Any]:
+        """The options on which the result depends: those that a resumed search must share."""
+        return {name: value for name, value in self.described().items() if name not in ("executor", "jobs", "device")}
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "paper": {
+        "steps": None,
+        "step_ratio": 0.01,
+        "step_by": "units",
+        "samples": 10,
+        "rounds": 10,
+        "depth": 1,
+        "discount": 0.9,
+        "noise": 0.04,
+        "noise_relative": False,
+        "floor": 1e-5,
+        "step_length": 0.1,
+        "clip": 0.25,
+        "epsilon": 0.4,
+        "epsilon_decay": "cosine",
+        "epsilon_share": 0.1,
+        "patience": None,
+        "sharp_drop": 0.10,
+        "recover_every": 1,
+        "warm_start": 0.0,
+        "keep_best": False,
+        "evaluations": None,
+        "importance": "taylor",
+        "repair": "none",
+    },
+}
+
+
+def _require(holds: bool, name: str, value: Any, expected: str) -> None:
+    if not holds:
+        raise SearchError(f"search option {name} is {value}; it must be {expected}")
+
+
+def _named(value: Any) -> Any:
+    if callable(value):
+        return f"{getattr(value, '__module__', '?')}:{getattr(value, '__qualname__', type(value).__qualname__)}"
+    if isinstance(value, tuple):
+        return [_named(item) for item in value]
+    return value

@@ -1,0 +1,91 @@
+"""From removal vectors to outcomes: score what is new, look costs up, compute rewards, count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from fxprune.driver.budget import Budget
+from fxprune.driver.config import Reward
+from fxprune.driver.executors import Executor
+from fxprune.driver.problem import IntArray, Metrics, Problem
+from fxprune.driver.qvalue import Memo
+from fxprune.driver.strategies.base import Outcome
+from fxprune.errors import EvaluationError, SearchError
+
+
+class Evaluator:
+    """Scores each architecture once. ``count``: scorings made in all, over memo clearings and resumed runs."""
+
+    def __init__(self, problem: Problem, reward: Reward, executor: Executor) -> None:
+        self.problem = problem
+        self.reward = reward
+        self.executor = executor
+        self.memo = Memo()
+        self.count = 0
+
+    def new(self, vectors: Sequence[IntArray]) -> list[IntArray]:
+        """Those of ``vectors`` that have yet to be scored, each once, in order."""
+        unique = {tuple(v.tolist()): v for v in vectors if v not in self.memo}
+        return list(unique.values())
+
+    def __call__(self, vectors: Sequence[IntArray], budget: Budget) -> list[Outcome]:
+        """An outcome for every vector, in order. Raises ``EvaluationError`` for a score that is not a finite number."""
+        new = self.new(vectors)
+        for vector, scored in zip(new, self.executor.map(self.problem.score, new), strict=True):
+            self.memo[vector] = self._checked(vector, scored)
+            self.count += 1
+        return [self.outcome(vector, budget) for vector in vectors]
+
+    def outcome(self, vector: IntArray, budget: Budget) -> Outcome:
+        """The outcome of a vector that was scored."""
+        scored, costs = self.memo[vector], budget.costs(vector)
+        metrics = _Lookup({**scored, **costs}, budget, vector)
+        try:
+            value = self.reward(metrics)
+        except KeyError as error:
+            raise SearchError(f"the reward function asks for a metric that there is not: {error.args[0]}") from error
+        if not math.isfinite(value):
+            raise EvaluationError(f"the reward of removing {int(vector.sum())} units came out as {value}; check the reward function")
+        return Outcome(vector, float(value), metrics.found)
+
+    def forget(self) -> None:
+        """The network's weights changed: earlier scores no longer hold."""
+        self.memo.clear()
+        self.executor.reset()
+
+    @staticmethod
+    def _checked(vector: IntArray, scored: Metrics) -> dict[str, float]:
+        metrics = {str(name): float(value) for name, value in scored.items()}
+        if "accuracy" not in metrics:
+            raise EvaluationError(f"score returned {', '.join(metrics) or 'nothing'} but no 'accuracy', the figure that is searched for")
+        wrong = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if wrong:
+            raise EvaluationError(
+                f"the score {wrong[0]!r} of a network without {int(vector.sum())} of its units is {metrics[wrong[0]]}; "
+                "check the evaluation, and the network's outputs for overflow"
+            )
+        return metrics
+
+
+class _Lookup(Mapping[str, float]):
+    """The metrics a reward function sees: what is known, and any other cost the moment it is asked for (latency is measured)."""
+
+    def __init__(self, found: dict[str, float], budget: Budget, vector: IntArray) -> None:
+        self.found = found
+        self._budget = budget
+        self._vector = vector
+
+    def __getitem__(self, name: str) -> float:
+        if name not in self.found:
+            try:
+                self.found[name] = self._budget.remaining(self._vector, name)
+            except SearchError as error:
+                raise KeyError(str(error)) from error
+        return self.found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)

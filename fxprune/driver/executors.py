@@ -1,0 +1,153 @@
+"""Where candidates are scored: in this process, in worker processes, or on a Ray cluster. The results never depend on which."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import multiprocessing
+import pickle
+import signal
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Protocol
+
+from fxprune.driver.config import SearchConfig
+from fxprune.driver.problem import IntArray, Metrics, Score
+from fxprune.errors import DependencyError, SearchError
+
+ATTEMPTS = 3  # times that a batch is taken up again after a worker died
+
+
+class Executor(Protocol):
+    """Scores batches of removal vectors, in order. ``score`` is a pure function, so who runs it and how often makes no difference."""
+
+    def map(self, score: Score, candidates: Sequence[IntArray]) -> list[Metrics]:
+        """The metrics of every candidate, in the order given."""
+
+    def reset(self) -> None:
+        """Forget copies of ``score``: what it computes has changed."""
+
+    def close(self) -> None:
+        """Stop the workers."""
+
+
+class LocalExecutor:
+    """Scores in this process."""
+
+    def map(self, score: Score, candidates: Sequence[IntArray]) -> list[Metrics]:
+        return [score(candidate) for candidate in candidates]
+
+    def reset(self) -> None:
+        """Nothing is copied here."""
+
+    def close(self) -> None:
+        """No workers here."""
+
+
+class ProcessExecutor:
+    """Scores in ``jobs`` worker processes. ``score`` is pickled once for all of them; a candidate travels as its vector.
+
+    Workers are spawned, not forked: a fork of a process that holds an accelerator or a thread pool cannot be trusted.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+        self._pool: ProcessPoolExecutor | None = None
+
+    def map(self, score: Score, candidates: Sequence[IntArray]) -> list[Metrics]:
+        done: dict[int, Metrics] = {}
+        for _ in range(ATTEMPTS):
+            try:
+                pool = self._started(score)
+                waiting: dict[int, Future[Metrics]] = {
+                    i: pool.submit(_score_in_worker, candidate) for i, candidate in enumerate(candidates) if i not in done
+                }
+                for i, future in waiting.items():
+                    done[i] = future.result()
+                return [done[i] for i in range(len(candidates))]
+            except BrokenProcessPool:
+                self.reset()
+        raise SearchError(f"worker processes died {ATTEMPTS} times over the same candidates; lower jobs, they may be out of memory")
+
+    def reset(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+
+    def _started(self, score: Score) -> ProcessPoolExecutor:
+        if self._pool is None:
+            try:
+                sent = pickle.dumps(score)
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                raise SearchError(f"the score cannot be sent to workers ({error}); use jobs=1, or functions of a module") from error
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.jobs, mp_context=context, initializer=_take_score, initargs=(sent,))
+        return self._pool
+
+
+class RayExecutor:
+    """Scores as Ray tasks, on the cluster that ``RAY_ADDRESS`` or a running Ray names, or on one started here. Needs the `ray` extra.
+
+    ``score`` goes into the object store once; Ray retries a task whose worker or node died.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        try:
+            self.ray: Any = importlib.import_module("ray")
+        except ImportError as error:
+            raise DependencyError("executor ray needs Ray; install it with: pip install 'fxprune[ray]', or use executor local") from error
+        self._own = not self.ray.is_initialized()
+        if self._own:
+            self._connect(jobs)
+        self._task = self.ray.remote(num_cpus=1, max_retries=ATTEMPTS)(_score_as_task)
+        self._score: Any = None
+
+    def _connect(self, jobs: int) -> None:
+        quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "include_dashboard": False}
+        try:
+            self.ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
+        except ConnectionError:  # no cluster is running: start one here
+            self.ray.init(num_cpus=jobs, **quiet)
+
+    def map(self, score: Score, candidates: Sequence[IntArray]) -> list[Metrics]:
+        if self._score is None:
+            self._score = self.ray.put(score)
+        return list(self.ray.get([self._task.remote(self._score, candidate) for candidate in candidates]))
+
+    def reset(self) -> None:
+        self._score = None
+
+    def close(self) -> None:
+        self._score = None
+        if self._own and self.ray.is_initialized():
+            self.ray.shutdown()
+
+
+def make(config: SearchConfig) -> Executor:
+    """The executor that a configuration names."""
+    if config.executor == "ray":
+        return RayExecutor(config.jobs)
+    if config.executor != "local":
+        raise SearchError(f"unknown executor {config.executor!r}; use local or ray")
+    return LocalExecutor() if config.jobs == 1 else ProcessExecutor(config.jobs)
+
+
+_worker: dict[str, Score] = {}
+
+
+def _take_score(sent: bytes) -> None:
+    """Runs once in each worker. The interrupt key is the parent's business: it stops the workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker["score"] = pickle.loads(sent)  # bytes from our own parent process, never from a file
+
+
+def _score_in_worker(candidate: IntArray) -> Metrics:
+    return dict(_worker["score"](candidate))
+
+
+def _score_as_task(score: Score, candidate: IntArray) -> Metrics:
+    return dict(score(candidate))

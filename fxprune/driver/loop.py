@@ -1,0 +1,233 @@
+"""The loop: ask the strategy, score, tell it, write it down; from the first checkpoint to the outcome."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fxprune.driver import checkpoint, executors, rewards, strategies
+from fxprune.driver.budget import Budget
+from fxprune.driver.config import SearchConfig
+from fxprune.driver.evaluator import Evaluator
+from fxprune.driver.executors import Executor
+from fxprune.driver.history import History
+from fxprune.driver.outcome import Allocation, Progress, SearchOutcome
+from fxprune.driver.problem import IntArray, Problem
+from fxprune.driver.selection import chosen_by
+from fxprune.driver.strategies.base import Outcome, Strategy
+from fxprune.errors import SearchError, TargetError
+
+OnEvent = Callable[[Progress], None]
+
+
+def run(
+    problem: Problem,
+    config: SearchConfig,
+    *,
+    checkpoint_dir: Path | str | None = None,
+    on_event: OnEvent | None = None,
+    executor: Executor | None = None,
+    resume: bool = False,
+) -> SearchOutcome:
+    """Search ``problem`` for the removal vector of highest reward on target.
+
+    ``checkpoint_dir``: where the state is kept after every round; with ``resume`` the search goes on from what is there, bit for bit.
+    ``executor``: scores the candidates; by default what ``config`` names, closed at the end.
+    Raises ``TargetError``, whose ``nearest`` is the outcome that comes closest, if no candidate is on target; ``SearchError`` for options
+    that do not fit; ``EvaluationError`` for a score that is not a finite number.
+    """
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    if resume and folder is None:
+        raise SearchError("resume needs checkpoint_dir, the folder of the search to go on with")
+    if config.recover_every and problem.recover is None:
+        raise SearchError("recover_every asks for training between prune steps, but the problem has no recover; set recover_every=0")
+    strategies.find(config.strategy)
+    used = executor or executors.make(config)
+    try:
+        search = _Search(problem, config, folder, on_event, used)
+        if resume and folder is not None:
+            search.restore(folder)
+        return search.all_points()
+    finally:
+        if executor is None:
+            used.close()
+
+
+class _Search:
+    """One search with everything that a checkpoint holds."""
+
+    def __init__(self, problem: Problem, config: SearchConfig, folder: Path | None, on_event: OnEvent | None, executor: Executor) -> None:
+        self.problem, self.config, self.folder, self.on_event = problem, config, folder, on_event
+        self.evaluator = Evaluator(problem, rewards.make(config), executor)
+        self.history = History()
+        self.baselines: dict[str, Allocation] = {}
+        self.points: list[SearchOutcome] = []
+        self.strategy_state: dict[str, Any] | None = None
+        self.weights: str | None = None
+        self.spent, self.begun = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self.spent + time.monotonic() - self.begun
+
+    def all_points(self) -> SearchOutcome:
+        """Search every point of the targets, each from where the one before it ended."""
+        self.save()
+        points = self.config.points
+        for targets in points[len(self.points) :]:
+            start = self.points[-1].removed if self.points else None
+            budget = Budget(self.problem.space, targets, self.config.tolerance, start)
+            self.points.append(self.one_point(budget))
+            self.history, self.baselines, self.strategy_state = History(), {}, None
+            self.save()
+        last = self.points[-1]
+        if len(points) == 1:
+            return last
+        whole = tuple(record for point in self.points for record in point.history)
+        return replace(last, history=whole, pareto=tuple(self.points))
+
+    def one_point(self, budget: Budget) -> SearchOutcome:
+        """Search one set of targets from its baselines to its outcome."""
+        self.score_baselines(budget)
+        if not budget.fits(budget.space.room):
+            bound = self.evaluator([budget.space.room], budget)[0]
+            raise self.unmet(budget, bound, "cannot be met: even with all but one unit of every group removed,")
+        strategy = strategies.find(self.config.strategy)(budget, self.config.with_targets(budget.targets))
+        if self.strategy_state is not None:
+            strategy.restore(self.strategy_state)
+        self.tell_progress("start", strategy, self.points[-1] if self.points else self.baselines["original"])
+        while self.one_round(strategy):
+            self.strategy_state = strategy.state()
+            self.save()
+        chosen = chosen_by(strategy, self.evaluator, keep_best=self.config.keep_best)
+        if self.history.rounds:  # a step cut short by the bound on evaluations
+            self.close_step(strategy, chosen)
+        self.tell_progress("end", strategy, chosen)
+        if not budget.met(chosen.removed):
+            raise self.unmet(budget, chosen, "was not met: units are too coarse to come closer; the nearest found:")
+        return self.outcome(budget, chosen)
+
+    def score_baselines(self, budget: Budget) -> None:
+        """Score the original network and the uniform allocation on the same budget, for the comparison that every report makes."""
+        if self.baselines:
+            return
+        vectors = {"original": budget.space.zeros(), "uniform": budget.uniform()}
+        for name, outcome in zip(vectors, self.evaluator(list(vectors.values()), budget), strict=True):
+            self.baselines[name] = Allocation(outcome.removed, outcome.reward, outcome.metrics, budget.met(outcome.removed))
+        self.save()
+
+    def one_round(self, strategy: Strategy) -> bool:
+        """Ask, score, tell. Returns False when the strategy is done or the evaluations are used up."""
+        vectors = strategy.ask()
+        if not vectors or self.used_up(vectors):
+            return False
+        outcomes = self.evaluator(vectors, strategy.budget)
+        best = self.history.add_round(outcomes, strategy.budget, self.evaluator.count)
+        if strategy.tell(outcomes):
+            current = strategy.current()
+            self.close_step(strategy, best if current is None else self.evaluator([current], strategy.budget)[0])
+            self.recover(strategy)
+        self.tell_progress("round", strategy, best)
+        return True
+
+    def used_up(self, vectors: list[IntArray]) -> bool:
+        """Whether scoring ``vectors`` would leave no evaluation for the result."""
+        limit = self.config.evaluations
+        return limit is not None and self.evaluator.count + len(self.evaluator.new(vectors)) > limit - 1
+
+    def close_step(self, strategy: Strategy, best: Outcome) -> None:
+        self.history.close_step(strategy, str(self.config.described()["strategy"]), best, self.evaluator.count, self.seconds)
+        self.tell_progress("step", strategy, best)
+
+    def recover(self, strategy: Strategy) -> None:
+        """Train what is left, where the configuration asks for it after this step (Wang 2024, sec. 3.5)."""
+        every, current, train = self.config.recover_every, strategy.current(), self.problem.recover
+        if not every or train is None or current is None or strategy.step % every or strategy.budget.fits(current):
+            return
+        train(current)
+        self.evaluator.forget()
+        strategy.weights_changed()
+        if self.folder is not None and self.problem.save_weights is not None:
+            self.weights = f"weights-{len(self.points)}-{strategy.step}"
+            self.problem.save_weights(self.folder / self.weights)
+
+    def outcome(self, budget: Budget, chosen: Outcome) -> SearchOutcome:
+        targets = tuple(str(target) for target in budget.targets)
+        records = tuple(self.history.records)
+        return SearchOutcome(chosen.removed, chosen.reward, chosen.metrics, records, self.evaluator.count, dict(self.baselines), targets)
+
+    def unmet(self, budget: Budget, chosen: Outcome, why: str) -> TargetError:
+        found = replace(self.outcome(budget, chosen), pareto=tuple(self.points))
+        return TargetError(f"target {budget} {why} {budget.shown(chosen.removed)}; ask for a milder target, or more tolerance", found)
+
+    def tell_progress(self, kind: str, strategy: Strategy, outcome: Outcome | Allocation | SearchOutcome) -> None:
+        if self.on_event is None:
+            return
+        current, budget, limit = strategy.current(), strategy.budget, self.config.evaluations
+        done = max(strategy.progress(), self.evaluator.count / limit if limit else 0.0)
+        self.on_event(
+            Progress(
+                kind=kind,
+                targets=tuple(str(target) for target in budget.targets),
+                step=strategy.step,
+                steps=strategy.steps(),
+                evaluations=self.evaluator.count,
+                limit=limit,
+                reward=outcome.reward,
+                accuracy=outcome.metrics["accuracy"],
+                best=self.history.best,
+                share=budget.progress(outcome.removed if current is None else current),
+                seconds=self.seconds,
+                left=self.seconds * (1 - done) / done if done > 0 else None,
+            )
+        )
+
+    def save(self) -> None:
+        """Write the checkpoint; the first one before anything is scored."""
+        if self.folder is None:
+            return
+        state = {
+            "config": self.config.identity(),
+            "names": list(self.problem.names),
+            "units": self.problem.units.tolist(),
+            "points": [point.state() for point in self.points],
+            "strategy": self.strategy_state,
+            "memo": self.evaluator.memo.state(),
+            "evaluations": self.evaluator.count,
+            "history": self.history.state(),
+            "baselines": {name: allocation.state() for name, allocation in self.baselines.items()},
+            "weights": self.weights,
+            "seconds": self.seconds,
+        }
+        checkpoint.save(self.folder, state)
+        for old in self.folder.glob("weights-*"):
+            if old.name != self.weights:
+                old.unlink()
+
+    def restore(self, folder: Path) -> None:
+        """Take up the folder's checkpoint. Raises ``SearchError`` when it belongs to another search."""
+        state = checkpoint.load(folder)
+        mine = {"config": self.config.identity(), "names": list(self.problem.names), "units": self.problem.units.tolist()}
+        for key, value in mine.items():
+            if state.get(key) != value:
+                raise SearchError(f"the search in {folder} was made with another {key}{_difference(state.get(key), value)}")
+        self.points = [SearchOutcome.of(point) for point in state["points"]]
+        self.strategy_state = state["strategy"]
+        self.evaluator.memo.restore(state["memo"])
+        self.evaluator.count = state["evaluations"]
+        self.history.restore(state["history"])
+        self.baselines = {name: Allocation.of(item) for name, item in state["baselines"].items()}
+        self.weights, self.spent = state["weights"], state["seconds"]
+        if self.weights is not None and self.problem.load_weights is not None:
+            self.problem.load_weights(folder / self.weights)
+
+
+def _difference(old: Any, new: Any) -> str:
+    """Which option differs, where that can be said shortly."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return "; resume it with the network it was made for"
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return f": {changed[0]} was {old.get(changed[0])!r} and is now {new.get(changed[0])!r}; resume with the same options"

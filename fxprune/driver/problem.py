@@ -1,0 +1,112 @@
+"""What the search is told about a network: numbers and functions, never the network itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fxprune.errors import SearchError
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+Metrics = Mapping[str, float]
+Cost = Callable[[IntArray], Metrics]
+Score = Callable[[IntArray], Metrics]
+
+
+@dataclass(frozen=True)
+class Space:
+    """The removal vectors there are, and what each costs: all that a strategy sees.
+
+    A *removal vector* is an int64 array of shape ``(groups,)``: how many units each prunable group loses, from 0 to its units minus one.
+
+    ``names``: one per group.
+    ``units``: int64, shape ``(groups,)``: units of each group before pruning.
+    ``channels``: int64, shape ``(groups,)``: output channels that go with one unit of each group.
+    ``fixed_channels``: output channels in no prunable group; they count in the channel sparsity's denominator.
+    ``cost``: removal vector -> what is left, as a share of the original from 0 to 1: "macs", "params", and "latency" and "memory" where
+        they are asked for. Only the names that a search needs are looked up, so a mapping may measure on lookup.
+    ``unit_scores``: for each group the importance of its units in ascending order, float64, shape ``(units,)``; None if there is none.
+    """
+
+    names: tuple[str, ...]
+    units: IntArray
+    channels: IntArray
+    cost: Cost
+    fixed_channels: int = 0
+    unit_scores: tuple[FloatArray, ...] | None = None
+
+    @property
+    def room(self) -> IntArray:
+        """The most that each group may lose: all units but one."""
+        return self.units - 1
+
+    def zeros(self) -> IntArray:
+        """The removal vector of the original network."""
+        return np.zeros(len(self.names), dtype=np.int64)
+
+    def sparsity(self, removed: IntArray) -> float:
+        """Share of all output channels that are gone, as the paper counts (Wang 2024, sec. 4)."""
+        total = int((self.units * self.channels).sum()) + self.fixed_channels
+        return float((removed * self.channels).sum() / max(total, 1))
+
+    def checked(self, removed: Any, where: str) -> IntArray:
+        """Return ``removed`` as a fresh removal vector; raise ``SearchError`` naming ``where`` if it is none of this space."""
+        array = np.array(removed)
+        if array.shape != self.units.shape or not np.issubdtype(array.dtype, np.integer):
+            raise SearchError(
+                f"{where}: expected {len(self.names)} whole numbers, one a group; got dtype {array.dtype}, shape {array.shape}"
+            )
+        vector = array.astype(np.int64)
+        outside = np.flatnonzero((vector < 0) | (vector > self.room))
+        if outside.size:
+            i = int(outside[0])
+            raise SearchError(f"{where}: group {self.names[i]!r} would lose {vector[i]} units; it may lose 0 to {self.room[i]}")
+        return vector
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A network to be searched, as functions of a removal vector (see ``Space`` for the fields that they share).
+
+    ``score``: removal vector -> metrics, among them "accuracy" (any figure of merit, larger is better). Expensive. It must be a pure
+        function of the vector, so that executors and resumed runs agree; an executor with several workers pickles it.
+    ``recover``: called with the current removal vector between prune steps to train what is left; scores may change after it.
+    ``save_weights``, ``load_weights``: write what ``recover`` changed to a path, and read it back when a search is resumed.
+    """
+
+    names: tuple[str, ...]
+    units: IntArray
+    channels: IntArray
+    cost: Cost
+    score: Score
+    fixed_channels: int = 0
+    unit_scores: Sequence[FloatArray] | None = None
+    recover: Callable[[IntArray], None] | None = None
+    save_weights: Callable[[Path], None] | None = None
+    load_weights: Callable[[Path], None] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(self.names))
+        for field in ("units", "channels"):
+            object.__setattr__(self, field, np.array(getattr(self, field), dtype=np.int64))
+        groups = len(self.names)
+        if groups == 0:
+            raise SearchError("there is no prunable group to search over; fxprune.visualize(model, inputs) says why each is locked")
+        if self.units.shape != (groups,) or self.channels.shape != (groups,):
+            raise SearchError(f"{groups} names, but units of shape {self.units.shape} and channels of shape {self.channels.shape}")
+        if len(set(self.names)) != groups or self.units.min() < 1:
+            raise SearchError("group names must be unique and every group must have at least one unit")
+        if self.unit_scores is not None and [len(s) for s in self.unit_scores] != self.units.tolist():
+            raise SearchError("unit_scores must hold one array a group, as long as the group has units")
+
+    @property
+    def space(self) -> Space:
+        """The part of the problem that strategies may see."""
+        scores = None if self.unit_scores is None else tuple(np.asarray(s, dtype=np.float64) for s in self.unit_scores)
+        return Space(self.names, self.units, self.channels, self.cost, self.fixed_channels, scores)

@@ -1,0 +1,73 @@
+"""Reward strategies: R = accuracy + alpha x MACs removed + beta x parameters removed (Wang 2024, sec. 3.3)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fxprune.driver.config import Reward, SearchConfig
+from fxprune.errors import SearchError
+
+SHARE = 0.25  # what a whole network's cost is worth, in accuracy; the paper gives no figure
+
+
+@dataclass(frozen=True)
+class WeightedReward:
+    """Accuracy plus the removed shares of the costs, each with its weight; picklable and comparable."""
+
+    alpha: float = 0.0
+    beta: float = 0.0
+    latency: float = 0.0
+
+    def __call__(self, metrics: Mapping[str, float]) -> float:
+        reward = metrics["accuracy"]
+        for weight, name in ((self.alpha, "macs"), (self.beta, "params"), (self.latency, "latency")):
+            if weight:
+                reward += weight * (1 - metrics[name])
+        return reward
+
+
+REWARDS: Mapping[str, WeightedReward] = {
+    "accuracy": WeightedReward(),
+    "flops": WeightedReward(alpha=SHARE),
+    "params": WeightedReward(beta=SHARE),
+    "latency": WeightedReward(latency=SHARE),
+}
+
+
+def make(config: SearchConfig) -> Reward:
+    """The reward that a configuration asks for: a preset, an import path, or the user's own function of the metrics."""
+    chosen = config.reward
+    if callable(chosen):
+        return _as_reward(chosen)
+    if chosen in REWARDS:
+        preset = REWARDS[chosen]
+        alpha = preset.alpha if config.alpha is None else config.alpha
+        beta = preset.beta if config.beta is None else config.beta
+        return WeightedReward(alpha, beta, preset.latency)
+    if ":" in str(chosen):
+        return _as_reward(imported(str(chosen), "reward"))
+    raise SearchError(f"unknown reward {chosen!r}; use one of {', '.join(REWARDS)}, or module:function")
+
+
+def imported(path: str, what: str) -> Any:
+    """The object at ``package.module:name``. Raises ``SearchError`` saying which half was not found."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise SearchError(f"{what} {path!r}: cannot import {module!r} ({error}); run from the folder that holds it") from error
+    except AttributeError as error:
+        raise SearchError(f"{what} {path!r}: module {module!r} has no {name!r}") from error
+
+
+def _as_reward(function: Any) -> Reward:
+    if not callable(function):
+        raise SearchError(f"reward {function!r} is no function; give a function of a metrics mapping that returns a number")
+
+    def reward(metrics: Mapping[str, float]) -> float:
+        return float(function(metrics))
+
+    return reward

@@ -1,0 +1,24 @@
+"""Which of the candidates a search ends with."""
+
+from __future__ import annotations
+
+from fxprune.driver.evaluator import Evaluator
+from fxprune.driver.strategies.base import Outcome, Strategy
+
+
+def chosen_by(strategy: Strategy, evaluator: Evaluator, *, keep_best: bool) -> Outcome:
+    """The best candidate on target of all that were scored with the present weights, the uniform baseline among them.
+
+    Without ``keep_best`` it is the architecture that the strategy ends on, as in the paper. Where nothing is on target it is what comes
+    closest to it.
+    """
+    budget = strategy.budget
+    own = strategy.result()
+    ended = [] if own is None else evaluator([own], budget)
+    if ended and not keep_best:
+        return ended[0]
+    scored = [evaluator.outcome(vector, budget) for vector in evaluator.memo]
+    on_target = [outcome for outcome in scored if budget.met(outcome.removed)]
+    if on_target:
+        return max(on_target, key=lambda outcome: outcome.reward)
+    return min(scored, key=lambda outcome: abs(budget.excess(outcome.removed)))

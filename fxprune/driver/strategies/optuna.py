@@ -1,0 +1,88 @@
+"""Any Optuna sampler as a strategy (`optuna:TPESampler`). Needs the `optuna` extra."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fxprune.driver.problem import IntArray
+from fxprune.driver.sampler import on_simplex
+from fxprune.driver.strategies.base import Outcome, Strategy
+from fxprune.errors import DependencyError, SearchError
+
+
+class OptunaStrategy(Strategy):
+    """A group's weight in the allocation is one float parameter from 0 to 1; each allocation is projected onto the budget.
+
+    Optuna's samplers keep generators of their own that cannot be read out. So the state is the list of rewards told, and a restored
+    strategy runs a fresh study from the same seed and tells it the same rewards again, which costs no scoring.
+    """
+
+    def start(self) -> None:
+        self.optuna = _optuna()
+        name = str(self.config.strategy).partition(":")[2]
+        self.study = self.optuna.create_study(direction="maximize", sampler=_sampler(self.optuna, name, self.config.seed))
+        self.trials: list[Any] = []
+        self.told: list[list[float]] = []
+
+    def propose(self) -> list[IntArray]:
+        if self.step >= self.steps():
+            return []
+        self.trials = [self.study.ask() for _ in range(self.config.samples)]
+        return [self.budget.project(self.space.zeros(), on_simplex(w * self.space.units, self.config.floor)) for w in self._weights()]
+
+    def learn(self, outcomes: Sequence[Outcome]) -> None:
+        self._tell([outcome.reward for outcome in outcomes])
+
+    def steps(self) -> int:
+        return self.config.rounds * (self.config.steps or 1)
+
+    def memory(self) -> dict[str, Any]:
+        return {"told": self.told}
+
+    def recall(self, memory: dict[str, Any]) -> None:
+        self.start()
+        for rewards in memory["told"]:
+            self.trials = [self.study.ask() for _ in rewards]
+            self._weights()
+            self._tell(rewards)
+
+    def _weights(self) -> list[Any]:
+        names = self.space.names
+        return [np.array([trial.suggest_float(name, 0.0, 1.0) for name in names]) for trial in self.trials]
+
+    def _tell(self, rewards: Sequence[float]) -> None:
+        for trial, reward in zip(self.trials, rewards, strict=True):
+            self.study.tell(trial, reward)
+        self.told.append([float(reward) for reward in rewards])
+
+
+def named(name: str) -> type[Strategy]:
+    """The strategy class for `optuna:NAME`; raises now if Optuna or the sampler is missing, rather than in the middle of a search."""
+    _sampler(_optuna(), name, 0)
+    return OptunaStrategy
+
+
+def _optuna() -> Any:
+    try:
+        optuna = importlib.import_module("optuna")
+    except ImportError as error:
+        raise DependencyError("the optuna strategies need Optuna; install it with: pip install 'fxprune[optuna]'") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def _sampler(optuna: Any, name: str, seed: int) -> Any:
+    kind = getattr(optuna.samplers, name, None)
+    if kind is None or not name.endswith("Sampler"):
+        known = ", ".join(sorted(n for n in dir(optuna.samplers) if n.endswith("Sampler") and n != "BaseSampler"))
+        raise SearchError(f"Optuna has no sampler {name!r}; it has {known}")
+    try:
+        return kind(seed=seed)
+    except ImportError as error:
+        raise DependencyError(f"Optuna's {name} needs another package: {error}") from error
+    except TypeError as error:
+        raise SearchError(f"Optuna's {name} cannot be made from a seed alone ({error}); choose another sampler") from error

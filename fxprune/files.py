@@ -1,0 +1,211 @@
+"""Slim modules in files: one safetensors file with the weights and, in its metadata, everything else. No pickle is written or read."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fxprune.encoding import decode_record, encode_record
+from fxprune.errors import FileError
+from fxprune.evaluation import device_of
+from fxprune.passes.slim_module import SlimModule
+from fxprune.rebuilding import rebuilt
+from fxprune.records import PruningRecord
+
+FORMAT = "fxprune-slim/1"
+# In front of the names of tensors that no state_dict has (non-persistent buffers, plain attributes): the rest of the file is one.
+_EXTRA = "fxprune.extra/"
+_LAYOUTS = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+
+
+def save(slim: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a slim module to ``path``; an older file there is replaced only when the new one is whole.
+
+    The file holds the weights under their names, so it also reads as a plain safetensors state_dict; tied tensors once, their other
+    names as aliases in the metadata; non-persistent buffers and tensor attributes under names of their own; and the pruning record.
+    Raises ``FileError`` for a module without a record, a tensor that safetensors does not know, or a path that cannot be written.
+    """
+    record = getattr(slim, "_record", None)
+    if not isinstance(record, PruningRecord):
+        raise FileError(f"cannot save this {type(slim).__name__}: it carries no pruning record; pass what compress returned")
+    tensors, aliases, layouts = _contents(slim)
+    described = {"format": FORMAT, "model": type(slim).__name__, "aliases": aliases, "layouts": layouts, "record": encode_record(record)}
+    target = Path(path)
+    scratch = target.with_name(target.name + ".part")
+    try:
+        # One entry: safetensors writes several in random order, and equal modules should give equal files.
+        save_file(tensors, scratch, {"fxprune": json.dumps(described)})
+        os.replace(scratch, target)
+    except TypeError as error:
+        raise FileError(f"cannot save to {target}: the policy's inputs, options or meta are not plain JSON: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"cannot save to {target}: {_line(error)}; choose a folder that can be written") from error
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise FileError(f"cannot save to {target}: safetensors takes no such tensor: {_line(error)}") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str], model: nn.Module) -> SlimModule:
+    """Rebuild the slim module of ``path`` from ``model``, a fresh original, which may lie on the meta device and is not changed.
+
+    The slim module lies where the model does (on the CPU for a model on meta) and has its modes and ``requires_grad`` flags; weights,
+    dtypes and the record are the file's. Raises ``FileError``, in one line that says what differs, for a file that is none of
+    ``save``'s, is damaged, or was made of another model.
+    """
+    described, tensors = _read(Path(path))
+    try:
+        record = decode_record(described["record"])
+        _check_original(record, model)
+        slim = rebuilt(_with_index_buffers(model, record, tensors), record)
+        device = device_of(model)
+        _assign(slim, tensors, described["aliases"], described["layouts"], torch.device("cpu") if device.type == "meta" else device)
+    except FileError as error:
+        raise FileError(f"cannot load {path}: {error}") from error
+    except KeyError as error:
+        raise FileError(f"cannot load {path}: its metadata have no {error}") from error
+    slim.__dict__["_record"] = record
+    return slim
+
+
+def _contents(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
+    """Tensors by their names in a file, each once; other name -> name for the tied ones; name -> memory layout."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    layouts: dict[str, str] = {}
+    names: dict[int, str] = {}
+    storages: set[int] = set()
+    for name, holder, key in _slots(module):
+        tensor = holder[key]
+        if tensor.is_meta:
+            raise FileError(f"cannot save {name}: it lies on the meta device and has no values; load the weights first")
+        if tensor.layout != torch.strided:
+            raise FileError(f"cannot save {name}: it is sparse ({tensor.layout}); make it dense with to_dense()")
+        if id(tensor) in names:
+            aliases[name] = names[id(tensor)]
+            continue
+        names[id(tensor)] = name
+        layout = next((n for n, f in _LAYOUTS.items() if _is_laid_out(tensor, f)), None)
+        if layout is not None:
+            layouts[name] = layout
+        plain = tensor.detach().contiguous().cpu()
+        storage = plain.untyped_storage()
+        # safetensors writes no two names into one storage, nor part of one.
+        tensors[name] = plain.clone() if storage.data_ptr() in storages or storage.nbytes() != plain.nbytes else plain
+        storages.add(storage.data_ptr())
+    return tensors, aliases, layouts
+
+
+def _slots(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Every place that holds a tensor: its name in a file, the mapping it is in, and its key there."""
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for holder in (owner._parameters, owner._buffers, owner.__dict__):
+            for key, tensor in holder.items():
+                if isinstance(tensor, Tensor):
+                    in_state = holder is not owner.__dict__ and key not in owner._non_persistent_buffers_set
+                    yield f"{dot}{key}" if in_state else f"{_EXTRA}{dot}{key}", holder, key
+
+
+def _is_laid_out(tensor: Tensor, layout: torch.memory_format) -> bool:
+    fits = tensor.ndim == (4 if layout is torch.channels_last else 5)
+    return fits and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=layout)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with path.open("rb") as opened:
+            start = opened.read(9)
+        # A safetensors file begins with 8 bytes for the length of a JSON object, and the object; any byte may be among the 8.
+        if start[8:] != b"{" and start.startswith((_ZIP, _PICKLE)):
+            raise FileError(f"cannot load {path}: it is a pickle, which can run code; only what fxprune.save wrote is read")
+        with safe_open(path, "pt") as opened:
+            metadata = opened.metadata() or {}
+            # Copied out: the reader's tensors lie at the file's own offsets, and other alignments give other roundings.
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118, it is no mapping
+    except OSError as error:
+        raise FileError(f"cannot load {path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise FileError(f"cannot load {path}: it is no whole safetensors file: {_line(error)}") from error
+    if "fxprune" not in metadata:
+        raise FileError(f"cannot load {path}: it holds weights but no pruning record; only fxprune.save's files can be loaded")
+    try:
+        described = json.loads(metadata["fxprune"])
+    except ValueError as error:
+        raise FileError(f"cannot load {path}: its metadata are damaged: {error}") from error
+    if not isinstance(described, dict) or described.get("format") != FORMAT:
+        found = described.get("format") if isinstance(described, dict) else described
+        raise FileError(f"cannot load {path}: its format is {found!r}; this fxprune reads {FORMAT!r}")
+    return described, tensors
+
+
+def _check_original(record: PruningRecord, model: nn.Module) -> None:
+    """The layers of the original that was pruned must be those of ``model``, parameter for parameter."""
+    own: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        own[name.rpartition(".")[0]] += parameter.numel()
+    wanted = {name: costs["params"] for name, costs in record.before.per_layer.items() if costs["params"]}
+    for layer, count in wanted.items():
+        if own[layer] != count:
+            has = f"{own[layer]} parameters in {layer!r}" if own[layer] else f"no layer {layer!r} with parameters"
+            raise FileError(f"it was made of another model: this one has {has}, the file's original {count}")
+    for layer, count in own.items():
+        if count and layer not in wanted:
+            raise FileError(f"it was made of another model: this one has {count} parameters in {layer!r}, the file's original none")
+
+
+def _with_index_buffers(model: nn.Module, record: PruningRecord, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """``model``, or for one on meta a copy that has the file's values in its index tables, which the analysis reads."""
+    if not any(holder[key].is_meta for _, holder, key in _slots(model)):
+        return model
+    if record.renumbered:
+        raise FileError(f"the original values of {record.renumbered[0]!r} are needed and not in it; build the model on the CPU")
+    copied = copy.deepcopy(model)
+    for name, holder, key in _slots(copied):
+        if name in tensors and not tensors[name].is_floating_point() and tensors[name].shape == holder[key].shape:
+            holder[key] = tensors[name]
+    return copied
+
+
+def _assign(
+    slim: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], layouts: Mapping[str, str], device: torch.device
+) -> None:
+    """Put the file's tensors in their places; tied places get the same one."""
+    slots = list(_slots(slim))
+    named = {*tensors, *aliases}
+    strange = [name for name, _, _ in slots if name not in named] or sorted(named - {name for name, _, _ in slots})
+    if strange:
+        where = "is missing from the file" if strange[0] not in named else "is in the file alone"
+        raise FileError(f"it does not fit this model: {strange[0]!r} {where}")
+    placed: dict[str, Tensor] = {}
+    for name, holder, key in slots:
+        own, first = holder[key], aliases.get(name, name)
+        if first not in tensors:
+            raise FileError(f"its metadata are damaged: {name!r} is an alias of {first!r}, which is not there")
+        if own.shape != tensors[first].shape:
+            raise FileError(f"it does not fit this model: {name!r} is {_shape(tensors[first])} in the file and {_shape(own)} in the model")
+        if first not in placed:
+            value = tensors[first].to(device)
+            if first in layouts:
+                value = value.contiguous(memory_format=_LAYOUTS[layouts[first]])
+            placed[first] = nn.Parameter(value, own.requires_grad) if isinstance(own, nn.Parameter) else value
+        holder[key] = placed[first]
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(str(size) for size in tensor.shape) or "a scalar"
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,252 @@
+"""Data to rich renderables: the coupling tree, the table of a search's result, the lines of its progress. Pure: nothing is printed here."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from fxprune.results import Row, bytes_text, count_text, time_text
+
+LAYERS_SHOWN = 24  # layers listed under one group; DenseNet's have hundreds
+NAME_WIDTH = 40  # columns for a layer's name, so that a tree fits into 100
+KIND_WIDTH = 11  # columns for its type
+
+
+class Group(Protocol):
+    """What the tree needs of a coupling group."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def members(self) -> Sequence[tuple[str, int, Any]]: ...
+    @property
+    def units(self) -> Sequence[Any]: ...
+    @property
+    def prunable(self) -> bool: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
+
+
+class Graph(Protocol):
+    """What the tree needs of a coupling graph: its groups, and a ``networkx`` graph whose edges carry ``op``."""
+
+    @property
+    def groups(self) -> Sequence[Any]: ...
+    @property
+    def graph(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Line:
+    """One layer in a group: which slices of its parameters belong to it, how many indices are kept, and what couples it."""
+
+    layer: str
+    kind: str
+    slices: str
+    kept: int
+    total: int
+    joins: str
+
+
+def coupling_tree(graph: Graph, *, removed: Mapping[str, Any] | None = None, title: str = "coupling graph") -> Tree:
+    """The groups of a coupling graph as a tree: their layers, kept and total channels, and what couples them; locked groups by reason.
+
+    ``removed``: group name -> numbers of the units that are gone, as a record's ``removed_units``; without it everything is kept.
+    """
+    removed = removed or {}
+    prunable = [group for group in graph.groups if group.prunable]
+    locked = [group for group in graph.groups if not group.prunable]
+    units = sum(group.size for group in prunable)
+    root = Tree(
+        Text.assemble(
+            (title, "bold"), f": {_count(len(prunable), 'group')} prunable with {units:,} units, {_count(len(locked), 'group')} locked"
+        ),
+        guide_style="dim",
+    )
+    for group in prunable:
+        gone = {int(unit) for unit in removed.get(group.name, ())}
+        head = Text.assemble((group.name, "bold cyan"), f"  {group.size - len(gone)}/{group.size} units")
+        branch = root.add(head)
+        lines = layer_lines(group, graph.graph, gone)
+        width = min(NAME_WIDTH, max((len(line.layer) for line in lines), default=0))
+        for line in lines[:LAYERS_SHOWN]:
+            branch.add(_layer_text(line, width))
+        if len(lines) > LAYERS_SHOWN:
+            kinds = Counter(line.kind or "tensor" for line in lines[LAYERS_SHOWN:])
+            rest = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
+            branch.add(Text(f"and {len(lines) - LAYERS_SHOWN} more: {rest}", style="dim"))
+        for note in group.notes:
+            branch.add(Text(f"note: {note}", style="yellow"))
+    if locked:
+        _add_locked(root, locked)
+    return root
+
+
+def _add_locked(root: Tree, locked: Sequence[Group]) -> None:
+    by_reason: dict[str, list[Group]] = {}
+    for group in locked:
+        by_reason.setdefault(group.reason, []).append(group)
+    branch = root.add(Text(f"locked: {_count(len(locked), 'group')}", style="bold red"))
+    for reason, groups in by_reason.items():
+        names = ", ".join(f"{group.name} ({group.size})" for group in groups[:LAYERS_SHOWN])
+        more = f" and {len(groups) - LAYERS_SHOWN} more" if len(groups) > LAYERS_SHOWN else ""
+        branch.add(Text.assemble((reason, "red"), ": ", names, more))
+
+
+def layer_lines(group: Group, graph: Any, gone: Iterable[int] = ()) -> list[Line]:
+    """The members of a group, gathered by layer, in their order."""
+    lost = set(gone)
+    by_layer: dict[str, list[tuple[str, int, Any, Any]]] = {}
+    for (name, dim, indices), units in zip(group.members, group.units, strict=True):
+        layer, _, leaf = name.rpartition(".")
+        by_layer.setdefault(layer or leaf, []).append((name, dim, indices.tolist(), units.tolist()))
+    inside = {(name, dim) for name, dim, _ in group.members}
+    lines = []
+    for layer, members in by_layer.items():
+        ops = {op for name, dim, _, _ in members for op in _ops(graph, (name, dim), inside)}
+        own = next((op for op in sorted(ops) if op.startswith(f"{layer} (")), _own(graph, members[0]))
+        kind = own.rpartition(" (")[2].rstrip(")") if own.startswith(f"{layer} (") else ""
+        joins = ", ".join(sorted(op for op in ops if " (" not in op))
+        # One channel is one index of the layer's widest member; norms have several vectors of the same length.
+        _, _, widest, its_units = max(members, key=lambda member: len(member[2]))
+        kept = sum(unit not in lost for unit in its_units)
+        lines.append(Line(layer, kind, _slices(members), kept, len(widest), joins))
+    return lines
+
+
+def _ops(graph: Any, node: tuple[str, int], inside: set[tuple[str, int]]) -> list[str]:
+    return [str(data.get("op", "")) for _, other, data in graph.edges(node, data=True) if other in inside]
+
+
+def _own(graph: Any, member: tuple[str, int, Any, Any]) -> str:
+    return str(graph.nodes[member[0], member[1]].get("op", ""))
+
+
+def _slices(members: Sequence[tuple[str, int, list[int], Any]]) -> str:
+    """``weight[0:64]``, ``weight[:, 0:64]``: the slices of each parameter; parameters with the same slice together."""
+    names_of: dict[str, list[str]] = {}
+    for name, dim, indices, _ in members:
+        names_of.setdefault(f"[{':, ' * dim}{ranges(indices)}]", []).append(name.rpartition(".")[2])
+    return " ".join(f"{_leaves(names)}{where}" for where, names in names_of.items())
+
+
+def _leaves(names: Sequence[str]) -> str:
+    return ",".join(names) if len(names) <= 2 else "all"
+
+
+def ranges(indices: Sequence[int]) -> str:
+    """Sorted indices as ranges: ``0:64``, ``0:8, 16:24``, ``0:64:2``; beyond four ranges the first, the last and how many there are."""
+    step = indices[1] - indices[0] if len(indices) > 2 else 1
+    if step > 1 and all(b - a == step for a, b in zip(indices, indices[1:], strict=False)):
+        return f"{indices[0]}:{indices[-1] + 1}:{step}"
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1]:
+            runs[-1][1] = index + 1
+        else:
+            runs.append([index, index + 1])
+    shown = [f"{low}:{high}" for low, high in runs]
+    return ", ".join(shown) if len(shown) <= 4 else f"{shown[0]}, …, {shown[-1]} in {len(shown)} runs"
+
+
+def _layer_text(line: Line, width: int) -> Text:
+    name = line.layer if len(line.layer) <= width else f"{line.layer[: width // 2 - 1]}…{line.layer[len(line.layer) - width // 2 :]}"
+    style = "" if line.kept == line.total else "green"
+    kept = f"{line.kept}/{line.total}".rjust(9)
+    text = Text.assemble(name.ljust(width), "  ", (kept, style), f"  {line.kind.ljust(KIND_WIDTH)} ", (line.slices, "dim"))
+    return text.append(f"  joined by {line.joins}" if line.joins else "", "magenta")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def result_table(rows: Sequence[Row], title: str = "") -> Table:
+    """Networks side by side, one a column, the first of them the original; shares of it in brackets."""
+    table = Table(title=escape(title) or None, title_justify="left", title_style="bold")
+    table.add_column("")
+    for row in rows:
+        table.add_column(escape(row.name), justify="right")
+    first = rows[0]
+    table.add_row("test accuracy", *(_accuracy(row, first) for row in rows))
+    for label, get, show in (
+        ("MACs", lambda r: r.macs, count_text),
+        ("parameters", lambda r: r.params, count_text),
+        ("latency", lambda r: r.latency, time_text),
+        ("size on disk", lambda r: r.bytes, bytes_text),
+    ):
+        table.add_row(label, *(f"{show(get(row))}{_share(get(row), get(first), row is first)}" for row in rows))
+    return table
+
+
+def _accuracy(row: Row, first: Row) -> str:
+    difference = 100 * (row.accuracy - first.accuracy)
+    return f"{100 * row.accuracy:.2f} %" + ("" if row is first else f" ({difference:+.2f})")
+
+
+def _share(value: float, whole: float, is_whole: bool) -> str:
+    return "" if is_whole or not whole else f" ({100 * value / whole:.1f} %)"
+
+
+class SearchProgress(Protocol):
+    """What the progress line needs: ``fxprune.driver.Progress``."""
+
+    @property
+    def targets(self) -> Sequence[str]: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def evaluations(self) -> int: ...
+    @property
+    def reward(self) -> float: ...
+    @property
+    def accuracy(self) -> float: ...
+    @property
+    def best(self) -> float | None: ...
+    @property
+    def share(self) -> float: ...
+    @property
+    def left(self) -> float | None: ...
+
+
+def search_line(progress: SearchProgress) -> Text:
+    """A search's progress in one line: its step, candidates, rewards, the share of the target reached, the time left."""
+    best = "none yet" if progress.best is None else f"{progress.best:.4f}"
+    left = "" if progress.left is None else f"  left {time_text(progress.left)}"
+    return Text.assemble(
+        ("search ", "bold"),
+        f"{' '.join(progress.targets)}  step {min(progress.step + 1, progress.steps)}/{progress.steps}  "
+        f"candidates {progress.evaluations}  reward {progress.reward:.4f}  best {best}  target {100 * progress.share:.0f} %{left}",
+    )
+
+
+def show(renderable: Any, *, file: Any = None) -> None:
+    """Print to the terminal, or write ``file``: HTML or SVG by its suffix, plain text otherwise."""
+    if file is None:
+        Console().print(renderable)
+        return
+    path = Path(file)
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(renderable)
+    if path.suffix == ".html":
+        console.save_html(str(path))
+    elif path.suffix == ".svg":
+        console.save_svg(str(path), title="fxprune")
+    else:
+        console.save_text(str(path))

@@ -1,0 +1,39 @@
+"""The figures of a finished search, as data and as text: what the tables, the report page and the files show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network in the result table: accuracy on the test part as a share, costs per image, median latency in seconds, file size."""
+
+    name: str
+    accuracy: float
+    macs: int
+    params: int
+    latency: float
+    bytes: int
+
+
+def count_text(value: float) -> str:
+    """A count in thousands, millions or thousand millions."""
+    for factor, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= factor:
+            return f"{value / factor:.2f}{unit}"
+    return f"{value:.0f}"
+
+
+def bytes_text(value: float) -> str:
+    """Bytes in kB or MB."""
+    return f"{value / 1e6:.2f} MB" if value >= 1e6 else f"{value / 1e3:.1f} kB"
+
+
+def time_text(seconds: float) -> str:
+    """Seconds in the unit that suits."""
+    if seconds < 1e-3:
+        return f"{1e6 * seconds:.0f} µs"
+    if seconds < 1:
+        return f"{1e3 * seconds:.2f} ms"
+    return f"{seconds:.1f} s" if seconds < 100 else f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"

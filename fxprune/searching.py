@@ -1,0 +1,240 @@
+"""The search over a network: the network as a ``Problem`` of numbers and functions, and what the driver finds as a policy and a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from fxprune.api import analyze, compress
+from fxprune.driver import Problem, SearchConfig, SearchOutcome, run
+from fxprune.encoding import ranges
+from fxprune.errors import EvaluationError, InputError
+from fxprune.evaluation import device_of, recalibrate_batchnorm
+from fxprune.inputs import build
+from fxprune.passes.cost import CostModel
+from fxprune.passes.coupling import CouplingGraph
+from fxprune.passes.plan import Keep, keep_counts
+from fxprune.passes.slim import Slimmer
+from fxprune.policies import Policy
+from fxprune.profiling import profile
+from fxprune.scores import Scores, scores
+
+Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    ``policy``: the sparsity of every group, with the inputs, options and units that give the same pruning again.
+    ``model``: the slim module. ``history``: one record a step. ``reward``, ``evaluations``: of the result, and how many candidates were scored.
+    ``outcome``: everything the driver found, the uniform baseline on the same budget and the points of a Pareto run included.
+    """
+
+    policy: Policy
+    model: fx.GraphModule
+    history: tuple[Mapping[str, Any], ...]
+    reward: float
+    evaluations: int
+    outcome: SearchOutcome = field(repr=False)
+
+
+class Candidates:
+    """The slim networks of an analysed model by how many units each prunable group loses; made by slicing, from one analysis."""
+
+    def __init__(self, graph: CouplingGraph, ranking: Scores, round_to: int = 1) -> None:
+        self.graph, self.ranking, self.round_to = graph, ranking, round_to
+        self.groups = [g for g in graph.groups if g.prunable]
+        self.names = tuple(g.name for g in self.groups)
+        self.costs = CostModel(graph)
+        self._whole = {"macs": self.costs.macs(), "params": self.costs.params(), "memory": self.costs.memory()}
+
+    def keep(self, removed: Any) -> Keep:
+        return keep_counts(self.graph, dict(zip(self.names, map(int, removed), strict=True)), self.ranking, self.round_to)
+
+    def slim(self, removed: Any) -> fx.GraphModule:
+        return Slimmer(self.graph, self.keep(removed)).run()
+
+    def share(self, name: str, removed: Any) -> float:
+        """What is left of "macs", "params" or "memory", as a share of the original."""
+        count = {"macs": self.costs.macs, "params": self.costs.params, "memory": self.costs.memory}[name]
+        return count(self.keep(removed)) / max(self._whole[name], 1)
+
+    def policy(self, removed: Any, meta: Mapping[str, Any], importance: str) -> Policy:
+        """The policy that ``compress`` turns into the same units, without the calibration data."""
+        keep = self.keep(removed)
+        sparsity, units = {}, {}
+        for group in self.groups:
+            gone = np.flatnonzero(~keep[self.graph.starts[group.number] : self.graph.starts[group.number + 1]])
+            sparsity[group.name] = len(gone) / group.size
+            if len(gone):
+                units[group.name] = ranges(torch.from_numpy(gone))
+        options = {**self.graph.options, "round_to": self.round_to, "importance": importance, "units": units}
+        return Policy(sparsity, self.graph.inputs, options, meta)
+
+
+class Score:
+    """Removal vector -> metrics of the slim network, its BatchNorm statistics estimated anew first (EagleEye, Li 2020).
+
+    One thread per evaluation, since linear algebra differs in bits between one and two. Pickled, it carries the model and is analysed
+    again where it arrives.
+    """
+
+    def __init__(self, candidates: Candidates, evaluate: Evaluate, batches: list[Any] | None, repair: str) -> None:
+        self.candidates, self.evaluate, self.batches, self.repair = candidates, evaluate, batches, repair
+
+    def __call__(self, removed: Any) -> Mapping[str, float]:
+        with _one_thread():
+            slim = self.candidates.slim(removed).eval()
+            if self.repair == "bn" and self.batches:
+                recalibrate_batchnorm(slim, self.batches)
+            with torch.no_grad():
+                return metrics_of(self.evaluate(slim))
+
+    def __getstate__(self) -> dict[str, Any]:
+        graph = self.candidates.graph
+        return {
+            "model": graph.model, "inputs": graph.inputs, "options": graph.options, "ranking": dict(self.candidates.ranking),
+            "round_to": self.candidates.round_to, "evaluate": self.evaluate, "batches": self.batches, "repair": self.repair,
+        }  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        options = state["options"]
+        graph = analyze(state["model"], build(state["inputs"], device="meta"), ignore=options["ignore"], attention=options["attention"])
+        self.candidates = Candidates(graph, state["ranking"], state["round_to"])
+        self.evaluate, self.batches, self.repair = state["evaluate"], state["batches"], state["repair"]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def metrics_of(found: Any) -> Mapping[str, float]:
+    """What ``evaluate`` returned as a mapping with an "accuracy": a number is the accuracy, a mapping's first entry stands in for it."""
+    if isinstance(found, Mapping):
+        metrics = {str(k): float(v) for k, v in found.items()}
+        if not metrics:
+            raise EvaluationError("evaluate returned an empty mapping; return a number or a mapping of metrics, larger is better")
+        metrics.setdefault("accuracy", next(iter(metrics.values())))
+        return metrics
+    try:
+        return {"accuracy": float(found)}
+    except (TypeError, ValueError) as error:
+        raise EvaluationError(f"evaluate returned a {type(found).__name__}; return a number or a mapping of metrics, larger is better") from error
+
+
+class _Costs(Mapping[str, float]):
+    """The remaining shares of one candidate; latency is measured when it is looked up."""
+
+    def __init__(self, candidates: Candidates, removed: Any, whole_latency: Callable[[], float]) -> None:
+        self.candidates, self.removed, self.whole_latency = candidates, removed, whole_latency
+
+    def __getitem__(self, name: str) -> float:
+        if name == "latency":
+            slim = self.candidates.slim(self.removed).eval()
+            return _latency(slim, self.candidates.graph) / self.whole_latency()
+        return self.candidates.share(name, self.removed)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("macs", "params", "memory", "latency"))
+
+    def __len__(self) -> int:
+        return 4
+
+
+def _latency(module: nn.Module, graph: CouplingGraph) -> float:
+    return profile(module, build(graph.inputs, device=device_of(module))).latency(runs=20)
+
+
+def make_problem(
+    graph: CouplingGraph, evaluate: Evaluate, *, calibration: Iterable[Any] | None = None, importance: Any = "auto", round_to: int = 1,
+    repair: str = "bn", seed: int = 0,
+) -> tuple[Problem, Candidates]:  # fmt: skip
+    """An analysed network as a search problem: costs from the analysis, scores from ``evaluate`` on slim networks.
+
+    ``calibration``: batches, ``(inputs, targets)`` or inputs alone, for the importance and for BatchNorm statistics; read once.
+    """
+    batches = None if calibration is None else list(calibration)
+    if repair not in ("none", "bn"):
+        raise InputError(f"repair {repair!r} is not available inside the score; choose none or bn")
+    candidates = Candidates(graph, scores(graph, importance, batches, seed), round_to)
+    known: list[float] = []
+
+    def whole() -> float:
+        if not known:
+            known.append(_latency(graph.model, graph))
+        return known[0]
+
+    channels, fixed = output_channels(graph)
+    problem = Problem(
+        names=candidates.names,
+        units=np.array([g.size for g in candidates.groups]),
+        channels=channels,
+        cost=lambda removed: _Costs(candidates, removed, whole),
+        score=Score(candidates, evaluate, batches, repair),
+        fixed_channels=fixed,
+        unit_scores=[np.sort(candidates.ranking[n]) for n in candidates.names],
+    )
+    return problem, candidates
+
+
+def output_channels(graph: CouplingGraph) -> tuple[Any, int]:
+    """Output channels of convolutions and linears per unit of each prunable group, and those in no prunable group.
+
+    The network's own outputs are left out, as the paper counts (Wang 2024, sec. 4).
+    """
+    per_unit = np.zeros(int(graph.starts[-1]))
+    fixed = 0
+    for key in graph.keys:
+        if graph.is_output(key):
+            units = graph.unit_of[key]
+            inside = graph.prunable_unit[units]
+            per_unit += np.bincount(units[inside], minlength=len(per_unit))
+            reasons = {graph.by_number[g].reason for g in np.unique(graph.group_of_unit[units]).tolist() if g in graph.by_number}
+            if not any("the network's output" in r for r in reasons):
+                fixed += int((~inside).sum())
+    prunable = [g for g in graph.groups if g.prunable]
+    return np.array([round(per_unit[graph.starts[g.number]]) for g in prunable], dtype=np.int64), fixed
+
+
+def search(
+    model: nn.Module, example_inputs: Any, evaluate: Evaluate, *, config: SearchConfig | None = None, calibration: Iterable[Any] | None = None,
+    checkpoint_dir: Path | str | None = None, resume: bool = False, on_event: Callable[[Any], None] | None = None,
+) -> SearchResult:  # fmt: skip
+    """Find how much to take from which group of ``model`` so that the target of ``config`` is met at the highest reward.
+
+    ``evaluate``: slim module -> a number or a mapping of metrics, larger is better; score on data held out of training, never on the test set.
+    ``calibration``: a few batches, ``(inputs, targets)`` or inputs, for importance and BatchNorm statistics.
+    ``checkpoint_dir``, ``resume``: where the state is kept after every round, and whether to go on from it.
+    Raises ``TargetError`` where no candidate is on target, ``SearchError`` for options that do not fit.
+    """
+    config = config or SearchConfig()
+    graph = analyze(model, example_inputs, ignore=config.ignore, attention=config.attention)
+    importance = config.importance
+    problem, candidates = make_problem(
+        graph, evaluate, calibration=calibration, importance=importance, round_to=config.round_to, repair=config.repair, seed=config.seed
+    )
+    outcome = run(problem, config, checkpoint_dir=checkpoint_dir, resume=resume, on_event=on_event)
+    return result_of(outcome, candidates, config)
+
+
+def result_of(outcome: SearchOutcome, candidates: Candidates, config: SearchConfig) -> SearchResult:
+    """The policy and the slim module of what the driver found."""
+    meta = {"targets": list(outcome.targets), "reward": outcome.reward, "metrics": dict(outcome.metrics), "seed": config.seed,
+            "strategy": config.described()["strategy"], "evaluations": outcome.evaluations}  # fmt: skip
+    importance = config.importance if isinstance(config.importance, str) else "l2"
+    policy = candidates.policy(outcome.removed, meta, importance)
+    return SearchResult(policy, compress(candidates.graph, policy), outcome.history, outcome.reward, outcome.evaluations, outcome)

@@ -1,0 +1,81 @@
+"""The same result whoever scores: this process, worker processes, Ray; workers that die; scores that cannot travel."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fxprune.driver import SearchConfig, run
+from fxprune.driver.executors import LocalExecutor, ProcessExecutor, make
+from fxprune.driver.problem import IntArray
+from fxprune.errors import DependencyError, SearchError
+from tests.driver.synthetic import Chain
+
+
+class Mortal:
+    """Scores by a chain, but the first worker to score takes its process down with it."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+        self.chain = Chain()
+
+    def __call__(self, removed: IntArray) -> Mapping[str, float]:
+        if not self.mark.exists():
+            self.mark.write_text("died")
+            os._exit(1)
+        return self.chain.score(removed)
+
+
+def candidates() -> list[IntArray]:
+    return [np.full(6, count) for count in range(8)]
+
+
+def test_worker_processes_give_the_same_policy() -> None:
+    config = SearchConfig(samples=4, rounds=2)
+    alone = run(Chain().problem(), config)
+    shared = run(Chain().problem(), dataclasses.replace(config, jobs=2))
+    assert shared.removed.tolist() == alone.removed.tolist()
+    assert shared.reward == alone.reward
+
+
+def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
+    executor = ProcessExecutor(2)
+    try:
+        assert executor.map(Mortal(tmp_path / "mark"), candidates()) == LocalExecutor().map(Chain().score, candidates())
+    finally:
+        executor.close()
+
+
+def test_a_score_that_cannot_be_sent_is_refused() -> None:
+    executor = ProcessExecutor(2)
+    with pytest.raises(SearchError, match="cannot be sent to workers"):
+        executor.map(lambda removed: {"accuracy": 1.0}, candidates())
+
+
+def test_a_changed_score_is_sent_again() -> None:
+    executor = ProcessExecutor(1)
+    try:
+        before = executor.map(Chain().score, candidates())
+        executor.reset()
+        after = executor.map(Chain(sensitivity=np.zeros(6)).score, candidates())
+    finally:
+        executor.close()
+    assert before != after
+
+
+def test_executors_by_name() -> None:
+    assert isinstance(make(SearchConfig()), LocalExecutor)
+    assert isinstance(make(SearchConfig(jobs=3)), ProcessExecutor)
+    with pytest.raises(SearchError, match="unknown executor 'slurm'; use local or ray"):
+        make(SearchConfig(executor="slurm"))
+
+
+def test_missing_ray_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(DependencyError, match=r"pip install 'fxprune\[ray\]'"):
+        make(SearchConfig(executor="ray"))

@@ -1,0 +1,210 @@
+"""The loop: its outcome, baselines, limits, recovery, Pareto runs, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fxprune.driver import Problem, Progress, SearchConfig, run
+from fxprune.driver.problem import IntArray
+from fxprune.errors import EvaluationError, SearchError, TargetError
+from tests.driver.synthetic import Chain
+
+SMALL: dict[str, Any] = {"samples": 4, "rounds": 4}
+
+
+def changed(problem: Problem, **fields: Any) -> Problem:
+    return dataclasses.replace(problem, **fields)
+
+
+@pytest.mark.parametrize("strategy", ["rl-pruner", "uniform", "random", "magnitude"])
+@pytest.mark.parametrize("target", ["macs=0.5", "params=0.4", "sparsity=0.4", "latency=0.6"])
+def test_every_strategy_meets_the_target_within_one_percent(strategy: str, target: str) -> None:
+    metric, _, value = target.partition("=")
+    found = run(Chain().problem(), SearchConfig(strategy=strategy, targets=target, **SMALL))
+    assert found.metrics[metric] == pytest.approx(float(value), rel=0.01)
+    assert found.targets == (target,)
+    assert found.baselines["original"].metrics["macs"] == 1
+    assert found.baselines["uniform"].metrics[metric] == pytest.approx(float(value), rel=0.01)
+
+
+def test_outcome_is_the_best_on_target_and_counts_scorings() -> None:
+    chain = Chain()
+    found = run(chain.problem(), SearchConfig(**SMALL))
+    assert found.evaluations == chain.calls
+    on_target = [c["reward"] for record in found.history for c in record["candidates"] if c["on_target"]]
+    assert found.reward == max([*on_target, found.baselines["uniform"].reward])
+    assert found.metrics["accuracy"] == Chain().score(found.removed)["accuracy"]
+
+
+def test_history_is_json_with_one_record_a_step() -> None:
+    found = run(Chain().problem(), SearchConfig(steps=3, **SMALL))
+    records = json.loads(json.dumps(found.history))
+    assert [record["step"] for record in records] == [1, 2, 3]
+    shares = [record["macs"] for record in records]
+    assert shares == sorted(shares, reverse=True)
+    for record in records:
+        assert len(record["rounds"]) <= 5
+        assert {"reward", "accuracy", "macs", "params", "sparsity", "on_target"} <= record["candidates"][0].keys()
+    assert records[-1]["evaluations"] <= found.evaluations
+
+
+def test_reward_flops_prefers_fewer_macs_where_the_target_leaves_them_open() -> None:
+    plain = run(Chain().problem(), SearchConfig(targets="sparsity=0.3"))
+    flops = run(Chain().problem(), SearchConfig(targets="sparsity=0.3", reward="flops", alpha=2.0))
+    assert flops.metrics["macs"] < plain.metrics["macs"]
+    assert flops.reward == pytest.approx(flops.metrics["accuracy"] + 2.0 * (1 - flops.metrics["macs"]))
+
+
+def test_own_reward_function_may_ask_for_any_cost() -> None:
+    def reward(metrics: Mapping[str, float]) -> float:
+        return metrics["accuracy"] - metrics["memory"]
+
+    found = run(Chain().problem(), SearchConfig(reward=reward, **SMALL))
+    assert found.reward == pytest.approx(found.metrics["accuracy"] - found.metrics["memory"])
+    with pytest.raises(SearchError, match="'joules'"):
+        run(Chain().problem(), SearchConfig(reward=lambda metrics: metrics["joules"]))
+
+
+def test_evaluations_are_bounded() -> None:
+    for limit in (5, 23, 60):
+        chain = Chain()
+        found = run(chain.problem(), SearchConfig(evaluations=limit, rounds=100, steps=2))
+        assert chain.calls == found.evaluations <= limit
+        assert found.metrics["macs"] == pytest.approx(0.5, rel=0.01)
+
+
+def test_unreachable_target_names_and_keeps_the_nearest() -> None:
+    floor = 0.1 + 0.9 * Chain().cost(Chain().units - 1)["macs"]
+    with pytest.raises(TargetError, match=r"target params=0\.05 cannot be met.*params=0\.1") as caught:
+        run(Chain().problem(), SearchConfig(targets="params=0.05"))
+    nearest = caught.value.nearest
+    assert nearest.removed.tolist() == (Chain().units - 1).tolist()
+    assert nearest.metrics["params"] == pytest.approx(floor)
+
+
+def test_units_too_coarse_for_the_target() -> None:
+    chain = Chain((2, 2, 2, 2, 2, 2))
+    with pytest.raises(TargetError, match="too coarse") as caught:
+        run(chain.problem(), SearchConfig(targets="macs=0.55", **SMALL))
+    assert abs(caught.value.nearest.metrics["macs"] - 0.55) < 0.1
+
+
+def test_progress_is_told() -> None:
+    seen: list[Progress] = []
+    run(Chain().problem(), SearchConfig(steps=2, **SMALL), on_event=seen.append)
+    assert seen[0].kind == "start"
+    assert seen[-1].kind == "end"
+    assert sum(event.kind == "step" for event in seen) == 2
+    counts = [event.evaluations for event in seen]
+    assert counts == sorted(counts)
+    assert seen[-1].share == pytest.approx(1, abs=0.02)
+    assert seen[-1].best is not None
+
+
+def test_pareto_run_gives_a_point_each_and_reuses_evaluations() -> None:
+    chain = Chain()
+    found = run(chain.problem(), SearchConfig(targets="macs=0.7,0.5,0.3", **SMALL))
+    assert [round(point.metrics["macs"], 2) for point in found.pareto] == [0.7, 0.5, 0.3]
+    assert found.removed.tolist() == found.pareto[-1].removed.tolist()
+    assert found.evaluations == chain.calls
+    assert len(found.history) == 3
+    for mild, harsh in zip(found.pareto, found.pareto[1:], strict=False):
+        assert (harsh.removed >= 0).all()
+        assert mild.reward >= harsh.reward
+
+
+def test_recovery_between_steps() -> None:
+    trained: list[list[int]] = []
+    chain = Chain()
+    boost = {"by": 0.0}
+
+    def score(removed: IntArray) -> Mapping[str, float]:
+        return {"accuracy": chain.score(removed)["accuracy"] + boost["by"]}
+
+    def recover(removed: IntArray) -> None:
+        trained.append(removed.tolist())
+        boost["by"] += 0.01
+
+    problem = changed(chain.problem(), score=score, recover=recover)
+    found = run(problem, SearchConfig(steps=4, recover_every=1, **SMALL))
+    assert len(trained) == 3  # not after the last step: what comes then is the final training
+    assert trained[0] == found.history[0]["removed"]
+    assert found.metrics["accuracy"] == pytest.approx(chain.score(found.removed)["accuracy"] + 0.03)
+
+
+def test_recovery_needs_something_that_trains() -> None:
+    with pytest.raises(SearchError, match="recover_every"):
+        run(Chain().problem(), SearchConfig(recover_every=1))
+
+
+@pytest.mark.parametrize(
+    ("scored", "message"),
+    [({"accuracy": float("nan")}, "'accuracy'.*is nan"), ({"loss": 1.0}, "no 'accuracy'"), ({"accuracy": 1, "x": float("inf")}, "'x'")],
+)
+def test_scores_that_are_no_numbers_are_refused(scored: dict[str, float], message: str) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        run(changed(Chain().problem(), score=lambda removed: scored), SearchConfig())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 0}, "samples is 0; it must be at least 1"),
+        ({"epsilon": 1.5}, "epsilon"),
+        ({"noise": float("nan")}, "noise"),
+        ({"floor": 0.0}, "floor"),
+        ({"clip": 1.0}, "clip"),
+        ({"step_by": "channels"}, "one of cost, units"),
+        ({"epsilon_decay": "steep"}, "one of constant"),
+        ({"targets": "macs=2"}, "out of range"),
+        ({"evaluations": 0}, "evaluations"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SearchError, match=message):
+        SearchConfig(**options)
+
+
+def test_presets() -> None:
+    paper = SearchConfig.preset("paper", targets="macs=0.4")
+    assert (paper.samples, paper.rounds, paper.noise, paper.step_length, paper.clip, paper.epsilon) == (10, 10, 0.04, 0.1, 0.25, 0.4)
+    assert (paper.discount, paper.floor, paper.step_ratio, paper.epsilon_decay, paper.importance) == (0.9, 1e-5, 0.01, "cosine", "taylor")
+    assert paper.points[0][0].value == 0.4
+    with pytest.raises(SearchError, match="unknown preset 'late'"):
+        SearchConfig.preset("late")
+    with pytest.raises(SearchError, match="unknown search option 'sample'"):
+        SearchConfig.preset("paper", sample=3)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"), [("speed", "unknown reward"), ("math:nothing", "has no 'nothing'"), ("math:pi", "no function")]
+)
+def test_unknown_rewards_are_refused(reward: str, message: str) -> None:
+    with pytest.raises(SearchError, match=message):
+        run(Chain().problem(), SearchConfig(reward=reward))
+
+
+def test_magnitude_needs_scores() -> None:
+    with pytest.raises(SearchError, match="unit_scores"):
+        run(changed(Chain().problem(), unit_scores=None), SearchConfig(strategy="magnitude"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"names": ()}, "no prunable group"),
+        ({"names": ("a",) * 6}, "unique"),
+        ({"units": np.array([3, 4])}, "6 names"),
+        ({"unit_scores": [np.ones(3)] * 6}, "unit_scores"),
+    ],
+)
+def test_problems_that_do_not_add_up_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(SearchError, match=message):
+        changed(Chain().problem(), **fields)

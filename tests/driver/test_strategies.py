@@ -1,0 +1,176 @@
+"""The contract that every strategy keeps. A new strategy is accepted by adding its name to ``NAMES``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fxprune.driver import Outcome, SearchConfig, Strategy
+from fxprune.driver.budget import Budget
+from fxprune.driver.problem import IntArray
+from fxprune.driver.strategies import find
+from fxprune.errors import SearchError
+from tests.driver.synthetic import Chain
+
+NAMES = ["rl-pruner", "uniform", "random", "magnitude", "tests.driver.test_strategies:Climb", "optuna:TPESampler", "optuna:NSGAIISampler"]
+
+
+class Climb(Strategy):
+    """A user's own strategy: moves one unit at a time from where the best candidate lies."""
+
+    def start(self) -> None:
+        self.best: Outcome | None = None
+
+    def propose(self) -> list[IntArray]:
+        if self.step >= 6:
+            return []
+        base = self.budget.uniform() if self.best is None else self.best.removed
+        return [self.budget.fitted(np.maximum(base + self.rng.integers(-2, 3, len(base)), 0)) for _ in range(4)]
+
+    def learn(self, outcomes: Sequence[Outcome]) -> None:
+        self.best = max([*outcomes, *([self.best] if self.best else [])], key=lambda outcome: outcome.reward)
+
+    def memory(self) -> dict[str, object]:
+        return {} if self.best is None else {"removed": self.best.removed.tolist(), "reward": self.best.reward}
+
+    def recall(self, memory: dict[str, object]) -> None:
+        if memory:
+            self.best = Outcome(np.array(memory["removed"], dtype=np.int64), float(str(memory["reward"])), {})
+
+
+def made(name: str, **options: Any) -> tuple[Strategy, Chain]:
+    if name.startswith("optuna:"):
+        pytest.importorskip("optuna", reason="the optuna extra is not installed")
+    chain = Chain()
+    config = SearchConfig(**{"strategy": name, "samples": 4, "rounds": 3, "steps": 2, "seed": 7, **options})
+    return find(name)(Budget(chain.problem().space, config.points[0]), config), chain
+
+
+def scored(vectors: list[IntArray], chain: Chain) -> list[Outcome]:
+    outcomes = []
+    for vector in vectors:
+        metrics = {**chain.score(vector), "macs": chain.cost(vector)["macs"]}
+        outcomes.append(Outcome(vector, metrics["accuracy"], metrics))
+    return outcomes
+
+
+def trials(strategy: Strategy, chain: Chain, rounds: int = 100) -> list[list[int]]:
+    """The removal vectors asked for in up to ``rounds`` rounds."""
+    asked: list[list[int]] = []
+    for _ in range(rounds):
+        vectors = strategy.ask()
+        if not vectors:
+            break
+        asked += [vector.tolist() for vector in vectors]
+        strategy.tell(scored(vectors, chain))
+    return asked
+
+
+def digest(name: str) -> str:
+    """A fingerprint of a strategy's trials; run in other processes too."""
+    return hashlib.sha256(json.dumps(trials(*made(name))).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_asks_for_vectors_in_bounds_and_ends(name: str) -> None:
+    strategy, chain = made(name)
+    asked = trials(strategy, chain)
+    assert 0 < len(asked) <= 100
+    assert strategy.ask() == []
+    room = strategy.space.room
+    for vector in asked:
+        assert (np.array(vector) >= 0).all()
+        assert (np.array(vector) <= room).all()
+    assert any(strategy.budget.met(np.array(vector)) for vector in asked)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_misuse_raises(name: str) -> None:
+    strategy, chain = made(name)
+    with pytest.raises(SearchError, match="without ask"):
+        strategy.tell([])
+    vectors = strategy.ask()
+    outcomes = scored(vectors, chain)
+    with pytest.raises(SearchError, match="again before tell"):
+        strategy.ask()
+    with pytest.raises(SearchError, match="between ask and tell"):
+        strategy.state()
+    with pytest.raises(SearchError, match="outcomes for"):
+        strategy.tell([*outcomes, outcomes[0]])
+    with pytest.raises(SearchError, match="keep the order"):
+        strategy.tell([Outcome(o.removed + 1, o.reward, o.metrics) for o in outcomes])
+    with pytest.raises(SearchError, match="must be finite"):
+        strategy.tell([Outcome(o.removed, float("nan"), o.metrics) for o in outcomes])
+    strategy.tell(outcomes)
+    with pytest.raises(SearchError, match="without ask"):
+        strategy.tell(outcomes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_state_round_trip(name: str, after: int) -> None:
+    strategy, chain = made(name)
+    trials(strategy, chain, rounds=after)
+    state = json.loads(json.dumps(strategy.state()))
+    rest = trials(strategy, chain)
+    other, _ = made(name, seed=7)
+    trials(other, chain, rounds=1)  # it need not be fresh
+    other, _ = made(name)
+    other.restore(state)
+    assert trials(other, chain) == rest
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("uniform", "magnitude")])
+def test_seeds_differ(name: str) -> None:
+    assert trials(*made(name, seed=1)) != trials(*made(name, seed=2))
+
+
+def test_same_trials_in_other_processes() -> None:
+    names = [name for name in NAMES if not name.startswith("optuna:") or _has_optuna()]
+    code = f"from tests.driver.test_strategies import digest\nfor name in {names!r}: print(digest(name))"
+    here = [digest(name) for name in names]
+    for hash_seed in ("1", "4242"):
+        env = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        root = Path(__file__).parents[2]
+        done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == here
+
+
+def _has_optuna() -> bool:
+    try:
+        import optuna  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", ["", "rl", "optuna:NoSampler", "tests.driver.synthetic:Chain", "no.such.module:Thing"])
+def test_unknown_strategies_are_refused_with_what_there_is(name: str) -> None:
+    if name.startswith("optuna:"):
+        pytest.importorskip("optuna", reason="the optuna extra is not installed")
+    with pytest.raises(SearchError):
+        find(name)
+
+
+def test_proposals_out_of_bounds_are_caught() -> None:
+    class Greedy(Strategy):
+        def propose(self) -> list[IntArray]:
+            return [self.space.units]
+
+        def learn(self, outcomes: Sequence[Outcome]) -> None:
+            """Never reached."""
+
+    chain = Chain()
+    config = SearchConfig()
+    strategy = Greedy(Budget(chain.problem().space, config.points[0]), config)
+    with pytest.raises(SearchError, match="'layer0' would lose 32 units; it may lose 0 to 31"):
+        strategy.ask()

@@ -1,0 +1,294 @@
+"""Saving and loading slim modules: bit-equal from a fresh original, and one line for every file that does not fit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fxprune.api import compress, record
+from fxprune.errors import FileError
+from fxprune.files import load, save
+from fxprune.models import digits_net, resnet20
+
+IMAGE = torch.zeros(2, 3, 16, 16)
+
+
+class Net(nn.Module):
+    """Tied weights, a parameter nobody reads, a non-persistent buffer, an index buffer and a plain tensor attribute."""
+
+    scale: Tensor
+    order: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.left = nn.Conv2d(8, 8, 3, padding=1)
+        self.right = nn.Conv2d(8, 8, 3, padding=1)
+        self.right.weight = self.left.weight
+        self.unused = nn.Parameter(torch.ones(3))
+        self.register_buffer("scale", torch.linspace(0.5, 2, 8).view(1, 8, 1, 1), persistent=False)
+        self.register_buffer("order", torch.arange(8))
+        self.plain = torch.tensor(0.5)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = self.left(x) + self.right(x)
+        x = x * self.scale + self.plain
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+def slimmed(model: nn.Module, example: Tensor = IMAGE, sparsity: float = 0.5) -> Any:
+    torch.manual_seed(0)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            nn.init.uniform_(tensor, 0.1, 1)
+    return compress(model, sparsity, example)
+
+
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return make()
+
+
+@pytest.mark.parametrize("fresh", [Net, lambda: on_meta(Net)], ids=["cpu", "meta"])
+def test_a_loaded_module_is_the_saved_one(tmp_path: Path, fresh: Callable[[], nn.Module]) -> None:
+    slim = slimmed(Net()).eval()
+    save(slim, tmp_path / "slim.safetensors")
+    back = load(tmp_path / "slim.safetensors", fresh()).eval()
+    x = torch.randn(3, 3, 20, 20)
+    assert torch.equal(back(x), slim(x))
+    assert {n: p.shape for n, p in back.named_parameters()} == {n: p.shape for n, p in slim.named_parameters()}
+    assert back.get_parameter("right.weight") is back.get_parameter("left.weight")
+    assert torch.equal(back.get_buffer("scale"), slim.scale) and "scale" not in back.state_dict()
+    mine, theirs = record(back), record(slim)
+    assert mine.policy == theirs.policy and mine.before == theirs.before and mine.after == theirs.after
+    assert {n: {d: i.tolist() for d, i in dims.items()} for n, dims in mine.kept.items()} == {
+        n: {d: i.tolist() for d, i in dims.items()} for n, dims in theirs.kept.items()
+    }
+
+
+def test_the_original_is_left_alone_and_lends_modes_and_flags(tmp_path: Path) -> None:
+    save(slimmed(Net()), tmp_path / "s.safetensors")
+    model = Net().eval()
+    model.stem.weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    back = load(tmp_path / "s.safetensors", model)
+    assert not back.training and not back.get_parameter("stem.weight").requires_grad and back.get_parameter("stem.bias").requires_grad
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_trained_half_precision_and_channels_last_weights_come_back(tmp_path: Path) -> None:
+    slim = slimmed(Net()).to(torch.bfloat16, memory_format=torch.channels_last)
+    with torch.no_grad():
+        slim.get_parameter("head.bias").fill_(3)
+    save(slim, tmp_path / "s.safetensors")
+    back = load(tmp_path / "s.safetensors", Net())
+    assert back.get_parameter("head.bias").tolist() == [3.0] * 5
+    weight = back.get_parameter("stem.weight")
+    assert weight.dtype == torch.bfloat16 and weight.stride() == slim.get_parameter("stem.weight").stride()
+    assert back.order.dtype == torch.int64
+
+
+def test_a_module_pruned_twice_loads_from_the_outermost_original(tmp_path: Path) -> None:
+    once = slimmed(resnet20(), torch.zeros(2, 3, 32, 32), 0.3)
+    twice = compress(once, 0.4, torch.zeros(2, 3, 32, 32)).eval()
+    save(twice, tmp_path / "s.safetensors")
+    back = load(tmp_path / "s.safetensors", on_meta(resnet20)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(back(x), twice(x))
+
+
+def test_a_loaded_module_saves_again(tmp_path: Path) -> None:
+    save(slimmed(Net()), tmp_path / "a.safetensors")
+    save(load(tmp_path / "a.safetensors", Net()), tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_the_file_reads_as_a_state_dict(tmp_path: Path) -> None:
+    slim = slimmed(digits_net(), torch.zeros(2, 1, 8, 8))
+    save(slim, tmp_path / "s.safetensors")
+    other = copy.deepcopy(slim)
+    for parameter in other.parameters():
+        nn.init.zeros_(parameter)
+    other.load_state_dict(load_file(tmp_path / "s.safetensors"))
+    assert all(torch.equal(v, slim.state_dict()[k]) for k, v in other.state_dict().items())
+
+
+def edited(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Rewrite the metadata of a file, with everything else as it was."""
+    raw = path.read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + size])
+    described = json.loads(header["__metadata__"]["fxprune"])
+    edit(described)
+    header["__metadata__"]["fxprune"] = json.dumps(described)
+    new = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(new)) + new + raw[8 + size :])
+
+
+class Wider(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(4, 8, 3, padding=1)
+
+
+class Longer(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Linear(2, 2)
+
+
+class Transposed(Net):
+    """The same numbers of parameters in every layer, but other dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 5)
+        self.unused = nn.Parameter(torch.ones(1, 3))
+
+
+class Rewired(Net):
+    """The same layers, otherwise connected: nothing is added to the left branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.left(torch.relu(self.norm(self.stem(x)))).relu()
+        logits: Tensor = self.head((self.right(x) * self.scale).mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Wider, "another model: this one has 296 parameters in 'stem', the file's original 224"),
+        (Longer, "another model: this one has 6 parameters in 'extra', the file's original none"),
+        (lambda: nn.Linear(3, 5), "another model: this one has no layer '.*' with parameters"),
+        (Transposed, "does not fit this model: 'unused' is 3 in the file and 1x3 in the model"),
+        (Rewired, "does not fit this model: "),
+    ],
+)
+def test_another_model_is_refused(tmp_path: Path, make: Callable[[], nn.Module], message: str) -> None:
+    save(slimmed(Net()), tmp_path / "s.safetensors")
+    with pytest.raises(FileError, match=message) as caught:
+        load(tmp_path / "s.safetensors", make())
+    assert "\n" not in str(caught.value) and "s.safetensors" in str(caught.value)
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def header_alone(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def pickled(path: Path) -> None:
+    torch.save({"weight": torch.ones(2)}, path)
+
+
+def old_pickle(path: Path) -> None:
+    torch.save({"weight": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+
+
+def weights_alone(path: Path) -> None:
+    save_file({"weight": torch.ones(2)}, path)
+
+
+def other_format(path: Path) -> None:
+    edited(path, lambda d: d.update(format="fxprune-slim/9"))
+
+
+def no_record(path: Path) -> None:
+    edited(path, lambda d: d.pop("record"))
+
+
+def no_aliases(path: Path) -> None:
+    edited(path, lambda d: d.update(aliases={}))
+
+
+def false_alias(path: Path) -> None:
+    edited(path, lambda d: d["aliases"].update({"right.weight": "nowhere"}))
+
+
+def other_indices(path: Path) -> None:
+    edited(path, lambda d: d["record"]["lists"].__setitem__(0, "0-90"))
+
+
+def uncoupled_indices(path: Path) -> None:
+    edited(path, lambda d: d["record"]["kept"]["norm.bias"].pop("0"))
+
+
+def renumbered_on_the_way(path: Path) -> None:
+    raw = path.read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    header = raw[8 : 8 + size].replace(b'"head.bias"', b'"head.bios"')
+    path.write_bytes(raw[:8] + header + raw[8 + size :])
+
+
+def not_json(path: Path) -> None:
+    save_file({"weight": torch.ones(2)}, path, {"fxprune": "{"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncated, "no whole safetensors file"),
+        (header_alone, "no whole safetensors file"),
+        (emptied, "no whole safetensors file"),
+        (pickled, "is a pickle, which can run code"),
+        (old_pickle, "is a pickle, which can run code"),
+        (weights_alone, "holds weights but no pruning record"),
+        (other_format, "its format is 'fxprune-slim/9'; this fxprune reads 'fxprune-slim/1'"),
+        (no_record, "its metadata have no 'record'"),
+        (no_aliases, "'right.weight' is missing from the file"),
+        (false_alias, "'right.weight' is an alias of 'nowhere'"),
+        (other_indices, "does not fit this model: "),
+        (uncoupled_indices, "dimension 0 of 'norm.bias' is coupled to other channels here"),
+        (renumbered_on_the_way, "'head.bias' is missing from the file"),
+        (not_json, "its metadata are damaged"),
+        (Path.unlink, "No such file"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+    path = tmp_path / "s.safetensors"
+    save(slimmed(Net()), path)
+    damage(path)
+    with pytest.raises(FileError, match=message) as caught:
+        load(path, Net())
+    assert "\n" not in str(caught.value)
+
+
+def test_an_older_file_stays_when_saving_fails(tmp_path: Path) -> None:
+    path = tmp_path / "s.safetensors"
+    slim = slimmed(Net())
+    save(slim, path)
+    before = path.read_bytes()
+    with pytest.raises(FileError, match="lies on the meta device"):
+        save(copy.deepcopy(slim).to("meta"), path)
+    slim.get_submodule("stem").weight = nn.Parameter(slim.get_parameter("stem.weight").to_sparse())
+    with pytest.raises(FileError, match="cannot save stem.weight: it is sparse"):
+        save(slim, path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+def test_what_cannot_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="this Net: it carries no pruning record"):
+        save(Net(), tmp_path / "s.safetensors")
+    with pytest.raises(FileError, match="choose a folder that can be written"):
+        save(slimmed(Net()), tmp_path / "absent" / "s.safetensors")

@@ -1,0 +1,54 @@
+"""The surface: the names that ``fxprune`` offers, what importing it loads, and the tree of its errors."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import fxprune
+from fxprune import errors
+
+PACKAGE = Path(fxprune.__file__).parent
+CONTRACT = (
+    "analyze compress record visualize profile search distill save load Policy register_op FxPruneError VerificationError"  # fmt: skip
+).split()
+
+
+def test_all_names_what_is_public_and_nothing_else() -> None:
+    public = {name for name in dir(fxprune) if not name.startswith("_") and not isinstance(getattr(fxprune, name), types.ModuleType)}
+    assert sorted(fxprune.__all__) == sorted(public)
+    assert list(fxprune.__all__) == sorted(fxprune.__all__)
+
+
+def test_all_holds_the_contract() -> None:
+    assert set(CONTRACT) <= set(fxprune.__all__)
+    assert all(getattr(fxprune, name) is not None for name in fxprune.__all__)
+
+
+def test_no_submodule_bears_the_name_of_a_public_function() -> None:
+    # Importing it would put the module in the function's place.
+    submodules = {path.stem for path in PACKAGE.iterdir()}
+    assert not submodules & {name for name in fxprune.__all__ if callable(getattr(fxprune, name))}
+
+
+def test_every_public_function_and_class_says_what_it_is() -> None:
+    silent = [name for name in fxprune.__all__ if callable(getattr(fxprune, name)) and not getattr(fxprune, name).__doc__]
+    assert not silent
+
+
+def test_importing_fxprune_leaves_the_terminal_and_the_driver_alone() -> None:
+    code = "import sys, fxprune; print([m for m in ('rich', 'fxprune.driver', 'fxprune.report', 'fxprune.cli', 'sklearn') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_exception_tree_is_drawn_as_it_is() -> None:
+    assert errors.__doc__ is not None
+    drawn = set(re.findall(r"[├└]── (\w+) +\S", errors.__doc__))
+    made = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+    assert drawn == set(made) - {"FxPruneError"}
+    assert all(kind.__bases__ == (errors.FxPruneError,) for name, kind in made.items() if name != "FxPruneError")
+    assert errors.FxPruneError.__bases__ == (Exception,)
