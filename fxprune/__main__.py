@@ -1,17 +1,15 @@
-"""``python -m fxprune`` is ``fxprune-search``; ``--version`` alone is answered without loading torch."""
+"""``python -m fxprune`` is ``fxprune-search``."""
 
 from __future__ import annotations
 
 import sys
-from importlib.metadata import PackageNotFoundError, version
+
+from fxprune import __version__
 
 
 def main() -> int:
     if sys.argv[1:] == ["--version"]:
-        try:
-            print(f"fxprune {version('fxprune')}")
-        except PackageNotFoundError:
-            print("fxprune, not installed: run from its source folder")
+        print(f"fxprune {__version__}")
         return 0
     from fxprune.cli import main as search
 

@@ -19,9 +19,8 @@ from fxprune.evaluation import device_of, recalibrate_batchnorm
 from fxprune.passes.base import run_passes
 from fxprune.passes.cost import CostModel
 from fxprune.passes.coupling import CouplingGraph
-from fxprune.passes.pipeline import Plan, Slim, TracedGraph, analysed
+from fxprune.passes.pipeline import Plan, Slim, analysed, traced_graph
 from fxprune.passes.slim import Slimmer
-from fxprune.passes.slim_module import SlimModule
 from fxprune.passes.verify import verify as zeroing_oracle
 from fxprune.policies import Policy, checked_sparsity, units_removed
 from fxprune.records import PruningRecord
@@ -68,8 +67,7 @@ def compress(
         raise InputError(f"repair is {repair!r}; choose one of {', '.join(REPAIRS)}")
     batches = None if calibration is None else list(calibration)
     if isinstance(model, CouplingGraph):
-        carrier = TracedGraph(nn.Module(), fx.Graph())
-        carrier._graph = model.walk.traced.graphs["eval"]
+        carrier = traced_graph(model.walk.traced)
         carrier.meta["coupling"] = model
         example = example_inputs if example_inputs is not None else None
     else:
@@ -82,11 +80,10 @@ def compress(
     def score(graph: CouplingGraph) -> Mapping[str, Any]:
         return _recorded(graph, wanted, units) or scores(graph, importance, batches)
 
-    slim = run_passes(carrier, [Plan(wanted, score, round_to), Slim()])
-    assert isinstance(slim, SlimModule)
-    slimmer: Slimmer = slim.meta.pop("slimmer")
-    keep = slim.meta.pop("keep")
-    slim.meta.clear()
+    run_passes(carrier, [Plan(wanted, score, round_to), Slim()])
+    slim: Any = carrier.meta["slim"]
+    slimmer: Slimmer = carrier.meta["slimmer"]
+    keep = carrier.meta["keep"]
     used = {"attention": attention, "ignore": list(graph.options.get("ignore", ())), "round_to": round_to,
             "importance": importance if isinstance(importance, str) else "callable"}  # fmt: skip
     applied = {g.name: float(wanted) for g in graph.groups if g.prunable} if isinstance(wanted, (int, float)) else dict(wanted)

@@ -118,7 +118,9 @@ class _CifarVgg(nn.Module):
         self.features = nn.Sequential(*layers)
         self.pool = nn.AdaptiveAvgPool2d(1)
         hidden = [nn.Linear(channels, 512), nn.ReLU(inplace=True), nn.Dropout(dropout)]
-        self.classifier = nn.Sequential(*hidden, nn.Linear(512, 512), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(512, num_classes))
+        self.classifier = nn.Sequential(
+            *hidden, nn.Linear(512, 512), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(512, num_classes)
+        )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

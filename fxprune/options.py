@@ -52,7 +52,9 @@ class Options:
         if self.distill_lr is not None and not 0 < self.distill_lr < float("inf"):
             raise SearchError(f"distill-lr is {self.distill_lr}; it must be above 0")
         if self.weights is None and self.training_epochs == 0 and self.model.startswith(RANDOM_WEIGHTS):
-            raise SearchError(f"model {self.model!r} comes without trained weights; give --weights FILE, or --train-epochs N to train it first")
+            raise SearchError(
+                f"model {self.model!r} comes without trained weights; give --weights FILE, or --train-epochs N to train it first"
+            )
 
     @property
     def training_epochs(self) -> int:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,6 +16,10 @@ from rich.text import Text
 from rich.tree import Tree
 
 from fxprune.results import Row, bytes_text, count_text, time_text
+
+if TYPE_CHECKING:
+    from fxprune.driver import Progress as SearchProgress
+    from fxprune.training import Progress as TrainingProgress
 
 LAYERS_SHOWN = 24  # layers listed under one group; DenseNet's have hundreds
 NAME_WIDTH = 40  # columns for a layer's name, so that a tree fits into 100
@@ -202,29 +206,6 @@ def _share(value: float, whole: float, is_whole: bool) -> str:
     return "" if is_whole or not whole else f" ({100 * value / whole:.1f} %)"
 
 
-class SearchProgress(Protocol):
-    """What the progress line needs: ``fxprune.driver.Progress``."""
-
-    @property
-    def targets(self) -> Sequence[str]: ...
-    @property
-    def step(self) -> int: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def evaluations(self) -> int: ...
-    @property
-    def reward(self) -> float: ...
-    @property
-    def accuracy(self) -> float: ...
-    @property
-    def best(self) -> float | None: ...
-    @property
-    def share(self) -> float: ...
-    @property
-    def left(self) -> float | None: ...
-
-
 def search_line(progress: SearchProgress) -> Text:
     """A search's progress in one line: its step, candidates, rewards, the share of the target reached, the time left."""
     best = "none yet" if progress.best is None else f"{progress.best:.4f}"
@@ -250,3 +231,17 @@ def show(renderable: Any, *, file: Any = None) -> None:
         console.save_svg(str(path), title="fxprune")
     else:
         console.save_text(str(path))
+
+
+def training_line(progress: TrainingProgress) -> Text:
+    """A training's progress in one line: a bar, its epoch, loss, accuracy and the time left."""
+    share = ((progress.epoch - 1) * progress.steps + progress.step) / max(1, progress.epochs * progress.steps)
+    return _bar(share).append(
+        f"  epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}  accuracy {100 * progress.accuracy:.1f} %  "
+        f"left {time_text(progress.seconds_left)}"
+    )
+
+
+def _bar(share: float, width: int = 20) -> Text:
+    full = round(width * min(1.0, max(0.0, share)))
+    return Text.assemble(("━" * full, "cyan"), ("━" * (width - full), "dim"))

@@ -46,9 +46,9 @@ def scores(graph: CouplingGraph, importance: Importance = "auto", calibration: I
     weights = {n: graph.walk.traced.skeleton.real(n) for n in graph.walk.traced.skeleton.parameter_names}
     if importance == "l1":
         return _by_group(graph, _sums(graph, weights, lambda w, _: w.abs()))
-    squares = _sums(graph, weights, lambda w, _: w.square())
     if importance == "l2":
-        return _by_group(graph, np.sqrt(squares))
+        return _by_group(graph, np.sqrt(_squares(graph, weights)))
+    squares = _sums(graph, weights, lambda w, _: w.square())
     count = _sums(graph, weights, lambda w, _: torch.ones_like(w))
     mean = _sums(graph, weights, lambda w, _: w) / np.maximum(count, 1)
     return _by_group(graph, squares / np.maximum(count, 1) - mean**2)
@@ -77,11 +77,35 @@ def _sums(graph: CouplingGraph, tensors: Mapping[str, Any], term: Callable[[torc
                 given = tensors[name]
                 weight, gradient = given if isinstance(given, tuple) else (given, None)
                 terms[name] = term(weight.detach().float(), gradient)
+                terms[name] = _per_channel(terms[name])
             found = terms[name]
             rest = [d for d in range(found.ndim) if d != dim]
             per_index = found.sum(rest) if rest else found
             total += np.bincount(units, weights=per_index.double().cpu().numpy(), minlength=len(total))
     return total
+
+
+def _squares(graph: CouplingGraph, weights: Mapping[str, torch.Tensor]) -> npt.NDArray[np.float64]:
+    """Sum of squared weights per unit, by norms along one dimension: they read each weight and write nothing of its size."""
+    total = np.zeros(int(graph.starts[-1]))
+    with torch.no_grad():
+        for (name, dim), units in graph.unit_of.items():
+            weight = weights.get(name)
+            if weight is None or not graph.prunable_unit[units].any():
+                continue
+            matrix = weight.detach().float().movedim(dim, 0).flatten(1) if dim > 1 else weight.detach().float()
+            if dim != 1:
+                found = torch.linalg.vector_norm(matrix.flatten(1), dim=1).square() if matrix.ndim > 1 else matrix.square()
+            else:
+                found = torch.linalg.vector_norm(matrix, dim=0).square()
+                found = found.flatten(1).sum(1) if found.ndim > 1 else found
+            total += np.bincount(units, weights=found.double().cpu().numpy(), minlength=len(total))
+    return total
+
+
+def _per_channel(term: torch.Tensor) -> torch.Tensor:
+    """Kernels summed away once, so that the sums over either channel dimension read a matrix."""
+    return term.flatten(2).sum(2) if term.ndim > 2 else term
 
 
 def gradients(model: nn.Module, calibration: Iterable[Any]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

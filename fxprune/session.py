@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-import shlex
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,23 +15,21 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
-from fxprune import __version__, driver
-from fxprune.api import analyze
+from fxprune import driver, outputs
+from fxprune.api import analyze, compress
 from fxprune.data import Data, load_data
 from fxprune.distillation import DistillConfig, distill
-from fxprune.driver.checkpoint import replace_text
-from fxprune.errors import SearchError, TargetError
-from fxprune.evaluation import evaluate_accuracy, recalibrate_batchnorm
-from fxprune.files import save
+from fxprune.driver import checkpoint
+from fxprune.errors import InputError, SearchError, TargetError
+from fxprune.evaluation import call, evaluate_accuracy, evaluating, logits_of, recalibrate_batchnorm
 from fxprune.options import Options
-from fxprune.policies import Policy
+from fxprune.outputs import Finished
 from fxprune.profiling import profile
 from fxprune.recovery import Recovery, read_weights, write_weights
 from fxprune.results import Row
-from fxprune.searching import Candidates, make_problem, result_of
+from fxprune.searching import Candidates, SearchResult, make_problem, result_of
 from fxprune.sources import load_model
 from fxprune.training import Progress, TrainConfig, resolve_device, train
-from fxprune.webpage import page
 
 FORMAT = "fxprune-session/1"
 LATENCY_BATCH, LATENCY_RUNS = 32, 30
@@ -48,7 +44,7 @@ class Watcher(Protocol):
     def searched(self, progress: driver.Progress) -> None:
         """A round of the search is over."""
 
-    def trained(self, what: str, progress: Progress) -> None:
+    def trained(self, progress: Progress) -> None:
         """A step of training or distillation is over."""
 
 
@@ -62,81 +58,57 @@ class Accuracy:
         return evaluate_accuracy(module, self.batches)
 
 
-@dataclass(frozen=True)
-class Finished:
-    """How a run ended. ``unmet``: why the target was not met, or empty; the files then hold the nearest result."""
-
-    rows: tuple[Row, ...]
-    unmet: str
-    load: str
-    summary: str
-
-
 def begin(options: Options, command: str) -> Session:
     """Start a run: its folder, emptied of an earlier run's checkpoint, gets the whole configuration before any work."""
     folder = Path(options.out) / "checkpoint"
-    described = options.state()
+    described = {"format": FORMAT, "command": command, "options": options.state()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # The configuration goes first and comes back last: without it a folder is no run, rather than a mixture of two.
-        for name in ("session.json", "search/search.json", *_MADE):
-            (folder / name).unlink(missing_ok=True)
+        for path in [folder / "session.json", *folder.glob("*.safetensors"), folder / "result.json", *folder.glob("search/*")]:
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise SearchError(f"cannot write to --out {options.out}: {error.strerror}; choose a folder that can be written") from error
-    replace_text(folder / "session.json", json.dumps({"format": FORMAT, "command": command, "options": described}, indent=2) + "\n")
+    checkpoint.replace_text(folder / "session.json", json.dumps(described, indent=2) + "\n")
     return Session(options, command)
-
-
-_MADE = ("original.safetensors", "uniform.safetensors", "slim.safetensors", "result.json")
 
 
 def resume(out: str, **changes: Any) -> Session:
     """Take a run up again from its folder; ``changes``: ``jobs``, ``executor`` or ``device``."""
-    state = _read_json(Path(out) / "checkpoint" / "session.json", f"{out} holds no run to resume")
+    state = outputs.read_json(Path(out) / "checkpoint" / "session.json", f"{out} holds no run to resume")
     if state.get("format") != FORMAT:
         raise SearchError(f"{out} holds a run of another version of fxprune ({state.get('format')!r}); start it anew")
     options = Options.of({**state["options"], "out": out})
     return Session(options.moved(**changes), state["command"])
 
 
-def report(out: str) -> Path:
-    """Write the report page of a finished run again; returns its path."""
-    folder = Path(out)
-    result = _read_json(folder / "checkpoint" / "result.json", f"{out} holds no finished run")
-    lines = _read_text(folder / "history.jsonl", f"{out} holds no finished run").splitlines()
-    replace_text(folder / "report.html", page(result, [json.loads(line) for line in lines]))
-    return folder / "report.html"
-
-
 class Session:
-    """One run. Its stages are properties and methods in the order in which ``run`` goes through them."""
+    """One run. Its stages are the methods that ``run`` goes through, in their order."""
 
     def __init__(self, options: Options, command: str) -> None:
         self.options, self.command = options, command
-        self.out = Path(options.out)
-        self.folder = self.out / "checkpoint"
+        self.folder = Path(options.out) / "checkpoint"
         self.device = resolve_device(options.search.device)
 
     def run(self, watcher: Watcher) -> Finished:
         """Go through all stages, from wherever an earlier try was cut. Raises ``FxPruneError`` for what the user can mend."""
-        done = self.folder / "result.json"
-        if done.exists() and (self.out / "slim.safetensors").exists():
-            return self._finished(_read_json(done, "unreadable result"))
+        finished = outputs.finished(self.folder)
+        if finished is not None:
+            return finished
         watcher.stage(f"reading {self.options.data}")
-        data = self.data
         original = self.original(watcher)
         watcher.stage("searching")
         outcome, candidates, unmet = self.search(original, watcher)
-        found = result_of(outcome, candidates, self.options.search)
-        models = {"slim": found.model}
+        found = self.results(outcome, candidates)
+        models: dict[str, nn.Module] = {"original": original}
         if self.options.baseline:
-            models = {"uniform": self._uniform(outcome, candidates), **models}
-        for name, model in models.items():
-            self.distil(name, model, original, watcher)
+            models["uniform"] = self.uniform(outcome, candidates)
+        models |= {name: result.model for name, result in found.items()}
+        for name in list(models)[1:]:
+            self.distil(name, models[name], original, watcher)
         watcher.stage("measuring on the test part")
-        save(found.model, self.folder / "slim.safetensors")
-        rows = [self.measured(name, model, data) for name, model in {"original": original, **models}.items()]
-        return self.write(found.policy, found.model, outcome, rows, unmet)
+        rows = [self.measured(name, model) for name, model in models.items()]
+        return outputs.write(self.options, self.command, outcome, candidates, found, rows, unmet, self.data.num_classes)
 
     @cached_property
     def data(self) -> Data:
@@ -157,7 +129,7 @@ class Session:
         if kept.exists():
             read_weights(model, kept)
         model.to(self.device)
-        self._check_shapes(model)
+        self._check_fit(model)
         if kept.exists():
             return model.eval()
         if o.training_epochs:
@@ -167,7 +139,7 @@ class Session:
                 device=str(self.device),
                 seed=o.search.seed,
                 validate=self.validation,
-                on_step=lambda progress: watcher.trained("training", progress),
+                on_step=watcher.trained,
             )
             train(model, self.data.batches("train", o.batch_size, training=True, seed=o.search.seed, device=self.device), config=config)
         write_weights(model, kept)
@@ -176,73 +148,93 @@ class Session:
     def search(self, original: nn.Module, watcher: Watcher) -> tuple[driver.SearchOutcome, Candidates, str]:
         """The outcome, what makes its networks, and why the target was not met (then the outcome is the nearest), or an empty text."""
         config = self.options.search
-        calibration = list(self.data.batches("train", self.options.batch_size, limit=self.options.calibration_images, device=self.device))
         # Recovery between prune steps trains what is sliced; the original must stay what it is, the teacher.
         working = copy.deepcopy(original) if config.recover_every else original
-        graph = analyze(working, self._example(), ignore=config.ignore, attention=config.attention)
+        graph = analyze(working, self.example, ignore=config.ignore, attention=config.attention)
         problem, candidates = make_problem(
             graph,
             self.validation,
-            calibration=calibration,
+            calibration=self.calibration,
             importance=config.importance,
             round_to=config.round_to,
             repair=config.repair,
             seed=config.seed,
         )
         if config.recover_every:
-            problem = Recovery(candidates, working, lambda slim: self._distilled(slim, original, watcher)).attached(problem)
+            problem = Recovery(candidates, working, lambda slim: self.train_by(original, slim, watcher)).attached(problem)
         folder = self.folder / "search"
+        resumed = checkpoint.exists(folder)
         try:
-            resumed = (folder / driver.CHECKPOINT).exists()
             return driver.run(problem, config, checkpoint_dir=folder, on_event=watcher.searched, resume=resumed), candidates, ""
         except TargetError as error:
             return error.nearest, candidates, str(error)
 
-    def distil(self, name: str, model: fx.GraphModule, teacher: nn.Module, watcher: Watcher) -> None:
-        """Distil a slim network in place, or take the weights of an earlier try."""
-        kept = self.folder / f"{name}.safetensors"
+    def results(self, outcome: driver.SearchOutcome, candidates: Candidates) -> dict[str, SearchResult]:
+        """The slim network of every point of the targets by its file's stem; the last, or only, one is plain ``slim``."""
+        points = outcome.pareto or (outcome,)
+        stems = [f"slim-{'-'.join(point.targets)}" for point in points[:-1]] + ["slim"]
+        return {stem: result_of(point, candidates, self.options.search) for stem, point in zip(stems, points, strict=True)}
+
+    def uniform(self, outcome: driver.SearchOutcome, candidates: Candidates) -> fx.GraphModule:
+        """The uniform allocation on the same budget as the outcome, from the same weights and with the same ranking of units."""
+        policy = candidates.policy(outcome.baselines["uniform"].removed, {}, "l2")
+        return compress(candidates.graph, policy)
+
+    def distil(self, name: str, model: nn.Module, teacher: nn.Module, watcher: Watcher) -> None:
+        """Distil a slim network in place, or take the weights that an earlier try came to."""
+        kept = self.folder / f"distilled-{name}.safetensors"
         if kept.exists():
             read_weights(model, kept)
-            return
-        if self.options.search.repair == "bn":
-            recalibrate_batchnorm(model, self.data.batches("train", limit=self.options.calibration_images, device=self.device))
-        watcher.stage(f"distilling {'the uniform baseline' if name == 'uniform' else 'the slim network'}")
-        self._distilled(model, teacher, watcher)
+        else:
+            if self.options.search.repair == "bn":
+                recalibrate_batchnorm(model, self.calibration)
+            watcher.stage(f"distilling {name} for {self.options.distillation_epochs} epochs")
+            self.train_by(teacher, model, watcher)
+            write_weights(model, kept)
         model.eval()
-        write_weights(model, kept)
 
-    def measured(self, name: str, model: nn.Module, data: Data) -> Row:
-        """A network's figures; the only place where the test part is used."""
-        accuracy = evaluate_accuracy(model, data.batches("test", self.options.batch_size, device=self.device))
-        counts = profile(model, self._example())
-        batch = torch.cat([self._example()] * LATENCY_BATCH)
-        size = (self.folder / f"{name}.safetensors").stat().st_size
-        return Row(name, accuracy, counts.macs, counts.params, profile(model, batch).latency(LATENCY_RUNS), size)
-
-    def write(
-        self, policy: Policy, slim: fx.GraphModule, outcome: driver.SearchOutcome, rows: list[Row], unmet: str
-    ) -> Finished:
-        """Write the files of a finished run, each whole or not at all, the result last."""
+    def train_by(self, teacher: nn.Module, student: nn.Module, watcher: Watcher) -> None:
+        """Distillation of the original's responses, best weights kept by the held-out images."""
         o = self.options
-        uniform = outcome.baselines["uniform"].removed
-        units = {name: n for name, n in zip(self._names, self._units, strict=True)}
-        result = {
-            "model": o.model,
-            "targets": list(outcome.targets),
-            "unmet": unmet,
-            "command": self.command,
-            "load": self._snippet(),
-            "summary": _summary(rows, outcome, unmet),
-            "rows": [asdict(row) for row in rows],
-            "groups": [
-                {"name": name, "units": n, "removed": int(outcome.removed[i]), "uniform": int(uniform[i])}
-                for i, (name, n) in enumerate(units.items())
-            ],
-            "options": {**{k: v for k, v in o.state().items() if k != "search"}, **o.search.described()},
-        }
-        policy.save(self.out / "policy.json")
-        save(slim, self.out / "slim.safetensors")
-        replace_text(self.out / "history.jsonl", "".join(json.dumps(record) + "\n" for record in outcome.history))
-        replace_text(self.out / "report.html", page(result, outcome.history))
-        replace_text(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
-        return self._finished(result)
+        config = DistillConfig(
+            epochs=o.distillation_epochs,
+            lr=DistillConfig.lr if o.distill_lr is None else o.distill_lr,
+            device=str(self.device),
+            seed=o.search.seed,
+            validate=self.validation,
+            on_step=watcher.trained,
+        )
+        loader = self.data.batches("train", o.batch_size, training=True, seed=o.search.seed, device=self.device)
+        distill(student, teacher, loader, config=config)
+
+    def measured(self, name: str, model: nn.Module) -> Row:
+        """A network's figures; the only place where the test part is used."""
+        accuracy = evaluate_accuracy(model, self.data.batches("test", self.options.batch_size, device=self.device))
+        counts = profile(model, self.example)
+        latency = profile(model, torch.cat([self.example] * LATENCY_BATCH)).latency(LATENCY_RUNS)
+        return Row(name, accuracy, counts.macs, counts.params, latency, outputs.size_on_disk(model, self.folder))
+
+    @cached_property
+    def example(self) -> torch.Tensor:
+        """One image, as the network takes it."""
+        return self.data.example().to(self.device)
+
+    @cached_property
+    def calibration(self) -> list[Any]:
+        """Training images, not augmented, for importance and BatchNorm statistics."""
+        o = self.options
+        return list(self.data.batches("train", o.batch_size, limit=o.calibration_images, seed=o.search.seed, device=self.device))
+
+    def _check_fit(self, model: nn.Module) -> None:
+        """Raise ``InputError`` where the network does not take the data's images, or has other classes."""
+        what, shape = self.options.model, "x".join(str(n) for n in self.example.shape[1:])
+        try:
+            with evaluating(model):
+                logits = logits_of(call(model, self.example))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(f"model {what!r} does not run on {shape} images of {self.options.data!r}: {line}") from error
+        if logits.ndim < 2 or logits.shape[1] < self.data.num_classes:
+            raise InputError(
+                f"model {what!r} gives scores of shape {tuple(logits.shape)}; {self.options.data!r} has {self.data.num_classes} classes"
+            )

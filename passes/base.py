@@ -48,9 +48,9 @@ def run_passes(module: fx.GraphModule, passes: Sequence[GraphPass], observe: Obs
     except FxPruneError:
         raise
     except Exception as error:  # the manager wraps whatever a pass raises in a bare Exception
-        if isinstance(error.__cause__, FxPruneError):
-            raise error.__cause__ from error.__cause__.__cause__
-        raise
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from error.__cause__.__cause__
     for step in steps:
         if observe is not None:
             observe(step, result, step.seconds)

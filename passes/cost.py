@@ -26,7 +26,7 @@ class CostModel:
         self._slots: dict[int, int] = {}
         walk = graph.walk
         self._hold: list[Any] = []
-        self._macs = [(c.layer, c.macs, [self._slot(graph.units_of_labels(v), v) for v in c.along]) for c in walk.costs["eval"]]
+        self._macs = [(c.layer, c.macs, [self._slot(graph.units_of_labels(v), v) for v in c.along]) for mode in walk.traced.eval_modes for c in walk.costs[mode]]
         self._params = list(self._parameters())
         self._memory = self._lifetimes()
 
@@ -48,14 +48,20 @@ class CostModel:
             yield name, tensor.numel(), tensor.element_size(), [self._slot(self.graph.unit_of[k], self.graph.unit_of[k]) for k in keys]
 
     def _lifetimes(self) -> list[tuple[int, int, int, list[int]]]:
-        """For every storage the graph makes: first node, last node that reads it, bytes, and the axes it shrinks along."""
-        walk = self.graph.walk
-        graph = walk.traced.graphs["eval"]
-        order = {n: i for i, n in enumerate(graph.nodes)}
+        """For every storage the graphs make: first node, last node that reads it, bytes, and the axes it shrinks along."""
+        found: list[Any] = []
+        clock = 0
+        for mode in self.graph.walk.traced.eval_modes:
+            nodes = list(self.graph.walk.traced.graphs[mode].nodes)
+            found += self._storages(mode, {n: clock + i for i, n in enumerate(nodes)})
+            clock += len(nodes)
+        return found
+
+    def _storages(self, mode: str, order: dict[Any, int]) -> list[Any]:
         storages: dict[int, list[Any]] = {}
         fixed: set[int] = set()
-        for node in graph.nodes:
-            for meta, value in zip(_flat(node.meta.get("val"), torch.Tensor), _flat(walk.env["eval"].get(node), Value), strict=False):
+        for node in order:
+            for meta, value in zip(_flat(node.meta.get("val"), torch.Tensor), _flat(self.graph.walk.env[mode].get(node), Value), strict=False):
                 key = meta.untyped_storage()._cdata
                 if node.op in ("placeholder", "get_attr"):
                     fixed.add(key)
@@ -66,7 +72,7 @@ class CostModel:
                     axes = [self._slot(self.graph.units_along(value, a), value.axes[a]) for a in value.axes]
                     storages[key] = [order[node], last, meta.numel() * meta.element_size(), axes]
                 storages[key][1] = max(storages[key][1], last)
-        return [tuple(s) for s in storages.values()]  # type: ignore[misc]
+        return list(storages.values())
 
     def _shares(self, keep: Keep | None) -> list[float]:
         if keep is None:

@@ -69,6 +69,7 @@ class CouplingGraph:
     def _cover_layers(self) -> None:
         """Layers the graph never reaches (unused, or inside a module that could not be traced) are locked, and say so."""
         walk, skeleton = self.walk, self.walk.traced.skeleton
+        unread = "it is used by code that could not be traced" if walk.traced.parts else "no operation reads it"
         for path, module in skeleton.original.named_modules():
             if not isinstance(module, LAYERS):
                 continue
@@ -81,7 +82,7 @@ class CouplingGraph:
                     if size > 1 and (name, dim) not in walk.parameters:
                         vector = walk.labels.new(size)
                         walk.parameters[name, dim] = vector
-                        why = f"it is inside {inside!r}, which could not be traced: {walk.traced.opaque[inside]}" if inside is not None else "no operation reads it"
+                        why = f"it is inside {inside!r}, which could not be traced: {walk.traced.opaque[inside]}" if inside is not None else unread
                         walk.labels.pin(vector, why)
 
     def _build(self) -> None:
@@ -115,8 +116,9 @@ class CouplingGraph:
             found = np.searchsorted(classes, walk.labels.find(np.concatenate(walk.weights)))
             in_layer[found[found < n]] = True
         # Group number of every class: the order is that of the first index in the order of execution.
-        table = np.stack([kind.astype(np.uint64), reason_of.astype(np.uint64), note_of.astype(np.uint64), in_layer.astype(np.uint64)], axis=1)
-        _, group = np.unique(table, axis=0, return_inverse=True) if n else (None, np.zeros(0, dtype=np.int64))
+        for facts, mark in zip((reason_of, note_of, in_layer), rng.integers(1, 1 << 62, size=3, dtype=np.uint64), strict=True):
+            kind += facts.astype(np.uint64) * mark
+        _, group = np.unique(kind, return_inverse=True)
         group = group.reshape(-1)
         count = int(group.max()) + 1 if n else 0
         lead = np.full(count, np.iinfo(np.int64).max)
@@ -131,8 +133,12 @@ class CouplingGraph:
         self.group_of_unit = group[order]
         self.unit_of: dict[tuple[str, int], Vector] = {}
         bounds = np.concatenate([[0], np.cumsum(lengths)])
+        same: dict[int, Vector] = {}
         for i, key in enumerate(keys):
-            self.unit_of[key] = unit[inverse[bounds[i] : bounds[i + 1]]]
+            shared = same.get(id(walk.parameters[key]))
+            if shared is None:
+                shared = same[id(walk.parameters[key])] = unit[inverse[bounds[i] : bounds[i + 1]]]
+            self.unit_of[key] = shared
         self._unit_of_label = np.full(walk.labels.count, -1, dtype=np.int64)
         everything = walk.labels.find(np.arange(walk.labels.count))
         hit = first_at[everything] >= 0

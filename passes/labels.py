@@ -60,7 +60,7 @@ class Walk:
     ``parameters[(name, dim)]`` are the labels of that dimension of a parameter or buffer; ``env[mode][node]`` is what each node gave.
     """
 
-    def __init__(self, traced: TracedModel, attention: str = "auto", fixed: Iterable[str] = (), forced: dict[str, str] | None = None) -> None:
+    def __init__(self, traced: TracedModel, attention: str = "auto", fixed: Iterable[tuple[str, int]] = (), forced: dict[str, str] | None = None) -> None:
         self.traced, self.attention = traced, attention
         self.fixed = frozenset(fixed)
         self.forced = dict(forced or {})
@@ -153,12 +153,18 @@ class Walk:
             self.parameters[key] = vector
             self.source[int(vector[0])] = key
             self.ties.append(Tie(name, dim, self.node.name if self.node else "", self.op_name()))
-            if self.is_fixed(name):
-                self.labels.pin(vector, "the user asked to leave it alone (ignore)")
+            self._pin_ignored(key, vector)
         return self.parameters[key]
 
-    def is_fixed(self, name: str) -> bool:
-        return name in self.fixed
+    def _pin_ignored(self, key: tuple[str, int], vector: Vector) -> None:
+        if key in self.fixed:
+            self.labels.pin(vector, "the user asked to leave it alone (ignore)")
+
+    def bind(self, node: fx.Node, key: str, dim: int, vector: Vector | None) -> None:
+        """A tensor of the called module is read along ``vector``: where it has no labels yet it takes these, which saves uniting them."""
+        name = self.canonical(str(node.target), key) if vector is not None else None
+        if name is not None and vector is not None and self.traced.skeleton.tensor(name).shape[dim] == len(vector):
+            self.tie(name, dim, vector)
 
     def tie(self, name: str, dim: int, vector: Vector) -> None:
         """Dimension ``dim`` of parameter ``name`` is read along ``vector``: the two go together."""
@@ -166,6 +172,7 @@ class Walk:
         if key not in self.parameters:
             self.parameters[key] = vector
             self.ties.append(Tie(name, dim, self.node.name if self.node else "", self.op_name()))
+            self._pin_ignored(key, vector)
             return
         self.labels.unite(self.parameters[key], vector)
 

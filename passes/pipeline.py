@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
-from fxprune.errors import InputError
-from fxprune.inputs import describe
+from fxprune.errors import InputError, TraceError
+from fxprune.inputs import build, describe
 from fxprune.passes import rules
 from fxprune.passes.base import GraphPass
-from fxprune.passes.coupling import CouplingGraph
+from fxprune.passes.coupling import LAYERS, CouplingGraph
 from fxprune.passes.labels import Walk
+from fxprune.passes.partial import trace_parts
 from fxprune.passes.plan import Keep, keep_counts, plan
 from fxprune.passes.slim import Slimmer
+from fxprune.passes.slim_module import SlimModule
 from fxprune.passes.trace import TracedModel, trace
 
 
@@ -28,27 +33,43 @@ class TracedGraph(fx.GraphModule):
 
 def traced_graph(traced: TracedModel) -> TracedGraph:
     carrier = TracedGraph(nn.Module(), fx.Graph())
-    carrier._graph = traced.graphs["eval"]
+    carrier._graph = next(iter(traced.graphs.values()))
     carrier.meta["traced"] = traced
     return carrier
 
 
-def fixed_parameters(model: nn.Module, ignore: Iterable[Any]) -> list[str]:
-    """Names of the parameters that ``ignore`` names: of modules, qualified names, or globs over qualified names."""
-    import fnmatch
+def fixed_dimensions(model: nn.Module, ignore: Iterable[Any]) -> list[tuple[str, int]]:
+    """The output dimensions of what ``ignore`` names: modules, qualified names, or globs over qualified names.
 
+    A layer's output channels stay and its inputs may still go; a parameter named itself stays whole.
+    """
     paths = dict(model.named_modules(remove_duplicate=False))
-    names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
-    found: list[str] = []
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    found: set[tuple[str, int]] = set()
     for item in ignore:
         if isinstance(item, nn.Module):
             chosen = [p for p, m in paths.items() if m is item]
+            named = []
         else:
-            chosen = [p for p in (*paths, *names) if p and fnmatch.fnmatchcase(p, str(item))]
-        if not chosen:
+            chosen = [p for p in paths if p and fnmatch.fnmatchcase(p, str(item))]
+            named = [n for n in tensors if fnmatch.fnmatchcase(n, str(item))]
+        if not chosen and not named:
             raise InputError(f"ignore names {item if isinstance(item, str) else type(item).__name__!r}, which is no module or parameter of this model")
-        found += [n for n in names for p in chosen if n == p or p == "" or n.startswith(f"{p}.")]
-    return sorted(set(found))
+        found.update((n, d) for n in named for d in range(tensors[n].ndim))
+        for path in chosen:
+            for name in tensors:
+                if path == "" or name.startswith(f"{path}."):
+                    found.update((name, d) for d in _outputs(paths[name.rpartition(".")[0]], tensors[name]))
+    return sorted(found)
+
+
+def _outputs(owner: nn.Module, tensor: torch.Tensor) -> Iterable[int]:
+    """The dimensions of a parameter that are output channels of the module that holds it."""
+    if isinstance(owner, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return (1,) if tensor.ndim > 1 else (0,)
+    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+        return (1,)
+    return (0,) if isinstance(owner, LAYERS) else range(tensor.ndim)
 
 
 class Couple(GraphPass):
@@ -59,7 +80,7 @@ class Couple(GraphPass):
 
     def run(self, module: fx.GraphModule) -> fx.GraphModule:
         traced: TracedModel = module.meta["traced"]
-        fixed = fixed_parameters(traced.skeleton.original, self.ignore)
+        fixed = fixed_dimensions(traced.skeleton.original, self.ignore)
         walk = _settled(traced, self.attention, fixed)
         names = [n if isinstance(n, str) else _path(traced.skeleton.original, n) for n in self.ignore]
         module.meta["coupling"] = CouplingGraph(walk, self.inputs, {"attention": self.attention, "ignore": names})
@@ -70,7 +91,7 @@ def _path(model: nn.Module, module: nn.Module) -> str:
     return next(p for p, m in model.named_modules() if m is module)
 
 
-def _settled(traced: TracedModel, attention: str, fixed: list[str]) -> Walk:
+def _settled(traced: TracedModel, attention: str, fixed: list[tuple[str, int]]) -> Walk:
     """Walk; where two tensors of one attention chose different axes (grouped queries), walk again with one axis for both."""
     walk = Walk(traced, attention, fixed).run()
     clashing = _clashing(walk)
@@ -107,21 +128,40 @@ class Plan(GraphPass):
 
 
 class Slim(GraphPass):
-    """The rewrite: a ``SlimModule`` with the kept units of ``meta["keep"]``."""
+    """The rewrite: puts the ``Slimmer`` under ``meta["slimmer"]`` and the slim network under ``meta["slim"]``.
+
+    Where the whole network was traced the slim network is the pass's result; where only parts were, it is no graph module.
+    """
 
     def run(self, module: fx.GraphModule) -> fx.GraphModule:
         graph: CouplingGraph = module.meta["coupling"]
         keep: Keep = module.meta["keep"]
         slimmer = Slimmer(graph, keep)
         slim = slimmer.run()
-        slim.meta.update(module.meta, slimmer=slimmer)
-        return slim
+        module.meta.update(slimmer=slimmer, slim=slim)
+        return slim if isinstance(slim, SlimModule) else module
 
 
 def analysed(model: nn.Module, example_inputs: Any, ignore: Iterable[Any], attention: str) -> TracedGraph:
     """Trace and couple; the steps every use of a model shares."""
     if attention not in ("auto", "heads", "head_dim"):
         raise InputError(f'attention is {attention!r}; it must be "auto", "heads" or "head_dim"')
-    carrier = traced_graph(trace(model, example_inputs, rules.is_known, rules.registry.FUNCTIONS.__contains__))
+    has_rule = rules.registry.FUNCTIONS.__contains__
+    try:
+        traced = trace(model, example_inputs, rules.is_known, has_rule)
+    except TraceError as error:
+        # The parts' inputs are known only by running the model, so recorded shapes become values first.
+        values = build(describe(example_inputs), device=device_of(model)) if _on_meta(example_inputs) else example_inputs
+        traced = trace_parts(model, values, rules.is_known, has_rule, error)
+    carrier = traced_graph(traced)
     Couple(describe(example_inputs), ignore, attention)(carrier)
     return carrier
+
+
+def _on_meta(example: Any) -> bool:
+    return any(t.device.type == "meta" for t in tree_leaves(example) if isinstance(t, torch.Tensor))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter or buffer."""
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))

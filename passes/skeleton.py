@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ _SHARED = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype,
            types.BuiltinFunctionType, types.ModuleType, fx.Graph)  # fmt: skip
 _OWN = frozenset({"_parameters", "_buffers", "_modules", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
                   "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"})  # fmt: skip
+_PLAIN = frozenset({tuple, list, dict, set, OrderedDict})
 _watched: dict[type, type] = {}
 
 
@@ -74,6 +76,7 @@ class Skeleton:
 
     def _watch(self, cls: type) -> type:
         if cls not in _watched:
+
             def read(module: Any) -> bool:
                 module.__dict__["_fxprune_skeleton"].training_was_read = True
                 return bool(module.__dict__["training"])
@@ -81,7 +84,10 @@ class Skeleton:
             def write(module: Any, value: bool) -> None:
                 module.__dict__["training"] = value
 
-            _watched[cls] = type(cls.__name__, (cls,), {"training": property(read, write), "__module__": cls.__module__, "_fxprune_watch": cls})
+            made = type(cls.__name__, (cls,), {"training": property(read, write), "__module__": cls.__module__, "_fxprune_watch": cls})
+            if issubclass(cls, fx.GraphModule):  # each has a class of its own, which a table would keep alive
+                return made
+            _watched[cls] = made
         return _watched[cls]
 
     @staticmethod
@@ -133,7 +139,7 @@ def _fill(source: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
         elif isinstance(value, _SHARED):
             state[key] = value
         elif isinstance(value, (tuple, list, dict, set)) and not value:
-            state[key] = type(value)() if type(value) in (tuple, list, dict, set) else copy.copy(value)
+            state[key] = type(value)() if type(value) in _PLAIN else copy.copy(value)
         elif isinstance(value, tuple) and all(isinstance(v, _SHARED) for v in value):
             state[key] = value
         elif isinstance(value, torch.Tensor):

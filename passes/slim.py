@@ -35,6 +35,8 @@ class Slimmer:
         self.skeleton = graph.walk.traced.skeleton
         self._keep = np.append(keep, True)  # unit -1, "belongs to no group", is kept
         self._kept: dict[int, tuple[Vector, Vector | None]] = {}
+        self._dims: dict[str, dict[int, torch.Tensor]] = {}
+        self._by_units: dict[int, torch.Tensor | None] = {}
         self.renumber: dict[str, torch.Tensor] = {}
         self.constants: dict[str, torch.Tensor] = {}
         self.new: fx.Graph = fx.Graph()
@@ -128,11 +130,23 @@ class Slimmer:
 
     # -- the rewrite --------------------------------------------------------------------------------------------------------
 
-    def run(self) -> SlimModule:
+    @torch.no_grad()
+    def run(self) -> nn.Module:
+        """The slim network: a ``SlimModule``, or where only parts could be traced a copy of the user's module with slim parts in it."""
         graphs = {mode: self.copy(mode, graph) for mode, graph in self.walk.traced.graphs.items()}
+        parts = self.walk.traced.parts
         tree = self._tree()
         self._resize(tree)
-        return SlimModule(tree, graphs)
+        if not parts:
+            return SlimModule(tree, graphs)
+        for path in parts:
+            own = {mode: graphs[f"{path}:{mode}"] for mode in ("eval", "train") if f"{path}:{mode}" in graphs}
+            for graph in own.values():
+                for node in graph.nodes:
+                    if node.op in ("call_module", "get_attr"):
+                        node.target = str(node.target).removeprefix(f"{path}.")
+            _replace(tree, tree.get_submodule(path), SlimModule(tree.get_submodule(path), own))
+        return tree
 
     def copy(self, mode: str, graph: fx.Graph) -> fx.Graph:
         self.new = fx.Graph()
@@ -198,14 +212,23 @@ class Slimmer:
 
     def kept_dims(self, name: str) -> dict[int, torch.Tensor]:
         """Dimension -> LongTensor of kept indices, for the dimensions of a tensor that lose any."""
-        found = {}
-        for dim in range(self._ndim(name)):
-            units = self.graph.unit_of.get((name, dim))
-            if units is not None:
-                mask = self._keep[units]
-                if not mask.all():
-                    found[dim] = torch.from_numpy(np.flatnonzero(mask))
-        return found
+        if name not in self._dims:
+            found = {}
+            for dim in range(self._ndim(name)):
+                units = self.graph.unit_of.get((name, dim))
+                kept = None if units is None else self._kept_units(units)
+                if kept is not None:
+                    found[dim] = kept
+            self._dims[name] = found
+        return self._dims[name]
+
+    def _kept_units(self, units: Vector) -> torch.Tensor | None:
+        """Kept positions of a parameter's dimension; dimensions that share one set of units share the answer."""
+        key = id(units)
+        if key not in self._by_units:
+            mask = self._keep[units]
+            self._by_units[key] = None if mask.all() else torch.from_numpy(np.flatnonzero(mask))
+        return self._by_units[key]
 
     def _ndim(self, name: str) -> int:
         constant = self.walk.traced.constants.get(name)
@@ -224,7 +247,14 @@ class Slimmer:
             memo[id(self.skeleton.real(name))] = self.sliced(name)
         called = {str(n.target) for g in self.walk.traced.graphs.values() for n in g.nodes if n.op == "call_module"}
         opaque = self.walk.traced.opaque
-        return assemble(original, memo, lambda path: path in called, lambda path: path in opaque, self._constants())
+        parts = self.walk.traced.parts
+
+        def whole(path: str) -> bool:
+            """Whether a module keeps the user's class: it, or one around it, was not looked into."""
+            outside = bool(parts) and not any(path == p or path.startswith(f"{p}.") for p in parts)
+            return outside or any(path == o or path.startswith(f"{o}.") for o in opaque)
+
+        return assemble(original, memo, lambda path: path in called, whole, self._constants())
 
     def _constants(self) -> dict[str, torch.Tensor]:
         return {**{name: self.sliced(name) for name in self.walk.traced.constants}, **self.constants}
@@ -270,6 +300,13 @@ class Slimmer:
             module.unflattened_size = tuple(self.count(y, axis + i) if s != -1 else -1 for i, s in enumerate(module.unflattened_size))
 
 
+def _replace(tree: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for module in tree.modules():
+        for name, child in module._modules.items():
+            if child is old:
+                module._modules[name] = new
+
+
 def _pure(node: fx.Node) -> bool:
     from fxprune.passes.trace import impure
 
@@ -278,14 +315,13 @@ def _pure(node: fx.Node) -> bool:
 
 def cut(source: torch.Tensor, values: torch.Tensor | None, dims: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """A copy of ``source`` with only the kept indices of each dimension (or with new ``values``); layout and parameter-ness stay."""
-    with torch.no_grad():
-        made = source.detach() if values is None else values.to(source.device)
-        for dim, indices in dims.items():
-            made = made.index_select(dim, indices.to(made.device))
-        if made.data_ptr() == source.data_ptr() or not dims:
-            made = made.clone() if made.device.type != "meta" else torch.empty_like(made)
-        elif made.ndim == 4 and source.is_contiguous(memory_format=torch.channels_last) and not source.is_contiguous():
-            made = made.contiguous(memory_format=torch.channels_last)
+    made = source.detach() if values is None else values.to(source.device)
+    for dim, indices in dims.items():
+        made = made.index_select(dim, indices if made.device.type == "cpu" else indices.to(made.device))
+    if not dims:
+        made = made.clone() if made.device.type != "meta" else torch.empty_like(made)
+    elif made.ndim == 4 and source.is_contiguous(memory_format=torch.channels_last) and not source.is_contiguous():
+        made = made.contiguous(memory_format=torch.channels_last)
     return nn.Parameter(made, requires_grad=source.requires_grad) if isinstance(source, nn.Parameter) else made
 
 
@@ -297,12 +333,10 @@ def assemble(
     Modules the graph calls are copied with their class; the others hold their parameters under the same names as plain modules.
     """
     paths = list(original.named_modules(remove_duplicate=False))
-    whole = [p for p, _ in paths if opaque(p)]
     for path, module in paths:
         if id(module) in memo:
             continue
-        inside = any(path == w or path.startswith(f"{w}.") for w in whole)
-        memo[id(module)] = object.__new__(type(module)) if inside or called(path) else nn.Module()
+        memo[id(module)] = object.__new__(type(module)) if opaque(path) or called(path) else nn.Module()
     done: set[int] = set()
     for path, module in paths:
         twin = memo[id(module)]

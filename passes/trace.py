@@ -29,7 +29,7 @@ from torch.fx.node import map_arg
 
 from fxprune.errors import InputError, TraceError
 from fxprune.inputs import call_form
-from fxprune.passes import openers
+from fxprune.passes import openers, shapes
 from fxprune.passes.skeleton import Skeleton
 
 _isinstance = builtins.isinstance
@@ -49,7 +49,8 @@ class TracedModel:
     ``graphs``: "eval" and, where it differs, "train"; node.meta holds ``val`` (concrete value on the example, tensors on meta) and
     ``where`` (file:line in the user's source).
     ``constants``: attribute name -> tensor, for tensors the forward pass made or held outside parameters and buffers.
-    ``notes``: what had to be specialised or could not be kept.
+    ``notes``: what had to be specialised or could not be kept. ``opaque``: submodules and functions kept whole -> why.
+    ``parts``: where the root could not be traced, the paths of the submodules that were; graphs are then named ``path:mode``.
     """
 
     skeleton: Skeleton
@@ -57,6 +58,12 @@ class TracedModel:
     constants: dict[str, torch.Tensor]
     notes: tuple[str, ...] = ()
     opaque: dict[str, str] = field(default_factory=dict)
+    parts: list[str] = field(default_factory=list)
+
+    @property
+    def eval_modes(self) -> list[str]:
+        """The names of the graphs that evaluation runs."""
+        return [mode for mode in self.graphs if mode.rpartition(":")[2] == "eval"]
 
 
 class ShapeTuple(tuple):  # type: ignore[type-arg]
@@ -78,6 +85,16 @@ class ShapeProxy(fx.Proxy):
     @property
     def value(self) -> Any:
         return self.node.meta["val"]
+
+    @classmethod
+    def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
+        args, kwargs = args or (), kwargs or {}
+        tracer = _find_proxy(args, kwargs).tracer  # type: ignore[union-attr]
+        if _isinstance(orig_method, torch._C.ScriptMethod):
+            return super().__torch_function__(orig_method, types, args, kwargs)
+        if torch.overrides.is_tensor_method_or_property(orig_method):
+            return tracer.create_proxy("call_method", orig_method.__name__, args, kwargs)
+        return tracer.create_proxy("call_function", orig_method, args, kwargs, name=tracer.graph._target_to_str(orig_method.__name__))
 
     def __getattr__(self, name: str) -> Any:
         value = self.value
@@ -189,15 +206,14 @@ class ShapeTracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, skeleton: Skeleton, is_known: Callable[[nn.Module], bool], opaque: set[str], device: torch.device, has_rule: Callable[[Any], bool]) -> None:
+    def __init__(self, skeleton: Skeleton, is_known: Callable[[nn.Module], bool], opaque: set[str], device: torch.device, has_rule: Callable[[Any], bool], path: str = "") -> None:
         super().__init__(autowrap_modules=())
-        self.skeleton, self.is_known, self.opaque, self.device, self.has_rule = skeleton, is_known, opaque, device, has_rule
+        self.skeleton, self.is_known, self.opaque, self.device, self.has_rule, self.path = skeleton, is_known, opaque, device, has_rule, path
         self.notes: dict[str, None] = {}
         self.busy = False  # running an operation for its shape: nothing is recorded meanwhile
         self.stack: list[str] = []
         self._shapes: dict[fx.Node, ShapeTuple] = {}
         self._attributes: dict[str, ShapeProxy] = {}
-        self._grad = torch.is_grad_enabled()
         self.constants: dict[str, torch.Tensor] = {}
 
     # -- what fx asks of a tracer -------------------------------------------------------------------------------------------
@@ -309,8 +325,8 @@ class ShapeTracer(fx.Tracer):
 
     def run(self, example: tuple[tuple[Any, ...], dict[str, Any]]) -> fx.Graph:
         self.example = example
-        with _patched(self):
-            return self.trace(self.skeleton.root)
+        with torch.no_grad(), _patched(self):
+            return self.trace(self.skeleton.module(self.path))
 
     # -- values -------------------------------------------------------------------------------------------------------------
 
@@ -323,8 +339,7 @@ class ShapeTracer(fx.Tracer):
             return self.device
         self.busy = True
         try:
-            with torch.no_grad():
-                return _run(node, args, kwargs, self.skeleton)
+            return _run(node, args, kwargs, self.skeleton)
         except TraceError:
             raise
         except Exception as error:  # whatever the operation raises on the example is the user's to see
@@ -342,7 +357,8 @@ class ShapeTracer(fx.Tracer):
     def _constant(self, tensor: torch.Tensor) -> str:
         name = self.skeleton.attribute_names.get(id(tensor))
         if name is None:
-            name = next(n for n in (f"_tensor_constant{i}" for i in range(len(self.constants), 1 << 30)) if n not in self.constants)
+            base = f"{self.path}._tensor_constant" if self.path else "_tensor_constant"
+            name = next(n for n in (f"{base}{i}" for i in range(len(self.constants), 1 << 30)) if n not in self.constants)
             self.skeleton.attribute_names[id(tensor)] = name
             self.skeleton.keep_alive.append(tensor)
         self.constants[name] = tensor
@@ -379,9 +395,8 @@ def _qualified(target: Any) -> str:
 def _run(node: fx.Node, args: Any, kwargs: Any, skeleton: Skeleton) -> Any:
     if node.op == "call_module":
         module = skeleton.module(node.target)
-        if _isinstance(module, nn.modules.batchnorm._NormBase):
-            return torch.empty_like(args[0] if args else kwargs["input"])  # no statistics: they refuse one value per channel
-        return module.forward(*args, **kwargs)
+        found = None if kwargs else shapes.quick(module, args)
+        return module.forward(*args, **kwargs) if found is None else found
     if "device" in kwargs and kwargs["device"] is not None:
         kwargs = {**kwargs, "device": "meta"}
     if node.op == "call_method":
@@ -441,6 +456,18 @@ def _patched(tracer: ShapeTracer) -> Iterator[None]:
 
         return call
 
+    def noted(original: Any, what: str) -> Any:
+        def enter(context: Any) -> Any:
+            if not tracer.busy:
+                tracer.notes[f"{tracer.here()}: a {what} block cannot be kept in a graph; the slim module computes without it"] = None
+            return original(context)
+
+        return enter
+
+    blocks = [(torch.no_grad, "no_grad"), (torch.enable_grad, "enable_grad"), (torch.autocast, "autocast")]
+    entered = [(cls, cls.__enter__) for cls, _ in blocks]
+    for cls, what in blocks:
+        cls.__enter__ = noted(cls.__enter__, what)  # type: ignore[attr-defined]
     # fx's own wrapper expects one proxy back; a function that is traced into may return anything.
     wrapper, symbolic._create_wrapped_func = symbolic._create_wrapped_func, wrapped
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -452,6 +479,8 @@ def _patched(tracer: ShapeTracer) -> Iterator[None]:
         yield
     finally:
         builtins.isinstance = _isinstance
+        for cls, enter in entered:
+            cls.__enter__ = enter  # type: ignore[attr-defined]
         symbolic._create_wrapped_func = wrapper
         for name, original in saved.items():
             setattr(torch, name, original)
@@ -459,41 +488,55 @@ def _patched(tracer: ShapeTracer) -> Iterator[None]:
 
 
 def trace(
-    model: nn.Module, example_inputs: Any, is_known: Callable[[nn.Module], bool], has_rule: Callable[[Any], bool] = lambda _: False,
-    opaque: dict[str, str] | None = None,
-) -> TracedModel:  # fmt: skip
+    model: nn.Module, example_inputs: Any, is_known: Callable[[nn.Module], bool], has_rule: Callable[[Any], bool] = lambda _: False
+) -> TracedModel:
     """Trace ``model`` in evaluation mode and, where the traced code reads ``self.training``, in training mode as well.
 
-    ``is_known(module)`` says whether a module is kept whole as one node. Submodules named in ``opaque`` are kept whole too.
-    Raises ``TraceError`` with the line of the user's source where tracing stopped.
+    ``is_known(module)`` says whether a module is kept whole as one node; ``has_rule(function)`` whether a wrapped function is. A submodule
+    that cannot be traced is kept whole. Raises ``TraceError`` with the line of the user's source where tracing of the root stopped.
     """
-    example = call_form(example_inputs)
-    blocked = dict(opaque or {})
+    skeleton = Skeleton(model, is_known)
+    found = TracedModel(skeleton, {}, {})
+    add_traced(found, "", call_form(example_inputs), is_known, has_rule)
+    return found
+
+
+def add_traced(
+    traced: TracedModel, path: str, example: tuple[tuple[Any, ...], dict[str, Any]], is_known: Callable[[nn.Module], bool], has_rule: Callable[[Any], bool]
+) -> None:
+    """Trace the module at ``path`` and add its graphs, "eval" and where it differs "train", under ``path:`` for a part of the model."""
+    skeleton = traced.skeleton
     device = next((t.device for t in _tensors(example)), torch.device("cpu"))
-    while True:
-        skeleton = Skeleton(model, is_known)
-        tracer = ShapeTracer(skeleton, is_known, set(blocked), device, has_rule)
-        try:
-            graphs = {"eval": _one(tracer, example, training=False)}
-        except TraceError as error:
-            culprit = tracer.stack[-1] if tracer.stack else ""
-            if not culprit or culprit in blocked:
-                raise
-            blocked[culprit] = str(error)
-            continue
-        notes = dict(tracer.notes)
-        constants = dict(tracer.constants)
-        if skeleton.training_was_read:
-            second = ShapeTracer(skeleton, is_known, set(blocked), device, has_rule)
+    blocked: dict[str, str] = {}
+    prefix = f"{path}:" if path else ""
+
+    def attempt(training: bool) -> tuple[ShapeTracer, fx.Graph]:
+        while True:
+            tracer = ShapeTracer(skeleton, is_known, {*traced.opaque, *blocked}, device, has_rule, path)
             try:
-                graph = _one(second, example, training=True)
-                if not _same(graphs["eval"], graph):
-                    graphs["train"] = graph
-                    notes.update(second.notes)
-                    constants.update(second.constants)
+                return tracer, _one(tracer, example, training)
             except TraceError as error:
-                notes[f"training mode could not be traced, the slim module computes as in evaluation mode there: {error}"] = None
-        return TracedModel(skeleton, graphs, constants, tuple(notes), blocked)
+                culprit = tracer.stack[-1] if tracer.stack else ""
+                if not culprit or culprit in blocked:
+                    raise
+                blocked[culprit] = str(error)
+
+    skeleton.training_was_read = False
+    tracer, graph = attempt(training=False)
+    graphs, notes, constants = {"eval": graph}, dict(tracer.notes), dict(tracer.constants)
+    if skeleton.training_was_read:
+        try:
+            second, graph = attempt(training=True)
+            if not _same(graphs["eval"], graph):
+                graphs["train"] = graph
+                notes.update(second.notes)
+                constants.update(second.constants)
+        except TraceError as error:
+            notes[f"training mode could not be traced, the slim module computes as in evaluation mode there: {error}"] = None
+    traced.graphs.update({prefix + mode: g for mode, g in graphs.items()})
+    traced.constants.update(constants)
+    traced.opaque.update(blocked)
+    traced.notes = tuple(dict.fromkeys((*traced.notes, *notes)))
 
 
 def _one(tracer: ShapeTracer, example: Any, training: bool) -> fx.Graph:

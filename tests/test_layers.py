@@ -19,9 +19,9 @@ LAYERS = (
     ("passes",),
     ("profiling", "costs", "scores", "rebuilding", "files"),
     ("api",),
-    ("training", "distillation"),
-    ("report",),
-    ("cli", "__main__"),
+    ("training", "distillation", "searching", "recovery"),
+    ("results", "charts", "webpage", "report"),
+    ("display", "options", "outputs", "session", "cli", "__main__"),
 )
 # Beside the layers: what each of these may import, apart from itself.
 ASIDE = {
@@ -44,9 +44,18 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+def run_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node below ``node`` that can run: what stands under ``if TYPE_CHECKING`` names types and makes no dependency."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
+            continue
+        yield child
+        yield from run_nodes(child)
+
+
 def imported(path: Path) -> Iterator[tuple[int, str]]:
     """Line and dotted name of everything that a file imports, at its top or inside functions."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in run_nodes(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

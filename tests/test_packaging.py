@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -57,7 +58,12 @@ def test_the_wheel_is_whole(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    run("-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT))
+    source = tmp_path / "source"
+    for name in ("fxprune", "passes"):  # a copy: setuptools leaves a build folder behind, and would take old modules from one
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    run("-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(source))
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = [(ROOT / "fxprune", Path("fxprune")), (ROOT / "passes", Path("fxprune/passes"))]

@@ -19,6 +19,11 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     replace_text(folder / NAME, text)
 
 
+def exists(folder: Path) -> bool:
+    """Whether the folder has a checkpoint."""
+    return (folder / NAME).exists()
+
+
 def load(folder: Path) -> dict[str, Any]:
     """Read the folder's checkpoint. Raises ``SearchError`` when there is none or it is not one of ours."""
     path = folder / NAME

@@ -95,8 +95,10 @@ def _need_labels(walk: Walk, x: Value, axis: int, weight: Value, dim: int) -> No
 
 @modules(nn.Linear)
 def linear_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Value:
+    walk.bind(node, "weight", 1, input.axes.get(input.ndim - 1))
     weight = walk.weight(node, "weight")
     assert weight is not None
+    walk.bind(node, "bias", 0, weight.axes.get(0))
     return linear_value(walk, node, input, weight, walk.weight(node, "bias"), str(node.target))
 
 

@@ -36,8 +36,12 @@ def group_count(inputs: int, outputs: int, per_group: int, transposed: bool) -> 
 
 @modules(*_MODULES)
 def conv_module(walk: Walk, node: fx.Node, module: Any, input: Value) -> Value:
+    if module.groups == 1:
+        walk.bind(node, "weight", 1, input.axes.get(input.ndim - module.weight.ndim + 1))
     weight = walk.weight_dims(node, "weight", (0, 1))
     assert weight is not None
+    if module.groups == 1:
+        walk.bind(node, "bias", 0, weight.axes.get(0))
     return convolve(walk, node, input, weight, walk.weight(node, "bias"), module.groups, False, str(node.target))
 
 

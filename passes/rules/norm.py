@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fxprune.passes.labels import Walk
 
 _BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_STATE = ("weight", "bias", "running_mean", "running_var")
 
 
 def _per_channel(walk: Walk, node: fx.Node, x: Value, axis: int, others: list[Value | None]) -> Value:
@@ -36,9 +37,11 @@ def _per_channel(walk: Walk, node: fx.Node, x: Value, axis: int, others: list[Va
 
 @modules(*_BATCH)
 def batch_norm_module(walk: Walk, node: fx.Node, module: Any, input: Value) -> Value:
-    parts = [walk.weight(node, k) for k in ("weight", "bias", "running_mean", "running_var")]
     instance = isinstance(module, nn.modules.instancenorm._InstanceNorm)
     channel = input.ndim - _spatial(module) - 1 if instance else 1
+    for key in _STATE:
+        walk.bind(node, key, 0, input.axes.get(channel))
+    parts = [walk.weight(node, k) for k in _STATE]
     for axis in range(channel + 1, input.ndim):
         walk.pin(input.axes.get(axis), "a normalisation averages over it")
     return _per_channel(walk, node, input, channel, parts)

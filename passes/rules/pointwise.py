@@ -113,16 +113,20 @@ def prelu_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> 
     return prelu(walk, node, input, weight)
 
 
-@modules(
+KEEP_ZERO_MODULES = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Hardtanh, nn.Mish, nn.Softsign,
     nn.Hardshrink, nn.Tanhshrink, nn.Softshrink, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
     nn.FeatureAlphaDropout, torchvision.ops.StochasticDepth,
 )  # fmt: skip
+MOVE_ZERO_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Threshold)
+
+
+@modules(*KEEP_ZERO_MODULES)
 def keep_zero_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
     return walk.pointwise(node, input, zero="first")
 
 
-@modules(nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Threshold)
+@modules(*MOVE_ZERO_MODULES)
 def move_zero_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
     return walk.pointwise(node, input, zero="none")
 

@@ -34,7 +34,7 @@ class Labels:
         root = parent[vector]
         while True:
             up = parent[root]
-            if np.array_equal(up, root):
+            if (up == root).all():
                 break
             root = up
         parent[vector] = root

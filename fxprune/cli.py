@@ -1,0 +1,124 @@
+"""``fxprune-search``: parses, calls, prints."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.syntax import Syntax
+from rich.text import Text
+
+from fxprune import arguments, outputs, session
+from fxprune.arguments import Request
+from fxprune.driver import Progress as SearchProgress
+from fxprune.errors import FxPruneError
+from fxprune.outputs import Finished
+from fxprune.report import result_table, search_line, training_line
+from fxprune.session import LATENCY_BATCH, Session
+from fxprune.training import Progress as TrainingProgress
+
+DONE, BAD_INPUT, UNMET, INTERRUPTED = 0, 2, 3, 130
+PLAIN_SECONDS = 5.0  # between two lines of progress where the terminal cannot be rewritten
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns its exit status: 0 done, 2 bad input, 3 target not met, 130 interrupted."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    signal.signal(signal.SIGTERM, _interrupted)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # what libraries warn of is no business of a user who runs a program
+    console = Console()
+    begun: Session | None = None
+    try:
+        request = arguments.read(given)
+        if request.report is not None:
+            console.print(f"written: {outputs.report(request.report)}")
+            return DONE
+        begun = _session(request, given)
+        with Display(console) as display:
+            done = begun.run(display)
+        _show(done, begun, console)
+        return _unmet(done, begun) if done.unmet else DONE
+    except KeyboardInterrupt:
+        again = f"go on with: fxprune-search --resume {shlex.quote(begun.options.out)}" if begun else "nothing had been started"
+        _complain(f"interrupted; {again}")
+        return INTERRUPTED
+    except (FxPruneError, OSError) as error:
+        _complain(f"error: {error}")
+        return BAD_INPUT
+
+
+def _session(request: Request, given: Sequence[str]) -> Session:
+    if request.options is None:
+        return session.resume(request.resume or "", **(request.changes or {}))
+    return session.begin(request.options, shlex.join(["fxprune-search", *given]))
+
+
+def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _complain(text: str) -> None:
+    """One line on stderr."""
+    print(f"fxprune-search: {' '.join(text.split())}", file=sys.stderr)
+
+
+def _unmet(done: Finished, run: Session) -> int:
+    _complain(f"{done.unmet}; the nearest result is kept in {run.options.out}")
+    return UNMET
+
+
+def _show(done: Finished, run: Session, console: Console) -> None:
+    console.print(result_table(done.rows, f"{run.options.model} on {run.options.data}"))
+    console.print(Text(f"accuracy on the test part; latency of a batch of {LATENCY_BATCH} on {run.device}", style="dim"))
+    console.print(Text(f"in {run.options.out}: policy.json, slim.safetensors, history.jsonl, report.html"))
+    console.print("load the result with:")
+    console.print(Syntax(done.load, "python", theme="ansi_dark", background_color="default", word_wrap=True))
+
+
+class Display:
+    """How a run stands: rewritten in place on a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.live = Live(console=console, refresh_per_second=8, transient=True) if console.is_terminal else None
+        self.printed = 0.0
+
+    def __enter__(self) -> Display:
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def stage(self, text: str) -> None:
+        self.console.print(f"[bold]{escape(text)}[/bold]")
+        self.printed = time.monotonic()
+
+    def searched(self, progress: SearchProgress) -> None:
+        self._update(search_line(progress), progress.kind in ("step", "end"))
+
+    def trained(self, progress: TrainingProgress) -> None:
+        self._update(training_line(progress), progress.epoch == progress.epochs and progress.step == progress.steps)
+
+    def _update(self, line: Text, worth_a_line: bool) -> None:
+        if self.live is not None:
+            self.live.update(line)
+        if worth_a_line or (self.live is None and time.monotonic() - self.printed >= PLAIN_SECONDS):
+            self.console.print(line)
+            self.printed = time.monotonic()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""The files of a finished run: what is written, how it is read again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fxprune.driver import SearchOutcome
+from fxprune.driver.checkpoint import replace_text
+from fxprune.errors import SearchError
+from fxprune.files import save
+from fxprune.options import Options
+from fxprune.recovery import write_weights
+from fxprune.results import Row
+from fxprune.searching import Candidates, SearchResult
+from fxprune.webpage import page
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a run ended. ``unmet``: why the target was not met, or empty; the files then hold the nearest result."""
+
+    rows: tuple[Row, ...]
+    unmet: str
+    load: str
+    summary: str
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> Finished:
+        """From what ``result.json`` holds."""
+        return cls(tuple(Row(**row) for row in result["rows"]), result["unmet"], result["load"], result["summary"])
+
+
+def finished(folder: Path) -> Finished | None:
+    """The end of the run whose checkpoint folder this is, if it came to one."""
+    path = folder / RESULT
+    return Finished.of(read_json(path, f"{folder.parent} cannot be taken up")) if path.exists() else None
+
+
+def write(
+    options: Options,
+    command: str,
+    outcome: SearchOutcome,
+    candidates: Candidates,
+    found: Mapping[str, SearchResult],
+    rows: Sequence[Row],
+    unmet: str,
+    classes: int,
+) -> Finished:
+    """Write the policy and the network of every point, the history, the page, and last of all the result; each whole or not at all."""
+    out = Path(options.out)
+    for stem, one in found.items():
+        one.policy.save(out / f"{stem.replace('slim', 'policy', 1)}.json")
+        save(one.model, out / f"{stem}.safetensors")
+    result = {
+        "model": options.model,
+        "targets": list(options.search.described()["targets"]),
+        "unmet": unmet,
+        "command": command,
+        "load": _snippet(options, classes),
+        "summary": _summary(rows, outcome, unmet),
+        "rows": [asdict(row) for row in rows],
+        "groups": _groups(found["slim"], candidates),
+        "options": {**{name: value for name, value in options.state().items() if name != "search"}, **options.search.described()},
+    }
+    replace_text(out / "history.jsonl", "".join(json.dumps(record) + "\n" for record in outcome.history))
+    replace_text(out / "report.html", page(result, outcome.history))
+    replace_text(out / "checkpoint" / RESULT, json.dumps(result, indent=2) + "\n")
+    return Finished.of(result)
+
+
+def report(out: str) -> Path:
+    """Write the page of a finished run again; returns its path."""
+    folder, otherwise = Path(out), f"{out} holds no finished run"
+    result = read_json(folder / "checkpoint" / RESULT, otherwise)
+    history = [json.loads(line) for line in read_text(folder / "history.jsonl", otherwise).splitlines()]
+    replace_text(folder / "report.html", page(result, history))
+    return folder / "report.html"
+
+
+def size_on_disk(model: nn.Module, folder: Path) -> int:
+    """Bytes of the network's file."""
+    path = folder / "size.safetensors"
+    if hasattr(model, "_record"):
+        save(model, path)
+    else:
+        write_weights(model, path)
+    size = path.stat().st_size
+    path.unlink()
+    return size
+
+
+def read_text(path: Path, otherwise: str) -> str:
+    """A file's text. Raises ``SearchError`` that begins with ``otherwise``."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SearchError(f"{otherwise}: cannot read {path} ({error})") from error
+
+
+def read_json(path: Path, otherwise: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises ``SearchError`` that begins with ``otherwise``."""
+    try:
+        found = json.loads(read_text(path, otherwise))
+    except ValueError as error:
+        raise SearchError(f"{otherwise}: {path} is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise SearchError(f"{otherwise}: {path} holds no JSON object")
+    return found
+
+
+def _groups(found: SearchResult, candidates: Candidates) -> list[dict[str, Any]]:
+    uniform = found.outcome.baselines["uniform"].removed.tolist()
+    return [
+        {"name": group.name, "units": group.size, "removed": round(found.policy.sparsity[group.name] * group.size), "uniform": even}
+        for group, even in zip(candidates.groups, uniform, strict=True)
+    ]
+
+
+def _snippet(options: Options, classes: int) -> str:
+    path = Path(options.out) / "slim.safetensors"
+    return (
+        "import fxprune\nfrom fxprune.sources import load_model\n\n"
+        f'slim = fxprune.load("{path}", load_model("{options.model}", num_classes={classes}))'
+    )
+
+
+def _summary(rows: Sequence[Row], outcome: SearchOutcome, unmet: str) -> str:
+    first, last = rows[0], rows[-1]
+    said = (
+        f"Test accuracy {100 * last.accuracy:.2f} % after {100 * first.accuracy:.2f} %, with {100 * last.macs / first.macs:.1f} % of the "
+        f"MACs and {100 * last.params / first.params:.1f} % of the parameters; {outcome.evaluations} networks were scored."
+    )
+    return f"{said} {unmet[:1].upper()}{unmet[1:]}." if unmet else said

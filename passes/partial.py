@@ -1,0 +1,83 @@
+"""Networks whose root cannot be traced: the largest submodules that can are, each with its interface pinned.
+
+What a submodule is called with is seen by running a copy of the model once on the example inputs. A submodule is taken only if nothing
+outside it calls into it, since what is inside will change shape.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxprune.errors import TraceError
+from fxprune.inputs import call_form
+from fxprune.passes.skeleton import Skeleton
+from fxprune.passes.trace import TracedModel, add_traced
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def trace_parts(
+    model: nn.Module, example_inputs: Any, is_known: Callable[[nn.Module], bool], has_rule: Callable[[Any], bool], cause: TraceError
+) -> TracedModel:
+    """Trace the largest traceable submodules of ``model``. ``example_inputs`` must hold values: the model is run on them.
+
+    Raises ``cause``, the error of the root, where no submodule can be traced.
+    """
+    calls, callers = _watched(model, example_inputs)
+    traced = TracedModel(Skeleton(model, is_known), {}, {}, parts=[])
+    todo = [(name, module) for name, module in reversed(list(model.named_children()))]
+    while todo:
+        path, module = todo.pop()
+        if not any(True for _ in module.parameters()):
+            continue
+        own = path in calls and all(path in stack for inner in _inside(callers, path) for stack in callers[inner])
+        if own and not is_known(module):
+            try:
+                add_traced(traced, path, calls[path], is_known, has_rule)
+                traced.parts.append(path)
+                continue
+            except TraceError:
+                pass  # its children may still be traced
+        todo += [(f"{path}.{name}", child) for name, child in reversed(list(module.named_children()))]
+    if not traced.parts:
+        raise cause
+    parts = ", ".join(traced.parts)
+    traced.notes = (f"the root could not be traced ({cause}); pruned are its parts {parts}, with their inputs and outputs kept", *traced.notes)
+    return traced
+
+
+def _inside(callers: dict[str, list[frozenset[str]]], path: str) -> list[str]:
+    return [p for p in callers if p.startswith(f"{path}.")]
+
+
+def _watched(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Call], dict[str, list[frozenset[str]]]]:
+    """For every submodule: what its first call was given, and for every call which modules were running."""
+    twin = copy.deepcopy(model).eval()
+    calls: dict[str, Call] = {}
+    callers: dict[str, list[frozenset[str]]] = {}
+    stack: list[str] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            calls.setdefault(name, (args, kwargs))
+            callers.setdefault(name, []).append(frozenset(stack))
+            stack.append(name)
+
+        return hook
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        stack.pop()
+
+    for name, module in twin.named_modules():
+        if name:
+            module.register_forward_pre_hook(enter(name), with_kwargs=True)
+            module.register_forward_hook(leave)
+    args, kwargs = call_form(example_inputs)
+    with torch.no_grad():
+        twin(*args, **kwargs)
+    return calls, callers
