@@ -41,5 +41,10 @@ pruned = evaluate_accuracy(slim, data.batches("test"))
 fxprune.distill(slim, model, batches, config=fxprune.DistillConfig(epochs=3 if SMALL else 10, validate=validate, on_step=tell))
 
 costs = fxprune.record(slim)
-print(f"test accuracy: {evaluate_accuracy(model, data.batches('test')):.1%} as trained, {pruned:.1%} pruned, ", end="")
-print(f"{evaluate_accuracy(slim, data.batches('test')):.1%} distilled, at {costs.after.macs / costs.before.macs:.0%} of the multiply-accumulates")
+print(f"multiply-accumulates left: {costs.after.macs / costs.before.macs:.0%}; test accuracy:")
+for stage, accuracy in (
+    ("trained", evaluate_accuracy(model, data.batches("test"))),
+    ("pruned", pruned),
+    ("distilled", evaluate_accuracy(slim, data.batches("test"))),
+):
+    print(f"  {stage:10}{accuracy:.1%}")

@@ -14,7 +14,6 @@ from typing import NoReturn
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
-from rich.syntax import Syntax
 from rich.text import Text
 
 from fxprune import arguments, outputs, session
@@ -79,10 +78,10 @@ def _unmet(done: Finished, run: Session) -> int:
 
 def _show(done: Finished, run: Session, console: Console) -> None:
     console.print(result_table(done.rows, f"{run.options.model} on {run.options.data}"))
-    console.print(Text(f"accuracy on the test part; latency of a batch of {LATENCY_BATCH} on {run.device}", style="dim"))
+    threads = ", one thread" if run.device.type == "cpu" else ""
+    console.print(Text(f"accuracy on the test part; latency of a batch of {LATENCY_BATCH} on {run.device}{threads}", style="dim"))
     console.print(Text(f"in {run.options.out}: policy.json, slim.safetensors, history.jsonl, report.html"))
-    console.print("load the result with:")
-    console.print(Syntax(done.load, "python", theme="ansi_dark", background_color="default", word_wrap=True))
+    console.print(Text(f"the result, in Python:\n{done.load}"), soft_wrap=True)
 
 
 class Display:
@@ -107,7 +106,7 @@ class Display:
         self.printed = time.monotonic()
 
     def searched(self, progress: SearchProgress) -> None:
-        self._update(search_line(progress), progress.kind in ("step", "end"))
+        self._update(search_line(progress), progress.kind == "end" or (progress.kind == "step" and progress.steps > 1))
 
     def trained(self, progress: TrainingProgress) -> None:
         self._update(training_line(progress), progress.epoch == progress.epochs and progress.step == progress.steps)

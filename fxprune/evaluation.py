@@ -35,6 +35,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for linear algebra in the block: its results differ in bits between one thread and two, and small ones are faster."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device of the first parameter or buffer; the CPU for a module that has none."""
     first = next(itertools.chain(model.parameters(), model.buffers()), None)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from fxprune.encoding import decode_record, encode_record
 from fxprune.errors import FileError
 from fxprune.evaluation import device_of
-from fxprune.passes.slim_module import SlimModule
 from fxprune.rebuilding import rebuilt
 from fxprune.records import PruningRecord
 
@@ -57,10 +56,11 @@ def save(slim: nn.Module, path: str | os.PathLike[str]) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def load(path: str | os.PathLike[str], model: nn.Module) -> SlimModule:
+def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Rebuild the slim module of ``path`` from ``model``, a fresh original, which may lie on the meta device and is not changed.
 
-    The slim module lies where the model does (on the CPU for a model on meta) and has its modes and ``requires_grad`` flags; weights,
+    What comes back is what ``compress`` gave: a ``torch.fx.GraphModule``, or, where the root could not be traced, a copy of the user's
+    module with slim parts; such a model must be built with values, not on meta. The slim module lies where the model does (on the CPU for a model on meta) and has its modes and ``requires_grad`` flags; weights,
     dtypes and the record are the file's. Raises ``FileError``, in one line that says what differs, for a file that is none of
     ``save``'s, is damaged, or was made of another model.
     """
@@ -75,6 +75,10 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> SlimModule:
         raise FileError(f"cannot load {path}: {error}") from error
     except KeyError as error:
         raise FileError(f"cannot load {path}: its metadata have no {error}") from error
+    except RuntimeError as error:
+        if not _on_meta(model):
+            raise
+        raise FileError(f"cannot load {path}: this model cannot be analysed on meta ({_line(error)}); build it on the CPU") from error
     slim.__dict__["_record"] = record
     return slim
 
@@ -116,6 +120,10 @@ def _slots(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
                 if isinstance(tensor, Tensor):
                     in_state = holder is not owner.__dict__ and key not in owner._non_persistent_buffers_set
                     yield f"{dot}{key}" if in_state else f"{_EXTRA}{dot}{key}", holder, key
+
+
+def _on_meta(model: nn.Module) -> bool:
+    return any(holder[key].is_meta for _, holder, key in _slots(model))
 
 
 def _is_laid_out(tensor: Tensor, layout: torch.memory_format) -> bool:
@@ -167,7 +175,7 @@ def _check_original(record: PruningRecord, model: nn.Module) -> None:
 
 def _with_index_buffers(model: nn.Module, record: PruningRecord, tensors: Mapping[str, Tensor]) -> nn.Module:
     """``model``, or for one on meta a copy that has the file's values in its index tables, which the analysis reads."""
-    if not any(holder[key].is_meta for _, holder, key in _slots(model)):
+    if not _on_meta(model):
         return model
     if record.renumbered:
         raise FileError(f"the original values of {record.renumbered[0]!r} are needed and not in it; build the model on the CPU")

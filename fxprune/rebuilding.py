@@ -13,11 +13,10 @@ from fxprune.passes.coupling import CouplingGraph
 from fxprune.passes.pipeline import analysed
 from fxprune.passes.plan import Keep
 from fxprune.passes.slim import Slimmer
-from fxprune.passes.slim_module import SlimModule
 from fxprune.records import PruningRecord
 
 
-def rebuilt(model: nn.Module, record: PruningRecord) -> SlimModule:
+def rebuilt(model: nn.Module, record: PruningRecord) -> nn.Module:
     """The slim module of ``record`` made of ``model``'s weights, which may lie on the meta device; ``model`` is not changed.
 
     It goes by the kept indices rather than by a policy, so it needs no scores, and a module that was pruned twice is made in one step.

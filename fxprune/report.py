@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from fxprune.results import Row, bytes_text, count_text, time_text
+from fxprune.results import Row, bytes_text, count_text, duration_text, latency_text
 
 if TYPE_CHECKING:
     from fxprune.driver import Progress as SearchProgress
@@ -190,7 +190,7 @@ def result_table(rows: Sequence[Row], title: str = "") -> Table:
     for label, get, show in (
         ("MACs", lambda r: r.macs, count_text),
         ("parameters", lambda r: r.params, count_text),
-        ("latency", lambda r: r.latency, time_text),
+        ("latency", lambda r: r.latency, latency_text),
         ("size on disk", lambda r: r.bytes, bytes_text),
     ):
         table.add_row(label, *(f"{show(get(row))}{_share(get(row), get(first), row is first)}" for row in rows))
@@ -208,13 +208,10 @@ def _share(value: float, whole: float, is_whole: bool) -> str:
 
 def search_line(progress: SearchProgress) -> Text:
     """A search's progress in one line: its step, candidates, rewards, the share of the target reached, the time left."""
-    best = "none yet" if progress.best is None else f"{progress.best:.4f}"
-    left = "" if progress.left is None else f"  left {time_text(progress.left)}"
-    return Text.assemble(
-        ("search ", "bold"),
-        f"{' '.join(progress.targets)}  step {min(progress.step + 1, progress.steps)}/{progress.steps}  "
-        f"candidates {progress.evaluations}  reward {progress.reward:.4f}  best {best}  target {100 * progress.share:.0f} %{left}",
-    )
+    best = "" if progress.best is None else f"  best {progress.best:.4f}"
+    step = f"  step {min(progress.step + 1, progress.steps)}/{progress.steps} ({100 * progress.share:.0f} % of the way)" if progress.steps > 1 else ""
+    left = "" if progress.left is None else f"  left {duration_text(progress.left)}"
+    return _bar(progress.done).append(f"  {progress.evaluations} scored{step}  reward {progress.reward:.4f}{best}{left}")
 
 
 def show(renderable: Any, *, file: Any = None) -> None:
@@ -238,7 +235,7 @@ def training_line(progress: TrainingProgress) -> Text:
     share = ((progress.epoch - 1) * progress.steps + progress.step) / max(1, progress.epochs * progress.steps)
     return _bar(share).append(
         f"  epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}  accuracy {100 * progress.accuracy:.1f} %  "
-        f"left {time_text(progress.seconds_left)}"
+        f"left {duration_text(progress.seconds_left)}"
     )
 
 

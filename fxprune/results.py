@@ -30,10 +30,14 @@ def bytes_text(value: float) -> str:
     return f"{value / 1e6:.2f} MB" if value >= 1e6 else f"{value / 1e3:.1f} kB"
 
 
-def time_text(seconds: float) -> str:
-    """Seconds in the unit that suits."""
-    if seconds < 1e-3:
-        return f"{1e6 * seconds:.0f} µs"
-    if seconds < 1:
-        return f"{1e3 * seconds:.2f} ms"
-    return f"{seconds:.1f} s" if seconds < 100 else f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+def latency_text(seconds: float) -> str:
+    """A short time in the unit that suits."""
+    return f"{1e6 * seconds:.0f} µs" if seconds < 1e-3 else f"{1e3 * seconds:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def duration_text(seconds: float) -> str:
+    """A time that somebody waits, in hours, minutes and seconds."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from fxprune.api import analyze, compress
 from fxprune.driver import Problem, SearchConfig, SearchOutcome, run
 from fxprune.encoding import ranges
 from fxprune.errors import EvaluationError, InputError
-from fxprune.evaluation import device_of, recalibrate_batchnorm
+from fxprune.evaluation import device_of, one_thread, recalibrate_batchnorm
 from fxprune.inputs import build
 from fxprune.passes.cost import CostModel
 from fxprune.passes.coupling import CouplingGraph
@@ -91,7 +90,7 @@ class Score:
         self.candidates, self.evaluate, self.batches, self.repair = candidates, evaluate, batches, repair
 
     def __call__(self, removed: Any) -> Mapping[str, float]:
-        with _one_thread():
+        with one_thread():
             slim = self.candidates.slim(removed).eval()
             if self.repair == "bn" and self.batches:
                 recalibrate_batchnorm(slim, self.batches)
@@ -110,16 +109,6 @@ class Score:
         graph = analyze(state["model"], build(state["inputs"], device="meta"), ignore=options["ignore"], attention=options["attention"])
         self.candidates = Candidates(graph, state["ranking"], state["round_to"])
         self.evaluate, self.batches, self.repair = state["evaluate"], state["batches"], state["repair"]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def metrics_of(found: Any) -> Mapping[str, float]:
@@ -170,7 +159,8 @@ def make_problem(
     batches = None if calibration is None else list(calibration)
     if repair not in ("none", "bn"):
         raise InputError(f"repair {repair!r} is not available inside the score; choose none or bn")
-    candidates = Candidates(graph, scores(graph, importance, batches, seed), round_to)
+    with one_thread():
+        candidates = Candidates(graph, scores(graph, importance, batches, seed), round_to)
     known: list[float] = []
 
     def whole() -> float:

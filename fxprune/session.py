@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,8 @@ from fxprune.data import Data, load_data
 from fxprune.distillation import DistillConfig, distill
 from fxprune.driver import checkpoint
 from fxprune.errors import InputError, SearchError, TargetError
-from fxprune.evaluation import call, evaluate_accuracy, evaluating, logits_of, recalibrate_batchnorm
+from fxprune.evaluation import call, evaluate_accuracy, evaluating, logits_of, one_thread, recalibrate_batchnorm
+from fxprune.images import Batches
 from fxprune.options import Options
 from fxprune.outputs import Finished
 from fxprune.profiling import profile
@@ -33,6 +35,7 @@ from fxprune.training import Progress, TrainConfig, resolve_device, train
 
 FORMAT = "fxprune-session/1"
 LATENCY_BATCH, LATENCY_RUNS = 32, 30
+SMALL_STEP = 10**9  # multiply-accumulates of a training batch below which a second thread costs more than it brings
 
 
 class Watcher(Protocol):
@@ -141,7 +144,8 @@ class Session:
                 validate=self.validation,
                 on_step=watcher.trained,
             )
-            train(model, self.data.batches("train", o.batch_size, training=True, seed=o.search.seed, device=self.device), config=config)
+            with self._threads(model):
+                train(model, self.training, config=config)
         write_weights(model, kept)
         return model.eval()
 
@@ -204,15 +208,27 @@ class Session:
             validate=self.validation,
             on_step=watcher.trained,
         )
-        loader = self.data.batches("train", o.batch_size, training=True, seed=o.search.seed, device=self.device)
-        distill(student, teacher, loader, config=config)
+        with self._threads(teacher):
+            distill(student, teacher, self.training, config=config)
 
     def measured(self, name: str, model: nn.Module) -> Row:
         """A network's figures; the only place where the test part is used."""
         accuracy = evaluate_accuracy(model, self.data.batches("test", self.options.batch_size, device=self.device))
         counts = profile(model, self.example)
-        latency = profile(model, torch.cat([self.example] * LATENCY_BATCH)).latency(LATENCY_RUNS)
+        with one_thread():
+            latency = profile(model, torch.cat([self.example] * LATENCY_BATCH)).latency(LATENCY_RUNS)
         return Row(name, accuracy, counts.macs, counts.params, latency, outputs.size_on_disk(model, self.folder))
+
+    @property
+    def training(self) -> Batches:
+        """Shuffled, augmented batches of the training part, from the first epoch on."""
+        o = self.options
+        return self.data.batches("train", o.batch_size, training=True, seed=o.search.seed, device=self.device)
+
+    def _threads(self, model: nn.Module) -> AbstractContextManager[None]:
+        """One thread where a step of training is small, else as many as torch takes."""
+        small = profile(model, self.example).macs * self.options.batch_size < SMALL_STEP
+        return one_thread() if small else nullcontext()
 
     @cached_property
     def example(self) -> torch.Tensor:

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from fxprune.charts import Series, chart
-from fxprune.results import Row, bytes_text, count_text, time_text
+from fxprune.results import Row, bytes_text, count_text, latency_text
 
 Record = Mapping[str, Any]
 
@@ -102,7 +102,7 @@ def _before_after(rows: Sequence[Row]) -> str:
             f"{100 * row.accuracy:.2f} %",
             count_text(row.macs) + share(row.macs, first.macs, row),
             count_text(row.params) + share(row.params, first.params, row),
-            time_text(row.latency) + share(row.latency, first.latency, row),
+            latency_text(row.latency) + share(row.latency, first.latency, row),
             bytes_text(row.bytes) + share(row.bytes, first.bytes, row),
         ]
         for row in rows

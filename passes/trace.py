@@ -112,6 +112,8 @@ class ShapeProxy(fx.Proxy):
         elif _isinstance(value, dict) and name in ("keys", "items", "values", "get"):
             known = {k: self[k] for k in value}
             return getattr(known, name)
+        elif _isinstance(value, (torch.device, torch.dtype)):
+            return getattr(value, name)
         elif not hasattr(value, name):
             raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
         return ShapeAttribute(self, name)

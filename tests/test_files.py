@@ -126,6 +126,31 @@ def test_the_file_reads_as_a_state_dict(tmp_path: Path) -> None:
     assert all(torch.equal(v, slim.state_dict()[k]) for k, v in other.state_dict().items())
 
 
+class Looping(nn.Module):
+    """Traceable parts in a root that looks at its data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        while bool(x.abs().sum() < 100):
+            x = x + 1
+        y: Tensor = self.body(x)
+        return y
+
+
+def test_a_partly_traced_module_loads_from_an_original_with_values(tmp_path: Path) -> None:
+    slim = slimmed(Looping(), torch.ones(1, 3, 8, 8)).eval()
+    save(slim, tmp_path / "s.safetensors")
+    back = load(tmp_path / "s.safetensors", Looping()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    assert back.get_submodule("body.0").get_parameter("weight").shape[0] == 4
+    assert torch.equal(back(x), slim(x))
+    with pytest.raises(FileError, match="cannot be analysed on meta .*; build it on the CPU"):
+        load(tmp_path / "s.safetensors", on_meta(Looping))
+
+
 def edited(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     """Rewrite the metadata of a file, with everything else as it was."""
     raw = path.read_bytes()

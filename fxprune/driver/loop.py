@@ -167,7 +167,7 @@ class _Search:
         if self.on_event is None:
             return
         current, budget, limit = strategy.current(), strategy.budget, self.config.evaluations
-        done = max(strategy.progress(), self.evaluator.count / limit if limit else 0.0)
+        done = 1.0 if kind == "end" else max(strategy.progress(), self.evaluator.count / limit if limit else 0.0)
         self.on_event(
             Progress(
                 kind=kind,
@@ -180,6 +180,7 @@ class _Search:
                 accuracy=outcome.metrics["accuracy"],
                 best=self.history.best,
                 share=budget.progress(outcome.removed if current is None else current),
+                done=done,
                 seconds=self.seconds,
                 left=self.seconds * (1 - done) / done if done > 0 else None,
             )

@@ -82,6 +82,7 @@ class Progress:
 
     ``kind``: "start", "round", "step", "recover" or "end".
     ``share``: how much of the way to the target the current architecture has come, 0 to 1.
+    ``done``: how much of the search's work is done, 0 to 1.
     ``best``: the best reward on target so far, or None.
     ``left``: seconds to the end, estimated from the rounds so far; None before the first.
     """
@@ -96,5 +97,6 @@ class Progress:
     accuracy: float
     best: float | None
     share: float
+    done: float
     seconds: float
     left: float | None

@@ -53,6 +53,8 @@ def move(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> 
 
 @functions(getattr)
 def attribute(walk: Walk, node: fx.Node, input: Value, name: str) -> Any:
+    if not isinstance(node.meta["val"], torch.Tensor):
+        return node.meta["val"]
     if name in ("T", "mT", "H", "mH"):
         return walk.move(node, input, lambda labels: getattr(labels, name))
     if name in ("data", "real"):

@@ -1,0 +1,8 @@
+"""The zoo: every small network by name. Each stands for one way of moving channels that has gone wrong in some tool."""
+
+from __future__ import annotations
+
+from tests.passes import nets_attention, nets_conv, nets_forms, nets_norm, nets_shape
+from tests.passes.catalogue import ZOO, Network
+
+__all__ = ["ZOO", "Network", "nets_attention", "nets_conv", "nets_forms", "nets_norm", "nets_shape"]
