@@ -17,8 +17,8 @@ from fxprune.policies import Policy
 from fxprune.profiling import profile
 
 if TYPE_CHECKING:
-    from fxprune.driver import SearchConfig
     from fxprune.display import visualize
+    from fxprune.driver import SearchConfig
     from fxprune.searching import SearchResult, search
 
 __version__ = "0.1.0"

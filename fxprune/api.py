@@ -42,9 +42,18 @@ def analyze(model: nn.Module, example_inputs: Any = None, *, ignore: Iterable[An
 
 
 def compress(
-    model: nn.Module | CouplingGraph, policy: Given, example_inputs: Any = None, *, ignore: Iterable[Any] = (), importance: Importance = "auto",
-    calibration: Iterable[Any] | None = None, round_to: int = 1, attention: str = "auto", repair: str = "none", verify: bool = False,
-) -> fx.GraphModule:  # fmt: skip
+    model: nn.Module | CouplingGraph,
+    policy: Given,
+    example_inputs: Any = None,
+    *,
+    ignore: Iterable[Any] = (),
+    importance: Importance = "auto",
+    calibration: Iterable[Any] | None = None,
+    round_to: int = 1,
+    attention: str = "auto",
+    repair: str = "none",
+    verify: bool = False,
+) -> fx.GraphModule:
     """Remove channels of ``model`` as ``policy`` says and return the slim network as a ``torch.fx.GraphModule``.
 
     ``policy``: a ``Policy``, one sparsity for every group (0 keeps all), a mapping from group name to sparsity, or a policy file's path.
@@ -74,7 +83,9 @@ def compress(
         example = _example(model, example_inputs, chosen.inputs)
         carrier = analysed(model, example, ignore, attention)
     graph: CouplingGraph = carrier.meta["coupling"]
-    wanted: Mapping[str, float] | float = checked_sparsity(policy, "a uniform policy") if isinstance(policy, (int, float)) else chosen.sparsity
+    wanted: Mapping[str, float] | float = (
+        checked_sparsity(policy, "a uniform policy") if isinstance(policy, (int, float)) else chosen.sparsity
+    )
     units = options.get("units") if importance == options.get("importance", "auto") else None
 
     def score(graph: CouplingGraph) -> Mapping[str, Any]:
@@ -84,8 +95,12 @@ def compress(
     slim: Any = carrier.meta["slim"]
     slimmer: Slimmer = carrier.meta["slimmer"]
     keep = carrier.meta["keep"]
-    used = {"attention": attention, "ignore": list(graph.options.get("ignore", ())), "round_to": round_to,
-            "importance": importance if isinstance(importance, str) else "callable"}  # fmt: skip
+    used = {
+        "attention": attention,
+        "ignore": list(graph.options.get("ignore", ())),
+        "round_to": round_to,
+        "importance": importance if isinstance(importance, str) else "callable",
+    }
     applied = {g.name: float(wanted) for g in graph.groups if g.prunable} if isinstance(wanted, (int, float)) else dict(wanted)
     slim._record = made_record(graph, slimmer, keep, Policy(applied, graph.inputs, {**graph.options, **used}, chosen.meta))
     if verify:

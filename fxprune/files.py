@@ -60,9 +60,9 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Rebuild the slim module of ``path`` from ``model``, a fresh original, which may lie on the meta device and is not changed.
 
     What comes back is what ``compress`` gave: a ``torch.fx.GraphModule``, or, where the root could not be traced, a copy of the user's
-    module with slim parts; such a model must be built with values, not on meta. The slim module lies where the model does (on the CPU for a model on meta) and has its modes and ``requires_grad`` flags; weights,
-    dtypes and the record are the file's. Raises ``FileError``, in one line that says what differs, for a file that is none of
-    ``save``'s, is damaged, or was made of another model.
+    module with slim parts (such a model must be built with values, not on meta). It lies where the model does, on the CPU for a model
+    on meta, and has its modes and ``requires_grad`` flags; weights, dtypes and the record are the file's. Raises ``FileError``, in one
+    line that says what differs, for a file that is none of ``save``'s, is damaged, or was made of another model.
     """
     described, tensors = _read(Path(path))
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -187,13 +187,16 @@ def result_table(rows: Sequence[Row], title: str = "") -> Table:
         table.add_column(escape(row.name), justify="right")
     first = rows[0]
     table.add_row("test accuracy", *(_accuracy(row, first) for row in rows))
-    for label, get, show in (
-        ("MACs", lambda r: r.macs, count_text),
-        ("parameters", lambda r: r.params, count_text),
-        ("latency", lambda r: r.latency, latency_text),
-        ("size on disk", lambda r: r.bytes, bytes_text),
-    ):
-        table.add_row(label, *(f"{show(get(row))}{_share(get(row), get(first), row is first)}" for row in rows))
+    lines: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+        ("MACs", "macs", count_text),
+        ("parameters", "params", count_text),
+        ("latency", "latency", latency_text),
+        ("size on disk", "bytes", bytes_text),
+    )
+    for label, figure, as_text in lines:
+        whole = getattr(first, figure)
+        values = [getattr(row, figure) for row in rows]
+        table.add_row(label, *(as_text(v) + _share(v, whole, i == 0) for i, v in enumerate(values)))
     return table
 
 
@@ -209,7 +212,9 @@ def _share(value: float, whole: float, is_whole: bool) -> str:
 def search_line(progress: SearchProgress) -> Text:
     """A search's progress in one line: its step, candidates, rewards, the share of the target reached, the time left."""
     best = "" if progress.best is None else f"  best {progress.best:.4f}"
-    step = f"  step {min(progress.step + 1, progress.steps)}/{progress.steps} ({100 * progress.share:.0f} % of the way)" if progress.steps > 1 else ""
+    step = ""
+    if progress.steps > 1:
+        step = f"  step {min(progress.step + 1, progress.steps)}/{progress.steps} ({100 * progress.share:.0f} % of the way)"
     left = "" if progress.left is None else f"  left {duration_text(progress.left)}"
     return _bar(progress.done).append(f"  {progress.evaluations} scored{step}  reward {progress.reward:.4f}{best}{left}")
 
@@ -239,6 +244,6 @@ def training_line(progress: TrainingProgress) -> Text:
     )
 
 
-def _bar(share: float, width: int = 20) -> Text:
+def _bar(share: float, width: int = 16) -> Text:
     full = round(width * min(1.0, max(0.0, share)))
-    return Text.assemble(("━" * full, "cyan"), ("━" * (width - full), "dim"))
+    return Text.assemble(("━" * full, "cyan"), ("─" * (width - full), "dim"))

@@ -33,7 +33,9 @@ def scores(graph: CouplingGraph, importance: Importance = "auto", calibration: I
     if callable(importance):
         return {g.name: _checked(importance(g, graph.model), g) for g in graph.groups if g.prunable}
     if importance not in NAMES:
-        raise PolicyError(f"importance {importance!r} is not known; choose one of {', '.join(NAMES)} or pass a callable (group, module) -> scores")
+        raise PolicyError(
+            f"importance {importance!r} is not known; choose one of {', '.join(NAMES)} or pass a callable (group, module) -> scores"
+        )
     if importance == "auto":
         importance = "l2" if calibration is None else "taylor"
     if importance == "random":
@@ -57,7 +59,9 @@ def scores(graph: CouplingGraph, importance: Importance = "auto", calibration: I
 def _checked(given: Any, group: Group) -> npt.NDArray[np.float64]:
     found = np.asarray(torch.as_tensor(given).detach().cpu(), dtype=np.float64).reshape(-1)
     if len(found) != group.size or not np.isfinite(found).all():
-        raise PolicyError(f"the importance callable gave {len(found)} scores for group {group.name!r}; it must give {group.size} finite numbers")
+        raise PolicyError(
+            f"the importance callable gave {len(found)} scores for group {group.name!r}; it must give {group.size} finite numbers"
+        )
     return found
 
 
@@ -123,7 +127,9 @@ def gradients(model: nn.Module, calibration: Iterable[Any]) -> dict[str, tuple[t
         output = _main(twin(**inputs) if isinstance(inputs, dict) else twin(*inputs) if isinstance(inputs, (tuple, list)) else twin(inputs))
         loss = _loss(output, targets)
         if not torch.isfinite(loss):
-            raise EvaluationError(f"the calibration loss is {loss.item()} on batch {batches}; check the calibration data and the model's weights")
+            raise EvaluationError(
+                f"the calibration loss is {loss.item()} on batch {batches}; check the calibration data and the model's weights"
+            )
         loss.backward()  # type: ignore[no-untyped-call]
         batches += 1
     if not batches:

@@ -100,9 +100,15 @@ class Score:
     def __getstate__(self) -> dict[str, Any]:
         graph = self.candidates.graph
         return {
-            "model": graph.model, "inputs": graph.inputs, "options": graph.options, "ranking": dict(self.candidates.ranking),
-            "round_to": self.candidates.round_to, "evaluate": self.evaluate, "batches": self.batches, "repair": self.repair,
-        }  # fmt: skip
+            "model": graph.model,
+            "inputs": graph.inputs,
+            "options": graph.options,
+            "ranking": dict(self.candidates.ranking),
+            "round_to": self.candidates.round_to,
+            "evaluate": self.evaluate,
+            "batches": self.batches,
+            "repair": self.repair,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         options = state["options"]
@@ -122,7 +128,9 @@ def metrics_of(found: Any) -> Mapping[str, float]:
     try:
         return {"accuracy": float(found)}
     except (TypeError, ValueError) as error:
-        raise EvaluationError(f"evaluate returned a {type(found).__name__}; return a number or a mapping of metrics, larger is better") from error
+        raise EvaluationError(
+            f"evaluate returned a {type(found).__name__}; return a number or a mapping of metrics, larger is better"
+        ) from error
 
 
 class _Costs(Mapping[str, float]):
@@ -149,9 +157,15 @@ def _latency(module: nn.Module, graph: CouplingGraph) -> float:
 
 
 def make_problem(
-    graph: CouplingGraph, evaluate: Evaluate, *, calibration: Iterable[Any] | None = None, importance: Any = "auto", round_to: int = 1,
-    repair: str = "bn", seed: int = 0,
-) -> tuple[Problem, Candidates]:  # fmt: skip
+    graph: CouplingGraph,
+    evaluate: Evaluate,
+    *,
+    calibration: Iterable[Any] | None = None,
+    importance: Any = "auto",
+    round_to: int = 1,
+    repair: str = "bn",
+    seed: int = 0,
+) -> tuple[Problem, Candidates]:
     """An analysed network as a search problem: costs from the analysis, scores from ``evaluate`` on slim networks.
 
     ``calibration``: batches, ``(inputs, targets)`` or inputs alone, for the importance and for BatchNorm statistics; read once.
@@ -201,9 +215,16 @@ def output_channels(graph: CouplingGraph) -> tuple[Any, int]:
 
 
 def search(
-    model: nn.Module, example_inputs: Any, evaluate: Evaluate, *, config: SearchConfig | None = None, calibration: Iterable[Any] | None = None,
-    checkpoint_dir: Path | str | None = None, resume: bool = False, on_event: Callable[[Any], None] | None = None,
-) -> SearchResult:  # fmt: skip
+    model: nn.Module,
+    example_inputs: Any,
+    evaluate: Evaluate,
+    *,
+    config: SearchConfig | None = None,
+    calibration: Iterable[Any] | None = None,
+    checkpoint_dir: Path | str | None = None,
+    resume: bool = False,
+    on_event: Callable[[Any], None] | None = None,
+) -> SearchResult:
     """Find how much to take from which group of ``model`` so that the target of ``config`` is met at the highest reward.
 
     ``evaluate``: slim module -> a number or a mapping of metrics, larger is better; score on data held out of training, never on the test set.
@@ -223,8 +244,14 @@ def search(
 
 def result_of(outcome: SearchOutcome, candidates: Candidates, config: SearchConfig) -> SearchResult:
     """The policy and the slim module of what the driver found."""
-    meta = {"targets": list(outcome.targets), "reward": outcome.reward, "metrics": dict(outcome.metrics), "seed": config.seed,
-            "strategy": config.described()["strategy"], "evaluations": outcome.evaluations}  # fmt: skip
+    meta = {
+        "targets": list(outcome.targets),
+        "reward": outcome.reward,
+        "metrics": dict(outcome.metrics),
+        "seed": config.seed,
+        "strategy": config.described()["strategy"],
+        "evaluations": outcome.evaluations,
+    }
     importance = config.importance if isinstance(config.importance, str) else "l2"
     policy = candidates.policy(outcome.removed, meta, importance)
     return SearchResult(policy, compress(candidates.graph, policy), outcome.history, outcome.reward, outcome.evaluations, outcome)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from fxprune.passes.coupling import CouplingGraph
-from fxprune.passes.rules.values import Value, Vector
 from fxprune.passes.plan import Keep
+from fxprune.passes.rules.values import Value, Vector
 from fxprune.records import Profile
 
 
@@ -26,7 +26,11 @@ class CostModel:
         self._slots: dict[int, int] = {}
         walk = graph.walk
         self._hold: list[Any] = []
-        self._macs = [(c.layer, c.macs, [self._slot(graph.units_of_labels(v), v) for v in c.along]) for mode in walk.traced.eval_modes for c in walk.costs[mode]]
+        self._macs = [
+            (c.layer, c.macs, [self._slot(graph.units_of_labels(v), v) for v in c.along])
+            for mode in walk.traced.eval_modes
+            for c in walk.costs[mode]
+        ]
         self._params = list(self._parameters())
         self._memory = self._lifetimes()
 
@@ -61,7 +65,9 @@ class CostModel:
         storages: dict[int, list[Any]] = {}
         fixed: set[int] = set()
         for node in order:
-            for meta, value in zip(_flat(node.meta.get("val"), torch.Tensor), _flat(self.graph.walk.env[mode].get(node), Value), strict=False):
+            for meta, value in zip(
+                _flat(node.meta.get("val"), torch.Tensor), _flat(self.graph.walk.env[mode].get(node), Value), strict=False
+            ):
                 key = meta.untyped_storage()._cdata
                 if node.op in ("placeholder", "get_attr"):
                     fixed.add(key)

@@ -15,8 +15,19 @@ from torch import nn
 from fxprune.passes.labels import Walk
 from fxprune.passes.rules.values import Value, Vector
 
-LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm,
-          nn.RNNBase, nn.PReLU, *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []))  # fmt: skip
+LAYERS = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.conv._ConvNd,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RNNBase,
+    nn.PReLU,
+    *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []),
+)
 SINGLE = "all its channels are tied into one unit"
 Member = tuple[str, int, torch.Tensor]
 
@@ -80,9 +91,16 @@ class CouplingGraph:
                     continue
                 for dim, size in enumerate(skeleton.tensor(name).shape[:2]):
                     if size > 1 and (name, dim) not in walk.parameters:
-                        vector = walk.labels.new(size)
+                        weight = walk.canonical(path, "weight") or name
+                        vector = walk.parameters.get((weight, 0)) if dim == 0 else None
+                        if vector is None or len(vector) != size:  # a bias has the channels of its weight
+                            vector = walk.labels.new(size)
                         walk.parameters[name, dim] = vector
-                        why = f"it is inside {inside!r}, which could not be traced: {walk.traced.opaque[inside]}" if inside is not None else unread
+                        why = (
+                            f"it is inside {inside!r}, which could not be traced: {walk.traced.opaque[inside]}"
+                            if inside is not None
+                            else unread
+                        )
                         walk.labels.pin(vector, why)
 
     def _build(self) -> None:

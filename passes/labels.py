@@ -5,7 +5,7 @@ fixed size. A slice of the tensor goes when its label goes, so what is left is a
 together are united in a union-find (``Labels``); labels that must stay are pinned, with the reason.
 
 Operations that only move elements are run literally on label tensors; where a result would vary along two axes of one original
-axis (a view into heads and head dimension, a channel shuffle), ``Walk.rectangle`` picks the axis and unites each slice along it.
+axis (a view into heads and head dimension, a channel shuffle), ``rectangles`` picks the axis and unites each slice along it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.fx.node import map_arg
 
+from fxprune.passes.constants import evaluate
+from fxprune.passes.rectangles import rectangle
 from fxprune.passes.rules import registry
 from fxprune.passes.rules.values import Labels, Value, Vector, has_tensor, lift, tensors, values
 from fxprune.passes.trace import TracedModel
-
 
 
 @dataclass
@@ -60,7 +61,9 @@ class Walk:
     ``parameters[(name, dim)]`` are the labels of that dimension of a parameter or buffer; ``env[mode][node]`` is what each node gave.
     """
 
-    def __init__(self, traced: TracedModel, attention: str = "auto", fixed: Iterable[tuple[str, int]] = (), forced: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, traced: TracedModel, attention: str = "auto", fixed: Iterable[tuple[str, int]] = (), forced: dict[str, str] | None = None
+    ) -> None:
         self.traced, self.attention = traced, attention
         self.fixed = frozenset(fixed)
         self.forced = dict(forced or {})
@@ -117,7 +120,7 @@ class Walk:
             if rule is not None:
                 return self._checked(node, rule.infer(self, node, module, *args, **kwargs))
         else:
-            rule = (registry.METHODS.get(str(node.target)) if node.op == "call_method" else registry.FUNCTIONS.get(node.target))
+            rule = registry.METHODS.get(str(node.target)) if node.op == "call_method" else registry.FUNCTIONS.get(node.target)
             if rule is not None:
                 return self._checked(node, rule.infer(self, node, *args, **kwargs))
             if not has_tensor(value):
@@ -198,7 +201,7 @@ class Walk:
 
     def read_as_weight(self, node: Any, value: Value) -> None:
         """A tensor is used as a layer's weight: its channels are a layer's channels, whoever holds the parameter."""
-        self.weights.extend(value.axes.values())
+        self.weights.extend(vector for axis, vector in value.axes.items() if axis < 2)
         source = node
         while isinstance(source, fx.Node) and source.op != "get_attr" and source.all_input_nodes:
             source = source.all_input_nodes[0]
@@ -309,6 +312,8 @@ class Walk:
 
     def clash(self, vector: Vector, other: Value) -> None:
         """Labels meet a fixed axis of a tensor that carries labels elsewhere: two attention tensors may have chosen different axes."""
+        if self.is_soft(np.unique(vector)):
+            return  # made by an expansion: it yields, no choice was made
         for mine in other.axes.values():
             self.clashes.append((vector, mine))
 
@@ -325,7 +330,9 @@ class Walk:
         axes, spans = self.combine(tuple(meta.shape), values)
         zeros = set()
         for axis in axes:
-            flags = [axis - meta.ndim + v.ndim in v.zero for v in values if v in spans[axis]] if len(values) > 1 else [axis in values[0].zero]
+            flags = (
+                [axis - meta.ndim + v.ndim in v.zero for v in values if v in spans[axis]] if len(values) > 1 else [axis in values[0].zero]
+            )
             whole = len(flags) == len(values) and all(o == 0 for o in operands if isinstance(o, (int, float)) and not isinstance(o, bool))
             if zero == "one" and any(flags) or zero == "all" and whole and all(flags):
                 zeros.add(axis)
@@ -357,7 +364,7 @@ class Walk:
             full = torch.from_numpy(self.labels.find(vector)).view(shape).expand(x.shape)
             results = [run(full)] if single else list(run(full))
             for i, result in enumerate(results):
-                placed = self.rectangle(node, result)
+                placed = rectangle(self, node, result)
                 if placed is None:
                     continue
                 where, found = placed
@@ -370,104 +377,23 @@ class Walk:
         return made[0] if single else tuple(made)
 
     def _same_axis(self, a: Vector, b: Vector) -> Vector:
-        """Two sets of labels came to lie on one axis: those that an expansion made yield, others are united."""
-        for soft, other in ((a, b), (b, a)):
-            if self._soft_only(soft):
-                self.pin(soft, "it is folded into another axis")
-                return other
-        self.unite(a, b)
-        return a
-
-    def _soft_only(self, vector: Vector) -> bool:
-        return self.is_soft(np.unique(vector))
-
-    def rectangle(self, node: fx.Node, labels: torch.Tensor) -> tuple[int, Vector] | None:
-        """Reduce a label tensor to one axis. Where it varies along several, pick one and unite every slice along it.
-
-        Returns (axis, labels) or None where the labels are the same everywhere along every axis longer than one.
-        """
-        squeezed = labels
-        for axis in range(labels.ndim):
-            if squeezed.shape[axis] > 1:
-                head = squeezed.narrow(axis, 0, 1)
-                if squeezed.stride(axis) == 0 or torch.equal(squeezed, head.expand_as(squeezed)):
-                    squeezed = head
-        varying = [a for a in range(labels.ndim) if squeezed.shape[a] > 1]
-        if len(varying) == 1:
-            return varying[0], np.ascontiguousarray(squeezed.reshape(-1).numpy())
-        if not varying:
-            longer = [a for a in range(labels.ndim) if labels.shape[a] > 1]
-            if labels.numel() and longer:
-                # One label everywhere: it belongs to no axis any more, so the tensor as a whole must stay.
-                self.pin(np.unique(squeezed.numpy()), "one channel fills a whole tensor")
-            return None
-        axis = self._choose(node, squeezed, varying)
-        across = squeezed.movedim(axis, 0).reshape(squeezed.shape[axis], -1).numpy()
-        first = np.ascontiguousarray(across[:, 0])
-        self.labels.unite(np.repeat(first, across.shape[1]), across.reshape(-1))
-        return axis, first
-
-    def _choose(self, node: fx.Node, labels: torch.Tensor, varying: list[int]) -> int:
-        """The axis with the most units; for attention the axis the policy names (Wang 2024 prunes neither: the axis is ours)."""
-        counts = {axis: self._units_along(labels, axis) for axis in varying}
-        best = max(varying, key=lambda a: (counts[a], a))
-        distinct = [a for a in varying if counts[a] > 1]
-        pair = sorted(distinct, key=lambda a: labels.shape[a])[-2:]
-        if len(distinct) > 2:  # (3, heads, head_dim): the small outer axis separates q, k and v and is neither
-            outer = [a for a in distinct if labels.shape[a] in (2, 3)]
-            if outer:
-                pair = [a for a in distinct if a != outer[0]][-2:]
-        if len(pair) < 2 or not feeds_attention(node):
-            return best
-        heads, head_dim = sorted(pair)
-        key = f"{self.mode}:{node.name}"
-        wish = self.forced.get(key, self.attention)
-        chosen = {"heads": heads, "head_dim": head_dim}.get(wish, best if best in pair else max(pair, key=lambda a: (counts[a], a)))
-        self.choices[key] = np.unique(labels.numpy())
-        return chosen
-
-    def _units_along(self, labels: torch.Tensor, axis: int) -> int:
-        """How many units would be left if every slice along ``axis`` were united."""
-        across = labels.movedim(axis, 0).reshape(labels.shape[axis], -1).numpy()
-        _, flat = np.unique(across, return_inverse=True)
-        flat = flat.reshape(across.shape)
-        trial = Labels()
-        trial.new(int(flat.max()) + 1)
-        trial.unite(np.repeat(flat[:, 0], flat.shape[1]), flat.reshape(-1))
-        return trial.units(flat[:, 0])
+        """Two sets of labels came to lie on one axis. An index goes if either of its labels does, which two sparsities cannot both
+        decide: those that an expansion made yield, of others those with fewer units stay."""
+        few, many = sorted((a, b), key=lambda v: (not self.is_soft(np.unique(v)), self.labels.units(v)))
+        self.pin(few, "it is folded into one axis with other channels")
+        return many
 
     # -- constants ----------------------------------------------------------------------------------------------------------
 
     def real(self, node: Any) -> torch.Tensor | None:
         """The actual tensor of a node that depends on constants and buffers alone (an index table), or None."""
-        if not isinstance(node, fx.Node):
-            return None
-        if node not in self._real:
-            self._real[node] = self._evaluate(node)
-        return self._real[node]
+        return evaluate(node, self._named, self._real) if isinstance(node, fx.Node) else None
 
-    def _evaluate(self, node: fx.Node) -> torch.Tensor | None:
-        name = str(node.target)
-        if node.op == "get_attr":
-            if name in self.traced.constants:
-                return self.traced.constants[name]
-            tensor = self.traced.skeleton.real(name)
-            return tensor if tensor.device.type != "meta" else None
-        if node.op not in ("call_function", "call_method") or not isinstance(node.meta.get("val"), torch.Tensor):
-            return None
-        known: dict[fx.Node, Any] = {}
-        for source in node.all_input_nodes:
-            value = source.meta.get("val")
-            known[source] = self.real(source) if isinstance(value, torch.Tensor) else value
-            if known[source] is None or source.op == "placeholder":
-                return None
-        args = map_arg(node.args, known.__getitem__)
-        kwargs = {k: v for k, v in map_arg(node.kwargs, known.__getitem__).items() if k != "device"}
-        if not node.all_input_nodes and getattr(node.target, "__name__", "") not in ("arange", "zeros", "ones", "full", "eye"):
-            return None
-        with torch.no_grad():
-            result = getattr(args[0], name)(*args[1:], **kwargs) if node.op == "call_method" else node.target(*args, **kwargs)  # type: ignore[operator]
-        return result if isinstance(result, torch.Tensor) else None
+    def _named(self, name: str) -> torch.Tensor | None:
+        if name in self.traced.constants:
+            return self.traced.constants[name]
+        tensor = self.traced.skeleton.real(name)
+        return tensor if tensor.device.type != "meta" else None
 
 
 def op_name(node: fx.Node, traced: TracedModel) -> str:
@@ -475,21 +401,3 @@ def op_name(node: fx.Node, traced: TracedModel) -> str:
     if node.op == "call_module":
         return f"{node.target} ({type(traced.skeleton.module(str(node.target))).__name__})"
     return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-
-
-def feeds_attention(node: fx.Node) -> bool:
-    """Whether what ``node`` makes is contracted with another activation before a layer reads it."""
-    seen, todo = set(), list(node.users)
-    while todo:
-        user = todo.pop()
-        if user in seen:
-            continue
-        seen.add(user)
-        name = str(user.target) if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-        if name in ("matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention", "__matmul__"):
-            return True
-        if user.op in ("call_function", "call_method") and name not in ("linear", "conv1d", "conv2d", "conv3d", "size"):
-            todo.extend(user.users)
-    return False
-
-

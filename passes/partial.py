@@ -47,7 +47,10 @@ def trace_parts(
     if not traced.parts:
         raise cause
     parts = ", ".join(traced.parts)
-    traced.notes = (f"the root could not be traced ({cause}); pruned are its parts {parts}, with their inputs and outputs kept", *traced.notes)
+    traced.notes = (
+        f"the root could not be traced ({cause}); pruned are its parts {parts}, with their inputs and outputs kept",
+        *traced.notes,
+    )
     return traced
 
 

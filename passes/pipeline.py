@@ -54,7 +54,9 @@ def fixed_dimensions(model: nn.Module, ignore: Iterable[Any]) -> list[tuple[str,
             chosen = [p for p in paths if p and fnmatch.fnmatchcase(p, str(item))]
             named = [n for n in tensors if fnmatch.fnmatchcase(n, str(item))]
         if not chosen and not named:
-            raise InputError(f"ignore names {item if isinstance(item, str) else type(item).__name__!r}, which is no module or parameter of this model")
+            raise InputError(
+                f"ignore names {item if isinstance(item, str) else type(item).__name__!r}, which is no module or parameter of this model"
+            )
         found.update((n, d) for n in named for d in range(tensors[n].ndim))
         for path in chosen:
             for name in tensors:

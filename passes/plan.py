@@ -68,7 +68,9 @@ def _rounded(graph: CouplingGraph, removed: Mapping[str, int], multiple: int) ->
     for key in graph.keys:
         units = graph.unit_of[key]
         owners, per = np.unique(graph.group_of_unit[units], return_counts=True)
-        inside = {numbers[g]: int(n) // graph.by_name[numbers[g]].size for g, n in zip(owners.tolist(), per.tolist(), strict=True) if g in numbers}
+        inside = {
+            numbers[g]: int(n) // graph.by_name[numbers[g]].size for g, n in zip(owners.tolist(), per.tolist(), strict=True) if g in numbers
+        }
         if inside:
             dims.append((len(units), inside))
     changed = True

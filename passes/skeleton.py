@@ -11,10 +11,36 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-_SHARED = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size, types.FunctionType,
-           types.BuiltinFunctionType, types.ModuleType, fx.Graph)  # fmt: skip
-_OWN = frozenset({"_parameters", "_buffers", "_modules", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
-                  "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"})  # fmt: skip
+_SHARED = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.ModuleType,
+    fx.Graph,
+)
+_OWN = frozenset(
+    {
+        "_parameters",
+        "_buffers",
+        "_modules",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_state_dict_hooks",
+        "_state_dict_pre_hooks",
+        "_load_state_dict_pre_hooks",
+        "_load_state_dict_post_hooks",
+    }
+)
 _PLAIN = frozenset({tuple, list, dict, set, OrderedDict})
 _watched: dict[type, type] = {}
 
@@ -58,7 +84,7 @@ class Skeleton:
             twin = object.__new__(type(module) if is_known(module) else self._watch(type(module)))
             memo[id(module)] = twin
         for module in originals:
-            _fill(module, memo[id(module)], memo)
+            fill(module, memo[id(module)], memo)
             memo[id(module)].__dict__["_fxprune_skeleton"] = self
         self.keep_alive.append(memo)
         self.root: nn.Module = memo[id(model)]
@@ -98,6 +124,9 @@ class Skeleton:
     def module(self, name: str) -> nn.Module:
         return self._modules[name]
 
+    def module_or_none(self, name: str) -> nn.Module | None:
+        return self._modules.get(name) if name else None
+
     def original_module(self, name: str) -> nn.Module:
         return self._original_modules[name]
 
@@ -118,6 +147,19 @@ class Skeleton:
     def names(self) -> list[str]:
         return list(self._meta)
 
+    def snapshot(self) -> list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]]:
+        """What every module holds: a forward pass may keep things on its modules, and proxies must not outlive their trace."""
+        kinds = ("_parameters", "_buffers", "_modules")
+        return [(m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in kinds}) for m in self.module_names]
+
+    def restore(self, before: list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]]) -> None:
+        for module, state, registered in before:
+            module.__dict__.clear()
+            module.__dict__.update(state)
+            for kind, held in registered.items():
+                module.__dict__[kind].clear()
+                module.__dict__[kind].update(held)
+
     def set_training(self, mode: bool) -> None:
         for module in self.module_names:
             module.__dict__["training"] = mode
@@ -129,7 +171,8 @@ def _meta_twin(tensor: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(twin, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
 
 
-def _fill(source: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
+def fill(source: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
+    """Give ``twin`` the attributes of ``source``: modules and tensors by ``memo`` (id -> twin), the rest copied, hooks left behind."""
     state = twin.__dict__
     for key, value in source.__dict__.items():
         if key in ("_parameters", "_buffers", "_modules"):

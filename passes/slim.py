@@ -16,14 +16,17 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from fxprune.errors import UnsupportedError
+from fxprune.passes.assemble import assemble, cut, replace_module
 from fxprune.passes.coupling import CouplingGraph
-from fxprune.passes.rules.values import Value, Vector, values
+from fxprune.passes.eliminate import impure
 from fxprune.passes.plan import Keep
 from fxprune.passes.rules import conv, norm, recurrent, registry
-from fxprune.passes.skeleton import _fill
+from fxprune.passes.rules.values import Value, Vector, values
 from fxprune.passes.slim_module import SlimModule
 
-_ARITHMETIC = {getattr(operator, n) for n in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "eq", "ne", "lt", "le", "gt", "ge")}
+_ARITHMETIC = {
+    getattr(operator, n) for n in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "eq", "ne", "lt", "le", "gt", "ge")
+}
 
 
 class Slimmer:
@@ -40,6 +43,7 @@ class Slimmer:
         self.renumber: dict[str, torch.Tensor] = {}
         self.constants: dict[str, torch.Tensor] = {}
         self.new: fx.Graph = fx.Graph()
+        self._prefix = ""
 
     # -- what rewrites ask --------------------------------------------------------------------------------------------------
 
@@ -115,18 +119,25 @@ class Slimmer:
         """An index tensor along a pruned axis: entries of removed channels dropped, the others renumbered."""
         actual = self.walk.real(index.meta["old"]) if isinstance(index, fx.Node) else None
         if actual is None or actual.ndim != 1:
-            raise UnsupportedError(f"{node.meta.get('where', node.name)}: channels are picked by an index that cannot be renumbered; pass its layer to ignore=")
+            raise UnsupportedError(
+                f"{node.meta.get('where', node.name)}: channels are picked by an index that cannot be renumbered; pass its layer to ignore="
+            )
         chosen = actual.cpu().numpy() % size
         new = torch.from_numpy(np.searchsorted(kept, chosen[np.isin(chosen, kept)])).to(actual.dtype)
-        if index.op == "get_attr" and index.target not in self.walk.traced.constants:
-            earlier = self.renumber.setdefault(str(index.target), new)
-            if not torch.equal(earlier, new):
-                raise UnsupportedError(f"{node.meta.get('where', node.name)}: index buffer {index.target!r} picks channels of two groups; give each its own buffer")
+        if self._is_sole_use(index):
+            self.renumber[str(index.target)] = new
             return index
-        name = f"_fxprune_index{len(self.constants)}"
+        name = f"{self._prefix}_fxprune_index{len(self.constants)}"
         self.constants[name] = new.to(actual.device)
         made: fx.Node = self.new.get_attr(name)
         return made
+
+    def _is_sole_use(self, index: fx.Node) -> bool:
+        """Whether an index is a buffer that one node of one graph reads: then the buffer itself can be renumbered."""
+        if index.op != "get_attr" or index.target in self.walk.traced.constants:
+            return False
+        graphs = self.walk.traced.graphs.values()
+        return sum(len(n.users) for g in graphs for n in g.nodes if n.op == "get_attr" and n.target == index.target) == 1
 
     # -- the rewrite --------------------------------------------------------------------------------------------------------
 
@@ -145,11 +156,13 @@ class Slimmer:
                 for node in graph.nodes:
                     if node.op in ("call_module", "get_attr"):
                         node.target = str(node.target).removeprefix(f"{path}.")
-            _replace(tree, tree.get_submodule(path), SlimModule(tree.get_submodule(path), own))
+            replace_module(tree, tree.get_submodule(path), SlimModule(tree.get_submodule(path), own))
         return tree
 
     def copy(self, mode: str, graph: fx.Graph) -> fx.Graph:
         self.new = fx.Graph()
+        part = mode.rpartition(":")[0]
+        self._prefix = f"{part}." if part else ""
         values = self.walk.env[mode]
         made: dict[fx.Node, Any] = {}
         for old in graph.nodes:
@@ -176,7 +189,13 @@ class Slimmer:
         return self.new
 
     def _rewrite_of(self, old: fx.Node) -> Callable[..., None] | None:
-        rule = registry.METHODS.get(str(old.target)) if old.op == "call_method" else registry.FUNCTIONS.get(old.target) if old.op == "call_function" else None
+        rule = (
+            registry.METHODS.get(str(old.target))
+            if old.op == "call_method"
+            else registry.FUNCTIONS.get(old.target)
+            if old.op == "call_function"
+            else None
+        )
         return rule.rewrite if rule else None
 
     def _size_read(self, old: fx.Node, values: Mapping[fx.Node, Any], made: dict[fx.Node, Any]) -> Any:
@@ -201,7 +220,11 @@ class Slimmer:
 
     def _sweep(self) -> None:
         for node in reversed(list(self.new.nodes)):
-            if not node.users and (node.op == "get_attr" or (node.target in _ARITHMETIC and "number" in node.meta) or (node.op == "call_method" and node.target == "size")):
+            if not node.users and (
+                node.op == "get_attr"
+                or (node.target in _ARITHMETIC and "number" in node.meta)
+                or (node.op == "call_method" and node.target == "size")
+            ):
                 self.new.erase_node(node)
         for node in reversed(list(self.new.nodes)):
             old = node.meta.get("old")
@@ -300,59 +323,5 @@ class Slimmer:
             module.unflattened_size = tuple(self.count(y, axis + i) if s != -1 else -1 for i, s in enumerate(module.unflattened_size))
 
 
-def _replace(tree: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for module in tree.modules():
-        for name, child in module._modules.items():
-            if child is old:
-                module._modules[name] = new
-
-
 def _pure(node: fx.Node) -> bool:
-    from fxprune.passes.trace import impure
-
     return not impure(node)
-
-
-def cut(source: torch.Tensor, values: torch.Tensor | None, dims: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """A copy of ``source`` with only the kept indices of each dimension (or with new ``values``); layout and parameter-ness stay."""
-    made = source.detach() if values is None else values.to(source.device)
-    for dim, indices in dims.items():
-        made = made.index_select(dim, indices if made.device.type == "cpu" else indices.to(made.device))
-    if not dims:
-        made = made.clone() if made.device.type != "meta" else torch.empty_like(made)
-    elif made.ndim == 4 and source.is_contiguous(memory_format=torch.channels_last) and not source.is_contiguous():
-        made = made.contiguous(memory_format=torch.channels_last)
-    return nn.Parameter(made, requires_grad=source.requires_grad) if isinstance(source, nn.Parameter) else made
-
-
-def assemble(
-    original: nn.Module, memo: dict[int, Any], called: Callable[[str], bool], opaque: Callable[[str], bool], constants: Mapping[str, torch.Tensor]
-) -> nn.Module:
-    """The module tree of ``original`` with the tensors of ``memo`` (id of the original tensor -> new tensor).
-
-    Modules the graph calls are copied with their class; the others hold their parameters under the same names as plain modules.
-    """
-    paths = list(original.named_modules(remove_duplicate=False))
-    for path, module in paths:
-        if id(module) in memo:
-            continue
-        memo[id(module)] = object.__new__(type(module)) if opaque(path) or called(path) else nn.Module()
-    done: set[int] = set()
-    for path, module in paths:
-        twin = memo[id(module)]
-        if id(module) in done:
-            continue
-        done.add(id(module))
-        if type(twin) is nn.Module and type(module) is not nn.Module:
-            twin._parameters = {k: None if v is None else memo[id(v)] for k, v in module._parameters.items()}
-            twin._buffers = {k: None if v is None else memo[id(v)] for k, v in module._buffers.items()}
-            twin._modules = {k: None if v is None else memo[id(v)] for k, v in module._modules.items()}
-            twin._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
-            twin.training = module.training
-        else:
-            _fill(module, twin, memo)
-    root: nn.Module = memo[id(original)]
-    for name, tensor in constants.items():
-        path, _, key = name.rpartition(".")
-        setattr(root.get_submodule(path), key, tensor)
-    return root

@@ -11,8 +11,23 @@ from torch import fx, nn
 from torch.fx.graph_module import _forward_from_src
 from torch.fx.node import map_arg
 
-_FX = frozenset({"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls", "_tracer_extras", "meta", "_replace_hooks", "_create_node_hooks",
-                 "_erase_node_hooks", "_deepcopy_hooks", "graphs", "_compiled"})  # fmt: skip
+_FX = frozenset(
+    {
+        "_graph",
+        "_code",
+        "_lineno_map",
+        "_prologue_start",
+        "_tracer_cls",
+        "_tracer_extras",
+        "meta",
+        "_replace_hooks",
+        "_create_node_hooks",
+        "_erase_node_hooks",
+        "_deepcopy_hooks",
+        "graphs",
+        "_compiled",
+    }
+)
 
 
 class SlimModule(fx.GraphModule):
@@ -39,7 +54,11 @@ class SlimModule(fx.GraphModule):
         state = [(n, n.target, n.args, n.kwargs) for g in (graphs or {"eval": self._graph}).values() for n in g.nodes]
         known = self.__dict__.get("_compiled")
         # A PassManager recompiles after every pass; the arguments of an unchanged node are the same objects.
-        if known is not None and len(known[0]) == len(state) and all(a is b for x, y in zip(known[0], state, strict=True) for a, b in zip(x, y, strict=True)):
+        if (
+            known is not None
+            and len(known[0]) == len(state)
+            and all(a is b for x, y in zip(known[0], state, strict=True) for a, b in zip(x, y, strict=True))
+        ):
             return known[1]
         code = super().recompile()
         self.__dict__["_compiled"] = (state, code)

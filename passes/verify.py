@@ -76,8 +76,14 @@ def verify(graph: CouplingGraph, keep: Keep, slim: SlimModule, args: tuple[Any, 
 
 
 def _report(
-    graph: CouplingGraph, slimmer: Slimmer, reference: nn.Module, slim: SlimModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], gap: float
-) -> str:  # fmt: skip
+    graph: CouplingGraph,
+    slimmer: Slimmer,
+    reference: nn.Module,
+    slim: SlimModule,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    gap: float,
+) -> str:
     """Which node is wrong first: both graphs run node by node, the original's values cut to what is kept."""
     for name, tensor in graph.walk.traced.constants.items():
         path, _, key = name.rpartition(".")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxprune.encoding import decode_record, encode_record, indices, ranges
@@ -30,6 +30,7 @@ def example() -> PruningRecord:
     )
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 300)))
 def test_ranges_come_back(numbers: set[int]) -> None:
     values = torch.tensor(sorted(numbers), dtype=torch.int64)

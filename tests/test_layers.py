@@ -21,7 +21,7 @@ LAYERS = (
     ("api",),
     ("training", "distillation", "searching", "recovery"),
     ("results", "charts", "webpage", "report"),
-    ("display", "options", "outputs", "session", "cli", "__main__"),
+    ("display", "options", "arguments", "outputs", "session", "cli", "__main__"),
 )
 # Beside the layers: what each of these may import, apart from itself.
 ASIDE = {

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import fxprune
 from fxprune import errors
@@ -49,6 +52,13 @@ def test_importing_fxprune_leaves_the_terminal_and_the_driver_alone() -> None:
     code = f"import sys, fxprune; print([m for m in {late} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_python_m_fxprune_tells_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["fxprune", "--version"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("fxprune", run_name="__main__")
+    assert not stopped.value.code and capsys.readouterr().out.strip() == f"fxprune {fxprune.__version__}"
 
 
 def test_the_exception_tree_is_drawn_as_it_is() -> None:

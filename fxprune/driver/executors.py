@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import logging
 import multiprocessing
+import multiprocessing.connection
+import os
 import pickle
 import signal
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -140,9 +143,18 @@ _worker: dict[str, Score] = {}
 
 
 def _take_score(sent: bytes) -> None:
-    """Runs once in each worker. The interrupt key is the parent's business: it stops the workers itself."""
+    """Runs once in each worker. The interrupt key is the parent's business, which stops its workers; killed, it takes them along."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker["score"] = pickle.loads(sent)  # bytes from our own parent process, never from a file
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _score_in_worker(candidate: IntArray) -> Metrics:

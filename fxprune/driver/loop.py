@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fxprune.driver import checkpoint, executors, rewards, strategies
 from fxprune.driver.budget import Budget
 from fxprune.driver.config import SearchConfig
@@ -125,7 +127,9 @@ class _Search:
         if not vectors or self.used_up(vectors):
             return False
         outcomes = self.evaluator(vectors, strategy.budget)
-        best = self.history.add_round(outcomes, strategy.budget, self.evaluator.count)
+        best, current = outcomes[0], strategy.current()
+        if len(vectors) > 1 or current is None or not np.array_equal(vectors[0], current):  # else it only scores where it stands
+            best = self.history.add_round(outcomes, strategy.budget, self.evaluator.count)
         if strategy.tell(outcomes):
             current = strategy.current()
             self.close_step(strategy, best if current is None else self.evaluator([current], strategy.budget)[0])

@@ -172,8 +172,11 @@ def normalize(walk: Walk, node: fx.Node, input: Value, p: float = 2.0, dim: Any 
 
 @functions(*([torch._weight_norm] if hasattr(torch, "_weight_norm") else []))
 def weight_norm(walk: Walk, node: fx.Node, v: Value, g: Value, dim: int = 0) -> Value:
-    """``v * g / ||v||``, the norm over every dimension but ``dim``; removed slices are zero and add nothing to it."""
-    axes = dict(v.axes)
-    if dim in g.axes and dim in axes:
-        walk.unite(axes[dim], g.axes[dim])
-    return walk.make(node, axes, axes, v.why)
+    """``v * g / ||v||``, the norm over every dimension but ``dim``; removed inputs are zero and add nothing to it.
+
+    Removed outputs would divide zero by zero in the zeroed original, so they stay until the norm is folded into the weight.
+    """
+    why = "weight_norm divides by the norm of its row; fold it first (torch.nn.utils.parametrize.remove_parametrizations)"
+    for vector in (v.axes.get(dim), g.axes.get(dim)):
+        walk.pin(vector, why)
+    return walk.make(node, v.axes, v.axes, v.why)

@@ -45,14 +45,17 @@ def _moved(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -
 
 @named(
     "permute", "transpose", "swapaxes", "swapdims", "t", "movedim", "moveaxis", "flatten", "ravel", "unsqueeze", "unbind", "flip", "fliplr",
-    "flipud", "rot90", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "adjoint", "diagonal", "unfold_copy", "native_channel_shuffle",
+    "flipud", "rot90", "pixel_shuffle", "pixel_unshuffle", "adjoint", "diagonal", "unfold_copy",
 )  # fmt: skip
 def move(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
     return _moved(walk, node, input, *args, **kwargs)
 
 
 @functions(getattr)
-def attribute(walk: Walk, node: fx.Node, input: Value, name: str) -> Any:
+def attribute(walk: Walk, node: fx.Node, input: Any, name: str) -> Any:
+    if isinstance(input, tuple):  # x.max(1).values: a named result of an operation that gives several
+        source = node.args[0].meta["val"]  # type: ignore[union-attr]
+        return next(v for v, meta in zip(input, source, strict=True) if meta is getattr(source, name))
     if not isinstance(node.meta["val"], torch.Tensor):
         return node.meta["val"]
     if name in ("T", "mT", "H", "mH"):
@@ -62,9 +65,22 @@ def attribute(walk: Walk, node: fx.Node, input: Value, name: str) -> Any:
     return walk.opaque(node, [input], f"its attribute {name!r} is read")
 
 
-@modules(nn.Flatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
+@modules(nn.Flatten, nn.PixelShuffle, nn.PixelUnshuffle)
 def move_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
     return walk.move(node, input, lambda labels: module.forward(labels))
+
+
+def _shuffled(slim: Any, node: fx.Node) -> None:
+    """Any channels may have gone, so what is left no longer falls into groups of equal width: it is picked by its order."""
+    x = slim.value(node.args[0])
+    kept = slim.kept(x, 1)
+    if kept is not None:
+        order = np.arange(x.shape[1]).reshape(slim.number(slim.argument(node, 1, "groups")), -1).T.reshape(-1)
+        chosen = np.searchsorted(kept, order[np.isin(order, kept)]).tolist()
+        node.target, node.args, node.kwargs = operator.getitem, (node.args[0], (slice(None), chosen)), {}
+
+
+named("channel_shuffle", "native_channel_shuffle", rewrite=_shuffled, inplace=False)(move)
 
 
 def _squeezed(slim: Any, node: fx.Node) -> None:

@@ -134,15 +134,12 @@ def test_seeds_differ(name: str) -> None:
     assert trials(*made(name, seed=1)) != trials(*made(name, seed=2))
 
 
-def test_same_trials_in_other_processes() -> None:
+def test_same_trials_in_another_process_with_another_hash_seed() -> None:
     names = [name for name in NAMES if not name.startswith("optuna:") or _has_optuna()]
     code = f"from tests.driver.test_strategies import digest\nfor name in {names!r}: print(digest(name))"
-    here = [digest(name) for name in names]
-    for hash_seed in ("1", "4242"):
-        env = {**os.environ, "PYTHONHASHSEED": hash_seed}
-        root = Path(__file__).parents[2]
-        done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True)
-        assert done.stdout.split() == here
+    env = {**os.environ, "PYTHONHASHSEED": "4242"}  # this process has a random one
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [digest(name) for name in names]
 
 
 def _has_optuna() -> bool:

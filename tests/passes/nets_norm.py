@@ -162,7 +162,7 @@ class ChannelBuffers(Body):
         self.plain = torch.rand(12, 1, 1)
 
     def mix(self, x: Tensor) -> Tensor:
-        return (x - self.middle) / self.spread.view(1, -1, 1, 1) * self.plain
+        return (x - self.middle) * self.spread.view(1, -1, 1, 1) * self.plain
 
 
 @add("position_table")

@@ -119,15 +119,15 @@ class ShuffleView(Body):
         return self.a(x)  # type: ignore[no-any-return]
 
 
-@add("shufflenet_unit")
+@add("shufflenet_units")
 class ShuffleUnit(Body):
     def build(self) -> None:
-        self.a = nn.Sequential(conv_bn(6, 6, 1), conv_bn(6, 6, groups=6), conv_bn(6, 6, 1))
+        self.a, self.b = (nn.Sequential(conv_bn(6, 8, 1), conv_bn(8, 8, groups=8), conv_bn(8, 6, 1)) for _ in range(2))
 
     def mix(self, x: Tensor) -> Tensor:
-        for _ in range(2):
+        for branch in (self.a, self.b):
             left, right = x.chunk(2, dim=1)
-            x = torch.cat((left, self.a(right)), dim=1)
+            x = torch.cat((left, branch(right)), dim=1)
             b, c, h, w = x.size()
             x = x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, -1, h, w)
         return x

@@ -9,6 +9,7 @@ from tests.passes.helpers import assert_sound, prime
 from tests.passes.networks import ZOO
 
 SEEDS = (0, 1)
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -1,0 +1,78 @@
+"""What is patched while a model is traced, and put back afterwards."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import _symbolic_trace as symbolic
+from torch.fx._symbolic_trace import _find_proxy
+
+from fxprune.passes.proxies import ShapeAttribute, ShapeProxy
+
+if TYPE_CHECKING:
+    from fxprune.passes.trace import ShapeTracer
+
+_isinstance = builtins.isinstance
+# Factories take no tensor, so fx would not see them: a size among their arguments would be turned into a number, and what is drawn
+# while tracing would be the same at every call.
+FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "tensor", "as_tensor", "tril_indices", "triu_indices")
+RANDOM_FACTORIES = ("rand", "randn", "randint", "randperm", "normal")
+
+
+@contextlib.contextmanager
+def patched(tracer: ShapeTracer) -> Iterator[None]:
+    """While tracing: factories record, ``isinstance`` sees through proxies, attention takes its written-out path."""
+    saved = {name: getattr(torch, name) for name in FACTORIES + RANDOM_FACTORIES}
+
+    def recorder(original: Any) -> Any:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            return original(*args, **kwargs) if tracer.busy else tracer.create_proxy("call_function", original, args, kwargs)
+
+        return record
+
+    def isinstance_(obj: Any, cls: Any) -> bool:
+        if type(obj) in (ShapeProxy, ShapeAttribute) and not _isinstance(obj, cls):
+            return _isinstance(obj.value, cls)
+        return _isinstance(obj, cls)
+
+    def wrapped(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found = not tracer.busy and _find_proxy(args, kwargs) is not None
+            return tracer.create_proxy("call_function", original, args, kwargs) if found else original(*args, **kwargs)
+
+        return call
+
+    def noted(original: Any, what: str) -> Any:
+        def enter(context: Any) -> Any:
+            if not tracer.busy:
+                tracer.refuse_block(what)
+                tracer.notes[f"{tracer.here()}: a {what} block cannot be kept in a graph; the slim module computes without it"] = None
+            return original(context)
+
+        return enter
+
+    blocks = [(torch.no_grad, "no_grad"), (torch.enable_grad, "enable_grad"), (torch.autocast, "autocast")]
+    entered = [(cls, cls.__enter__) for cls, _ in blocks]
+    for cls, what in blocks:
+        cls.__enter__ = noted(cls.__enter__, what)  # type: ignore[attr-defined]
+    # fx's own wrapper expects one proxy back; a function that is traced into may return anything.
+    wrapper, symbolic._create_wrapped_func = symbolic._create_wrapped_func, wrapped
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    for name, original in saved.items():
+        setattr(torch, name, recorder(original))
+    builtins.isinstance = isinstance_  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        builtins.isinstance = _isinstance
+        for cls, enter in entered:
+            cls.__enter__ = enter  # type: ignore[attr-defined]
+        symbolic._create_wrapped_func = wrapper
+        for name, original in saved.items():
+            setattr(torch, name, original)
+        torch.backends.mha.set_fastpath_enabled(fast)

@@ -1,0 +1,167 @@
+"""Proxies that know the value they had on the example inputs: control flow over shapes is answered, arithmetic is recorded."""
+
+from __future__ import annotations
+
+import builtins
+import math
+import operator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.fx._symbolic_trace import _find_proxy
+
+from fxprune.errors import TraceError
+
+if TYPE_CHECKING:
+    from fxprune.passes.trace import ShapeTracer
+
+# ``isinstance`` is patched while tracing (see ``patching``); here the real one is meant.
+_isinstance = builtins.isinstance
+_STATIC_ATTRIBUTES = frozenset({"ndim", "requires_grad", "layout", "is_sparse", "is_quantized", "is_nested", "grad_fn", "is_leaf", "names"})
+_STATIC_METHODS = frozenset({"dim", "ndimension", "is_floating_point", "is_complex"})
+
+
+class ShapeTuple(tuple):  # type: ignore[type-arg]
+    """A shape as a tuple of numbers or size proxies, with the methods of ``torch.Size`` that networks use."""
+
+    def numel(self) -> Any:
+        return math.prod(self)
+
+    def __getitem__(self, index: Any) -> Any:
+        got = tuple.__getitem__(self, index)
+        return ShapeTuple(got) if _isinstance(index, slice) else got
+
+
+class ShapeProxy(fx.Proxy):
+    """A proxy that knows its value on the example inputs."""
+
+    tracer: ShapeTracer
+
+    @property
+    def value(self) -> Any:
+        return self.node.meta["val"]
+
+    @classmethod
+    def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
+        args, kwargs = args or (), kwargs or {}
+        tracer = _find_proxy(args, kwargs).tracer  # type: ignore[union-attr]
+        if _isinstance(orig_method, torch._C.ScriptMethod):
+            return super().__torch_function__(orig_method, types, args, kwargs)
+        if torch.overrides.is_tensor_method_or_property(orig_method):
+            return tracer.create_proxy("call_method", orig_method.__name__, args, kwargs)
+        return tracer.create_proxy("call_function", orig_method, args, kwargs, name=tracer.graph._target_to_str(orig_method.__name__))
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.value
+        if _isinstance(value, torch.Tensor):
+            if name == "shape":
+                return self.tracer.shape_of(self)
+            if name == "size":
+                return lambda dim=None: self.tracer.shape_of(self) if dim is None else self.tracer.shape_of(self)[operator.index(dim)]
+            if name in _STATIC_ATTRIBUTES:
+                return getattr(value, name)
+            if name in _STATIC_METHODS:
+                return getattr(value, name)
+            if name in ("tolist", "item"):
+                return lambda: self._concrete(name, name)
+            if not hasattr(value, name):
+                raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+            if name == "nelement" or name == "numel":
+                return lambda: self.tracer.shape_of(self).numel()
+        elif _isinstance(value, dict) and name in ("keys", "items", "values", "get"):
+            known = {k: self[k] for k in value}
+            return getattr(known, name)
+        elif _isinstance(value, (torch.device, torch.dtype)):
+            return getattr(value, name)
+        elif not hasattr(value, name):
+            raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
+        return ShapeAttribute(self, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        value = self.value
+        if _isinstance(value, torch.Tensor):
+            if value.ndim == 0:
+                raise TypeError("iteration over a 0-d tensor")
+            self.tracer.specialised(self, f"loop over a dimension of {value.shape[0]}")
+            return iter([self[i] for i in range(value.shape[0])])
+        if _isinstance(value, dict):
+            return iter(list(value))
+        if not _isinstance(value, (tuple, list)):
+            raise TypeError(f"{type(value).__name__!r} object is not iterable")
+        return iter([self[i] for i in range(len(value))])
+
+    def __len__(self) -> int:
+        value = self.value
+        if _isinstance(value, torch.Tensor):
+            self.tracer.specialised(self, f"len() is {value.shape[0]}")
+            return int(value.shape[0])
+        return len(value)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self.value
+
+    def __bool__(self) -> bool:
+        return bool(self._concrete("a condition"))
+
+    def __int__(self) -> int:
+        return int(self._concrete("int()"))
+
+    def __float__(self) -> float:
+        return float(self._concrete("float()"))
+
+    def __index__(self) -> int:
+        return operator.index(self._concrete("an index"))
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return round(self._concrete("round()"), digits)
+
+    def __ceil__(self) -> int:
+        return math.ceil(self._concrete("ceil()"))
+
+    def __floor__(self) -> int:
+        return math.floor(self._concrete("floor()"))
+
+    def __divmod__(self, other: Any) -> tuple[Any, Any]:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> tuple[Any, Any]:
+        return other // self, other % self
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec) if not _isinstance(self.value, torch.Tensor) else repr(self)
+
+    def __hash__(self) -> int:
+        value = self.value
+        return hash(value) if _isinstance(value, (int, float, str, bool)) else id(self)
+
+    def _concrete(self, use: str, method: str = "item") -> Any:
+        value = self.value
+        if _isinstance(value, torch.Tensor):
+            actual = self.tracer.actual(self.node)
+            if actual is None:
+                raise TraceError(f"{self.tracer.here()}: {use} depends on the values of a tensor, not only on its shape")
+            return getattr(actual, method)()
+        self.tracer.specialised(self, f"{use} on the value {value}")
+        return value
+
+
+class ShapeAttribute(ShapeProxy):
+    """``x.name``: a method to be called, or a value; the node is made only when the value is used."""
+
+    def __init__(self, root: ShapeProxy, name: str) -> None:
+        self.root, self.attr, self.tracer = root, name, root.tracer
+        self._node: fx.Node | None = None
+
+    @property
+    def node(self) -> fx.Node:  # type: ignore[override]
+        if self._node is None:
+            self._node = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {}).node
+        return self._node
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)

@@ -1,0 +1,88 @@
+"""Rectangles: labels that vary along several axes of one tensor are reduced to one, by uniting every slice along it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxprune.passes.rules.values import Labels, Vector
+
+if TYPE_CHECKING:
+    from fxprune.passes.labels import Walk
+
+
+def rectangle(walk: Walk, node: fx.Node, labels: torch.Tensor) -> tuple[int, Vector] | None:
+    """Reduce a label tensor to one axis. Where it varies along several, pick one and unite every slice along it.
+
+    Returns (axis, labels) or None where the labels are the same everywhere along every axis longer than one.
+    """
+    squeezed = labels
+    for axis in range(labels.ndim):
+        if squeezed.shape[axis] > 1:
+            head = squeezed.narrow(axis, 0, 1)
+            if squeezed.stride(axis) == 0 or torch.equal(squeezed, head.expand_as(squeezed)):
+                squeezed = head
+    varying = [a for a in range(labels.ndim) if squeezed.shape[a] > 1]
+    if len(varying) == 1:
+        return varying[0], np.ascontiguousarray(squeezed.reshape(-1).numpy())
+    if not varying:
+        longer = [a for a in range(labels.ndim) if labels.shape[a] > 1]
+        if labels.numel() and longer:
+            # One label everywhere: it belongs to no axis any more, so the tensor as a whole must stay.
+            walk.pin(np.unique(squeezed.numpy()), "one channel fills a whole tensor")
+        return None
+    axis = _choose(walk, node, squeezed, varying)
+    across = squeezed.movedim(axis, 0).reshape(squeezed.shape[axis], -1).numpy()
+    first = np.ascontiguousarray(across[:, 0])
+    walk.labels.unite(np.repeat(first, across.shape[1]), across.reshape(-1))
+    return axis, first
+
+
+def _choose(walk: Walk, node: fx.Node, labels: torch.Tensor, varying: list[int]) -> int:
+    """The axis with the most units; for attention the axis the policy names (Wang 2024 prunes neither: the axis is ours)."""
+    counts = {axis: _units_along(labels, axis) for axis in varying}
+    best = max(varying, key=lambda a: (counts[a], a))
+    distinct = [a for a in varying if counts[a] > 1]
+    pair = sorted(distinct, key=lambda a: labels.shape[a])[-2:]
+    if len(distinct) > 2:  # (3, heads, head_dim): the small outer axis separates q, k and v and is neither
+        outer = [a for a in distinct if labels.shape[a] in (2, 3)]
+        if outer:
+            pair = [a for a in distinct if a != outer[0]][-2:]
+    if len(pair) < 2 or not feeds_attention(node):
+        return best
+    heads, head_dim = sorted(pair)
+    key = f"{walk.mode}:{node.name}"
+    wish = walk.forced.get(key, walk.attention)
+    chosen = {"heads": heads, "head_dim": head_dim}.get(wish, best if best in pair else max(pair, key=lambda a: (counts[a], a)))
+    walk.choices[key] = np.unique(labels.numpy())
+    return chosen
+
+
+def _units_along(labels: torch.Tensor, axis: int) -> int:
+    """How many units would be left if every slice along ``axis`` were united."""
+    across = labels.movedim(axis, 0).reshape(labels.shape[axis], -1).numpy()
+    _, flat = np.unique(across, return_inverse=True)
+    flat = flat.reshape(across.shape)
+    trial = Labels()
+    trial.new(int(flat.max()) + 1)
+    trial.unite(np.repeat(flat[:, 0], flat.shape[1]), flat.reshape(-1))
+    return trial.units(flat[:, 0])
+
+
+def feeds_attention(node: fx.Node) -> bool:
+    """Whether what ``node`` makes is contracted with another activation before a layer reads it."""
+    seen, todo = set(), list(node.users)
+    while todo:
+        user = todo.pop()
+        if user in seen:
+            continue
+        seen.add(user)
+        name = str(user.target) if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+        if name in ("matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention", "__matmul__"):
+            return True
+        if user.op in ("call_function", "call_method") and name not in ("linear", "conv1d", "conv2d", "conv3d", "size"):
+            todo.extend(user.users)
+    return False

@@ -1,0 +1,177 @@
+"""The steps run as ``torch.fx.passes`` passes: pure, truthful about what they changed, and their errors reach the caller."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.fx.passes.infra.pass_manager import PassManager
+
+import fxprune
+from fxprune.errors import PolicyError, TraceError, UnsupportedError
+from fxprune.passes import rules
+from fxprune.passes.base import GraphPass, run_passes
+from fxprune.passes.pipeline import Couple, Plan, Slim, TracedGraph, analysed, traced_graph
+from fxprune.passes.plan import keep_counts
+from fxprune.passes.trace import trace
+from fxprune.scores import scores
+from tests.passes.networks import ZOO
+
+
+def carrier_of(name: str = "residual") -> tuple[nn.Module, Any, TracedGraph]:
+    torch.manual_seed(0)
+    model, inputs = ZOO[name].make().eval(), ZOO[name].inputs()
+    return model, inputs, traced_graph(trace(model, inputs, rules.is_known, rules.registry.FUNCTIONS.__contains__))
+
+
+def nodes(module: fx.GraphModule) -> list[str]:
+    return [n.format_node() or str(n) for n in module.graph.nodes]
+
+
+def plan_of(sparsity: Any) -> Plan:
+    return Plan(sparsity, lambda graph: scores(graph, "l2"))
+
+
+def test_couple_reports_no_change_and_edits_nothing() -> None:
+    _, _, carrier = carrier_of()
+    before = nodes(carrier)
+    result = Couple(None)(carrier)
+    assert not result.modified and result.graph_module is carrier and nodes(carrier) == before
+    assert carrier.meta["coupling"].groups
+
+
+def test_plan_reports_no_change_and_edits_nothing() -> None:
+    model, inputs, _ = carrier_of()
+    carrier = analysed(model, inputs, (), "auto")
+    before = nodes(carrier)
+    result = plan_of(0.5)(carrier)
+    assert not result.modified and result.graph_module is carrier and nodes(carrier) == before
+    kept = carrier.meta["keep"]
+    assert 0 < int(kept.sum()) < len(kept)
+
+
+def test_slim_reports_a_change_and_leaves_its_input() -> None:
+    model, inputs, _ = carrier_of()
+    carrier = analysed(model, inputs, (), "auto")
+    plan_of(0.5)(carrier)
+    before, weight = nodes(carrier), model.stem[0].weight.clone()  # type: ignore[index, union-attr, operator]
+    result = Slim()(carrier)
+    assert result.modified and result.graph_module is not carrier and nodes(carrier) == before
+    assert torch.equal(weight, model.stem[0].weight)  # type: ignore[index, union-attr, arg-type]
+    assert sum(p.numel() for p in result.graph_module.parameters()) < sum(p.numel() for p in model.parameters())
+    result.graph_module.graph.lint()
+
+
+def test_slim_reports_no_change_where_only_parts_were_traced() -> None:
+    """The slim network is then no graph module: it travels beside the carrier."""
+    model, inputs = HalfTraceable().eval(), (torch.randn(2, 3, 8, 8),)
+    carrier = analysed(model, inputs, (), "auto")
+    plan_of(0.5)(carrier)
+    result = Slim()(carrier)
+    assert not result.modified and result.graph_module is carrier
+    assert not isinstance(carrier.meta["slim"], fx.GraphModule)
+
+
+class HalfTraceable(nn.Module):
+    """Its root branches on values; its child does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.body(x)
+        return x if float(x.sum()) > 1e9 else x + 1
+
+
+def test_a_keep_all_plan_keeps_every_unit() -> None:
+    model, inputs, _ = carrier_of()
+    for nothing in (0.0, 0, {}, {"a.0": 0.0}):
+        carrier = analysed(model, inputs, (), "auto")
+        plan_of(nothing)(carrier)
+        assert carrier.meta["keep"].all()
+
+
+def test_the_steps_run_under_the_pass_manager_of_torch() -> None:
+    model, inputs, _ = carrier_of()
+    carrier = analysed(model, inputs, (), "auto")
+    result = PassManager([plan_of(0.5), Slim()])(carrier)
+    assert result.modified
+    with torch.no_grad():
+        assert torch.equal(result.graph_module(*inputs), fxprune.compress(model, 0.5, inputs)(*inputs))
+
+
+class Nothing(GraphPass):
+    def run(self, module: fx.GraphModule) -> fx.GraphModule:
+        return module
+
+
+class Edits(GraphPass):
+    def run(self, module: fx.GraphModule) -> fx.GraphModule:
+        module.graph.call_function(torch.relu, (next(iter(module.graph.nodes)),))
+        return module
+
+
+class Breaks(GraphPass):
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def run(self, module: fx.GraphModule) -> fx.GraphModule:
+        raise self.error
+
+
+def small() -> fx.GraphModule:
+    return fx.symbolic_trace(nn.Sequential(nn.Linear(3, 4), nn.ReLU()))
+
+
+def test_a_pass_that_edits_its_input_is_caught() -> None:
+    with pytest.raises(AssertionError, match="Edits edited its input"):
+        run_passes(small(), [Edits()])
+
+
+@pytest.mark.parametrize("error", [PolicyError("p"), UnsupportedError("u"), TraceError("t"), KeyError("k"), AssertionError("a")])
+def test_errors_arrive_as_they_were_raised(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught:
+        run_passes(small(), [Nothing(), Breaks(error)])
+    assert caught.value is error
+
+
+def test_an_observer_sees_every_step_with_its_time() -> None:
+    model, inputs, _ = carrier_of()
+    seen: list[tuple[str, float]] = []
+    steps = [plan_of(0.5), Slim()]
+    run_passes(analysed(model, inputs, (), "auto"), steps, lambda step, module, seconds: seen.append((type(step).__name__, seconds)))
+    assert [name for name, _ in seen] == ["Plan", "Slim"] and all(seconds > 0 for _, seconds in seen)
+
+
+def test_a_policy_error_reaches_the_user_through_compress() -> None:
+    model, inputs, _ = carrier_of()
+    with pytest.raises(PolicyError, match="stem"):
+        fxprune.compress(model, {"stem.0:in": 0.5}, inputs)
+
+
+def test_analysis_is_reused_and_never_grows_stale() -> None:
+    """From a coupling graph, ``compress`` slices the weights that the model holds now."""
+    model, inputs, _ = carrier_of()
+    graph = fxprune.analyze(model, inputs)
+    first = fxprune.compress(graph, {"a.0": 0.5})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2.0)
+    second = fxprune.compress(graph, {"a.0": 0.5})
+    kept = fxprune.record(second).kept
+    for (name, old), new in zip(first.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(2 * old, new), name
+    assert {n: sorted(d) for n, d in kept.items()} == {n: sorted(d) for n, d in fxprune.record(first).kept.items()}
+
+
+def test_keep_counts_never_empties_a_group() -> None:
+    model, inputs, _ = carrier_of()
+    graph = fxprune.analyze(model, inputs)
+    group = graph.by_name["a.0"]
+    keep = keep_counts(graph, {"a.0": 10**6}, {"a.0": range(group.size)})
+    low, high = graph.starts[group.number], graph.starts[group.number + 1]
+    assert keep[low:high].tolist() == [False] * (group.size - 1) + [True]
+    assert keep[:low].all() and keep[high:].all()

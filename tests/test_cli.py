@@ -1,0 +1,398 @@
+"""``fxprune-search`` from its arguments to its files and exit status, interrupted and taken up again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import fxprune
+from fxprune import cli
+from fxprune.arguments import read
+from fxprune.driver.config import PRESETS
+from fxprune.errors import SearchError
+from fxprune.models import digits_net
+
+pytest.importorskip("sklearn", reason="the search extra is not installed")
+
+ROOT = Path(__file__).parents[1]
+QUICK = [
+    "--train-epochs",
+    "3",
+    "--distill-epochs",
+    "1",
+    "--rounds",
+    "3",
+    "--samples",
+    "3",
+    "--score-images",
+    "100",
+    "--calibration-images",
+    "64",
+]
+QUICKEST = ["--train-epochs", "1", "--distill-epochs", "0", "--strategy", "uniform", "--no-baseline", "--score-images", "50"]
+
+
+@dataclass
+class Ran:
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Runs a command line in this process."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def one(*arguments: object) -> Ran:
+        capsys.readouterr()
+        status = cli.main([str(argument) for argument in arguments])
+        return Ran(status, *capsys.readouterr())
+
+    yield one
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    assert cli.main(["--out", str(out), *QUICK]) == 0
+    return out
+
+
+class NotANumber(nn.Module):
+    """Its outputs are NaN from the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = digits_net()
+        nn.init.constant_(self.net.classifier.bias, float("nan"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x)
+        return logits
+
+
+class Narrow(nn.Module):
+    """Two units a layer: too coarse for most targets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1), nn.ReLU())
+        self.head = nn.Linear(2, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(x).mean((2, 3)))
+        return logits
+
+
+def test_writes_what_it_promises(whole: Path) -> None:
+    made = {path.name for path in whole.iterdir()}
+    assert made == {"policy.json", "slim.safetensors", "history.jsonl", "report.html", "checkpoint"}
+    history = [json.loads(line) for line in (whole / "history.jsonl").read_text().splitlines()]
+    assert history[-1]["macs"] == pytest.approx(0.5, rel=0.01)
+    slim = fxprune.load(whole / "slim.safetensors", digits_net())
+    model = digits_net()
+    kept = fxprune.record(fxprune.compress(model, whole / "policy.json")).kept
+    assert {name: {d: i.tolist() for d, i in dims.items()} for name, dims in kept.items()} == {
+        name: {d: i.tolist() for d, i in dims.items()} for name, dims in fxprune.record(slim).kept.items()
+    }
+    macs = fxprune.profile(slim, torch.randn(1, 1, 8, 8)).macs / fxprune.profile(model, torch.randn(1, 1, 8, 8)).macs
+    assert macs == pytest.approx(0.5, rel=0.01)
+    assert "digits_net" in (whole / "report.html").read_text()
+
+
+def test_shows_before_and_after_and_how_to_load(run: Run, whole: Path) -> None:
+    ended = run("--resume", whole)  # finished: shown again, nothing done
+    assert ended.status == 0
+    for expected in ("original", "uniform", "slim", "test accuracy", "MACs", "parameters", "latency", "size on disk"):
+        assert expected in ended.out
+    code = ended.out[ended.out.index("import fxprune") :]
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert isinstance(names["slim"], torch.fx.GraphModule)
+
+
+@pytest.mark.parametrize(
+    ("moment", "count"), [("stage:training", 1), ("searched", 2), ("searched", 4), ("stage:distilling slim", 1), ("stage:measuring", 1)]
+)
+def test_interrupted_and_resumed_is_uninterrupted(
+    run: Run, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, count: int
+) -> None:
+    method, _, text = moment.partition(":")
+    real, calls = getattr(cli.Display, method), 0
+
+    def interrupting(display: cli.Display, what: object) -> None:
+        nonlocal calls
+        real(display, what)
+        calls += not text or str(what).startswith(text)
+        if calls == count:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cli.Display, method, interrupting)
+        cut = run("--out", tmp_path, *QUICK)
+    assert cut.status == 130
+    assert cut.err.splitlines() == [f"fxprune-search: interrupted; go on with: fxprune-search --resume {tmp_path}"]
+    assert not (tmp_path / "policy.json").exists()
+    assert run("--resume", tmp_path).status == 0
+    assert (tmp_path / "policy.json").read_bytes() == (whole / "policy.json").read_bytes()
+
+
+def test_killed_at_any_moment_goes_on(whole: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fxprune"]
+    started = subprocess.Popen([*command, "--out", str(tmp_path), *QUICK], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert started.stdout is not None
+    for line in started.stdout:
+        if line.startswith("searching"):
+            break
+    time.sleep(0.3)
+    started.kill()
+    started.wait()
+    started.stdout.close()
+    again = subprocess.Popen([*command, "--resume", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert again.stdout is not None
+    again.stdout.readline()
+    again.send_signal(signal.SIGTERM)
+    _, err = again.communicate(timeout=120)
+    assert again.returncode == 130
+    assert f"--resume {tmp_path}" in err
+    assert "Traceback" not in err
+    done = subprocess.run([*command, "--resume", str(tmp_path), "--jobs", "2"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "policy.json").read_bytes() == (whole / "policy.json").read_bytes()
+
+
+@pytest.mark.long
+def test_killed_twenty_times(whole: Path, tmp_path: Path) -> None:
+    command, waited = [sys.executable, "-m", "fxprune"], 0.0
+    arguments = ["--out", str(tmp_path), *QUICK]
+    for kill in range(20):
+        started = subprocess.Popen([*command, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
+        waited = 2 + (kill * 0.37) % 5
+        time.sleep(waited)
+        started.kill()
+        started.wait()
+        if (tmp_path / "checkpoint" / "session.json").exists():
+            arguments = ["--resume", str(tmp_path)]
+    subprocess.run([*command, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    assert (tmp_path / "policy.json").read_bytes() == (whole / "policy.json").read_bytes()
+
+
+def test_recovery_between_steps_and_resume(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [*QUICK, "--no-baseline", "--steps", "3", "--recover-every", "1", "--rounds", "1"]
+    assert run("--out", tmp_path / "whole", *options).status == 0
+    real, calls = cli.Display.searched, 0
+
+    def interrupting(display: cli.Display, what: object) -> None:
+        nonlocal calls
+        real(display, what)  # type: ignore[arg-type]
+        calls += 1
+        if calls == 6:  # in the third step, after two recoveries
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cli.Display, "searched", interrupting)
+        assert run("--out", tmp_path / "cut", *options).status == 130
+    assert len(list((tmp_path / "cut" / "checkpoint" / "search").glob("weights-*"))) == 1
+    assert run("--resume", tmp_path / "cut").status == 0
+    assert (tmp_path / "cut" / "policy.json").read_bytes() == (tmp_path / "whole" / "policy.json").read_bytes()
+    made = [fxprune.load(tmp_path / name / "slim.safetensors", digits_net()).state_dict() for name in ("cut", "whole")]
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+
+
+def test_first_checkpoint_comes_before_any_work(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupting(display: cli.Display, text: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Display, "stage", interrupting)
+    assert run("--out", tmp_path, *QUICK, "--seed", "7").status == 130
+    state = json.loads((tmp_path / "checkpoint" / "session.json").read_text())
+    assert state["options"]["search"]["seed"] == 7
+
+
+def test_unreachable_target_keeps_the_nearest(run: Run, tmp_path: Path) -> None:
+    ended = run("--out", tmp_path, *QUICKEST, "--target", "macs=0.0001")
+    assert ended.status == 3
+    assert len(ended.err.splitlines()) == 1
+    assert "target macs=0.0001 cannot be met" in ended.err
+    assert "macs=0.00" in ended.err
+    assert str(tmp_path) in ended.err
+    assert (tmp_path / "slim.safetensors").exists()
+    assert run("--resume", tmp_path).status == 3
+
+
+def test_units_too_coarse_for_the_target(run: Run, tmp_path: Path) -> None:
+    ended = run("--out", tmp_path, *QUICKEST, "--model", "tests.test_cli:Narrow", "--target", "macs=0.35")
+    assert ended.status == 3
+    assert "units are too coarse" in ended.err
+
+
+def test_pareto_run_keeps_every_point(run: Run, tmp_path: Path) -> None:
+    assert run("--out", tmp_path, *QUICKEST, "--target", "macs=0.7,0.4").status == 0
+    sizes = {}
+    for name in ("slim-macs=0.7", "slim"):
+        slim = fxprune.load(tmp_path / f"{name}.safetensors", digits_net())
+        sizes[name] = fxprune.profile(slim, torch.randn(1, 1, 8, 8)).macs / fxprune.profile(digits_net(), torch.randn(1, 1, 8, 8)).macs
+    assert sizes == {"slim-macs=0.7": pytest.approx(0.7, rel=0.01), "slim": pytest.approx(0.4, rel=0.01)}
+    assert (tmp_path / "policy-macs=0.7.json").exists()
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 2
+
+
+def test_weights_from_a_file_and_options_from_yaml(run: Run, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_file(digits_net().state_dict(), tmp_path / "net.safetensors")
+    config = tmp_path / "search.yaml"
+    config.write_text(
+        f"weights: {tmp_path / 'net.safetensors'}\ntarget: [params=0.6, sparsity=0.1]\nstrategy: random\nrounds: 2\nsamples: 2\n"
+    )
+    out = tmp_path / "out"
+    assert run("--config", config, "--out", out, "--distill-epochs", 0, "--no-baseline", "--samples", "3").status == 0
+    (record, _) = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert len(record["candidates"]) == 3  # the command line has the last word
+    assert record["params"] == pytest.approx(0.6, rel=0.01)
+    original = torch.equal(digits_net_of(out / "checkpoint" / "original.safetensors"), digits_net_of(tmp_path / "net.safetensors"))
+    assert original  # weights are given, so nothing is trained
+
+
+def digits_net_of(path: Path) -> Tensor:
+    from safetensors.torch import load_file
+
+    return load_file(path)["classifier.weight"]
+
+
+def test_report_is_written_again(run: Run, whole: Path) -> None:
+    before = (whole / "report.html").read_text()
+    (whole / "report.html").unlink()
+    for arguments in (("report", whole), ("--report", whole)):
+        assert run(*arguments).status == 0
+        assert (whole / "report.html").read_text() == before
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for argument, expected in (("--version", f"fxprune {fxprune.__version__}"), ("--help", "--target METRIC=SHARE")):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([argument])
+        assert ended.value.code == 0
+        assert expected in capsys.readouterr().out
+
+
+BAD = [
+    (["--model", "torchvision:resnet19"], "resnet19"),
+    (["--model", "nonsense"], "nonsense"),
+    (["--model", "torchvision:resnet18"], "--weights FILE, or --train-epochs"),
+    (["--model", "torchvision:resnet18", "--train-epochs", "1"], "does not run on 1x8x8 images"),
+    (["--model", "no.such:net"], "no.such"),
+    (["--model", "tests.test_cli:NotANumber", "--train-epochs", "1"], "nan"),
+    (["--weights", "{tmp}/none.safetensors"], "none.safetensors"),
+    (["--weights", "{tmp}/other.safetensors"], "do not fit"),
+    (["--data", "imagefolder:{tmp}/empty"], "empty"),
+    (["--data", "parquet:{tmp}/nowhere"], "nowhere"),
+    (["--data", "mnist"], "mnist"),
+    (["--mean", "0.5,x"], "--mean"),
+    (["--target", "macs=1.5"], "out of range"),
+    (["--target", "flops=0.5"], "unknown target"),
+    (["--target", "half"], "METRIC=SHARE"),
+    (["--reward", "speed"], "unknown reward"),
+    (["--strategy", "rl"], "unknown strategy"),
+    (["--repair", "magic"], "repair"),
+    (["--importance", "magic"], "importance"),
+    (["--preset", "fast"], "preset"),
+    (["--device", "tpu9"], "tpu9"),
+    (["--executor", "slurm"], "unknown executor"),
+    (["--jobs", "0"], "jobs is 0"),
+    (["--steps", "many"], "--steps"),
+    (["--samples"], "--samples"),
+    (["--distill-epochs", "-1"], "distill-epochs"),
+    (["--no-such-option"], "--no-such-option"),
+    (["surplus"], "surplus"),
+    (["--out", "{tmp}/file"], "cannot write"),
+    (["--config", "{tmp}/none.yaml"], "none.yaml"),
+    (["--config", "{tmp}/broken.yaml"], "is not YAML"),
+    (["--config", "{tmp}/list.yaml"], "mapping"),
+    (["--config", "{tmp}/unknown.yaml"], "unknown option 'colour'"),
+    (["--config", "{tmp}/wrong.yaml"], "rounds is 'ten'"),
+    (["--resume", "{tmp}/empty"], "no run to resume"),
+    (["--resume", "{tmp}/empty", "--seed", "3"], "--seed cannot be changed"),
+    (["report", "{tmp}/empty"], "no finished run"),
+    (["report", "{tmp}/empty", "--seed", "3"], "stands alone"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+def test_bad_input_is_one_line_and_leaves_older_results(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("in the way")
+    for name, text in (("broken", "a: [1"), ("list", "- 1"), ("unknown", "colour: red"), ("wrong", "rounds: ten")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "policy.json").write_text("older")
+    given = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    standing_alone = {"--out", "--resume", "report", "surplus"} & set(given)
+    ended = run(*given, *([] if standing_alone else ["--out", out, *_quick_for(given)]))
+    assert ended.status == 2
+    assert len(ended.err.splitlines()) == 1
+    assert ended.err.startswith("fxprune-search: error: ")
+    assert message in ended.err
+    assert (out / "policy.json").read_text() == "older"
+
+
+def _quick_for(given: list[str]) -> list[str]:
+    """Little training, unless the case says how much."""
+    return [] if "--train-epochs" in given or "--weights" in given or "--model" in given else ["--train-epochs", "1"]
+
+
+def test_presets_and_knobs_reach_the_search() -> None:
+    request = read(
+        ["--preset", "paper", "--epsilon", "0.3", "--clip", "none", "--target", "macs=0.5", "--target", "params=0.6", "--no-keep-best"]
+    )
+    assert request.options is not None
+    search = request.options.search
+    assert (search.samples, search.epsilon, search.clip, search.keep_best) == (PRESETS["paper"]["samples"], 0.3, None, False)
+    assert [str(target) for target in search.points[0]] == ["macs=0.5", "params=0.6"]
+    assert request.options.distill_lr == 1e-3
+    assert request.options.distillation_epochs == 20
+
+
+def test_resume_takes_other_workers_but_no_other_search() -> None:
+    assert read(["--resume", "out", "--jobs", "2"]).changes == {"jobs": 2}
+    with pytest.raises(SearchError, match="--target cannot be changed|--targets cannot be changed"):
+        read(["--resume", "out", "--target", "macs=0.4"])
+
+
+def test_on_a_terminal_progress_is_rewritten_in_place(whole: Path, tmp_path: Path) -> None:
+    with (tmp_path / "screen").open("w") as screen:
+        console = Console(file=screen, force_terminal=True, width=80)
+        with cli.Display(console) as display:
+            run_again = cli.session.begin(read(["--out", str(tmp_path / "out"), *QUICKEST]).options or pytest.fail("no options"), "x")
+            assert not run_again.run(display).unmet
+    text = (tmp_path / "screen").read_text()
+    assert "\x1b[?25l" in text  # the cursor is hidden while a line is rewritten
+    assert "scored" in text
+
+
+def test_the_environment_does_not_choose_the_policy(whole: Path, tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "2"}
+    subprocess.run(
+        [sys.executable, "-m", "fxprune", "--out", str(tmp_path), *QUICK], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, check=True
+    )
+    assert (tmp_path / "policy.json").read_bytes() == (whole / "policy.json").read_bytes()

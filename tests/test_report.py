@@ -1,0 +1,177 @@
+"""What people see: the coupling tree, the result table, the page."""
+
+from __future__ import annotations
+
+import io
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from rich.console import Console, RenderableType
+
+import fxprune
+from fxprune.charts import Series, chart, ticks
+from fxprune.report import LAYERS_SHOWN, coupling_tree, ranges, result_table
+from fxprune.results import Row, bytes_text, count_text, duration_text, latency_text
+from fxprune.webpage import page
+
+
+def printed(renderable: RenderableType, width: int = 100) -> list[str]:
+    out = io.StringIO()
+    Console(file=out, width=width).print(renderable)
+    return [line.rstrip() for line in out.getvalue().splitlines()]
+
+
+def test_tree_of_resnet50_is_readable_at_100_columns() -> None:
+    model = torchvision.models.resnet50(weights=None).eval()
+    lines = printed(coupling_tree(fxprune.analyze(model, torch.randn(1, 3, 64, 64))))
+    assert lines[0] == "coupling graph: 37 groups prunable with 11,456 units, 2 groups locked"
+    assert max(map(len, lines)) <= 100
+    assert len(lines) < 250
+    text = "\n".join(lines)
+    # The stream of the first stage: producers joined by the addition, readers sliced along their second dimension.
+    start = next(i for i, line in enumerate(lines) if line.startswith("├── layer1.0.conv3"))
+    stream = lines[start : start + 13]
+    assert any("layer1.0.downsample.0" in line and "weight[0:256]" in line and "joined by add" in line for line in stream)
+    assert any("layer1.1.conv1 " in line and "256/256" in line and "weight[:, 0:256]" in line for line in stream)
+    assert "it reaches the network's output: fc (1000)" in text
+    assert "conv1:in" in text
+
+
+def test_tree_shows_what_is_kept() -> None:
+    model = torchvision.models.resnet18(weights=None).eval()
+    graph = fxprune.analyze(model, torch.randn(1, 3, 64, 64))
+    removed = fxprune.record(fxprune.compress(graph, {"layer2.0.conv1": 0.25})).removed_units
+    lines = printed(coupling_tree(graph, removed=removed))
+    assert "├── layer2.0.conv1  96/128 units" in lines
+    assert any("layer2.0.conv2" in line and "96/128" in line for line in lines)
+    assert "├── layer1.0.conv1  64/64 units" in lines
+
+
+def test_tree_shortens_groups_that_many_layers_share() -> None:
+    model = torchvision.models.densenet201(weights=None).eval()
+    lines = printed(coupling_tree(fxprune.analyze(model, torch.randn(1, 3, 64, 64))))
+    assert any("more: " in line and "BatchNorm2d" in line and "Conv2d" in line for line in lines)
+    inside = longest = 0
+    for line in lines:
+        inside = 0 if line.startswith("├── ") else inside + 1
+        longest = max(longest, inside)
+    assert longest <= LAYERS_SHOWN + 1
+
+
+@pytest.mark.parametrize(
+    ("indices", "text"),
+    [
+        ([0, 1, 2, 3], "0:4"),
+        ([5], "5:6"),
+        ([0, 2, 4, 6], "0:7:2"),
+        ([0, 1, 8, 9], "0:2, 8:10"),
+        ([*range(0, 20, 5), *range(21, 23), 30, 40], "0:1, …, 40:41 in 7 runs"),
+    ],
+)
+def test_ranges(indices: list[int], text: str) -> None:
+    assert ranges(indices) == text
+
+
+ROWS = [Row("original", 0.9889, 1_250_000, 37_030, 0.0029, 152_848), Row("slim", 0.9861, 624_470, 17_580, 0.00021, 78_420)]
+
+
+def test_result_table() -> None:
+    lines = printed(result_table(ROWS, "a network"), 80)
+    text = "\n".join(lines)
+    assert max(map(len, lines)) <= 80
+    for expected in ("98.89 %", "98.61 % (-0.28)", "624.47 k (50.0 %)", "17.58 k (47.5 %)", "210 µs (7.2 %)", "78.4 kB (51.3 %)"):
+        assert expected in text
+
+
+def test_figures_as_text() -> None:
+    assert [count_text(v) for v in (12, 1200, 3.4e6, 1.2e10)] == ["12", "1.20 k", "3.40 M", "12.00 G"]
+    assert [bytes_text(v) for v in (900, 2_500_000)] == ["0.9 kB", "2.50 MB"]
+    assert [latency_text(v) for v in (5e-5, 0.0123, 2.0)] == ["50 µs", "12.30 ms", "2.00 s"]
+    assert [duration_text(v) for v in (0.4, 59.0, 61.0, 3700.0)] == ["0 s", "59 s", "1 min 01 s", "1 h 01 min"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.731, 0.984), (3.0, 3.0), (0.0, 0.0), (-2.0, 150.0), (1e-6, 2e-6)])
+def test_ticks_span_their_range(low: float, high: float) -> None:
+    found = ticks(low, high)
+    assert found[0] <= low and high <= found[-1] + 1e-12
+    assert 2 <= len(found) <= 9
+    assert all(b > a for a, b in zip(found, found[1:], strict=False))
+
+
+def test_chart_places_points_inside() -> None:
+    svg = chart([Series("a", [0, 1, 2], [5, 9, 7])], x_label="x", y_label="y", title="A < B")
+    assert svg.count("<circle") == 3
+    assert 'aria-label="A &lt; B"' in svg
+    assert "Nothing was recorded" in chart([], x_label="x", y_label="y", title="none")
+
+
+class Outline(HTMLParser):
+    """Collects what matters of a page, and that every element that is opened is closed."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag != "meta":
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack and self.stack.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def history() -> list[dict[str, Any]]:
+    candidates = [
+        {"reward": 0.7, "accuracy": 0.7, "macs": 0.75, "params": 0.8, "sparsity": 0.2, "on_target": False},
+        {"reward": 0.6, "accuracy": 0.6, "macs": 0.5, "params": 0.6, "sparsity": 0.3, "on_target": True},
+    ]
+    rounds = [{"reward": 0.7, "accuracy": 0.7, "evaluations": 5}, {"reward": 0.6, "accuracy": 0.6, "evaluations": 9}]
+    step = {"step": 1, "evaluations": 9, "reward": 0.6, "accuracy": 0.6, "macs": 0.5, "params": 0.6, "sparsity": 0.3}
+    return [{**step, "rounds": rounds, "candidates": candidates}]
+
+
+def result(targets: list[str]) -> dict[str, Any]:
+    return {
+        "model": "my.module:<net>",
+        "targets": targets,
+        "summary": "It went well.",
+        "command": "fxprune-search --model 'my.module:<net>'",
+        "load": "import fxprune",
+        "rows": [vars(row) for row in ROWS],
+        "groups": [{"name": "stem.0[0:8]", "units": 24, "removed": 6, "uniform": 7}],
+        "options": {"seed": 0, "reward": "accuracy"},
+    }
+
+
+@pytest.mark.parametrize("targets", [["macs=0.5"], ["sparsity=0.3"], ["macs=0.7,0.5", "params=0.6"]])
+def test_page_is_whole_self_contained_and_escaped(targets: list[str]) -> None:
+    html = page(result(targets), history())
+    outline = Outline(html)
+    assert not outline.stack
+    assert not outline.links
+    assert "http" not in html
+    assert outline.tags.count("svg") == 3
+    assert "<net>" not in html
+    for expected in ("my.module:<net>", "98.61 %", "stem.0[0:8]", "6 of 24", "It went well.", "fxprune-search --model", "reward"):
+        assert expected in outline.text
+    assert "prefers-color-scheme:dark" in html
+
+
+def test_page_without_any_round() -> None:
+    empty = [{**history()[0], "rounds": [], "candidates": []}]
+    assert "Nothing was recorded" in page(result(["macs=0.5"]), empty)
