@@ -92,7 +92,7 @@ def compress(
         return _recorded(graph, wanted, units) or scores(graph, importance, batches)
 
     run_passes(carrier, [Plan(wanted, score, round_to), Slim()])
-    slim: Any = carrier.meta["slim"]
+    slim: fx.GraphModule = carrier.meta["slim"]
     slimmer: Slimmer = carrier.meta["slimmer"]
     keep = carrier.meta["keep"]
     used = {
@@ -110,7 +110,7 @@ def compress(
         if not batches:
             raise InputError('repair="bn" needs calibration data: pass calibration=[inputs, ...], the more batches the better')
         recalibrate_batchnorm(slim, batches)
-        slim._record = slim._record.with_repair("bn")
+        slim._record = record(slim).with_repair("bn")
     return slim
 
 

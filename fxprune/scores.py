@@ -130,7 +130,7 @@ def gradients(model: nn.Module, calibration: Iterable[Any]) -> dict[str, tuple[t
             raise EvaluationError(
                 f"the calibration loss is {loss.item()} on batch {batches}; check the calibration data and the model's weights"
             )
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         batches += 1
     if not batches:
         raise InputError("the calibration set is empty; pass at least one batch")

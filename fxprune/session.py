@@ -99,7 +99,12 @@ class Session:
         if finished is not None:
             return finished
         watcher.stage(f"reading {self.options.data}")
-        original = self.original(watcher)
+        model = self.loaded()
+        with self._threads(model):
+            return self._stages(model, watcher)
+
+    def _stages(self, original: nn.Module, watcher: Watcher) -> Finished:
+        self.train(original, watcher)
         watcher.stage("searching")
         outcome, candidates, unmet = self.search(original, watcher)
         found = self.results(outcome, candidates)
@@ -124,17 +129,28 @@ class Session:
         limit = self.options.score_images
         return Accuracy(list(self.data.batches("validation", self.options.batch_size, limit=limit, device=self.device)))
 
-    def original(self, watcher: Watcher) -> nn.Module:
-        """The network to be pruned, trained first where that is asked for; its weights are kept, so a resumed run has the same."""
-        o, kept = self.options, self.folder / "original.safetensors"
+    @property
+    def weights(self) -> Path:
+        """The original's weights as the search sees them; kept, so that a resumed run has the same ones."""
+        return self.folder / "original.safetensors"
+
+    def loaded(self) -> nn.Module:
+        """The network to be pruned, with the weights of an earlier try, those given, or its builder's. Raises ``InputError`` if it does
+        not fit the data."""
+        o = self.options
         torch.manual_seed(o.search.seed)
-        model = load_model(o.model, num_classes=self.data.num_classes, weights=None if kept.exists() else o.weights)
-        if kept.exists():
-            read_weights(model, kept)
-        model.to(self.device)
+        model = load_model(o.model, num_classes=self.data.num_classes, weights=None if self.weights.exists() else o.weights)
+        if self.weights.exists():
+            read_weights(model, self.weights)
+        model.to(self.device).eval()
         self._check_fit(model)
-        if kept.exists():
-            return model.eval()
+        return model
+
+    def train(self, model: nn.Module, watcher: Watcher) -> None:
+        """Ordinary training in place, where it is asked for and an earlier try has not done it."""
+        o = self.options
+        if self.weights.exists():
+            return
         if o.training_epochs:
             watcher.stage(f"training {o.model} for {o.training_epochs} epochs")
             config = TrainConfig(
@@ -144,10 +160,8 @@ class Session:
                 validate=self.validation,
                 on_step=watcher.trained,
             )
-            with self._threads(model):
-                train(model, self.training, config=config)
-        write_weights(model, kept)
-        return model.eval()
+            train(model, self.training, config=config)
+        write_weights(model, self.weights)
 
     def search(self, original: nn.Module, watcher: Watcher) -> tuple[driver.SearchOutcome, Candidates, str]:
         """The outcome, what makes its networks, and why the target was not met (then the outcome is the nearest), or an empty text."""
@@ -208,8 +222,7 @@ class Session:
             validate=self.validation,
             on_step=watcher.trained,
         )
-        with self._threads(teacher):
-            distill(student, teacher, self.training, config=config)
+        distill(student, teacher, self.training, config=config)
 
     def measured(self, name: str, model: nn.Module) -> Row:
         """A network's figures; the only place where the test part is used."""
@@ -226,7 +239,7 @@ class Session:
         return self.data.batches("train", o.batch_size, training=True, seed=o.search.seed, device=self.device)
 
     def _threads(self, model: nn.Module) -> AbstractContextManager[None]:
-        """One thread where a step of training is small, else as many as torch takes."""
+        """One thread for a network whose training steps are small, else as many as torch takes."""
         small = profile(model, self.example).macs * self.options.batch_size < SMALL_STEP
         return one_thread() if small else nullcontext()
 

@@ -85,7 +85,7 @@ class CouplingGraph:
             if not isinstance(module, LAYERS):
                 continue
             inside = next((o for o in walk.traced.opaque if path == o or path.startswith(f"{o}.")), None)
-            for key in module._parameters:
+            for key, _ in module.named_parameters(recurse=False):  # type: ignore[attr-defined]
                 name = walk.canonical(path, key)
                 if name is None:
                     continue
@@ -180,8 +180,8 @@ class CouplingGraph:
         self.groups: tuple[Group, ...] = tuple(groups)
         self.by_name = {g.name: g for g in groups}
         self.prunable_unit = np.zeros(n, dtype=bool)
-        for g in groups:
-            self.prunable_unit[self.starts[g.number] : self.starts[g.number + 1]] = g.prunable
+        for group_ in groups:
+            self.prunable_unit[self.starts[group_.number] : self.starts[group_.number + 1]] = group_.prunable
 
     def _reason_of(self, pins: Sequence[tuple[Vector, str]], classes: Vector) -> Vector:
         """1 + the number of the first reason given for each class, or 0."""

@@ -18,21 +18,22 @@ _isinstance = builtins.isinstance  # the real one: it is patched while tracing
 
 
 def execute(node: fx.Node, args: Any, kwargs: Any, skeleton: Skeleton) -> Any:
+    target: Any = node.target
     if node.op == "call_module":
-        module = skeleton.module(node.target)
+        module = skeleton.module(target)
         found = None if kwargs else shapes.quick(module, args)
         return module.forward(*args, **kwargs) if found is None else found
     if "device" in kwargs and kwargs["device"] is not None:
         kwargs = {**kwargs, "device": "meta"}
     if node.op == "call_method":
-        if node.target in ("cpu", "cuda"):
+        if target in ("cpu", "cuda"):
             return args[0]
-        if node.target == "to":
+        if target == "to":
             args = tuple("meta" if _is_device(a) else a for a in args)
-        return getattr(args[0], node.target)(*args[1:], **kwargs)
-    if getattr(node.target, "__name__", "") in FACTORIES + RANDOM_FACTORIES and getattr(torch, node.target.__name__, None) is not None:
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    if getattr(target, "__name__", "") in FACTORIES + RANDOM_FACTORIES and getattr(torch, target.__name__, None) is not None:
         kwargs = {**kwargs, "device": "meta"}
-    return node.target(*args, **kwargs)
+    return target(*args, **kwargs)
 
 
 def _is_device(a: Any) -> bool:

@@ -88,7 +88,8 @@ class Walk:
 
     def run(self) -> Walk:
         for mode, graph in self.traced.graphs.items():
-            self.mode, env = mode, {}
+            env: dict[fx.Node, Any] = {}
+            self.mode = mode
             self.env[mode] = env
             self.costs[mode] = []
             for node in graph.nodes:

@@ -55,12 +55,13 @@ def patched(tracer: ShapeTracer) -> Iterator[None]:
 
         return enter
 
-    blocks = [(torch.no_grad, "no_grad"), (torch.enable_grad, "enable_grad"), (torch.autocast, "autocast")]
+    blocks: list[tuple[Any, str]] = [(torch.no_grad, "no_grad"), (torch.enable_grad, "enable_grad"), (torch.autocast, "autocast")]
     entered = [(cls, cls.__enter__) for cls, _ in blocks]
     for cls, what in blocks:
-        cls.__enter__ = noted(cls.__enter__, what)  # type: ignore[attr-defined]
+        cls.__enter__ = noted(cls.__enter__, what)
     # fx's own wrapper expects one proxy back; a function that is traced into may return anything.
-    wrapper, symbolic._create_wrapped_func = symbolic._create_wrapped_func, wrapped
+    fx_tracing: Any = symbolic
+    wrapper, fx_tracing._create_wrapped_func = fx_tracing._create_wrapped_func, wrapped
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     for name, original in saved.items():
@@ -71,8 +72,8 @@ def patched(tracer: ShapeTracer) -> Iterator[None]:
     finally:
         builtins.isinstance = _isinstance
         for cls, enter in entered:
-            cls.__enter__ = enter  # type: ignore[attr-defined]
-        symbolic._create_wrapped_func = wrapper
+            cls.__enter__ = enter
+        fx_tracing._create_wrapped_func = wrapper
         for name, original in saved.items():
             setattr(torch, name, original)
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -90,7 +90,8 @@ class Couple(GraphPass):
 
 
 def _path(model: nn.Module, module: nn.Module) -> str:
-    return next(p for p, m in model.named_modules() if m is module)
+    found: str = next(p for p, m in model.named_modules() if m is module)
+    return found
 
 
 def _settled(traced: TracedModel, attention: str, fixed: list[tuple[str, int]]) -> Walk:

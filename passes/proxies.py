@@ -39,6 +39,9 @@ class ShapeProxy(fx.Proxy):
 
     tracer: ShapeTracer
 
+    def __getitem__(self, index: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+
     @property
     def value(self) -> Any:
         return self.node.meta["val"]
@@ -121,10 +124,10 @@ class ShapeProxy(fx.Proxy):
         return round(self._concrete("round()"), digits)
 
     def __ceil__(self) -> int:
-        return math.ceil(self._concrete("ceil()"))
+        return int(math.ceil(self._concrete("ceil()")))
 
     def __floor__(self) -> int:
-        return math.floor(self._concrete("floor()"))
+        return int(math.floor(self._concrete("floor()")))
 
     def __divmod__(self, other: Any) -> tuple[Any, Any]:
         return self // other, self % other

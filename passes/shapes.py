@@ -13,7 +13,7 @@ _SAME = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, *([nn.RMSNo
 _SAME_EXACT = frozenset(pointwise.KEEP_ZERO_MODULES) | frozenset(pointwise.MOVE_ZERO_MODULES)
 
 
-def quick(module: nn.Module, args: tuple[Any, ...]) -> torch.Tensor | None:
+def quick(module: Any, args: tuple[Any, ...]) -> torch.Tensor | None:
     """What ``module(*args)`` would give, as a meta tensor; None where it has to be run to be known.
 
     Norms are never run: in training mode they refuse one value per channel, which says nothing about shapes.

@@ -142,7 +142,7 @@ class Slimmer:
     # -- the rewrite --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def run(self) -> nn.Module:
+    def run(self) -> Any:
         """The slim network: a ``SlimModule``, or where only parts could be traced a copy of the user's module with slim parts in it."""
         graphs = {mode: self.copy(mode, graph) for mode, graph in self.walk.traced.graphs.items()}
         parts = self.walk.traced.parts
@@ -201,7 +201,10 @@ class Slimmer:
     def _size_read(self, old: fx.Node, values: Mapping[fx.Node, Any], made: dict[fx.Node, Any]) -> Any:
         """The original size in place of a read of a pruned one, and numbers computed from such sizes."""
         if old.op == "call_method" and old.target == "size" and len(old.args) == 2:
-            value, axis = values[old.args[0]], old.args[1] % values[old.args[0]].ndim
+            source: Any
+            source, axis = old.args
+            value = values[source]
+            axis %= value.ndim
             kept = self.kept(value, axis)
             if kept is None:
                 return None
@@ -211,7 +214,7 @@ class Slimmer:
         if old.op == "call_function" and old.target in _ARITHMETIC and old.all_input_nodes:
             args = map_arg(old.args, made.__getitem__)
             if all(isinstance(a, (int, float)) for a in args):
-                return old.target(*args)
+                return old.target(*args)  # type: ignore[operator]
         return None
 
     def _asserts_channels(self, old: fx.Node, values: Mapping[fx.Node, Any]) -> bool:

@@ -75,7 +75,7 @@ class ShapeTracer(fx.Tracer):
         has_rule: Callable[[Any], bool],
         path: str = "",
     ) -> None:
-        super().__init__(autowrap_modules=())
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]
         self.skeleton, self.is_known, self.opaque, self.device, self.has_rule, self.path = (
             skeleton,
             is_known,
@@ -214,7 +214,8 @@ class ShapeTracer(fx.Tracer):
 
     def _value(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
-            return self.skeleton.tensor(node.target) if node.target not in self.constants else to_meta(self.constants[node.target])
+            name = str(node.target)
+            return to_meta(self.constants[name]) if name in self.constants else self.skeleton.tensor(name)
         args = map_arg(node.args, lambda n: n.meta["val"])
         kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
         if node.target is getattr and args[1] == "device":

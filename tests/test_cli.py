@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import cli
+from fxprune import cli, session
 from fxprune.arguments import read
 from fxprune.driver.config import PRESETS
 from fxprune.errors import SearchError
@@ -83,7 +83,9 @@ class NotANumber(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = digits_net()
-        nn.init.constant_(self.net.classifier.bias, float("nan"))
+        with torch.no_grad():
+            for parameter in self.net.parameters():
+                parameter.fill_(float("nan"))
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.net(x)
@@ -130,9 +132,7 @@ def test_shows_before_and_after_and_how_to_load(run: Run, whole: Path) -> None:
     assert isinstance(names["slim"], torch.fx.GraphModule)
 
 
-@pytest.mark.parametrize(
-    ("moment", "count"), [("stage:training", 1), ("searched", 2), ("searched", 4), ("stage:distilling slim", 1), ("stage:measuring", 1)]
-)
+@pytest.mark.parametrize(("moment", "count"), [("stage:training", 1), ("searched", 3), ("stage:distilling slim", 1)])
 def test_interrupted_and_resumed_is_uninterrupted(
     run: Run, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, count: int
 ) -> None:
@@ -175,7 +175,9 @@ def test_killed_at_any_moment_goes_on(whole: Path, tmp_path: Path) -> None:
     assert again.returncode == 130
     assert f"--resume {tmp_path}" in err
     assert "Traceback" not in err
-    done = subprocess.run([*command, "--resume", str(tmp_path), "--jobs", "2"], cwd=ROOT, capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "2"}  # neither they nor the workers choose the policy
+    resume = [*command, "--resume", str(tmp_path), "--jobs", "2"]
+    done = subprocess.run(resume, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "policy.json").read_bytes() == (whole / "policy.json").read_bytes()
 
@@ -297,7 +299,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 BAD = [
     (["--model", "torchvision:resnet19"], "resnet19"),
     (["--model", "nonsense"], "nonsense"),
-    (["--model", "torchvision:resnet18"], "--weights FILE, or --train-epochs"),
+    (["--model", "torchvision:resnet18", "--data", "imagefolder:{tmp}/empty"], "--weights FILE, or --train-epochs"),
     (["--model", "torchvision:resnet18", "--train-epochs", "1"], "does not run on 1x8x8 images"),
     (["--model", "no.such:net"], "no.such"),
     (["--model", "tests.test_cli:NotANumber", "--train-epochs", "1"], "nan"),
@@ -383,16 +385,8 @@ def test_on_a_terminal_progress_is_rewritten_in_place(whole: Path, tmp_path: Pat
     with (tmp_path / "screen").open("w") as screen:
         console = Console(file=screen, force_terminal=True, width=80)
         with cli.Display(console) as display:
-            run_again = cli.session.begin(read(["--out", str(tmp_path / "out"), *QUICKEST]).options or pytest.fail("no options"), "x")
+            run_again = session.begin(read(["--out", str(tmp_path / "out"), *QUICKEST]).options or pytest.fail("no options"), "x")
             assert not run_again.run(display).unmet
     text = (tmp_path / "screen").read_text()
     assert "\x1b[?25l" in text  # the cursor is hidden while a line is rewritten
     assert "scored" in text
-
-
-def test_the_environment_does_not_choose_the_policy(whole: Path, tmp_path: Path) -> None:
-    env = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "2"}
-    subprocess.run(
-        [sys.executable, "-m", "fxprune", "--out", str(tmp_path), *QUICK], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, check=True
-    )
-    assert (tmp_path / "policy.json").read_bytes() == (whole / "policy.json").read_bytes()

@@ -172,7 +172,7 @@ def einsum(walk: Walk, node: fx.Node, equation: str, *operands: Any) -> Any:
 
 
 @modules(nn.Embedding)
-def embedding_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Value:
+def embedding_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
     weight = walk.weight(node, "weight")
     assert weight is not None
     return embedding(walk, node, input, weight)

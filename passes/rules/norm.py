@@ -157,7 +157,7 @@ def local_response_norm(walk: Walk, node: fx.Node, input: Value, *_: Any, **__: 
 
 
 @modules(nn.LocalResponseNorm)
-def local_response_norm_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Value:
+def local_response_norm_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
     return local_response_norm(walk, node, input)
 
 

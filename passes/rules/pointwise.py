@@ -107,7 +107,7 @@ def prelu(walk: Walk, node: fx.Node, input: Value, weight: Value) -> Value:
 
 
 @modules(nn.PReLU)
-def prelu_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Value:
+def prelu_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
     weight = walk.weight(node, "weight")
     assert weight is not None
     return prelu(walk, node, input, weight)
@@ -190,5 +190,5 @@ def glu(walk: Walk, node: fx.Node, input: Value, dim: int = -1) -> Value:
 
 
 @modules(nn.GLU)
-def glu_module(walk: Walk, node: fx.Node, module: Any, input: Value) -> Value:
+def glu_module(walk: Walk, node: fx.Node, module: Any, input: Value) -> Any:
     return glu(walk, node, input, module.dim)

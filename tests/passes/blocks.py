@@ -73,7 +73,7 @@ def transposed(c: int, s: int, v: int) -> Made | None:
 
 @block
 def squeeze_excitation(c: int, s: int, v: int) -> Made:
-    def run(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
+    def run(x: Tensor, a: nn.Module, b: nn.Module) -> Any:
         n, k, _, _ = x.size()
         y = torch.sigmoid(b(F.relu(a(x.mean((2, 3))))))
         return x * (y.view(n, k, 1, 1) if v % 2 else y[..., None, None])
@@ -87,7 +87,7 @@ def shuffle(c: int, s: int, v: int) -> Made | None:
     if c % g:
         return None
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor) -> Any:
         n, k, h, w = x.shape
         return x.view(n, g, k // g, h, w).transpose(1, 2).reshape(n, k, h, w)
 
@@ -98,7 +98,7 @@ def shuffle(c: int, s: int, v: int) -> Made | None:
 def permuted(c: int, s: int, v: int) -> Made:
     order = torch.randperm(c, generator=torch.Generator().manual_seed(v))
 
-    def run(x: Tensor, held: Any) -> Tensor:
+    def run(x: Tensor, held: Any) -> Any:
         return x[:, held.order] if v % 2 else x.index_select(1, held.order)
 
     held = nn.Module()
@@ -113,7 +113,7 @@ def glu(c: int, s: int, v: int) -> Made:
 
 @block
 def gate(c: int, s: int, v: int) -> Made:
-    def run(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
+    def run(x: Tensor, a: nn.Module, b: nn.Module) -> Any:
         value, switch = a(x).split([c, c], 1)
         return value * b(switch).sigmoid() + x
 
@@ -126,7 +126,7 @@ def split(c: int, s: int, v: int) -> Made | None:
     if c < 3:
         return None
 
-    def run(x: Tensor, f: nn.Module) -> Tensor:
+    def run(x: Tensor, f: nn.Module) -> Any:
         a, b = torch.split(x, [cut, c - cut], 1)
         return torch.cat([f(b), a] if v % 2 else [a, f(b)], 1)
 
@@ -138,7 +138,7 @@ def halves(c: int, s: int, v: int) -> Made | None:
     if c % 2:
         return None
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor) -> Any:
         a, b = x.chunk(2, 1)
         return (a + b, a * b.sigmoid(), torch.maximum(a, b.flip(1)))[v % 3]
 
@@ -181,7 +181,19 @@ def scaled(c: int, s: int, v: int) -> Made:
 
 @block
 def activation(c: int, s: int, v: int) -> Made:
-    return (nn.PReLU(c), nn.SiLU(), nn.LeakyReLU(0.1), nn.InstanceNorm2d(c, affine=True), nn.Dropout(0.2), nn.Sigmoid(), nn.MaxPool2d(3, 1, 1))[v % 7], c, s
+    return (
+        (
+            nn.PReLU(c),
+            nn.SiLU(),
+            nn.LeakyReLU(0.1),
+            nn.InstanceNorm2d(c, affine=True),
+            nn.Dropout(0.2),
+            nn.Sigmoid(),
+            nn.MaxPool2d(3, 1, 1),
+        )[v % 7],
+        c,
+        s,
+    )
 
 
 @block
@@ -192,8 +204,8 @@ def normed(c: int, s: int, v: int) -> Made | None:
 
 @block
 def channels_last(c: int, s: int, v: int) -> Made:
-    def run(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
-        return b(F.gelu(a(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+    def run(x: Tensor, a: nn.Module, b: nn.Module) -> Any:
+        return b(F.gelu(a(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
 
     return Block(run, nn.Linear(c, 4 + v), nn.Linear(4 + v, c)), c, s
 
@@ -203,7 +215,7 @@ def windows(c: int, s: int, v: int) -> Made | None:
     if s % 2:
         return None
 
-    def run(x: Tensor, f: nn.Module) -> Tensor:
+    def run(x: Tensor, f: nn.Module) -> Any:
         n, k, h, w = x.shape
         y = x.view(n, k, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(-1, 4, k)
         y = f(y).view(n, h // 2, w // 2, 2, 2, k).permute(0, 5, 1, 3, 2, 4)
@@ -218,7 +230,7 @@ def attention(c: int, s: int, v: int) -> Made | None:
     if s > 4:
         return None
 
-    def run(x: Tensor, qkv: nn.Module, out: nn.Module) -> Tensor:
+    def run(x: Tensor, qkv: nn.Module, out: nn.Module) -> Any:
         n, k, height, width = x.shape
         q, key, value = qkv(x.flatten(2).transpose(1, 2)).reshape(n, height * width, 3, h, d).permute(2, 0, 3, 1, 4).unbind(0)
         if v % 2:
@@ -226,14 +238,14 @@ def attention(c: int, s: int, v: int) -> Made | None:
         else:
             y = (q @ key.transpose(-2, -1) * d**-0.5).softmax(-1) @ value
         y = y.transpose(1, 2).reshape(n, height * width, h * d)
-        return x + out(y).transpose(1, 2).view(n, k, height, width)  # type: ignore[no-any-return]
+        return x + out(y).transpose(1, 2).view(n, k, height, width)
 
     return Block(run, nn.Linear(c, 3 * h * d), nn.Linear(h * d, c)), c, s
 
 
 @block
 def stacked(c: int, s: int, v: int) -> Made:
-    def run(x: Tensor, f: nn.Module) -> Tensor:
+    def run(x: Tensor, f: nn.Module) -> Any:
         both = torch.stack([x, f(x)], 1 + v % 2)
         first, second = both.unbind(1 + v % 2)
         return first - second if v < 4 else both.sum(1 + v % 2)

@@ -44,7 +44,9 @@ def words(length: int = 5, vocabulary: int = 11, batch: int = 2) -> Inputs:
     return lambda: (torch.randint(0, vocabulary, (batch, length)),)
 
 
-def add(name: str, inputs: Inputs | None = None, *, exact: bool = True, locked: bool = False) -> Callable[[type[nn.Module]], type[nn.Module]]:
+def add(
+    name: str, inputs: Inputs | None = None, *, exact: bool = True, locked: bool = False
+) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Enter a module class under ``name``; it is built without arguments."""
 
     def enter(make: type[nn.Module]) -> type[nn.Module]:
@@ -74,7 +76,7 @@ class Body(nn.Module):
     def build(self) -> None:
         """Make the layers of ``mix``."""
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         return x
 
     def forward(self, x: Tensor) -> Any:

@@ -17,8 +17,8 @@ class Chain(Body):
     def build(self) -> None:
         self.a, self.b = conv_bn(12, 10), conv_bn(10, 12, 1)
 
-    def mix(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x))  # type: ignore[no-any-return]
+    def mix(self, x: Tensor) -> Any:
+        return self.b(self.a(x))
 
 
 @add("residual")
@@ -26,7 +26,7 @@ class Residual(Body):
     def build(self) -> None:
         self.a, self.b, self.down = conv_bn(12, 16), nn.Conv2d(16, 12, 3, padding=1), nn.Conv2d(12, 12, 1)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         x = F.relu(x + self.b(self.a(x)))
         return F.relu(self.down(x) + x)
 
@@ -48,7 +48,7 @@ class Concat(Body):
     def build(self) -> None:
         self.a, self.b = conv_bn(12, 7), conv_bn(12, 9, 1)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         return torch.cat([self.a(x), x, self.b(x)], dim=-3)
 
 
@@ -68,9 +68,11 @@ class DenseBlock(Body):
     width = 12 + 3 * 5
 
     def build(self) -> None:
-        self.layers = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(12 + 5 * i), nn.ReLU(), nn.Conv2d(12 + 5 * i, 5, 3, padding=1)) for i in range(3))
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm2d(12 + 5 * i), nn.ReLU(), nn.Conv2d(12 + 5 * i, 5, 3, padding=1)) for i in range(3)
+        )
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         for layer in self.layers:
             x = torch.cat([x, layer(x)], 1)
         return x
@@ -100,7 +102,7 @@ class OptionA(Body):
     def build(self) -> None:
         self.a, self.b = conv_bn(12, 20, stride=2), nn.Conv2d(20, 20, 3, padding=1)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         return F.relu(F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4)) + self.b(self.a(x)))
 
 
@@ -109,11 +111,11 @@ class SqueezeExcitation(Body):
     def build(self) -> None:
         self.f1, self.f2, self.bn = nn.Linear(12, 5), nn.Linear(5, 12), nn.BatchNorm2d(12)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         b, c, _, _ = x.size()
         y = F.adaptive_avg_pool2d(x, 1).view(b, c)
         y = torch.sigmoid(self.f2(F.relu(self.f1(y)))).view(b, c, 1, 1)
-        return self.bn(x * y.expand_as(x))  # type: ignore[no-any-return]
+        return self.bn(x * y.expand_as(x))
 
 
 @add("layer_used_twice")
@@ -121,7 +123,7 @@ class UsedTwice(Body):
     def build(self) -> None:
         self.a, self.b = nn.Conv2d(12, 12, 3, padding=1), nn.Conv2d(12, 12, 1)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         return F.relu(self.b(F.relu(self.a(F.relu(self.a(x))))))
 
 
@@ -146,8 +148,8 @@ class Grouped(Body):
     def build(self) -> None:
         self.g, self.h = conv_bn(12, 18, groups=3), conv_bn(18, 18, groups=2)
 
-    def mix(self, x: Tensor) -> Tensor:
-        return self.h(self.g(x))  # type: ignore[no-any-return]
+    def mix(self, x: Tensor) -> Any:
+        return self.h(self.g(x))
 
 
 @add("resnext_block")
@@ -155,7 +157,7 @@ class ResNeXt(Body):
     def build(self) -> None:
         self.a, self.g, self.b = conv_bn(12, 16, 1), conv_bn(16, 16, groups=4), nn.Conv2d(16, 12, 1)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         return F.relu(x + self.b(self.g(self.a(x))))
 
 
@@ -166,8 +168,8 @@ class Depthwise(Body):
     def build(self) -> None:
         self.d, self.p = conv_bn(12, 12, groups=12), conv_bn(12, 16, 1)
 
-    def mix(self, x: Tensor) -> Tensor:
-        return self.p(self.d(x))  # type: ignore[no-any-return]
+    def mix(self, x: Tensor) -> Any:
+        return self.p(self.d(x))
 
 
 @add("depthwise_multiplier")
@@ -177,8 +179,8 @@ class DepthwiseMultiplier(Body):
     def build(self) -> None:
         self.d = conv_bn(12, 24, groups=12)
 
-    def mix(self, x: Tensor) -> Tensor:
-        return self.d(x)  # type: ignore[no-any-return]
+    def mix(self, x: Tensor) -> Any:
+        return self.d(x)
 
 
 @add("one_output_channel")
@@ -188,9 +190,9 @@ class OneOutput(Body):
     def build(self) -> None:
         self.gate, self.a = nn.Conv2d(12, 1, 3, padding=1), nn.Conv2d(1, 12, 1)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         gate = self.gate(x)
-        return x * torch.sigmoid(gate) + self.a(gate)  # type: ignore[no-any-return]
+        return x * torch.sigmoid(gate) + self.a(gate)
 
 
 @add("transposed_grouped")
@@ -200,7 +202,7 @@ class TransposedGrouped(Body):
     def build(self) -> None:
         self.t = nn.ConvTranspose2d(12, 9, 3, stride=2, groups=3)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         return F.relu(self.t(x))
 
 
@@ -211,7 +213,7 @@ class TransposedDepthwise(Body):
     def build(self) -> None:
         self.t = nn.ConvTranspose2d(12, 24, 2, stride=2, groups=12)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         return F.relu(self.t(x))
 
 

@@ -117,7 +117,7 @@ class InPlace(Body):
     def build(self) -> None:
         self.a, self.act = nn.Conv2d(12, 12, 3, padding=1), nn.LeakyReLU(0.1, inplace=True)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         y = self.act(self.a(x))
         y += x
         y.mul_(0.5).add_(x, alpha=2)
@@ -132,7 +132,7 @@ class ControlFlow(Body):
     def build(self) -> None:
         self.a, self.b = conv_bn(12, 12), conv_bn(12, 12, 1)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         if x.shape[1] != 12 or x.dim() != 4:
             raise ValueError("12 channels are wanted")
         for _ in range(x.shape[2] // 4):
@@ -144,7 +144,7 @@ class ControlFlow(Body):
 
 @add("pad_to_multiple", image(2, 3, 9, 7))
 class PadToMultiple(Body):
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         h, w = x.shape[-2:]
         x = F.pad(x, (0, (4 - w % 4) % 4, 0, (4 - h % 4) % 4))
         return F.avg_pool2d(x, 4)
@@ -155,7 +155,7 @@ class FunctionalDropout(Body):
     def build(self) -> None:
         self.a = conv_bn(12, 12)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         return F.dropout(self.a(x), 0.4, self.training) + F.dropout2d(x, training=self.training)
 
 
@@ -166,7 +166,7 @@ class StochasticDepth(Body):
     def build(self) -> None:
         self.a, self.b = conv_bn(12, 12), conv_bn(12, 12)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         x = x + stochastic_depth(self.a(x), 0.3, "row", self.training)
         y = self.b(x)
         if self.training:
@@ -197,8 +197,8 @@ class Unused(Body):
     def build(self) -> None:
         self.a, self.forgotten, self.never = conv_bn(12, 12), nn.Conv2d(12, 9, 3), nn.Parameter(torch.zeros(7))
 
-    def mix(self, x: Tensor) -> Tensor:
-        return self.a(x)  # type: ignore[no-any-return]
+    def mix(self, x: Tensor) -> Any:
+        return self.a(x)
 
 
 @add("frozen_parameters")
@@ -208,8 +208,8 @@ class Frozen(Body):
         for p in (*self.stem.parameters(), *self.a.parameters()):
             p.requires_grad_(False)
 
-    def mix(self, x: Tensor) -> Tensor:
-        return self.a(x)  # type: ignore[no-any-return]
+    def mix(self, x: Tensor) -> Any:
+        return self.a(x)
 
 
 @add("no_grad_block")
@@ -217,8 +217,8 @@ class NoGradBlock(Body):
     def build(self) -> None:
         self.a = conv_bn(12, 12)
 
-    def mix(self, x: Tensor) -> Tensor:
-        return self.a(x).detach() + x  # type: ignore[no-any-return]
+    def mix(self, x: Tensor) -> Any:
+        return self.a(x).detach() + x
 
 
 @torch.fx.wrap
@@ -232,8 +232,8 @@ class UnknownOperation(Body):
     def build(self) -> None:
         self.a, self.b = nn.Conv2d(12, 10, 1), nn.Conv2d(10, 12, 1)
 
-    def mix(self, x: Tensor) -> Tensor:
-        return self.b(mystery(self.a(x)))  # type: ignore[no-any-return]
+    def mix(self, x: Tensor) -> Any:
+        return self.b(mystery(self.a(x)))
 
 
 def swish_twice(x: Tensor, y: Tensor) -> Tensor:
@@ -255,8 +255,8 @@ class RegisteredOperation(Body):
         self.a, self.b = nn.Conv2d(12, 10, 1), nn.Conv2d(12, 10, 1)
         self.c = nn.Conv2d(10, 12, 1)
 
-    def mix(self, x: Tensor) -> Tensor:
-        return self.c(swish_twice(self.a(x), self.b(x)))  # type: ignore[no-any-return]
+    def mix(self, x: Tensor) -> Any:
+        return self.c(swish_twice(self.a(x), self.b(x)))
 
 
 class ValueDependent(nn.Module):
@@ -300,9 +300,9 @@ class Island(Body):
         self.a = nn.Conv2d(12, 10, 1)
         self.b = nn.Conv2d(10, 12, 1)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         y = self.a(x).double()
-        return self.b((y * 2).to(x.dtype)).type_as(x)  # type: ignore[no-any-return]
+        return self.b((y * 2).to(x.dtype)).type_as(x)
 
 
 @add("single_layer", locked=True)

@@ -16,8 +16,8 @@ class GroupNorm(Body):
     def build(self) -> None:
         self.a, self.n, self.b = nn.Conv2d(12, 12, 3), nn.GroupNorm(3, 12), conv_bn(12, 12)
 
-    def mix(self, x: Tensor) -> Tensor:
-        return self.b(F.relu(self.n(self.a(x))))  # type: ignore[no-any-return]
+    def mix(self, x: Tensor) -> Any:
+        return self.b(F.relu(self.n(self.a(x))))
 
 
 @add("group_norm_single_channels")
@@ -27,17 +27,21 @@ class GroupNormSingle(Body):
     def build(self) -> None:
         self.a, self.n = nn.Conv2d(12, 12, 3), nn.GroupNorm(12, 12)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         return F.relu(self.n(self.a(x)))
 
 
 @add("instance_norm")
 class InstanceNorm(Body):
     def build(self) -> None:
-        self.a, self.n, self.m = nn.Conv2d(12, 12, 3), nn.InstanceNorm2d(12, affine=True), nn.InstanceNorm2d(12, affine=True, track_running_stats=True)
+        self.a, self.n, self.m = (
+            nn.Conv2d(12, 12, 3),
+            nn.InstanceNorm2d(12, affine=True),
+            nn.InstanceNorm2d(12, affine=True, track_running_stats=True),
+        )
 
-    def mix(self, x: Tensor) -> Tensor:
-        return self.m(F.relu(self.n(self.a(x))))  # type: ignore[no-any-return]
+    def mix(self, x: Tensor) -> Any:
+        return self.m(F.relu(self.n(self.a(x))))
 
 
 @add("instance_norm_plain")
@@ -45,7 +49,7 @@ class InstanceNormPlain(Body):
     def build(self) -> None:
         self.a, self.n = nn.Conv2d(12, 12, 3), nn.InstanceNorm2d(12)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         return F.relu(self.n(self.a(x)))
 
 
@@ -97,7 +101,7 @@ class GlobalResponseNorm(Body):
     def build(self) -> None:
         self.a, self.gamma, self.beta = nn.Conv2d(12, 12, 1), nn.Parameter(torch.zeros(1, 1, 1, 12)), nn.Parameter(torch.zeros(1, 1, 1, 12))
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         x = self.a(x).permute(0, 2, 3, 1)
         length = torch.norm(x, p=2, dim=(1, 2), keepdim=True)
         scale = length / (length.mean(dim=-1, keepdim=True) + 1e-6)
@@ -111,10 +115,10 @@ class SpatialAttention(Body):
     def build(self) -> None:
         self.a, self.gate, self.b = conv_bn(12, 12), nn.Conv2d(2, 1, 3, padding=1), conv_bn(12, 12)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         x = self.a(x)
         both = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
-        return self.b(x * torch.sigmoid(self.gate(both)))  # type: ignore[no-any-return]
+        return self.b(x * torch.sigmoid(self.gate(both)))
 
 
 @add("efficient_channel_attention")
@@ -124,10 +128,10 @@ class EfficientChannelAttention(Body):
     def build(self) -> None:
         self.a, self.slide, self.b = conv_bn(12, 12), nn.Conv1d(1, 1, 3, padding=1), conv_bn(12, 12)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         x = self.a(x)
         y = self.slide(x.mean((2, 3)).unsqueeze(1)).transpose(1, 2).unsqueeze(-1)
-        return self.b(x * torch.sigmoid(y))  # type: ignore[no-any-return]
+        return self.b(x * torch.sigmoid(y))
 
 
 @add("prelu")
@@ -135,8 +139,8 @@ class PReLU(Body):
     def build(self) -> None:
         self.a, self.p, self.q = nn.Conv2d(12, 12, 3), nn.PReLU(12), nn.PReLU()
 
-    def mix(self, x: Tensor) -> Tensor:
-        return self.q(self.p(self.a(x)))  # type: ignore[no-any-return]
+    def mix(self, x: Tensor) -> Any:
+        return self.q(self.p(self.a(x)))
 
 
 @add("layer_scale")
@@ -145,7 +149,7 @@ class LayerScale(Body):
         self.a, self.scale = nn.Conv2d(12, 12, 3, padding=1), nn.Parameter(1e-1 * torch.ones(12, 1, 1))
         self.gamma, self.b = nn.Parameter(torch.rand(12)), nn.Linear(12, 12)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         x = x + self.scale * self.a(x)
         return x + (self.gamma * self.b(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
@@ -161,7 +165,7 @@ class ChannelBuffers(Body):
         self.spread: Tensor
         self.plain = torch.rand(12, 1, 1)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         return (x - self.middle) * self.spread.view(1, -1, 1, 1) * self.plain
 
 
@@ -239,7 +243,11 @@ class LstmProjection(nn.Module):
 class Gru(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.e, self.rnn, self.top = nn.Embedding(11, 8), nn.GRU(8, 10, 2, dropout=0.1, batch_first=True), nn.GRU(10, 6, bidirectional=True, batch_first=True)
+        self.e, self.rnn, self.top = (
+            nn.Embedding(11, 8),
+            nn.GRU(8, 10, 2, dropout=0.1, batch_first=True),
+            nn.GRU(10, 6, bidirectional=True, batch_first=True),
+        )
         self.head = nn.Linear(12, 4)
 
     def forward(self, x: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Networks whose point is data movement: views, splits, shuffles, pads, rolls, windows, indices."""
+"""Networks whose point is data movement: views, shuffles, pads, rolls, windows, and tensors made on the way."""
 
 from __future__ import annotations
 
@@ -42,81 +42,15 @@ class FlattenModule(nn.Module):
         return self.f(F.relu(self.bn(self.flat(self.a(x)))))
 
 
-@add("split_uneven")
-class SplitUneven(Body):
-    width = 14
-
-    def build(self) -> None:
-        self.p, self.q, self.r = conv_bn(3, 6), conv_bn(4, 5, 1), conv_bn(5, 3)
-
-    def mix(self, x: Tensor) -> Tensor:
-        a, b, c = torch.split(x, [3, 4, 5], dim=1)
-        return torch.cat([self.p(a), self.r(c), self.q(b)], 1)
-
-
-@add("chunk")
-class Chunk(Body):
-    width = 17
-
-    def build(self) -> None:
-        self.a = conv_bn(12, 17)
-
-    def mix(self, x: Tensor) -> Tensor:
-        first, second = self.a(x).chunk(2, 1)  # 9 and 8
-        return torch.cat([second, first * 2], 1)
-
-
-@add("chunk_add")
-class ChunkAdd(Body):
-    width = 6
-
-    def mix(self, x: Tensor) -> Tensor:
-        a, b = x.chunk(2, dim=1)
-        return a + b.relu()
-
-
-@add("slices")
-class Slices(Body):
-    width = 5 + 6 + 4
-
-    def mix(self, x: Tensor) -> Tensor:
-        return torch.cat([x[:, :5], x[:, ::2], x[:, -4:]], 1)
-
-
-@add("slice_add")
-class SliceAdd(Body):
-    def build(self) -> None:
-        self.a = conv_bn(12, 5)
-
-    def mix(self, x: Tensor) -> Tensor:
-        return torch.cat([x[:, :5] + self.a(x), x[:, 5:]], 1)
-
-
-@add("narrow_select")
-class NarrowSelect(Body):
-    width = 7
-
-    def mix(self, x: Tensor) -> Tensor:
-        return torch.cat([x.narrow(1, 2, 6), x.select(1, 9).unsqueeze(1)], 1)
-
-
-@add("list_index")
-class ListIndex(Body):
-    width = 6
-
-    def mix(self, x: Tensor) -> Tensor:
-        return x[:, [1, 3, 5, 7, 9, 11]]
-
-
 @add("shuffle_view")
 class ShuffleView(Body):
     def build(self) -> None:
         self.a = conv_bn(12, 12, groups=3)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         b, c, h, w = x.shape
         x = x.view(b, 3, c // 3, h, w).transpose(1, 2).contiguous().view(b, c, h, w)
-        return self.a(x)  # type: ignore[no-any-return]
+        return self.a(x)
 
 
 @add("shufflenet_units")
@@ -124,7 +58,7 @@ class ShuffleUnit(Body):
     def build(self) -> None:
         self.a, self.b = (nn.Sequential(conv_bn(6, 8, 1), conv_bn(8, 8, groups=8), conv_bn(8, 6, 1)) for _ in range(2))
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         for branch in (self.a, self.b):
             left, right = x.chunk(2, dim=1)
             x = torch.cat((left, branch(right)), dim=1)
@@ -138,8 +72,8 @@ class ShuffleModule(Body):
     def build(self) -> None:
         self.shuffle, self.a = nn.ChannelShuffle(2), conv_bn(12, 12)
 
-    def mix(self, x: Tensor) -> Tensor:
-        return self.shuffle(self.a(x)) + x  # type: ignore[no-any-return]
+    def mix(self, x: Tensor) -> Any:
+        return self.shuffle(self.a(x)) + x
 
 
 @add("shuffle_buffer")
@@ -148,20 +82,8 @@ class ShuffleBuffer(Body):
         self.register_buffer("order", torch.tensor([5, 0, 7, 1, 2, 11, 10, 3, 4, 9, 8, 6]))
         self.order: Tensor
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         return x[:, self.order].relu()
-
-
-@add("index_select_buffer")
-class IndexSelect(Body):
-    width = 5
-
-    def build(self) -> None:
-        self.register_buffer("picked", torch.tensor([11, 0, 4, 3, 8]))
-        self.picked: Tensor
-
-    def mix(self, x: Tensor) -> Tensor:
-        return x.index_select(1, self.picked)
 
 
 @add("glu")
@@ -171,7 +93,7 @@ class Glu(Body):
     def build(self) -> None:
         self.a = nn.Conv2d(12, 14, 3)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         return F.glu(self.a(x), dim=1)
 
 
@@ -182,9 +104,9 @@ class Gating(Body):
     def build(self) -> None:
         self.a, self.b, self.c = nn.Conv2d(12, 18, 1), nn.Conv2d(9, 9, 3, padding=1, groups=9), nn.Conv2d(12, 9, 1)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         value, gate = self.a(x).chunk(2, 1)
-        return self.c(x).tanh() * value * F.silu(self.b(gate))  # type: ignore[no-any-return]
+        return self.c(x).tanh() * value * F.silu(self.b(gate))
 
 
 @add("pixel_shuffle")
@@ -194,15 +116,15 @@ class PixelShuffle(Body):
     def build(self) -> None:
         self.a, self.shuffle = nn.Conv2d(12, 20, 1), nn.PixelShuffle(2)
 
-    def mix(self, x: Tensor) -> Tensor:
-        return self.shuffle(F.relu(self.a(x)))  # type: ignore[no-any-return]
+    def mix(self, x: Tensor) -> Any:
+        return self.shuffle(F.relu(self.a(x)))
 
 
 @add("pixel_unshuffle")
 class PixelUnshuffle(Body):
     width = 48
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         return F.pixel_unshuffle(x, 2)
 
 
@@ -210,7 +132,7 @@ class PixelUnshuffle(Body):
 class SpaceToDepth(Body):
     width = 48
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         b, c, h, w = x.shape
         return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4).reshape(b, 4 * c, h // 2, w // 2)
 
@@ -219,7 +141,7 @@ class SpaceToDepth(Body):
 class PadChannels(Body):
     width = 17
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         return F.pad(x, (1, 1, 0, 0, 2, 3), value=0.5)
 
 
@@ -227,7 +149,7 @@ class PadChannels(Body):
 class CropChannels(Body):
     width = 9
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         return F.pad(x, (0, 0, 0, 0, -2, -1))
 
 
@@ -236,25 +158,25 @@ class ReflectPad(Body):
     def build(self) -> None:
         self.pad, self.a = nn.ReflectionPad2d(1), nn.Conv2d(12, 12, 3)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         return F.relu(self.a(self.pad(x)))
 
 
 @add("roll_channels")
 class RollChannels(Body):
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         return torch.roll(x, 5, 1) + x.roll((2, -3), (2, 1)).relu()
 
 
 @add("roll_alone")
 class RollAlone(Body):
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         return torch.roll(x, shifts=5, dims=1)
 
 
 @add("flip_channels")
 class FlipChannels(Body):
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         return x.flip(1)
 
 
@@ -262,7 +184,7 @@ class FlipChannels(Body):
 class TemporalShift(Body):
     """Part of the channels moves one frame on, part one frame back (frames are folded into the batch)."""
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         nt, c, h, w = x.shape
         x = x.view(nt // 2, 2, c, h, w)
         a = F.pad(x[:, 1:, :3], (0, 0, 0, 0, 0, 0, 0, 1))
@@ -275,7 +197,7 @@ class WindowPartition(Body):
     def build(self) -> None:
         self.mlp = nn.Linear(12, 12)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         x = x.permute(0, 2, 3, 1)
         b, h, w, c = x.shape
         x = torch.roll(x, (-2, -2), (1, 2))
@@ -290,7 +212,7 @@ class UnfoldFold(Body):
     def build(self) -> None:
         self.unfold, self.f = nn.Unfold(3, padding=1), nn.Linear(12 * 9, 12 * 4)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         columns = self.f(self.unfold(x).transpose(1, 2)).transpose(1, 2)
         return F.fold(columns, (9, 9), (2, 2))
 
@@ -299,7 +221,7 @@ class UnfoldFold(Body):
 class UnfoldFunctional(Body):
     width = 48
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         return F.unfold(x, 2, stride=2).view(x.shape[0], 48, 4, 4)
 
 
@@ -307,88 +229,9 @@ class UnfoldFunctional(Body):
 class UnfoldMethod(Body):
     width = 48
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         x = x.unfold(2, 2, 2).unfold(3, 2, 2)  # (b, c, 4, 4, 2, 2)
         return x.permute(0, 1, 4, 5, 2, 3).reshape(x.size(0), -1, x.size(2), x.size(3))
-
-
-@add("stack_unbind")
-class StackUnbind(Body):
-    def build(self) -> None:
-        self.a = conv_bn(12, 12)
-
-    def mix(self, x: Tensor) -> Tensor:
-        pair = torch.stack([x, self.a(x)], dim=2)
-        first, second = pair.unbind(2)
-        return first - second
-
-
-@add("stack_sum")
-class StackSum(Body):
-    """Selective kernel: branches are stacked, weighted and summed."""
-
-    def build(self) -> None:
-        self.a, self.b, self.w = conv_bn(12, 12), conv_bn(12, 12, 1), nn.Linear(12, 24)
-
-    def mix(self, x: Tensor) -> Tensor:
-        pair = torch.stack([self.a(x), self.b(x)], 1)
-        weights = self.w(pair.sum(1).mean((2, 3))).view(-1, 2, 12).softmax(1)
-        return (pair * weights[..., None, None]).sum(1)
-
-
-@add("repeat_channels")
-class RepeatChannels(Body):
-    width = 24
-
-    def mix(self, x: Tensor) -> Tensor:
-        return x.repeat(1, 2, 1, 1)
-
-
-@add("repeat_interleave_channels")
-class RepeatInterleaveChannels(Body):
-    width = 36
-
-    def mix(self, x: Tensor) -> Tensor:
-        return torch.repeat_interleave(x, 3, dim=1)
-
-
-@add("unflatten")
-class Unflatten(Body):
-    width = 4
-
-    def build(self) -> None:
-        self.u = nn.Unflatten(1, (3, 4))
-
-    def mix(self, x: Tensor) -> Tensor:
-        return self.u(x).sum(1)  # type: ignore[no-any-return]
-
-
-@add("maxout")
-class Maxout(Body):
-    width = 6
-
-    def mix(self, x: Tensor) -> Tensor:
-        b, c, h, w = x.shape
-        return x.view(b, c // 2, 2, h, w).max(2).values
-
-
-@add("setitem_space")
-class SetitemSpace(Body):
-    def mix(self, x: Tensor) -> Tensor:
-        x = x.clone()
-        x[:, :, 0, :] = 0
-        x[..., 2:4] = x[..., 4:6] * 2
-        return x
-
-
-@add("setitem_channels")
-class SetitemChannels(Body):
-    """Assigning to some of the channels keeps them all; what follows can still be pruned."""
-
-    def mix(self, x: Tensor) -> Tensor:
-        x = x.clone()
-        x[:, 3:6] = 0.0
-        return x
 
 
 @add("where_masked_fill")
@@ -396,7 +239,7 @@ class WhereMaskedFill(Body):
     def build(self) -> None:
         self.a = conv_bn(12, 12)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         y = self.a(x)
         x = torch.where(x > y, x, y * 0.5)
         return x.masked_fill(y < 0.1, 0.0)
@@ -439,7 +282,7 @@ class BroadcastConstants(Body):
     def build(self) -> None:
         self.gain = nn.Parameter(torch.tensor([1.5]))
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Any:
         x = (x - 0.1) * self.gain / 3
         return x.clamp(min=-1, max=2) ** 2 + torch.tensor(0.25)
 
