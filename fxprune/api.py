@@ -102,7 +102,8 @@ def compress(
         "importance": importance if isinstance(importance, str) else "callable",
     }
     applied = {g.name: float(wanted) for g in graph.groups if g.prunable} if isinstance(wanted, (int, float)) else dict(wanted)
-    slim._record = made_record(graph, slimmer, keep, Policy(applied, graph.inputs, {**graph.options, **used}, chosen.meta))
+    made = made_record(graph, slimmer, keep, Policy(applied, graph.inputs, {**graph.options, **used}, chosen.meta))
+    slim.__dict__["_record"] = made
     if verify:
         given = example if _has_values(example) else forms.build(graph.inputs, device=device_of(graph.model))
         zeroing_oracle(graph, keep, slim, *forms.call_form(given))
@@ -110,7 +111,7 @@ def compress(
         if not batches:
             raise InputError('repair="bn" needs calibration data: pass calibration=[inputs, ...], the more batches the better')
         recalibrate_batchnorm(slim, batches)
-        slim._record = record(slim).with_repair("bn")
+        slim.__dict__["_record"] = made.with_repair("bn")
     return slim
 
 
@@ -198,8 +199,8 @@ def _composed(first: PruningRecord, second: PruningRecord) -> PruningRecord:
     kept = {name: dict(dims) for name, dims in first.kept.items()}
     for name, dims in second.kept.items():
         mine = kept.setdefault(name, {})
-        for dim, indices in dims.items():
-            mine[dim] = mine[dim][indices] if dim in mine else indices
+        for dim, left_now in dims.items():
+            mine[dim] = mine[dim][left_now] if dim in mine else left_now
     removed = dict(first.removed_units)
     for name, units in second.removed_units.items():
         if name not in removed:

@@ -31,7 +31,8 @@ def rebuilt(model: nn.Module, record: PruningRecord) -> nn.Module:
         differing = [dim for dim in {*made, *wanted} if dim not in made or dim not in wanted or made[dim].tolist() != wanted[dim].tolist()]
         if differing and graph.walk.traced.skeleton.tensor(name).is_floating_point():
             raise FileError(f"it does not fit this model: dimension {min(differing)} of {name!r} is coupled to other channels here")
-    return slimmer.run()
+    slim: nn.Module = slimmer.run()
+    return slim
 
 
 def _units_kept(graph: CouplingGraph, kept: Mapping[str, Mapping[int, Tensor]], names: Mapping[str, str]) -> Keep:

@@ -33,7 +33,7 @@ class SearchResult:
     """What a search found.
 
     ``policy``: the sparsity of every group, with the inputs, options and units that give the same pruning again.
-    ``model``: the slim module. ``history``: one record a step. ``reward``, ``evaluations``: of the result, and how many candidates were scored.
+    ``model``: the slim module. ``history``: one record a step. ``reward``: of the result. ``evaluations``: candidates scored.
     ``outcome``: everything the driver found, the uniform baseline on the same budget and the points of a Pareto run included.
     """
 
@@ -59,7 +59,8 @@ class Candidates:
         return keep_counts(self.graph, dict(zip(self.names, map(int, removed), strict=True)), self.ranking, self.round_to)
 
     def slim(self, removed: Any) -> fx.GraphModule:
-        return Slimmer(self.graph, self.keep(removed)).run()
+        slim: fx.GraphModule = Slimmer(self.graph, self.keep(removed)).run()
+        return slim
 
     def share(self, name: str, removed: Any) -> float:
         """What is left of "macs", "params" or "memory", as a share of the original."""
@@ -227,7 +228,7 @@ def search(
 ) -> SearchResult:
     """Find how much to take from which group of ``model`` so that the target of ``config`` is met at the highest reward.
 
-    ``evaluate``: slim module -> a number or a mapping of metrics, larger is better; score on data held out of training, never on the test set.
+    ``evaluate``: slim module -> a number or a mapping of metrics, larger is better; on data held out of training, never the test set.
     ``calibration``: a few batches, ``(inputs, targets)`` or inputs, for importance and BatchNorm statistics.
     ``checkpoint_dir``, ``resume``: where the state is kept after every round, and whether to go on from it.
     Raises ``TargetError`` where no candidate is on target, ``SearchError`` for options that do not fit.

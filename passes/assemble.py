@@ -40,7 +40,7 @@ def assemble(
             continue
         memo[id(module)] = object.__new__(type(module)) if opaque(path) or called(path) else nn.Module()
     done: set[int] = set()
-    for path, module in paths:
+    for _, module in paths:
         twin = memo[id(module)]
         if id(module) in done:
             continue

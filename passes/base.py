@@ -19,7 +19,7 @@ from fxprune.errors import FxPruneError
 Observer = Callable[["GraphPass", fx.GraphModule, float], None]
 
 
-class GraphPass(PassBase):  # type: ignore[misc]
+class GraphPass(PassBase):
     """One step from graph module to graph module. ``seconds`` is how long its last run took."""
 
     seconds = 0.0
@@ -44,7 +44,7 @@ def run_passes(module: fx.GraphModule, passes: Sequence[GraphPass], observe: Obs
     """Run ``passes`` in order under a ``PassManager``; an error of ours reaches the caller as it was raised."""
     steps = list(passes)
     try:
-        result: fx.GraphModule = PassManager(steps)(module).graph_module
+        result: fx.GraphModule = PassManager([*steps])(module).graph_module
     except FxPruneError:
         raise
     except Exception as error:  # the manager wraps whatever a pass raises in a bare Exception

@@ -301,7 +301,7 @@ class Walk:
             spans[axis] = spanning
             bare = next((v for v in spanning if axis - n + v.ndim not in v.axes), None)
             if bare is not None:
-                for value, vector in with_labels:
+                for _, vector in with_labels:
                     self.clash(vector, bare)
                     self.pin(vector, f"it meets a tensor of fixed size ({bare.why})")
                 continue

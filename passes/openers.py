@@ -77,7 +77,7 @@ def attention_forward(
     q, k, v = _projected(query, key, value, same, weight, (q_proj_weight, k_proj_weight, v_proj_weight), in_proj_bias, embed_dim_to_check)
     if static_k is not None or static_v is not None:
         raise NotImplementedError("static keys and values")
-    length, batch = query.shape[0], query.shape[1]
+    batch = query.shape[1]
     if bias_k is not None:
         k, v = torch.cat([k, bias_k.expand(1, batch, -1)]), torch.cat([v, bias_v.expand(1, batch, -1)])
 

@@ -66,7 +66,7 @@ def patched(tracer: ShapeTracer) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     for name, original in saved.items():
         setattr(torch, name, recorder(original))
-    builtins.isinstance = isinstance_  # type: ignore[assignment]
+    builtins.isinstance = isinstance_
     try:
         yield
     finally:

@@ -52,7 +52,8 @@ def fixed_dimensions(model: nn.Module, ignore: Iterable[Any]) -> list[tuple[str,
             named = []
         else:
             chosen = [p for p in paths if p and fnmatch.fnmatchcase(p, str(item))]
-            named = [n for n in tensors if fnmatch.fnmatchcase(n, str(item))]
+            within = tuple(f"{p}." for p in chosen)
+            named = [n for n in tensors if fnmatch.fnmatchcase(n, str(item)) and not n.startswith(within)]
         if not chosen and not named:
             raise InputError(
                 f"ignore names {item if isinstance(item, str) else type(item).__name__!r}, which is no module or parameter of this model"
@@ -113,8 +114,13 @@ def _clashing(walk: Walk) -> list[str]:
     """The choices of an axis whose labels met a fixed axis of a tensor that had chosen another."""
     if not walk.clashes or not walk.choices:
         return []
-    met = np.unique(walk.labels.find(np.concatenate([v for pair in walk.clashes for v in pair])))
-    return [key for key, labels in walk.choices.items() if np.isin(walk.labels.find(labels), met).any()]
+    chosen = {key: walk.labels.find(labels) for key, labels in walk.choices.items()}
+    found: set[str] = set()
+    for pair in walk.clashes:
+        sides = [{key for key, labels in chosen.items() if np.isin(walk.labels.find(vector), labels).any()} for vector in pair]
+        if all(sides):  # a mask or a table that chose nothing has nothing to choose again
+            found.update(*sides)
+    return [key for key in chosen if key in found]
 
 
 class Plan(GraphPass):

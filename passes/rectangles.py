@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ def _choose(walk: Walk, node: fx.Node, labels: torch.Tensor, varying: list[int])
             pair = [a for a in distinct if a != outer[0]][-2:]
     if len(pair) < 2 or not feeds_attention(node):
         return best
-    heads, head_dim = sorted(pair)
+    heads, head_dim = min(pair), max(pair)
     key = f"{walk.mode}:{node.name}"
     wish = walk.forced.get(key, walk.attention)
     chosen = {"heads": heads, "head_dim": head_dim}.get(wish, best if best in pair else max(pair, key=lambda a: (counts[a], a)))
@@ -63,7 +63,7 @@ def _choose(walk: Walk, node: fx.Node, labels: torch.Tensor, varying: list[int])
 
 def _units_along(labels: torch.Tensor, axis: int) -> int:
     """How many units would be left if every slice along ``axis`` were united."""
-    across = labels.movedim(axis, 0).reshape(labels.shape[axis], -1).numpy()
+    across: Any = labels.movedim(axis, 0).reshape(labels.shape[axis], -1).numpy()
     _, flat = np.unique(across, return_inverse=True)
     flat = flat.reshape(across.shape)
     trial = Labels()

@@ -81,7 +81,7 @@ class Skeleton:
                     self.tensor_names[id(meta)] = name
         originals = list(dict.fromkeys(m for _, m in model.named_modules()))
         for module in originals:
-            twin = object.__new__(type(module) if is_known(module) else self._watch(type(module)))
+            twin: nn.Module = object.__new__(type(module) if is_known(module) else self._watch(type(module)))
             memo[id(module)] = twin
         for module in originals:
             fill(module, memo[id(module)], memo)
@@ -119,7 +119,8 @@ class Skeleton:
     @staticmethod
     def type_of(module: nn.Module) -> type:
         """The user's class of a module of the skeleton."""
-        return type(module).__dict__.get("_fxprune_watch", type(module))
+        found: type = type(module).__dict__.get("_fxprune_watch", type(module))
+        return found
 
     def module(self, name: str) -> nn.Module:
         return self._modules[name]
@@ -128,7 +129,8 @@ class Skeleton:
         return self._modules.get(name) if name else None
 
     def original_module(self, name: str) -> nn.Module:
-        return self._original_modules[name]
+        found: nn.Module = self._original_modules[name]
+        return found
 
     def tensor(self, name: str) -> torch.Tensor:
         """The meta twin of a parameter or buffer, by its first name."""

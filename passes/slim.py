@@ -264,7 +264,7 @@ class Slimmer:
         """A new tensor: the user's, without what went."""
         constant = self.walk.traced.constants.get(name)
         source = self.skeleton.real(name) if constant is None else constant
-        return cut(source, self.renumber[name] if name in self.renumber else None, self.kept_dims(name))
+        return cut(source, self.renumber.get(name), self.kept_dims(name))
 
     def _tree(self) -> nn.Module:
         original = self.skeleton.original

@@ -38,9 +38,11 @@ class SlimModule(fx.GraphModule):
     rather than trace again, which would lose what plain proxies cannot follow.
     """
 
+    graphs: dict[str, fx.Graph]
+
     def __init__(self, tree: nn.Module, graphs: dict[str, fx.Graph]) -> None:
         super().__init__(nn.Module(), fx.Graph())
-        self._adopt({k: v for k, v in tree.__dict__.items()}, graphs)
+        self._adopt(dict(tree.__dict__), graphs)
 
     def _adopt(self, state: dict[str, Any], graphs: dict[str, fx.Graph]) -> None:
         self.__dict__.update(state)
@@ -99,13 +101,18 @@ class _Ref:
         self.name = name
 
 
+def _named(node: fx.Node) -> Any:
+    return _Ref(node.name)
+
+
 Frozen = list[tuple[str, str, Any, Any, Any, dict[str, Any]]]
 
 
 def _freeze(graph: fx.Graph) -> Frozen:
     nodes = []
     for node in graph.nodes:
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: _Ref(n.name))
+        args: Any = map_arg(node.args, _named)
+        kwargs: Any = map_arg(node.kwargs, _named)
         nodes.append((node.name, node.op, _target(node.target), _plain(args), _plain(kwargs), dict(node.meta)))
     return nodes
 
@@ -116,8 +123,9 @@ def _target(target: Any) -> Any:
         return _Op(target)
     if "<locals>" in getattr(target, "__qualname__", ""):
         for home in (torch.nn.functional, torch):
-            if getattr(home, target.__name__, None) is target:
-                return _Found(home.__name__, target.__name__)
+            name = str(target.__name__)
+            if getattr(home, name, None) is target:
+                return _Found(home.__name__, name)
     return target
 
 

@@ -17,6 +17,7 @@ import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ from torch.fx.node import map_arg
 from fxprune.errors import InputError, TraceError
 from fxprune.inputs import call_form
 from fxprune.passes import openers, patching, proxies
-from fxprune.passes.eliminate import eliminate
 from fxprune.passes.constants import evaluate
+from fxprune.passes.eliminate import eliminate
 from fxprune.passes.execute import execute, run_for_real, to_meta
 from fxprune.passes.patching import patched
 from fxprune.passes.proxies import ShapeProxy, ShapeTuple
@@ -302,12 +303,12 @@ class ShapeTracer(fx.Tracer):
             todo.extend(n.all_input_nodes)
 
     def here(self) -> str:
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             file = frame.f_code.co_filename
             if not file.startswith(_SKIPPED_FILES[0]) and file not in _SKIPPED_FILES and not file.startswith("<"):
                 return f"{file}:{frame.f_lineno}"
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         return "<unknown>"
 
 

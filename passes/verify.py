@@ -104,7 +104,8 @@ def _report(
             kept = slimmer.kept(value, axis)
             mine = mine if kept is None else mine.index_select(axis, torch.from_numpy(kept))
         if (found := difference(mine, theirs)) >= TOLERANCE:
-            return f"{node.meta.get('where', '')}: node {node.name!r} differs from the zeroed original by {found:.1e} (outputs by {gap:.1e}); report it, and pass its layer to ignore= meanwhile"
+            what = f"node {node.name!r} differs from the zeroed original by {found:.1e} (outputs by {gap:.1e})"
+            return f"{node.meta.get('where', '')}: {what}; report it, and pass its layer to ignore= meanwhile"
     return f"the outputs differ from the zeroed original by {gap:.1e}, no single node does; report it"
 
 

@@ -204,9 +204,17 @@ def _keep_scale(slim: Any, node: fx.Node) -> None:
 
 @functions(F.scaled_dot_product_attention, rewrite=_keep_scale)
 def attention(
-    walk: Walk, node: fx.Node, query: Value, key: Value, value: Value, attn_mask: Value | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-) -> Value:  # fmt: skip
+    walk: Walk,
+    node: fx.Node,
+    query: Value,
+    key: Value,
+    value: Value,
+    attn_mask: Value | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Value:
     """softmax(query key^T * scale + mask) value; query (..., L, E), key (..., S, E), value (..., S, Ev)."""
     if enable_gqa:
         key, value = _repeated(walk, query, key), _repeated(walk, query, value)

@@ -54,18 +54,48 @@ def conv_transpose_module(walk: Walk, node: fx.Node, module: Any, input: Value, 
 
 @functions(F.conv1d, F.conv2d, F.conv3d, rewrite=_groups)
 def conv(
-    walk: Walk, node: fx.Node, input: Value, weight: Value, bias: Value | None = None, stride: Any = 1, padding: Any = 0,
-    dilation: Any = 1, groups: int = 1,
-) -> Value:  # fmt: skip
+    walk: Walk,
+    node: fx.Node,
+    input: Value,
+    weight: Value,
+    bias: Value | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Value:
     return convolve(walk, node, input, _kernel(walk, node, weight), bias, groups, False, node.name)
 
 
 @functions(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, rewrite=_groups)
 def conv_transpose(
-    walk: Walk, node: fx.Node, input: Value, weight: Value, bias: Value | None = None, stride: Any = 1, padding: Any = 0,
-    output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
-) -> Value:  # fmt: skip
+    walk: Walk,
+    node: fx.Node,
+    input: Value,
+    weight: Value,
+    bias: Value | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Value:
     return convolve(walk, node, input, _kernel(walk, node, weight), bias, groups, True, node.name)
+
+
+@functions(torchvision.ops.deform_conv2d)
+def deformable(
+    walk: Walk, node: fx.Node, input: Value, offset: Value, weight: Value, bias: Value | None = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, mask: Value | None = None,
+) -> Value:  # fmt: skip
+    """A convolution that samples at ``offset`` (N, offset groups * 2 * window, *space); its groups follow from the weight's size."""
+    for positions in (offset, mask):
+        if positions is not None:
+            walk.pin_all(positions, "it is used as sampling positions")
+    if offset.shape[1] > 2 * math.prod(weight.shape[2:]):
+        walk.pin(input.axes.get(1), "several runs of its channels are sampled at positions of their own")
+    groups = input.shape[1] // weight.shape[1]
+    return convolve(walk, node, input, _kernel(walk, node, weight, 2), bias, groups, False, node.name)
 
 
 def _kernel(walk: Walk, node: fx.Node, weight: Value) -> Value:

@@ -53,9 +53,16 @@ def _spatial(module: nn.Module) -> int:
 
 @functions(F.batch_norm, torch.batch_norm)
 def batch_norm(
-    walk: Walk, node: fx.Node, input: Value, running_mean: Value | None, running_var: Value | None, weight: Value | None = None,
-    bias: Value | None = None, *_: Any, **__: Any,
-) -> Value:  # fmt: skip
+    walk: Walk,
+    node: fx.Node,
+    input: Value,
+    running_mean: Value | None,
+    running_var: Value | None,
+    weight: Value | None = None,
+    bias: Value | None = None,
+    *_: Any,
+    **__: Any,
+) -> Value:
     if getattr(node.target, "__module__", "") != F.__name__:  # torch.batch_norm takes the affine pair first
         running_mean, running_var, weight, bias = weight, bias, running_mean, running_var
     return _per_channel(walk, node, input, 1, [weight, bias, running_mean, running_var])
@@ -63,9 +70,16 @@ def batch_norm(
 
 @functions(F.instance_norm)
 def instance_norm(
-    walk: Walk, node: fx.Node, input: Value, running_mean: Value | None = None, running_var: Value | None = None, weight: Value | None = None,
-    bias: Value | None = None, *_: Any, **__: Any,
-) -> Value:  # fmt: skip
+    walk: Walk,
+    node: fx.Node,
+    input: Value,
+    running_mean: Value | None = None,
+    running_var: Value | None = None,
+    weight: Value | None = None,
+    bias: Value | None = None,
+    *_: Any,
+    **__: Any,
+) -> Value:
     return _per_channel(walk, node, input, 1, [weight, bias, running_mean, running_var])
 
 
@@ -98,7 +112,16 @@ def layer_norm_module(walk: Walk, node: fx.Node, module: Any, input: Value) -> V
 
 
 @functions(F.layer_norm, torch.layer_norm, rewrite=_shape)
-def layer_norm(walk: Walk, node: fx.Node, input: Value, normalized_shape: Any, weight: Value | None = None, bias: Value | None = None, *_: Any, **__: Any) -> Value:
+def layer_norm(
+    walk: Walk,
+    node: fx.Node,
+    input: Value,
+    normalized_shape: Any,
+    weight: Value | None = None,
+    bias: Value | None = None,
+    *_: Any,
+    **__: Any,
+) -> Value:
     return _layer(walk, node, input, len(normalized_shape), weight, bias)
 
 
@@ -128,7 +151,9 @@ def groups_left(slim: Any, x: Value, groups: int) -> int:
 
 
 @functions(F.group_norm, torch.group_norm, rewrite=_group_arguments)
-def group_norm(walk: Walk, node: fx.Node, input: Value, num_groups: int, weight: Value | None = None, bias: Value | None = None, *_: Any, **__: Any) -> Value:
+def group_norm(
+    walk: Walk, node: fx.Node, input: Value, num_groups: int, weight: Value | None = None, bias: Value | None = None, *_: Any, **__: Any
+) -> Value:
     return _group(walk, node, input, num_groups, weight, bias)
 
 

@@ -18,24 +18,138 @@ if TYPE_CHECKING:
 
 # f(0) = 0: a removed slice that was zero stays zero.
 _KEEP_ZERO = (
-    "relu", "relu6", "leaky_relu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "hardswish", "tanh", "hardtanh", "mish", "softsign", "abs",
-    "neg", "negative", "sqrt", "square", "sin", "sinh", "asin", "atan", "erf", "sign", "sgn", "floor", "ceil", "round", "trunc", "expm1", "log1p",
-    "hardshrink", "tanhshrink", "softshrink", "nan_to_num", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
-    "feature_dropout", "feature_alpha_dropout", "clone", "contiguous", "detach", "to", "float", "half", "double", "bfloat16", "type", "cpu", "cuda",
-    "requires_grad_", "positive", "relu_", "data", "int", "long", "bool", "type_as", "real", "conj", "asinh", "atanh", "tan", "frac", "deg2rad",
-)  # fmt: skip
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "rrelu",
+    "elu",
+    "selu",
+    "celu",
+    "gelu",
+    "silu",
+    "hardswish",
+    "tanh",
+    "hardtanh",
+    "mish",
+    "softsign",
+    "abs",
+    "neg",
+    "negative",
+    "sqrt",
+    "square",
+    "sin",
+    "sinh",
+    "asin",
+    "atan",
+    "erf",
+    "sign",
+    "sgn",
+    "floor",
+    "ceil",
+    "round",
+    "trunc",
+    "expm1",
+    "log1p",
+    "hardshrink",
+    "tanhshrink",
+    "softshrink",
+    "nan_to_num",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "alpha_dropout",
+    "feature_dropout",
+    "feature_alpha_dropout",
+    "clone",
+    "contiguous",
+    "detach",
+    "to",
+    "float",
+    "half",
+    "double",
+    "bfloat16",
+    "type",
+    "cpu",
+    "cuda",
+    "requires_grad_",
+    "positive",
+    "relu_",
+    "data",
+    "int",
+    "long",
+    "bool",
+    "type_as",
+    "real",
+    "conj",
+    "asinh",
+    "atanh",
+    "tan",
+    "frac",
+    "deg2rad",
+)
 _MOVE_ZERO = (
-    "sigmoid", "hardsigmoid", "softplus", "exp", "exp2", "cos", "cosh", "log", "log2", "log10", "rsqrt", "reciprocal", "logsigmoid", "erfc",
-    "acos", "isnan", "isinf", "isfinite", "logical_not", "bitwise_not", "threshold", "logit", "digamma", "lgamma", "sinc", "erfinv", "signbit",
-    "zero", "fill", "normal", "uniform", "bernoulli", "rsub",
-)  # fmt: skip
+    "sigmoid",
+    "hardsigmoid",
+    "softplus",
+    "exp",
+    "exp2",
+    "cos",
+    "cosh",
+    "log",
+    "log2",
+    "log10",
+    "rsqrt",
+    "reciprocal",
+    "logsigmoid",
+    "erfc",
+    "acos",
+    "isnan",
+    "isinf",
+    "isfinite",
+    "logical_not",
+    "bitwise_not",
+    "threshold",
+    "logit",
+    "digamma",
+    "lgamma",
+    "sinc",
+    "erfinv",
+    "signbit",
+    "zero",
+    "fill",
+    "normal",
+    "uniform",
+    "bernoulli",
+    "rsub",
+)
 _SUMS = ("add", "sub", "subtract", "maximum", "minimum", "fmax", "fmin", "addcmul", "addcdiv", "lerp", "hypot")
 _PRODUCTS = ("mul", "multiply", "logical_and", "bitwise_and")
 _FIRST = ("div", "divide", "true_divide", "floor_divide", "fmod", "remainder", "masked_fill", "copysign", "atan2")
 _NONE = (
-    "pow", "where", "eq", "ne", "lt", "le", "gt", "ge", "greater", "less", "not_equal", "less_equal", "greater_equal", "logical_or", "logical_xor",
-    "bitwise_or", "bitwise_xor", "isclose", "heaviside", "xlogy", "logaddexp", "float_power",
-)  # fmt: skip
+    "pow",
+    "where",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "greater",
+    "less",
+    "not_equal",
+    "less_equal",
+    "greater_equal",
+    "logical_or",
+    "logical_xor",
+    "bitwise_or",
+    "bitwise_xor",
+    "isclose",
+    "heaviside",
+    "xlogy",
+    "logaddexp",
+    "float_power",
+)
 
 
 @named(*_KEEP_ZERO)
@@ -76,7 +190,9 @@ def quotients(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
 
 
 @named(*_NONE)
-@functions(operator.pow, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.or_, operator.xor, operator.invert)
+@functions(
+    operator.pow, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.or_, operator.xor, operator.invert
+)
 def arithmetic(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
     name = getattr(node.target, "__name__", node.target)
     square = name in ("pow", "pow_") and len(args) == 2 and isinstance(args[0], Value) and isinstance(args[1], (int, float)) and args[1] > 0
@@ -114,10 +230,32 @@ def prelu_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> 
 
 
 KEEP_ZERO_MODULES = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Hardtanh, nn.Mish, nn.Softsign,
-    nn.Hardshrink, nn.Tanhshrink, nn.Softshrink, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
-    nn.FeatureAlphaDropout, torchvision.ops.StochasticDepth,
-)  # fmt: skip
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.RReLU,
+    nn.ELU,
+    nn.SELU,
+    nn.CELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.Tanh,
+    nn.Hardtanh,
+    nn.Mish,
+    nn.Softsign,
+    nn.Hardshrink,
+    nn.Tanhshrink,
+    nn.Softshrink,
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+    torchvision.ops.StochasticDepth,
+)
 MOVE_ZERO_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Threshold)
 
 
@@ -144,9 +282,17 @@ def _space(target: Any) -> int:
     return next(int(name[i - 1]) for i in range(len(name), 0, -1) if name[i - 1] in "123" and name[i : i + 1] == "d")
 
 
-@functions(*(getattr(F, f"{kind}_pool{n}d") for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for n in (1, 2, 3)),
-           *(getattr(torch, f"{kind}_pool{n}d", F.relu) for kind in ("max", "adaptive_avg") for n in (1, 2, 3) if hasattr(torch, f"{kind}_pool{n}d")),
-           torch.avg_pool1d, torch.adaptive_max_pool1d)  # fmt: skip
+@functions(
+    *(getattr(F, f"{kind}_pool{n}d") for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for n in (1, 2, 3)),
+    *(
+        getattr(torch, f"{kind}_pool{n}d", F.relu)
+        for kind in ("max", "adaptive_avg")
+        for n in (1, 2, 3)
+        if hasattr(torch, f"{kind}_pool{n}d")
+    ),
+    torch.avg_pool1d,
+    torch.adaptive_max_pool1d,
+)
 def pool(walk: Walk, node: fx.Node, input: Value, *_: Any, **__: Any) -> Any:
     return _pooled(walk, node, input, _space(node.target))
 

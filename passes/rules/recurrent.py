@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import fx, nn
 
-from fxprune.passes.rules.registry import modules
+from fxprune.passes.rules.registry import functions, modules
 from fxprune.passes.rules.values import Value, Vector
 
 if TYPE_CHECKING:
@@ -53,6 +54,40 @@ def recurrent(walk: Walk, node: fx.Node, module: Any, input: Value, hx: Any = No
     if module.mode != "LSTM":
         return out, Value(tuple(last.shape), {last.ndim - 1: seen}, frozenset(), out.why)
     return out, tuple(Value(tuple(t.shape), {t.ndim - 1: u}, frozenset(), out.why) for t, u in zip(last, (seen, cell), strict=True))
+
+
+@functions(torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell)
+def cell(walk: Walk, node: fx.Node, input: Value, hx: Any, w_ih: Value, w_hh: Value, b_ih: Value | None = None, b_hh: Value | None = None) -> Any:
+    """One step: ``input`` (..., features), states ``hx`` (..., hidden), w_ih (gates * hidden, features), w_hh (gates * hidden, hidden)."""
+    states = list(hx) if isinstance(hx, (tuple, list)) else [hx]
+    gates = w_hh.shape[0] // w_hh.shape[1]
+    units = w_hh.axes.get(1)
+    for weight, source in ((w_ih, node.args[2]), (w_hh, node.args[3])):
+        walk.read_as_weight(source, weight)
+        walk.cost(node.name, int(np.prod(input.shape[:-1])) * weight.shape[0] * weight.shape[1], *weight.axes.values())
+    for part in (w_ih, w_hh, b_ih, b_hh):
+        if part is None or 0 not in part.axes:
+            continue
+        if units is None:
+            walk.pin(part.axes[0], "the cell has a single hidden unit")
+        else:
+            walk.unite(part.axes[0], np.tile(units, gates))
+    arriving = input.axes.get(input.ndim - 1)
+    if arriving is None:
+        walk.pin(w_ih.axes.get(1), f"the layer reads channels of fixed size ({input.why})")
+    elif 1 in w_ih.axes:
+        walk.unite(w_ih.axes[1], arriving)
+    for axis in range(input.ndim - 1):
+        walk.pin(input.axes.get(axis), "a recurrent cell runs along it")
+    if units is not None:
+        for state in states:
+            _state(walk, state, units)
+    last = states[0].ndim - 1
+    zero = {last} if all(last in s.zero for s in states) else set()  # gates of zero leave a state of zero where it is
+    axes = {} if units is None else {last: units}
+    if isinstance(node.meta["val"], torch.Tensor):
+        return walk.make(node, axes, zero)
+    return tuple(walk.make(node, axes, zero, "", i) for i in range(len(states)))
 
 
 def _units(walk: Walk, node: fx.Node, key: str, dim: int, size: int) -> Vector:

@@ -43,7 +43,7 @@ def _reduce(walk: Walk, node: fx.Node, x: Value, dims: set[int], keepdim: bool, 
 
 @named("sum", "nansum", "count_nonzero", "norm", "vector_norm", inplace=False)
 def total(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    name = getattr(node.target, "__name__", node.target)
+    name = str(getattr(node.target, "__name__", node.target))
     rest = list(args)
     if "norm" in name:  # norm(x, p, dim, keepdim)
         rest = rest[1:]
@@ -51,7 +51,23 @@ def total(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) ->
     return _reduce(walk, node, input, _dims(input, dim), _keepdim(rest, kwargs), exact=True)
 
 
-@named("mean", "nanmean", "amax", "amin", "prod", "var", "std", "var_mean", "std_mean", "logsumexp", "median", "any", "all", "aminmax", inplace=False)
+@named(
+    "mean",
+    "nanmean",
+    "amax",
+    "amin",
+    "prod",
+    "var",
+    "std",
+    "var_mean",
+    "std_mean",
+    "logsumexp",
+    "median",
+    "any",
+    "all",
+    "aminmax",
+    inplace=False,
+)
 def average(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
     dim = kwargs.get("dim", kwargs.get("axis", args[0] if args and not isinstance(args[0], torch.dtype) else None))
     if isinstance(dim, bool):  # var(x, unbiased)
@@ -72,7 +88,9 @@ def extreme(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) 
         return walk.pointwise(node, input, other, zero="all")
     dim = kwargs.get("dim", other)
     dims = _dims(input, dim)
-    if not isinstance(node.meta["val"], torch.Tensor) and any(user.args[1:2] == (1,) or user.target is not _getitem() for user in node.users):
+    if not isinstance(node.meta["val"], torch.Tensor) and any(
+        user.args[1:2] == (1,) or user.target is not _getitem() for user in node.users
+    ):
         for axis in dims:
             walk.pin(input.axes.get(axis), "the index of a maximum over it is used")
     return _reduce(walk, node, input, dims, _keepdim(list(args), kwargs), exact=False)

@@ -57,7 +57,7 @@ def register_op(target: Any, *, rewrite: Rewrite | None = None) -> Callable[[Inf
 
 
 def named(*names: str, rewrite: Rewrite | None = None, inplace: bool = True) -> Callable[[Infer], Infer]:
-    """Register one rule for ``torch.NAME``, ``torch.nn.functional.NAME``, ``torch.special.NAME`` and the method, and their in-place forms."""
+    """Register one rule for a name in ``torch``, its functional, special and linalg modules, and as a method; in-place forms too."""
 
     def add(infer: Infer) -> Infer:
         rule = Rule(infer, rewrite)

@@ -145,7 +145,7 @@ class KeyWidth(Attention):
 
 @add("attention_masked", lambda: (torch.randn(2, 6, 12), torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])))
 class Masked(Separate):
-    def forward(self, x: Tensor, mask: Tensor) -> Any:
+    def forward(self, x: Tensor, mask: Tensor) -> Any:  # type: ignore[override]
         x = self.front(x)
         b, n, _ = x.shape
         q, k, v = (f(x).view(b, n, 4, 5).transpose(1, 2) for f in (self.q, self.k, self.v))

@@ -45,7 +45,7 @@ class MhaCross(Attention):
         self.register_buffer("mask", torch.triu(torch.full((6, 5), float("-inf")), 1))
         self.mask: Tensor
 
-    def forward(self, x: Tensor, memory: Tensor, padding: Tensor) -> Any:
+    def forward(self, x: Tensor, memory: Tensor, padding: Tensor) -> Any:  # type: ignore[override]
         x, memory = self.front(x), self.memory(memory)
         away = torch.zeros_like(padding, dtype=x.dtype).masked_fill(padding, float("-inf"))
         y, _ = self.mha(x, memory, memory, key_padding_mask=away, attn_mask=self.mask, need_weights=False)

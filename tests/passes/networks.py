@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from tests.passes import nets_attention, nets_conv, nets_forms, nets_norm, nets_parts, nets_shape, nets_transformer
+from tests.passes import (
+    nets_attention,
+    nets_conv,
+    nets_forms,
+    nets_more,
+    nets_norm,
+    nets_parts,
+    nets_scripted,
+    nets_shape,
+    nets_transformer,
+)
 from tests.passes.catalogue import ZOO, Network
 
 __all__ = [
@@ -11,8 +21,10 @@ __all__ = [
     "nets_attention",
     "nets_conv",
     "nets_forms",
+    "nets_more",
     "nets_norm",
     "nets_parts",
+    "nets_scripted",
     "nets_shape",
     "nets_transformer",
 ]

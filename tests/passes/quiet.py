@@ -10,10 +10,10 @@ from torch import nn
 
 
 def old_weight_norm(module: nn.Module) -> nn.Module:
-    """``torch.nn.utils.weight_norm``, the deprecated form that users still have; its computed weight carries no gradient, so copies work."""
+    """``torch.nn.utils.weight_norm``, the deprecated form; its computed weight carries no gradient, so copies work."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", FutureWarning)
-        return torch.nn.utils.weight_norm(module)  # type: ignore[no-any-return]
+        return torch.nn.utils.weight_norm(module)
 
 
 def encoder(layer: nn.Module, count: int) -> Any:

@@ -239,10 +239,21 @@ def test_taylor_without_data_and_unknown_names_are_refused() -> None:
 # -- attention ----------------------------------------------------------------------------------------------------------------
 
 DIALECTS = [
-    "attention_fused_literal", "attention_fused_computed", "attention_fused_chunk", "attention_heads_first", "attention_separate", "attention_einsum",
-    "attention_folded", "attention_causal_sdpa", "attention_masked", "attention_relative_table", "attention_grouped_expand",
-    "attention_grouped_repeat", "mha_self", "mha_cross",
-]  # fmt: skip
+    "attention_fused_literal",
+    "attention_fused_computed",
+    "attention_fused_chunk",
+    "attention_heads_first",
+    "attention_separate",
+    "attention_einsum",
+    "attention_folded",
+    "attention_causal_sdpa",
+    "attention_masked",
+    "attention_relative_table",
+    "attention_grouped_expand",
+    "attention_grouped_repeat",
+    "mha_self",
+    "mha_cross",
+]
 
 
 @pytest.mark.parametrize("axis", ["heads", "head_dim"])

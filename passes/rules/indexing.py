@@ -1,0 +1,156 @@
+"""Indexing and assignment: slices, numbers, lists and index tensors along a channel axis are renumbered."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxprune.passes.rules.registry import functions, named
+from fxprune.passes.rules.values import Value, Vector, values
+
+if TYPE_CHECKING:
+    from fxprune.passes.labels import Walk
+
+
+def _entries(index: Any, ndim: int) -> list[Any]:
+    """The index as a list with the ellipsis written out: one entry per axis of the tensor, and a None per new axis."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    used = sum(1 for p in parts if p is not None and p is not Ellipsis)
+    spare = [slice(None)] * (ndim - used)
+    if any(p is Ellipsis for p in parts):
+        at = next(i for i, p in enumerate(parts) if p is Ellipsis)
+        return [*parts[:at], *spare, *parts[at + 1 :]]
+    return [*parts, *spare]
+
+
+@functions(operator.getitem)
+def getitem(walk: Walk, node: fx.Node, input: Any, index: Any) -> Any:
+    if not isinstance(input, Value):
+        return input[index]
+    raw = list(node.args[1]) if isinstance(node.args[1], (tuple, list)) and isinstance(index, (tuple, list)) else [node.args[1]]
+    indexed = _resolved(walk, node, input, index, raw)
+    if indexed is None:
+        return walk.opaque(node, [input, *values(index)], "it is indexed by values the graph computes")
+    return walk.move(node, input, lambda labels: labels[indexed])
+
+
+def _resolved(walk: Walk, node: fx.Node, x: Value, index: Any, raw: Sequence[Any]) -> Any:
+    """The index with every tensor in it replaced by its actual values, or by zeros where it picks along an axis without labels."""
+    parts = (
+        list(index)
+        if isinstance(index, (tuple, list)) and (isinstance(index, tuple) or any(isinstance(i, (Value, slice)) for i in index))
+        else [index]
+    )
+    if len(parts) != len(raw):
+        raw = [node.args[1]]
+    axis = 0
+    done: list[Any] = []
+    spread = x.ndim - sum(1 for p in parts if p is not None and p is not Ellipsis)
+    for part, source in zip(parts, raw, strict=True):
+        if part is Ellipsis:
+            axis += spread
+        elif isinstance(part, Value):
+            actual = walk.real(source)
+            if actual is None:
+                if axis in x.axes:
+                    return None
+                actual = torch.zeros(part.shape, dtype=torch.long)
+            if actual.dtype == torch.bool:
+                return None
+            part = actual.cpu()
+            axis += 1
+        elif part is not None:
+            axis += 1
+        done.append(part)
+    return tuple(done) if isinstance(index, tuple) or len(done) > 1 else done[0]
+
+
+def rewrite_getitem(slim: Any, node: fx.Node) -> None:
+    x = slim.value(node.args[0])
+    if not isinstance(x, Value) or not any(slim.kept(x, a) is not None for a in x.axes):
+        return
+    index = node.args[1]
+    many = isinstance(index, tuple)
+    entries = _entries(index if many else (index,), x.ndim)
+    axis = -1
+    for i, entry in enumerate(entries):
+        if entry is None:
+            continue
+        axis += 1
+        kept = slim.kept(x, axis)
+        if kept is None or (isinstance(entry, slice) and entry == slice(None)):
+            continue
+        entries[i] = _kept_entry(slim, node, entry, kept, x.shape[axis])
+    while entries and isinstance(entries[-1], slice) and entries[-1] == slice(None) and len(entries) > 1:
+        entries.pop()
+    node.args = (node.args[0], tuple(entries))
+
+
+named("__getitem__", rewrite=rewrite_getitem, inplace=False)(getitem)
+functions(operator.getitem, rewrite=rewrite_getitem)(getitem)
+
+
+def _kept_entry(slim: Any, node: fx.Node, entry: Any, kept: Vector, size: int) -> Any:
+    """One entry of an index, in terms of the kept channels of its axis."""
+    if isinstance(entry, slice):
+        bounds = slice(*(None if b is None else slim.number(b) for b in (entry.start, entry.stop, entry.step)))
+        start, stop, step = bounds.indices(size)
+        if step == 1:
+            low = int((kept < start).sum())
+            return slice(low or None, None if stop >= size else int((kept < max(start, stop)).sum()))
+        chosen = np.arange(size)[bounds]
+        return np.searchsorted(kept, chosen[np.isin(chosen, kept)]).tolist()
+    if isinstance(entry, int):
+        return int((kept < entry % size).sum())
+    if isinstance(entry, (list, tuple)):
+        chosen = np.asarray(entry) % size
+        return np.searchsorted(kept, chosen[np.isin(chosen, kept)]).tolist()
+    return slim.renumbered(node, entry, kept, size)
+
+
+def _index_select(slim: Any, node: fx.Node) -> None:
+    x = slim.value(slim.argument(node, 0, "input"))
+    kept = slim.kept(x, slim.argument(node, 1, "dim") % x.ndim)
+    if kept is not None:
+        slim.set_argument(
+            node, 2, "index", slim.renumbered(node, slim.argument(node, 2, "index"), kept, x.shape[slim.argument(node, 1, "dim")])
+        )
+
+
+@named("index_select", rewrite=_index_select, inplace=False)
+def index_select(walk: Walk, node: fx.Node, input: Value, dim: int, index: Value) -> Any:
+    axis = dim % input.ndim
+    if axis not in input.axes:
+        return walk.make(node, input.axes, input.zero, input.why)
+    actual = walk.real(node.args[2] if len(node.args) > 2 else node.kwargs["index"])
+    if actual is None:
+        return walk.opaque(node, [input, index], "it is indexed by values the graph computes")
+    return walk.move(node, input, lambda labels: labels.index_select(axis, actual.cpu()))
+
+
+@named("gather", "take_along_dim", inplace=False)
+def gather(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    return walk.opaque(node, [input, *values((args, kwargs))], "it is gathered by values the graph computes")
+
+
+@functions(operator.setitem)
+def setitem(walk: Walk, node: fx.Node, target: Value, index: Any, value: Any) -> Any:
+    """``target[index] = value``: sound where the index leaves every labelled axis whole; otherwise the channels stay."""
+    entries = _entries(index if isinstance(index, tuple) else (index,), target.ndim)
+    written = values((index, value))
+    plain = all(isinstance(e, (slice, int)) for e in entries)
+    touched = [e for a, e in enumerate(entries) if a in target.axes] if plain else []
+    if plain and all(isinstance(e, slice) and e == slice(None) for e in touched):
+        gone = [a for a, e in enumerate(entries) if isinstance(e, int)]
+        inner = {a - sum(g < a for g in gone): v for a, v in target.axes.items()}
+        shape = tuple(len(range(n)[e]) for n, e in zip(target.shape, entries, strict=True) if isinstance(e, slice))
+        walk.combine(shape, [Value(shape, inner, frozenset(), target.why), *(v for v in (value,) if isinstance(v, Value))])
+        return None
+    for found in (target, *written):
+        walk.pin_all(found, "a part of it is assigned to")
+    return None

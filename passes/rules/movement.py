@@ -1,0 +1,171 @@
+"""Data movement whose arguments never name a channel: run literally on labels."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxprune.passes.rules.registry import functions, modules, named
+from fxprune.passes.rules.values import Value
+
+if TYPE_CHECKING:
+    from fxprune.passes.labels import Walk
+
+
+def call(node: fx.Node, x: Value, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The node's own operation as a function of its first tensor."""
+
+    def run(labels: torch.Tensor) -> Any:
+        try:
+            if node.op == "call_method":
+                return getattr(labels, str(node.target))(*args, **kwargs)
+            return node.target(labels, *args, **kwargs)  # type: ignore[operator]
+        except (RuntimeError, NotImplementedError) as error:
+            if "not implemented for" not in str(error):
+                raise
+            done = node.target(labels.double(), *args, **kwargs)  # type: ignore[operator]
+            return done.long()
+
+    return run
+
+
+def moved(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    return walk.move(node, input, call(node, input, args, kwargs))
+
+
+def flat(args: Sequence[Any]) -> list[Any]:
+    return list(args[0]) if len(args) == 1 and isinstance(args[0], (tuple, list)) else list(args)
+
+
+@named(
+    "permute",
+    "transpose",
+    "swapaxes",
+    "swapdims",
+    "t",
+    "movedim",
+    "moveaxis",
+    "flatten",
+    "ravel",
+    "unsqueeze",
+    "unbind",
+    "flip",
+    "fliplr",
+    "flipud",
+    "rot90",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "adjoint",
+    "diagonal",
+    "unfold_copy",
+)
+def move(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    return moved(walk, node, input, *args, **kwargs)
+
+
+@functions(getattr)
+def attribute(walk: Walk, node: fx.Node, input: Any, name: str) -> Any:
+    if isinstance(input, tuple):  # x.max(1).values: a named result of an operation that gives several
+        source = node.args[0].meta["val"]  # type: ignore[union-attr]
+        return next(v for v, meta in zip(input, source, strict=True) if meta is getattr(source, name))
+    if not isinstance(node.meta["val"], torch.Tensor):
+        return node.meta["val"]
+    if name in ("T", "mT", "H", "mH"):
+        return walk.move(node, input, lambda labels: getattr(labels, name))
+    if name in ("data", "real"):
+        return walk.make(node, input.axes, input.zero, input.why)
+    return walk.opaque(node, [input], f"its attribute {name!r} is read")
+
+
+@modules(nn.Flatten, nn.PixelShuffle, nn.PixelUnshuffle)
+def move_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
+    return walk.move(node, input, lambda labels: module.forward(labels))
+
+
+def _shuffled(slim: Any, node: fx.Node) -> None:
+    """Any channels may have gone, so what is left no longer falls into groups of equal width: it is picked by its order."""
+    x = slim.value(node.args[0])
+    kept = slim.kept(x, 1)
+    if kept is not None:
+        order = np.arange(x.shape[1]).reshape(slim.number(slim.argument(node, 1, "groups")), -1).T.reshape(-1)
+        chosen = np.searchsorted(kept, order[np.isin(order, kept)]).tolist()
+        node.target, node.args, node.kwargs = operator.getitem, (node.args[0], (slice(None), chosen)), {}
+
+
+named("channel_shuffle", "native_channel_shuffle", rewrite=_shuffled, inplace=False)(move)
+
+
+def _squeezed(slim: Any, node: fx.Node) -> None:
+    """``squeeze()`` drops every axis of size one: a channel axis left with one channel must stay."""
+    x = slim.value(node.args[0])
+    if len(node.args) + len(node.kwargs) == 1:
+        slim.set_argument(node, 1, "dim", tuple(a for a, n in enumerate(x.shape) if n == 1))
+
+
+named("squeeze", rewrite=_squeezed)(move)
+
+
+def _unfold(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    return moved(walk, node, input, *args, **kwargs)
+
+
+@functions(F.unfold)
+def unfold(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    """Windows of ``input`` (N, C, H, W) as columns (N, C * window, positions); padding holds no channel, so it takes its neighbour's."""
+    kernel = args[0] if args else kwargs["kernel_size"]
+    return _columns(walk, node, input, math.prod(kernel) if isinstance(kernel, (tuple, list)) else kernel**2)
+
+
+@modules(nn.Unfold)
+def unfold_module(walk: Walk, node: fx.Node, module: Any, input: Value) -> Any:
+    kernel = module.kernel_size
+    return _columns(walk, node, input, math.prod(kernel) if isinstance(kernel, (tuple, list)) else kernel**2)
+
+
+def _columns(walk: Walk, node: fx.Node, x: Value, window: int) -> Any:
+    channel = x.ndim - 3
+    for axis in (x.ndim - 2, x.ndim - 1):
+        walk.pin(x.axes.get(axis), "it is unfolded along it")
+    axes = {a: v for a, v in x.axes.items() if a < channel}
+    if channel in x.axes:
+        axes[channel] = np.repeat(x.axes[channel], window)
+    return walk.make(node, axes, x.zero, x.why)
+
+
+@functions(F.fold)
+def fold(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    return _folded(walk, node, input)
+
+
+@modules(nn.Fold)
+def fold_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
+    return _folded(walk, node, input)
+
+
+def _folded(walk: Walk, node: fx.Node, x: Value) -> Any:
+    """Columns (N, C * window, positions) summed back to (N, C, H, W): the entries of one window go together."""
+    channel = x.ndim - 2
+    walk.pin(x.axes.get(x.ndim - 1), "it is folded along it")
+    channels = node.meta["val"].shape[-3]
+    axes = {a: v for a, v in x.axes.items() if a < channel}
+    if channel in x.axes:
+        grid = x.axes[channel].reshape(channels, -1)
+        walk.unite(np.repeat(grid[:, 0], grid.shape[1]), x.axes[channel])
+        axes[channel] = grid[:, 0].copy()
+    return walk.make(node, axes, x.zero, x.why)
+
+
+@named("unfold", inplace=False)
+def windows(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    if node.op == "call_function":
+        return unfold(walk, node, input, *args, **kwargs)
+    walk.pin(input.axes.get(args[0] % input.ndim), "a window slides along it")
+    kept = Value(input.shape, {a: v for a, v in input.axes.items() if a != args[0] % input.ndim}, input.zero, input.why)
+    return walk.make(node, kept.axes, kept.zero, kept.why)
