@@ -211,4 +211,5 @@ def _composed(first: PruningRecord, second: PruningRecord) -> PruningRecord:
         removed[name] = torch.cat([removed[name], left[units]]).sort().values
     notes = tuple(dict.fromkeys(first.notes + second.notes))
     renumbered = tuple(sorted({*first.renumbered, *second.renumbered}))
-    return replace(second, kept=kept, removed_units=removed, before=first.before, renumbered=renumbered, notes=notes)
+    steps = (*(first.steps or (first,)), second)
+    return replace(second, kept=kept, removed_units=removed, before=first.before, renumbered=renumbered, notes=notes, steps=steps)

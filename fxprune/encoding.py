@@ -61,6 +61,7 @@ def encode_record(record: PruningRecord) -> Json:
         "after": _encode_profile(record.after),
         "renumbered": list(record.renumbered),
         "notes": list(record.notes),
+        "steps": [encode_record(step) for step in record.steps],
     }
 
 
@@ -78,6 +79,7 @@ def decode_record(data: Json) -> PruningRecord:
             after=_decode_profile(data["after"]),
             renumbered=tuple(data["renumbered"]),
             notes=tuple(data["notes"]),
+            steps=tuple(decode_record(step) for step in data.get("steps", [])),
         )
     except KeyError as error:
         raise FileError(f"its record is damaged: {error} is missing") from error

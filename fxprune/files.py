@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxprune.encoding import decode_record, encode_record
-from fxprune.errors import FileError
+from fxprune.errors import FileError, InputError, TraceError
 from fxprune.evaluation import device_of
 from fxprune.rebuilding import rebuilt
 from fxprune.records import PruningRecord
@@ -75,7 +75,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         raise FileError(f"cannot load {path}: {error}") from error
     except KeyError as error:
         raise FileError(f"cannot load {path}: its metadata have no {error}") from error
-    except RuntimeError as error:
+    except (RuntimeError, InputError, TraceError) as error:
         if not _on_meta(model):
             raise
         raise FileError(f"cannot load {path}: this model cannot be analysed on meta ({_line(error)}); build it on the CPU") from error

@@ -19,9 +19,13 @@ from fxprune.records import PruningRecord
 def rebuilt(model: nn.Module, record: PruningRecord) -> nn.Module:
     """The slim module of ``record`` made of ``model``'s weights, which may lie on the meta device; ``model`` is not changed.
 
-    It goes by the kept indices rather than by a policy, so it needs no scores, and a module that was pruned twice is made in one step.
+    It goes by the kept indices rather than by a policy, so it needs no scores; a module that was pruned twice is made in two steps.
     Raises ``FileError`` naming the parameter whose kept indices this model cannot have.
     """
+    for step in record.steps:  # which axis of an attention goes may change once heads are narrower, so each step is made in turn
+        model = rebuilt(model, step)
+    if record.steps:
+        return model
     example = build(record.policy.inputs, device="meta")
     graph: CouplingGraph = analysed(model, example, (), str(record.policy.options.get("attention", "auto"))).meta["coupling"]
     names = {alias: name for name, aliases in graph.walk.traced.skeleton.aliases.items() for alias in aliases}

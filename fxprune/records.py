@@ -48,6 +48,7 @@ class PruningRecord:
     ``removed_units``: group name -> LongTensor of removed unit numbers, 0 to the size of the group.
     ``renumbered``: names of index buffers whose values were renumbered.
     ``repair``: "none", "bn", "bias" or "lstsq".
+    ``steps``: where a slim module was pruned again, the record of each pruning in terms of the module it was given; else empty.
     ``notes``: sentences a user should know: what tracing specialised, what could not be kept.
     """
 
@@ -59,6 +60,7 @@ class PruningRecord:
     after: Profile
     renumbered: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    steps: tuple[PruningRecord, ...] = ()
 
     def with_repair(self, repair: str) -> PruningRecord:
         return replace(self, repair=repair)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
+import statistics
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,7 +36,7 @@ from fxprune.sources import load_model
 from fxprune.training import Progress, TrainConfig, resolve_device, train
 
 FORMAT = "fxprune-session/1"
-LATENCY_BATCH, LATENCY_RUNS = 32, 30
+LATENCY_BATCH, LATENCY_RUNS, LATENCY_TURNS = 32, 5, 7
 SMALL_STEP = 10**9  # multiply-accumulates of a training batch below which a second thread costs more than it brings
 
 
@@ -115,7 +117,8 @@ class Session:
         for name in list(models)[1:]:
             self.distil(name, models[name], original, watcher)
         watcher.stage("measuring on the test part")
-        rows = [self.measured(name, model) for name, model in models.items()]
+        latencies = self.latencies(list(models.values()))
+        rows = [self.measured(name, model, latency) for (name, model), latency in zip(models.items(), latencies, strict=True)]
         return outputs.write(self.options, self.command, outcome, candidates, found, rows, unmet, self.data.num_classes)
 
     @cached_property
@@ -224,12 +227,17 @@ class Session:
         )
         distill(student, teacher, self.training, config=config)
 
-    def measured(self, name: str, model: nn.Module) -> Row:
+    def latencies(self, models: Sequence[nn.Module]) -> list[float]:
+        """Median seconds for a batch, on one thread; the networks take turns, so that what else the machine does falls on all."""
+        profiles = [profile(model, torch.cat([self.example] * LATENCY_BATCH)) for model in models]
+        with one_thread():
+            turns = [[one.latency(LATENCY_RUNS) for one in profiles] for _ in range(LATENCY_TURNS)]
+        return [statistics.median(times) for times in zip(*turns, strict=True)]
+
+    def measured(self, name: str, model: nn.Module, latency: float) -> Row:
         """A network's figures; the only place where the test part is used."""
         accuracy = evaluate_accuracy(model, self.data.batches("test", self.options.batch_size, device=self.device))
         counts = profile(model, self.example)
-        with one_thread():
-            latency = profile(model, torch.cat([self.example] * LATENCY_BATCH)).latency(LATENCY_RUNS)
         return Row(name, accuracy, counts.macs, counts.params, latency, outputs.size_on_disk(model, self.folder))
 
     @property

@@ -50,6 +50,7 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .75rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}
 thead th{border-bottom-width:2px}
+.bars{width:100%}
 .bars td:first-child{font-family:ui-monospace,monospace;font-size:.85rem}
 .bar{min-width:9rem;width:40%}
 .bar span{display:block;height:.8rem;border-radius:.2rem;background:var(--c0);min-width:1px}
@@ -72,7 +73,7 @@ def page(result: Record, history: Sequence[Record]) -> str:
         f'<p class="soft">{escape(result["summary"])}</p>',
         _section("Before and after", _before_after(rows)),
         _section("What went from each group", _bars(result["groups"])),
-        _section("The search", _charts(history, str(result["targets"][0]).partition("=")[0], rows)),
+        _section("The search", _charts(history, str(result["targets"][0]).partition("=")[0])),
         _section("To repeat it", _repeat(result)),
         "</main></body></html>\n",
     ]
@@ -120,45 +121,40 @@ def _bars(groups: Sequence[Record]) -> str:
     return table.replace("<td><span style", '<td class="bar"><span style')
 
 
-def _charts(history: Sequence[Record], cost: str, rows: Sequence[Row]) -> str:
+def _charts(history: Sequence[Record], cost: str) -> str:
     rounds = [one for record in history for one in record["rounds"]]
     scored = [float(one["evaluations"]) for one in rounds]
-    candidates = [one for record in history for one in record["candidates"]]
-    over_rounds = chart(
-        [
-            Series("reward of the round's best", scored, [one["reward"] for one in rounds], 0),
-            Series("its accuracy", scored, [one["accuracy"] for one in rounds], 1),
-            Series("best reward so far", scored, _running_best([one["reward"] for one in rounds]), 2, dots=False),
-        ],
-        x_label="networks scored",
-        y_label="reward, accuracy",
-        title="Reward and accuracy of each round's best candidate over the networks scored",
-    )
-    steps = [float(record["step"]) for record in history]
-    names = list(dict.fromkeys([cost, "macs", "params"]))
-    costs = [Series(name, [0.0, *steps], [_start(name), *(record[name] for record in history)], i) for i, name in enumerate(names)]
-    over_steps = chart(
-        costs, x_label="prune step", y_label="share", title="Costs of the network after each prune step, as shares of the original"
-    )
-    front = _front(candidates, cost)
-    scatter = chart(
-        [
-            Series("on target", *_places(candidates, cost, True), 0, line=False),
-            Series("on the way", *_places(candidates, cost, False), 1, line=False),
-            Series("Pareto front", [one[cost] for one in front], [one["accuracy"] for one in front], 2, dots=False),
-        ],
-        x_label=cost,
-        y_label="accuracy",
-        title=f"Accuracy of every candidate against its {cost}, before any training",
-    )
-    captions = ("Reward and accuracy over the rounds", "Costs over the steps", "All candidates, before any training")
-    figures = "".join(
-        f"<figure><figcaption>{caption}</figcaption>{body}</figure>"
-        for caption, body in zip(captions, (over_rounds, over_steps, scatter), strict=True)
-    )
+    rewards, accuracies = [one["reward"] for one in rounds], [one["accuracy"] for one in rounds]
+    series = [Series("reward of the round's best", scored, rewards), Series("best so far", scored, _running_best(rewards), 2, dots=False)]
+    if accuracies != rewards:
+        series.append(Series("accuracy of the round's best", scored, accuracies, 1))
+    title = "Reward and accuracy of each round's best candidate over the networks scored"
+    figures = [("Rounds", chart(series, x_label="networks scored", y_label="reward", title=title))]
+    if len(history) > 1:
+        steps = [float(i) for i in range(len(history) + 1)]
+        names = list(dict.fromkeys([cost, "macs", "params"]))
+        series = [Series(name, steps, [_start(name), *(record[name] for record in history)], i) for i, name in enumerate(names)]
+        title = "Costs of the network after each step, as shares of the original"
+        figures.append(("Steps", chart(series, x_label="step", y_label="share of the original", title=title)))
+    figures.append(("All candidates, before any training", _scatter(history, cost)))
+    drawn = "".join(f"<figure><figcaption>{caption}</figcaption>{body}</figure>" for caption, body in figures)
     lines = [[f"{r['step']}", f"{r['evaluations']}", f"{r['reward']:.4f}", f"{r['accuracy']:.4f}", f"{r[cost]:.4f}"] for r in history]
     table = _table(["step", "networks scored", "reward", "accuracy", escape(cost)], lines)
-    return f'<div class="charts">{figures}</div><details><summary>The steps as a table</summary>{table}</details>'
+    return f'<div class="charts">{drawn}</div><details><summary>The steps as a table</summary>{table}</details>'
+
+
+def _scatter(history: Sequence[Record], cost: str) -> str:
+    candidates = [one for record in history for one in record["candidates"]]
+    on_target, on_the_way = ([one for one in candidates if one["on_target"] is met] for met in (True, False))
+    if not on_the_way:  # all have the target's cost: another one tells them apart
+        cost = "params" if cost != "params" else "macs"
+    front = _front(candidates, cost)
+    series = [
+        Series(name, [one[cost] for one in chosen], [one["accuracy"] for one in chosen], style, line=name == "Pareto front", dots=style < 2)
+        for name, chosen, style in (("on target", on_target, 0), ("on the way", on_the_way, 1), ("Pareto front", front, 2))
+        if chosen
+    ]
+    return chart(series, x_label=cost, y_label="accuracy", title=f"Accuracy of every candidate against its {cost}, before any training")
 
 
 def _start(name: str) -> float:
@@ -170,11 +166,6 @@ def _running_best(values: Sequence[float]) -> list[float]:
     for value in values:
         best.append(max(value, best[-1]) if best else value)
     return best
-
-
-def _places(candidates: Sequence[Record], cost: str, on_target: bool) -> tuple[list[float], list[float]]:
-    chosen = [one for one in candidates if one["on_target"] is on_target]
-    return [one[cost] for one in chosen], [one["accuracy"] for one in chosen]
 
 
 def _front(candidates: Sequence[Record], cost: str) -> list[Record]:

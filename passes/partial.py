@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.errors import TraceError
+from fxprune.errors import InputError, TraceError
 from fxprune.inputs import call_form
 from fxprune.passes.skeleton import Skeleton
 from fxprune.passes.trace import TracedModel, add_traced
@@ -28,7 +28,11 @@ def trace_parts(
 
     Raises ``cause``, the error of the root, where no submodule can be traced.
     """
-    calls, callers = _watched(model, example_inputs)
+    try:
+        calls, callers = _watched(model, example_inputs)
+    except Exception as error:  # the user's model, on the user's inputs
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"the model itself fails on the example inputs: {first} ({cause})") from error
     traced = TracedModel(Skeleton(model, is_known), {}, {}, parts=[])
     todo = [(name, module) for name, module in reversed(list(model.named_children()))]
     while todo:

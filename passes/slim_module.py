@@ -121,12 +121,24 @@ def _target(target: Any) -> Any:
     """A call's target in a form that pickles: some functions are made inside others and are known only by where they can be found."""
     if isinstance(target, torch._ops.OpOverload):
         return _Op(target)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return _Packet(target)
     if "<locals>" in getattr(target, "__qualname__", ""):
         for home in (torch.nn.functional, torch):
             name = str(target.__name__)
             if getattr(home, name, None) is target:
                 return _Found(home.__name__, name)
     return target
+
+
+class _Packet:
+    """An operator without a chosen overload, by name."""
+
+    def __init__(self, packet: torch._ops.OpOverloadPacket) -> None:
+        self.namespace, self.name = packet._qualified_op_name.split("::")
+
+    def get(self) -> Any:
+        return getattr(getattr(torch.ops, self.namespace), self.name)
 
 
 class _Found:
@@ -183,7 +195,7 @@ def _thaw(nodes: Frozen) -> fx.Graph:
         return value
 
     for name, op, target, args, kwargs, meta in nodes:
-        node = graph.create_node(op, target.get() if isinstance(target, (_Op, _Found)) else target, refs(args), refs(kwargs), name)
+        node = graph.create_node(op, target.get() if isinstance(target, (_Op, _Packet, _Found)) else target, refs(args), refs(kwargs), name)
         node.meta = dict(meta)
         made[name] = node
     return graph

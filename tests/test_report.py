@@ -165,11 +165,16 @@ def test_page_is_whole_self_contained_and_escaped(targets: list[str]) -> None:
     assert not outline.stack
     assert not outline.links
     assert "http" not in html
-    assert outline.tags.count("svg") == 3
+    assert outline.tags.count("svg") == 2
     assert "<net>" not in html
     for expected in ("my.module:<net>", "98.61 %", "stem.0[0:8]", "6 of 24", "It went well.", "fxprune-search --model", "reward"):
         assert expected in outline.text
     assert "prefers-color-scheme:dark" in html
+
+
+def test_page_of_several_steps_draws_them() -> None:
+    several = [*history(), {**history()[0], "step": 2}]
+    assert Outline(page(result(["macs=0.5"]), several)).tags.count("svg") == 3
 
 
 def test_page_without_any_round() -> None:

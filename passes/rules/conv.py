@@ -6,7 +6,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
+import torchvision  # noqa: F401  (it registers its operators)
 from torch import fx, nn
 
 from fxprune.passes.rules.registry import functions, modules
@@ -26,7 +28,9 @@ def _groups(slim: Any, node: fx.Node) -> None:
         return
     x, weight = slim.argument(node, 0, "input"), slim.argument(node, 1, "weight")
     channel = slim.value(x).ndim - slim.value(weight).ndim + 1
-    slim.set_argument(node, 6, "groups", group_count(slim.size(x, channel), slim.size(node, channel), slim.size(weight, 1), transposed))
+    left = group_count(slim.size(x, channel), slim.size(node, channel), slim.size(weight, 1), transposed)
+    if left != slim.number(slim.argument(node, 6, "groups", 1)):  # where as many are left, a number the graph computes stays computed
+        slim.set_argument(node, 6, "groups", left)
 
 
 def group_count(inputs: int, outputs: int, per_group: int, transposed: bool) -> int:
@@ -83,19 +87,21 @@ def conv_transpose(
     return convolve(walk, node, input, _kernel(walk, node, weight), bias, groups, True, node.name)
 
 
-@functions(torchvision.ops.deform_conv2d)
-def deformable(
-    walk: Walk, node: fx.Node, input: Value, offset: Value, weight: Value, bias: Value | None = None, stride: Any = 1, padding: Any = 0,
-    dilation: Any = 1, mask: Value | None = None,
-) -> Value:  # fmt: skip
-    """A convolution that samples at ``offset`` (N, offset groups * 2 * window, *space); its groups follow from the weight's size."""
+def _deformable_groups(slim: Any, node: fx.Node) -> None:
+    x, weight = node.args[0], node.args[1]
+    groups = slim.size(x, 1) // slim.size(weight, 1)
+    node.args = (*node.args[:11], groups, *node.args[12:])
+
+
+@functions(torch.ops.torchvision.deform_conv2d, rewrite=_deformable_groups)
+def deformable(walk: Walk, node: fx.Node, input: Value, weight: Value, offset: Value, mask: Value, bias: Value, *sizes: Any) -> Value:
+    """A convolution that samples at ``offset`` (N, 2 * window * offset groups, *space); ``sizes`` end in groups, offset groups, a flag."""
+    groups, offset_groups, _ = (int(s) for s in sizes[-3:])
     for positions in (offset, mask):
-        if positions is not None:
-            walk.pin_all(positions, "it is used as sampling positions")
-    if offset.shape[1] > 2 * math.prod(weight.shape[2:]):
+        walk.pin_all(positions, "it is used as sampling positions")
+    if offset_groups > 1:
         walk.pin(input.axes.get(1), "several runs of its channels are sampled at positions of their own")
-    groups = input.shape[1] // weight.shape[1]
-    return convolve(walk, node, input, _kernel(walk, node, weight, 2), bias, groups, False, node.name)
+    return convolve(walk, node, input, _kernel(walk, node, weight), bias, groups, False, node.name)
 
 
 def _kernel(walk: Walk, node: fx.Node, weight: Value) -> Value:

@@ -302,6 +302,16 @@ def pool_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> A
     return _pooled(walk, node, input, _space(type(module).__name__))
 
 
+@functions(F.max_unpool1d, F.max_unpool2d, F.max_unpool3d, torch._C._nn.max_unpool2d, torch._C._nn.max_unpool3d)
+def max_unpool(walk: Walk, node: fx.Node, input: Value, indices: Value, *_: Any, **__: Any) -> Any:
+    """Each maximum goes back to where it came from: ``indices`` has the channels of ``input``."""
+    for axis in range(input.ndim - _space(node.target), input.ndim):
+        for value in (input, indices):
+            walk.pin(value.axes.get(axis), "it is mixed along an axis that is not a channel axis")
+    axes, _spans = walk.combine(input.shape, [input, indices])
+    return walk.make(node, axes, input.zero, input.why)
+
+
 @functions(F.interpolate, F.upsample)
 def interpolate(walk: Walk, node: fx.Node, input: Value, *_: Any, **__: Any) -> Value:
     return walk.through(node, input, mixed=range(2, input.ndim))

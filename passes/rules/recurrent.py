@@ -57,7 +57,9 @@ def recurrent(walk: Walk, node: fx.Node, module: Any, input: Value, hx: Any = No
 
 
 @functions(torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell)
-def cell(walk: Walk, node: fx.Node, input: Value, hx: Any, w_ih: Value, w_hh: Value, b_ih: Value | None = None, b_hh: Value | None = None) -> Any:
+def cell(
+    walk: Walk, node: fx.Node, input: Value, hx: Any, w_ih: Value, w_hh: Value, b_ih: Value | None = None, b_hh: Value | None = None
+) -> Any:
     """One step: ``input`` (..., features), states ``hx`` (..., hidden), w_ih (gates * hidden, features), w_hh (gates * hidden, hidden)."""
     states = list(hx) if isinstance(hx, (tuple, list)) else [hx]
     gates = w_hh.shape[0] // w_hh.shape[1]

@@ -203,7 +203,11 @@ def assert_sound(model: nn.Module, inputs: Any, *, exact: bool, seed: int, locke
 
 def _assert_other_batch(model: nn.Module, slim: nn.Module, inputs: Any, want: Any, got: Any) -> None:
     with torch.no_grad():
-        whole, part = call(model, stacked(inputs)), call(slim, stacked(inputs))
+        try:
+            whole = call(model, stacked(inputs))
+        except RuntimeError:
+            return  # not every input's first axis is the batch
+        part = call(slim, stacked(inputs))
     assert [t.shape for t in leaves(whole)] == [t.shape for t in leaves(part)], "batch size was baked in"
     for small, large, reference, big in zip(leaves(got), leaves(part), leaves(want), leaves(whole), strict=True):
         if big.ndim and big.shape[0] == 2 * reference.shape[0] and big.shape[1:] == reference.shape[1:]:

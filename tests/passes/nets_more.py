@@ -1,4 +1,4 @@
-"""What people do besides: cascades over splits, zeros concatenated, cells in loops, own autograd functions, scripted functions, checkpoints."""
+"""What people do besides: cascades over splits, zeros concatenated, cells in loops, own autograd functions, checkpoints."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ class FourierFilter(Body):
         return torch.fft.irfft2(spectrum, s=(8, 8), norm="ortho")
 
 
-@add("mixture_of_kernels")
+@add("mixture_of_kernels", exact=False)
 class DynamicConvolution(Body):
     """Kernels are mixed with weights computed from the input, one set per image (a grouped convolution over the batch)."""
 
@@ -247,7 +247,7 @@ class DynamicConvolution(Body):
         return F.conv2d(x.reshape(1, b * c, h, w), mixed, padding=1, groups=b).view(b, 12, h, w)
 
 
-@add("cosine_head", exact=True)
+@add("cosine_head")
 class CosineHead(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -18,8 +18,10 @@ with warnings.catch_warnings():
     half_swish = torch.jit.script(_half_swish)
 
 
-@add("scripted_function")
+@add("scripted_function", locked=True)
 class ScriptedFunction(Body):
+    """TorchScript takes tensors alone, so the root cannot be traced, and its parts end in the network's own code."""
+
     def build(self) -> None:
         self.a, self.b = nn.Conv2d(12, 10, 1), nn.Conv2d(10, 12, 1)
 

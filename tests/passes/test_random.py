@@ -60,7 +60,12 @@ def test_every_block_alone(name: str) -> None:
         check(Spec(12, ((name, variant, "plain"),), "pool"), variant)
 
 
-FOUND: dict[str, Spec] = {}
+FOUND: dict[str, Spec] = {
+    "one_index_buffer_on_two_groups": Spec(10, (("permuted", 2, "twice"),), "pool"),
+    "one_index_buffer_read_with_getitem": Spec(8, (("conv", 5, "plain"), ("permuted", 1, "twice")), "last"),
+    "rolled_then_permuted_twice": Spec(9, (("moved", 3, "plain"), ("permuted", 5, "twice")), "flatten"),
+    "uneven_channel_shuffle": Spec(12, (("shuffle", 4, "residual"),), "pool"),
+}
 
 
 @pytest.mark.parametrize("name", sorted(FOUND))
