@@ -209,8 +209,9 @@ class Session:
         else:
             if self.options.search.repair == "bn":
                 recalibrate_batchnorm(model, self.calibration)
-            watcher.stage(f"distilling {name} for {self.options.distillation_epochs} epochs")
-            self.train_by(teacher, model, watcher)
+            if self.options.distillation_epochs:
+                watcher.stage(f"distilling {name} for {self.options.distillation_epochs} epochs")
+                self.train_by(teacher, model, watcher)
             write_weights(model, kept)
         model.eval()
 

@@ -263,7 +263,7 @@ class Walk:
         self.costs[self.mode].append(Cost(layer, macs, tuple(v for v in along if v is not None)))
 
     def owner(self, node: fx.Node) -> str:
-        return str(node.target) if node.op == "call_module" else node.name
+        return str(node.target) if node.op == "call_module" else str(node.meta.get("owner") or node.name)
 
     def make(self, node: fx.Node, axes: dict[int, Vector], zero: Iterable[int] = (), why: str = "", index: int | None = None) -> Value:
         """The Value of the node's result (or of its ``index``-th result), with labels ``axes``."""

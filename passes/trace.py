@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import builtins
 import inspect
+import os
 import sys
 import types
 from collections import OrderedDict
@@ -26,7 +27,7 @@ from torch.fx.node import map_arg
 
 from fxprune.errors import InputError, TraceError
 from fxprune.inputs import call_form
-from fxprune.passes import openers, patching, proxies
+from fxprune.passes import openers
 from fxprune.passes.constants import evaluate
 from fxprune.passes.eliminate import eliminate
 from fxprune.passes.execute import execute, run_for_real, to_meta
@@ -35,7 +36,9 @@ from fxprune.passes.proxies import ShapeProxy, ShapeTuple
 from fxprune.passes.skeleton import Skeleton
 
 _isinstance = builtins.isinstance
-_SKIPPED_FILES = (f"{torch.__path__[0]}/", __file__, openers.__file__, proxies.__file__, patching.__file__)
+_FACADE = tuple(os.path.join("fxprune", f"{name}.py") for name in ("api", "searching", "display", "rebuilding", "files"))
+# Frames of these are not the user's: torch, the passes, and the functions that call them.
+_SKIPPED = (f"{torch.__path__[0]}{os.sep}", f"{os.path.dirname(__file__)}{os.sep}", "<")
 
 
 @dataclass
@@ -164,6 +167,7 @@ class ShapeTracer(fx.Tracer):
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None) -> fx.Node:
         node = self.graph.create_node(kind, target, args, kwargs, name, None)
         node.meta["where"] = self.here()
+        node.meta["owner"] = next((n for n in reversed(self.stack) if self.skeleton.module_or_none(n) is not None), "")
         if kind not in ("placeholder", "output"):
             node.meta["val"] = self._value(node)
         return node
@@ -306,7 +310,7 @@ class ShapeTracer(fx.Tracer):
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             file = frame.f_code.co_filename
-            if not file.startswith(_SKIPPED_FILES[0]) and file not in _SKIPPED_FILES and not file.startswith("<"):
+            if not file.startswith(_SKIPPED) and not file.endswith(_FACADE):
                 return f"{file}:{frame.f_lineno}"
             frame = frame.f_back
         return "<unknown>"
@@ -393,7 +397,7 @@ def _where(error: BaseException) -> str:
     frame, found = error.__traceback__, "<unknown>"
     while frame is not None:
         file = frame.tb_frame.f_code.co_filename
-        if not file.startswith(_SKIPPED_FILES[0]) and file not in _SKIPPED_FILES and not file.startswith("<"):
+        if not file.startswith(_SKIPPED) and not file.endswith(_FACADE):
             found = f"{file}:{frame.tb_lineno}"
         frame = frame.tb_next
     return found

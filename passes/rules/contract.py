@@ -105,7 +105,7 @@ def linear_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) ->
 @functions(F.linear)
 def linear(walk: Walk, node: fx.Node, input: Value, weight: Value, bias: Value | None = None) -> Value:
     walk.read_as_weight(node.args[1] if len(node.args) > 1 else node.kwargs["weight"], weight)
-    return linear_value(walk, node, input, weight, bias, node.name)
+    return linear_value(walk, node, input, weight, bias, walk.owner(node))
 
 
 @modules(nn.Bilinear)

@@ -68,7 +68,7 @@ def conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Value:
-    return convolve(walk, node, input, _kernel(walk, node, weight), bias, groups, False, node.name)
+    return convolve(walk, node, input, _kernel(walk, node, weight), bias, groups, False, walk.owner(node))
 
 
 @functions(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, rewrite=_groups)
@@ -84,7 +84,7 @@ def conv_transpose(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Value:
-    return convolve(walk, node, input, _kernel(walk, node, weight), bias, groups, True, node.name)
+    return convolve(walk, node, input, _kernel(walk, node, weight), bias, groups, True, walk.owner(node))
 
 
 def _deformable_groups(slim: Any, node: fx.Node) -> None:
@@ -101,7 +101,7 @@ def deformable(walk: Walk, node: fx.Node, input: Value, weight: Value, offset: V
         walk.pin_all(positions, "it is used as sampling positions")
     if offset_groups > 1:
         walk.pin(input.axes.get(1), "several runs of its channels are sampled at positions of their own")
-    return convolve(walk, node, input, _kernel(walk, node, weight), bias, groups, False, node.name)
+    return convolve(walk, node, input, _kernel(walk, node, weight), bias, groups, False, walk.owner(node))
 
 
 def _kernel(walk: Walk, node: fx.Node, weight: Value) -> Value:
