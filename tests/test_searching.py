@@ -1,0 +1,119 @@
+"""The search over a real (small) network: the policy it returns gives the same units again, with and without the calibration data."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.errors import EvaluationError, TargetError
+from fxprune.scores import scores
+from fxprune.searching import Candidates, Score, make_problem, metrics_of
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, padding=1)
+        self.norm = nn.BatchNorm2d(12)
+        self.body = nn.Conv2d(12, 12, 3, padding=1)
+        self.tail = nn.Conv2d(12, 20, 3, padding=1)
+        self.head = nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = x + self.body(x)
+        x = torch.relu(self.tail(x)).mean((2, 3))
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+INPUTS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+LABELS = torch.tensor([0, 1, 2, 3])
+
+
+def weight_left(module: nn.Module) -> float:
+    """A stand-in for accuracy that any process computes alike."""
+    return float(sum(p.detach().abs().sum() for p in module.parameters())) / 1000
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Small().eval()
+
+
+def config(**changes: object) -> fxprune.SearchConfig:
+    return fxprune.SearchConfig(**{"targets": ("macs=0.5",), "samples": 2, "rounds": 2, "round_to": 1, **changes})  # type: ignore[arg-type]
+
+
+def test_a_search_meets_its_target_and_its_policy_gives_the_same_units(model: nn.Module, tmp_path: Path) -> None:
+    found = fxprune.search(model, INPUTS, weight_left, config=config(tolerance=0.05), calibration=[(INPUTS, LABELS)])
+    record = fxprune.record(found.model)
+    assert abs(record.after.macs / record.before.macs - 0.5) <= 0.05 * 0.5 + 1e-9
+    assert found.evaluations >= 1 and found.history
+    found.policy.save(tmp_path / "policy.json")
+    for policy in (found.policy, tmp_path / "policy.json"):
+        again = fxprune.record(fxprune.compress(model, policy)).removed_units
+        assert {k: v.tolist() for k, v in again.items()} == {k: v.tolist() for k, v in record.removed_units.items()}
+
+
+def test_an_edited_policy_follows_its_sparsity_not_the_recorded_units(model: nn.Module) -> None:
+    found = fxprune.search(model, INPUTS, weight_left, config=config(importance="l2", tolerance=0.05))
+    name = next(n for n, p in found.policy.sparsity.items() if p > 0)
+    edited = fxprune.Policy({name: 0.25}, found.policy.inputs, found.policy.options)
+    group = fxprune.analyze(model, INPUTS).by_name[name]
+    assert len(fxprune.record(fxprune.compress(model, edited)).removed_units[name]) == group.size // 4
+
+
+def test_a_target_that_cannot_be_met_is_an_error_that_names_the_nearest(model: nn.Module) -> None:
+    with pytest.raises(TargetError):
+        fxprune.search(model, INPUTS, weight_left, config=config(targets=("macs=0.0001",)))
+
+
+def test_costs_are_those_of_the_slim_networks(model: nn.Module) -> None:
+    problem, candidates = make_problem(fxprune.analyze(model, INPUTS), weight_left, importance="l2")
+    removed = np.array([n // 3 for n in problem.units])
+    slim = candidates.slim(removed)
+    assert problem.cost(removed)["params"] == sum(p.numel() for p in slim.parameters()) / sum(p.numel() for p in model.parameters())
+    assert problem.cost(removed)["macs"] == pytest.approx(fxprune.profile(slim, INPUTS).macs / fxprune.profile(model, INPUTS).macs)
+    assert problem.cost(removed)["latency"] > 0
+
+
+def test_a_score_is_the_same_after_a_pickle(model: nn.Module) -> None:
+    graph = fxprune.analyze(model, INPUTS)
+    candidates = Candidates(graph, scores(graph, "l1"), 2)
+    score = Score(candidates, weight_left, [INPUTS], "bn")
+    removed = np.array([4] * len(candidates.names))
+    assert pickle.loads(pickle.dumps(score))(removed) == score(removed)
+
+
+def test_what_evaluate_returns_becomes_metrics() -> None:
+    assert metrics_of(0.5) == {"accuracy": 0.5}
+    assert metrics_of({"miou": 0.25}) == {"miou": 0.25, "accuracy": 0.25}
+    for wrong in ({}, None):
+        with pytest.raises(EvaluationError):
+            metrics_of(wrong)
+
+
+@pytest.mark.parametrize("suffix", [".html", ".svg", ".txt", ".dot", ".graphml"])
+def test_visualize_writes_the_format_of_the_suffix(model: nn.Module, tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"graph{suffix}"
+    assert fxprune.visualize(model, INPUTS, file=file) is None
+    assert "stem" in file.read_text(encoding="utf-8")
+
+
+def test_visualize_prints_every_group(model: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    graph = fxprune.analyze(model, INPUTS)
+    fxprune.visualize(graph)
+    printed = capsys.readouterr().out
+    assert all(group.name in printed for group in graph.groups)
+
+
+def test_visualize_refuses_a_suffix_it_does_not_know(model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(fxprune.FxPruneError, match="suffix"):
+        fxprune.visualize(model, INPUTS, file=tmp_path / "graph.xyz")
