@@ -214,7 +214,8 @@ def search_line(progress: SearchProgress) -> Text:
     best = "" if progress.best is None else f"  best {progress.best:.4f}"
     step = ""
     if progress.steps > 1:
-        step = f"  step {min(progress.step + 1, progress.steps)}/{progress.steps} ({100 * progress.share:.0f} % of the way)"
+        way = f" ({100 * progress.share:.0f} % of the way)" if progress.share < 0.995 else ""
+        step = f"  step {min(progress.step + 1, progress.steps)}/{progress.steps}{way}"
     left = "" if progress.left is None else f"  left {duration_text(progress.left)}"
     return _bar(progress.done).append(f"  {progress.evaluations} scored{step}  reward {progress.reward:.4f}{best}{left}")
 

@@ -62,12 +62,11 @@ def test_vgg19_has_nineteen_weighted_layers() -> None:
     assert not any(isinstance(m, nn.BatchNorm2d) for m in vgg19(batch_norm=False).modules())
 
 
-def test_digits_net_learns_the_digits_in_seconds() -> None:
+def test_digits_net_learns_the_digits_in_eight_epochs() -> None:
     data = load_data("digits")
     torch.manual_seed(0)
     model = digits_net()
-    history = train(model, data.batches("train", 64, training=True), config=TrainConfig(epochs=8, lr=0.1, device="cpu"))
-    assert sum(epoch["seconds"] for epoch in history) < 30
+    train(model, data.batches("train", 64, training=True), config=TrainConfig(epochs=8, lr=0.1, device="cpu"))
     assert evaluate_accuracy(model, data.batches("test")) >= 0.97
 
 
