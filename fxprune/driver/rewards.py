@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +57,8 @@ def make(config: SearchConfig) -> Reward:
 def imported(path: str, what: str) -> Any:
     """The object at ``package.module:name``. Raises ``SearchError`` saying which half was not found."""
     module, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:  # a console script's own folder stands there instead
+        sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), name)
     except ImportError as error:
