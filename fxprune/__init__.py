@@ -15,6 +15,7 @@ from fxprune.files import load, save
 from fxprune.passes.rules import register_op
 from fxprune.policies import Policy
 from fxprune.profiling import profile
+from fxprune.rebinding import rebind
 
 if TYPE_CHECKING:
     from fxprune.display import visualize
@@ -35,6 +36,7 @@ __all__ = [
     "distill",
     "load",
     "profile",
+    "rebind",
     "record",
     "register_op",
     "save",

@@ -23,6 +23,7 @@ from fxprune.passes.pipeline import Plan, Slim, analysed, traced_graph
 from fxprune.passes.slim import Slimmer
 from fxprune.passes.verify import verify as zeroing_oracle
 from fxprune.policies import Policy, checked_sparsity, units_removed
+from fxprune.rebinding import Sources
 from fxprune.records import PruningRecord
 from fxprune.scores import Importance, scores
 
@@ -103,7 +104,7 @@ def compress(
     }
     applied = {g.name: float(wanted) for g in graph.groups if g.prunable} if isinstance(wanted, (int, float)) else dict(wanted)
     made = made_record(graph, slimmer, keep, Policy(applied, graph.inputs, {**graph.options, **used}, chosen.meta))
-    slim.__dict__["_record"] = made
+    slim.__dict__["_record"], slim.__dict__["_sources"] = made, Sources(graph.model)
     if verify:
         given = example if _has_values(example) else forms.build(graph.inputs, device=device_of(graph.model))
         zeroing_oracle(graph, keep, slim, *forms.call_form(given))

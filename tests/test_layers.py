@@ -17,7 +17,7 @@ LAYERS = (
     ("policies", "inputs", "records", "encoding", "evaluation"),
     ("passes.rules",),
     ("passes",),
-    ("profiling", "costs", "scores", "rebuilding", "files"),
+    ("profiling", "costs", "scores", "rebuilding", "rebinding", "files"),
     ("api",),
     ("training", "distillation", "searching", "recovery"),
     ("results", "charts", "webpage", "report"),
