@@ -155,6 +155,7 @@ def analysed(model: nn.Module, example_inputs: Any, ignore: Iterable[Any], atten
     """Trace and couple; the steps every use of a model shares."""
     if attention not in ("auto", "heads", "head_dim"):
         raise InputError(f'attention is {attention!r}; it must be "auto", "heads" or "head_dim"')
+    rules.complete()
     has_rule = rules.registry.FUNCTIONS.__contains__
     try:
         traced = trace(model, example_inputs, rules.is_known, has_rule)

@@ -1,5 +1,10 @@
 """What each family of operations does to channels, one file per family; ``registry`` holds the tables."""
 
+from __future__ import annotations
+
+import importlib
+import sys
+
 from fxprune.passes.rules import (
     contract,
     conv,
@@ -20,6 +25,7 @@ from fxprune.passes.rules.registry import is_known, register_op
 
 __all__ = [
     "contract",
+    "complete",
     "conv",
     "factory",
     "fourier",
@@ -36,3 +42,9 @@ __all__ = [
     "registry",
     "sizes",
 ]
+
+
+def complete() -> None:
+    """Add the rules for torchvision where it has been imported: no model can use its operations before that."""
+    if "torchvision" in sys.modules:
+        importlib.import_module("fxprune.passes.rules.vision")

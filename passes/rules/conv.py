@@ -6,9 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
-import torchvision  # noqa: F401  (it registers its operators)
 from torch import fx, nn
 
 from fxprune.passes.rules.registry import functions, modules
@@ -68,7 +66,7 @@ def conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Value:
-    return convolve(walk, node, input, _kernel(walk, node, weight), bias, groups, False, walk.owner(node))
+    return convolve(walk, node, input, kernel(walk, node, weight), bias, groups, False, walk.owner(node))
 
 
 @functions(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, rewrite=_groups)
@@ -84,27 +82,10 @@ def conv_transpose(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Value:
-    return convolve(walk, node, input, _kernel(walk, node, weight), bias, groups, True, walk.owner(node))
+    return convolve(walk, node, input, kernel(walk, node, weight), bias, groups, True, walk.owner(node))
 
 
-def _deformable_groups(slim: Any, node: fx.Node) -> None:
-    x, weight = node.args[0], node.args[1]
-    groups = slim.size(x, 1) // slim.size(weight, 1)
-    node.args = (*node.args[:11], groups, *node.args[12:])
-
-
-@functions(torch.ops.torchvision.deform_conv2d, rewrite=_deformable_groups)
-def deformable(walk: Walk, node: fx.Node, input: Value, weight: Value, offset: Value, mask: Value, bias: Value, *sizes: Any) -> Value:
-    """A convolution that samples at ``offset`` (N, 2 * window * offset groups, *space); ``sizes`` end in groups, offset groups, a flag."""
-    groups, offset_groups, _ = (int(s) for s in sizes[-3:])
-    for positions in (offset, mask):
-        walk.pin_all(positions, "it is used as sampling positions")
-    if offset_groups > 1:
-        walk.pin(input.axes.get(1), "several runs of its channels are sampled at positions of their own")
-    return convolve(walk, node, input, _kernel(walk, node, weight), bias, groups, False, walk.owner(node))
-
-
-def _kernel(walk: Walk, node: fx.Node, weight: Value) -> Value:
+def kernel(walk: Walk, node: fx.Node, weight: Value) -> Value:
     """A computed weight may carry labels along its kernel's width and height: those stay."""
     walk.read_as_weight(node.args[1] if len(node.args) > 1 else node.kwargs["weight"], weight)
     for axis, vector in weight.axes.items():

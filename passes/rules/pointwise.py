@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import fx, nn
 
 from fxprune.passes.rules.registry import functions, modules, named
@@ -153,7 +152,6 @@ _NONE = (
 
 
 @named(*_KEEP_ZERO)
-@functions(torchvision.ops.stochastic_depth)
 def keep_zero(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
     if any(True for _ in values((args, kwargs))):
         return walk.make(node, input.axes, input.zero, input.why)  # type_as and to(other) read no values
@@ -254,7 +252,6 @@ KEEP_ZERO_MODULES = (
     nn.Dropout3d,
     nn.AlphaDropout,
     nn.FeatureAlphaDropout,
-    torchvision.ops.StochasticDepth,
 )
 MOVE_ZERO_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Threshold)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, fx, nn
 
 import fxprune
@@ -229,6 +231,14 @@ def test_a_wrong_rule_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     fxprune.compress(model, 0.5, inputs)
     with pytest.raises(VerificationError, match="backwards"):
         fxprune.compress(model, 0.5, inputs, verify=True)
+
+
+def test_a_rule_of_the_users_comes_before_one_for_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torchvision's rules are added when a model may need them, which can be after the user's."""
+    rule = registry.Rule(lambda walk, node, x, *_: walk.pointwise(node, x))
+    monkeypatch.setitem(registry.FUNCTIONS, torchvision.ops.stochastic_depth, rule)
+    importlib.reload(importlib.import_module("fxprune.passes.rules.vision"))
+    assert registry.FUNCTIONS[torchvision.ops.stochastic_depth] is rule
 
 
 # -- errors -------------------------------------------------------------------------------------------------------------------
