@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from fxprune import arguments, outputs, session
+from fxprune import arguments, figures, outputs, session
 from fxprune.arguments import Request
 from fxprune.driver import Progress as SearchProgress
 from fxprune.errors import FxPruneError
@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         request = arguments.read(given)
         if request.report is not None:
-            console.print(f"written: {outputs.report(request.report)}")
+            console.print(f"written: {outputs.report(request.report)}", markup=False, soft_wrap=True)
+            _say_without_figures(request.report, console)
             return DONE
         begun = _session(request, given)
         with Display(console) as display:
@@ -81,7 +82,14 @@ def _show(done: Finished, run: Session, console: Console) -> None:
     threads = ", one thread" if run.device.type == "cpu" else ""
     console.print(Text(f"accuracy on the test part; latency of a batch of {LATENCY_BATCH} on {run.device}{threads}", style="dim"))
     console.print(Text(f"in {run.options.out}: policy.json, slim.safetensors, history.jsonl, report.html"))
+    _say_without_figures(run.options.out, console)
     console.print(Text(f"the result, in Python:\n{done.load}"), soft_wrap=True)
+
+
+def _say_without_figures(out: str, console: Console) -> None:
+    if figures.missing():
+        again = f"then: fxprune-search --report {shlex.quote(out)}"
+        console.print(Text(f"report.html has tables only: {figures.missing()}, {again}"), soft_wrap=True)
 
 
 class Display:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from torch import nn
 from fxprune import report
 from fxprune.api import analyze
 from fxprune.errors import InputError
-from fxprune.passes.coupling import CouplingGraph
+from fxprune.lane_svg import coupling_svg
+from fxprune.lanes import coupling_data, folded, packed
+from fxprune.passes.coupling import CouplingGraph, Group
 from fxprune.records import PruningRecord
+from fxprune.webpage import coupling_page
 
 SUFFIXES = (".html", ".svg", ".txt", ".dot", ".graphml")
 
@@ -37,19 +41,50 @@ def visualize(model_or_graph: nn.Module | CouplingGraph, example_inputs: Any = N
     if path is not None and path.suffix in (".dot", ".graphml"):
         _write_graph(graph, path)
         return
+    if path is not None and path.suffix in (".html", ".svg"):
+        data, title = coupling_data(graph, removed), f"coupling graph of {type(graph.model).__name__}"
+        text = coupling_page(title, data) if path.suffix == ".html" else coupling_svg(packed(folded(data)), title)
+        path.write_text(text, encoding="utf-8")
+        return
     report.show(report.coupling_tree(graph, removed=removed), file=path)
 
 
 def _write_graph(graph: CouplingGraph, path: Path) -> None:
+    """Nodes are dimensions of parameters, as in ``CouplingGraph.graph``; each says which groups it is in, and whether they are prunable."""
+    groups: dict[tuple[str, int], list[Group]] = {}
+    for group in graph.groups:
+        for name, dim, _ in group.members:
+            groups.setdefault((name, dim), []).append(group)
     plain: nx.Graph[str] = nx.Graph()
     for (name, dim), data in graph.graph.nodes(data=True):
-        plain.add_node(f"{name}:{dim}", size=int(data["size"]))
+        inside = groups.get((name, dim), [])
+        facts = {"groups": ", ".join(group.name for group in inside), "prunable": any(group.prunable for group in inside)}
+        plain.add_node(f"{name}:{dim}", size=int(data["size"]), **facts)
     for (a, i), (b, j), data in graph.graph.edges(data=True):
         plain.add_edge(f"{a}:{i}", f"{b}:{j}", op=str(data["op"]))
     if path.suffix == ".graphml":
         nx.write_graphml(plain, path)
-        return
-    lines = ["graph coupling {", "  node [shape=box];"]
-    lines += [f'  "{n}" [label="{n}\\n{d["size"]}"];' for n, d in plain.nodes(data=True)]
-    lines += [f'  "{a}" -- "{b}" [label="{d["op"]}"];' for a, b, d in plain.edges(data=True)]
-    path.write_text("\n".join([*lines, "}"]) + "\n", encoding="utf-8")
+    else:
+        path.write_text(_dot(plain), encoding="utf-8")
+
+
+def _dot(plain: nx.Graph[str]) -> str:
+    """The graph in Graphviz's language, a box around the nodes that lie in one group only."""
+    quoted = json.dumps  # escapes what has to be, and Graphviz reads a line's end as JSON writes it
+    lines = [
+        "graph coupling {",
+        "  rankdir=LR;",
+        '  node [shape=box, style="rounded", fontname="sans-serif", fontsize=11];',
+        "  edge [fontsize=9];",
+    ]
+    boxes: dict[str, list[str]] = {}
+    for node, data in plain.nodes(data=True):
+        boxes.setdefault("" if ", " in data["groups"] else data["groups"], []).append(node)
+    for number, (group, nodes) in enumerate(boxes.items()):
+        labels = [f"{node}\n{plain.nodes[node]['size']}" for node in nodes]
+        inside = [f"    {quoted(node)} [label={quoted(label)}];" for node, label in zip(nodes, labels, strict=True)]
+        style = "rounded" if plain.nodes[nodes[0]]["prunable"] else "dashed"
+        head = [f"  subgraph cluster_{number} {{", f"    label={quoted(group)}; style={style};"]
+        lines += [*head, *inside, "  }"] if group else inside
+    lines += [f"  {quoted(a)} -- {quoted(b)} [label={quoted(data['op'])}];" for a, b, data in plain.edges(data=True)]
+    return "\n".join([*lines, "}"]) + "\n"

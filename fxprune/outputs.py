@@ -10,15 +10,18 @@ from typing import Any
 
 from torch import nn
 
+from fxprune.api import record as recorded
 from fxprune.driver import SearchOutcome
 from fxprune.driver.checkpoint import replace_text
 from fxprune.errors import SearchError
 from fxprune.files import save
+from fxprune.lanes import coupling_data
 from fxprune.options import Options
+from fxprune.records import PruningRecord
 from fxprune.recovery import write_weights
 from fxprune.results import Row
+from fxprune.search_page import search_page
 from fxprune.searching import Candidates, SearchResult
-from fxprune.webpage import page
 
 RESULT = "result.json"
 
@@ -59,6 +62,8 @@ def write(
     for stem, one in found.items():
         one.policy.save(out / f"{stem.replace('slim', 'policy', 1)}.json")
         save(one.model, out / f"{stem}.safetensors")
+    record = recorded(found["slim"].model)
+    coupling = coupling_data(candidates.graph, record.removed_units)
     result = {
         "model": options.model,
         "targets": list(options.search.described()["targets"]),
@@ -68,10 +73,12 @@ def write(
         "summary": _summary(rows, outcome, unmet),
         "rows": [asdict(row) for row in rows],
         "groups": _groups(found["slim"], candidates),
+        "coupling": coupling,
+        "layers": _layers(record, [one["name"] for one in coupling["layers"]]),
         "options": {**{name: value for name, value in options.state().items() if name != "search"}, **options.search.described()},
     }
     replace_text(out / "history.jsonl", "".join(json.dumps(record) + "\n" for record in outcome.history))
-    replace_text(out / "report.html", page(result, outcome.history))
+    replace_text(out / "report.html", search_page(result, outcome.history))
     replace_text(out / "checkpoint" / RESULT, json.dumps(result, indent=2) + "\n")
     return Finished.of(result)
 
@@ -81,7 +88,7 @@ def report(out: str) -> Path:
     folder, otherwise = Path(out), f"{out} holds no finished run"
     result = read_json(folder / "checkpoint" / RESULT, otherwise)
     history = [json.loads(line) for line in read_text(folder / "history.jsonl", otherwise).splitlines()]
-    replace_text(folder / "report.html", page(result, history))
+    replace_text(folder / "report.html", search_page(result, history))
     return folder / "report.html"
 
 
@@ -122,6 +129,14 @@ def _groups(found: SearchResult, candidates: Candidates) -> list[dict[str, Any]]
         {"name": group.name, "units": group.size, "removed": round(found.policy.sparsity[group.name] * group.size), "uniform": even}
         for group, even in zip(candidates.groups, uniform, strict=True)
     ]
+
+
+def _layers(record: PruningRecord, order: Sequence[str]) -> list[dict[str, Any]]:
+    """MACs and parameters of every layer, before and after; those of the coupling graph in its ``order``, then the others."""
+    before, after = record.before.per_layer, record.after.per_layer
+    names = [*(name for name in order if name in before), *(name for name in before if name not in set(order))]
+    nothing = {"macs": 0, "params": 0}
+    return [{"name": name, **{key: [before[name][key], after.get(name, nothing)[key]] for key in nothing}} for name in names]
 
 
 def _snippet(options: Options, classes: int) -> str:

@@ -20,7 +20,7 @@ LAYERS = (
     ("profiling", "costs", "scores", "rebuilding", "rebinding", "files"),
     ("api",),
     ("training", "distillation", "searching", "recovery"),
-    ("results", "charts", "webpage", "report"),
+    ("results", "colours", "members", "lanes", "lane_svg", "figures", "lane_figure", "webpage", "search_page", "report"),
     ("display", "options", "arguments", "outputs", "session", "cli", "__main__"),
 )
 # Beside the layers: what each of these may import, apart from itself.

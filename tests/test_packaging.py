@@ -68,7 +68,7 @@ def test_the_wheel_is_whole(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = [(ROOT / "fxprune", Path("fxprune")), (ROOT / "passes", Path("fxprune/passes"))]
     modules = {place / path.relative_to(top) for top, place in sources for path in top.rglob("*.py")}
-    assert {str(path) for path in modules} | {"fxprune/py.typed"} <= names
+    assert {str(path) for path in modules} | {"fxprune/py.typed", "fxprune/web/page.css", "fxprune/web/page.js"} <= names
     assert not any(name.startswith("passes/") for name in names)
     run("-m", "pip", "install", "--no-deps", "--no-index", "--target", str(tmp_path / "site"), str(wheel))
     dotted = sorted(".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in modules if path.name != "__main__.py")

@@ -1,10 +1,8 @@
-"""What people see: the coupling tree, the result table, the page."""
+"""What people see: the coupling tree, the result table."""
 
 from __future__ import annotations
 
 import io
-from html.parser import HTMLParser
-from typing import Any
 
 import pytest
 import torch
@@ -12,10 +10,9 @@ import torchvision
 from rich.console import Console, RenderableType
 
 import fxprune
-from fxprune.charts import Series, chart, ticks
-from fxprune.report import LAYERS_SHOWN, coupling_tree, ranges, result_table
+from fxprune.members import ranges
+from fxprune.report import LAYERS_SHOWN, coupling_tree, result_table
 from fxprune.results import Row, bytes_text, count_text, duration_text, latency_text
-from fxprune.webpage import page
 
 
 def printed(renderable: RenderableType, width: int = 100) -> list[str]:
@@ -91,92 +88,3 @@ def test_figures_as_text() -> None:
     assert [bytes_text(v) for v in (900, 2_500_000)] == ["0.9 kB", "2.50 MB"]
     assert [latency_text(v) for v in (5e-5, 0.0123, 2.0)] == ["50 µs", "12.30 ms", "2.00 s"]
     assert [duration_text(v) for v in (0.4, 59.0, 61.0, 3700.0)] == ["0 s", "59 s", "1 min 01 s", "1 h 01 min"]
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.731, 0.984), (3.0, 3.0), (0.0, 0.0), (-2.0, 150.0), (1e-6, 2e-6)])
-def test_ticks_span_their_range(low: float, high: float) -> None:
-    found = ticks(low, high)
-    assert found[0] <= low and high <= found[-1] + 1e-12
-    assert 2 <= len(found) <= 9
-    assert all(b > a for a, b in zip(found, found[1:], strict=False))
-
-
-def test_chart_places_points_inside() -> None:
-    svg = chart([Series("a", [0, 1, 2], [5, 9, 7])], x_label="x", y_label="y", title="A < B")
-    assert svg.count("<circle") == 3
-    assert 'aria-label="A &lt; B"' in svg
-    assert "Nothing was recorded" in chart([], x_label="x", y_label="y", title="none")
-
-
-class Outline(HTMLParser):
-    """Collects what matters of a page, and that every element that is opened is closed."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.stack: list[str] = []
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag != "meta":
-            self.stack.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.stack and self.stack.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def history() -> list[dict[str, Any]]:
-    candidates = [
-        {"reward": 0.7, "accuracy": 0.7, "macs": 0.75, "params": 0.8, "sparsity": 0.2, "on_target": False},
-        {"reward": 0.6, "accuracy": 0.6, "macs": 0.5, "params": 0.6, "sparsity": 0.3, "on_target": True},
-    ]
-    rounds = [{"reward": 0.7, "accuracy": 0.7, "evaluations": 5}, {"reward": 0.6, "accuracy": 0.6, "evaluations": 9}]
-    step = {"step": 1, "evaluations": 9, "reward": 0.6, "accuracy": 0.6, "macs": 0.5, "params": 0.6, "sparsity": 0.3}
-    return [{**step, "rounds": rounds, "candidates": candidates}]
-
-
-def result(targets: list[str]) -> dict[str, Any]:
-    return {
-        "model": "my.module:<net>",
-        "targets": targets,
-        "summary": "It went well.",
-        "command": "fxprune-search --model 'my.module:<net>'",
-        "load": "import fxprune",
-        "rows": [vars(row) for row in ROWS],
-        "groups": [{"name": "stem.0[0:8]", "units": 24, "removed": 6, "uniform": 7}],
-        "options": {"seed": 0, "reward": "accuracy"},
-    }
-
-
-@pytest.mark.parametrize("targets", [["macs=0.5"], ["sparsity=0.3"], ["macs=0.7,0.5", "params=0.6"]])
-def test_page_is_whole_self_contained_and_escaped(targets: list[str]) -> None:
-    html = page(result(targets), history())
-    outline = Outline(html)
-    assert not outline.stack
-    assert not outline.links
-    assert "http" not in html
-    assert outline.tags.count("svg") == 2
-    assert "<net>" not in html
-    for expected in ("my.module:<net>", "98.61 %", "stem.0[0:8]", "6 of 24", "It went well.", "fxprune-search --model", "reward"):
-        assert expected in outline.text
-    assert "prefers-color-scheme:dark" in html
-
-
-def test_page_of_several_steps_draws_them() -> None:
-    several = [*history(), {**history()[0], "step": 2}]
-    assert Outline(page(result(["macs=0.5"]), several)).tags.count("svg") == 3
-
-
-def test_page_without_any_round() -> None:
-    empty = [{**history()[0], "rounds": [], "candidates": []}]
-    assert "Nothing was recorded" in page(result(["macs=0.5"]), empty)

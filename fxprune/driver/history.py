@@ -13,8 +13,8 @@ class History:
     """Collects rounds into the record of the step that they belong to.
 
     A record holds "targets", "strategy", "step"; "accuracy", "reward", the costs and "removed" of the architecture that the step ends on
-    (of its best candidate, where the strategy stands on none); "evaluations" and "seconds" since the start; "rounds", each with its best
-    "reward" and "accuracy"; and "candidates", each with its "reward", "accuracy", remaining shares and whether it is on target.
+    (of its best candidate, where the strategy stands on none); "evaluations" and "seconds" since the start; "rounds", each with the figures
+    of its best candidate; and "candidates", each with its "reward", "accuracy", remaining shares and whether it is on target.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class History:
     def add_round(self, outcomes: Sequence[Outcome], budget: Budget, evaluations: int) -> Outcome:
         """Enter the outcomes of one round; returns the best of them."""
         best = max(outcomes, key=lambda outcome: outcome.reward)
-        self.rounds.append({"reward": best.reward, "accuracy": best.accuracy, "evaluations": evaluations})
+        self.rounds.append({**best.metrics, "reward": best.reward, "accuracy": best.accuracy, "evaluations": evaluations})
         for outcome in outcomes:
             on_target = budget.met(outcome.removed)
             self.candidates.append({"reward": outcome.reward, **outcome.metrics, "on_target": on_target})
