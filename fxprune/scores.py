@@ -17,6 +17,7 @@ from torch import nn
 
 from fxprune.errors import EvaluationError, InputError, PolicyError
 from fxprune.passes.coupling import CouplingGraph, Group
+from fxprune.passes.rules.values import Vector
 
 Scores = Mapping[str, npt.NDArray[np.float64]]
 Importance = str | Callable[[Group, nn.Module], Any]
@@ -71,45 +72,73 @@ def _by_group(graph: CouplingGraph, unit_scores: npt.NDArray[np.float64]) -> Sco
 
 def _sums(graph: CouplingGraph, tensors: Mapping[str, Any], term: Callable[[torch.Tensor, Any], torch.Tensor]) -> npt.NDArray[np.float64]:
     """``term`` of every weight, added up over the units each dimension of the weight belongs to. Shape (units,)."""
-    total = np.zeros(int(graph.starts[-1]))
-    terms: dict[str, torch.Tensor] = {}
+    found: list[tuple[Vector, torch.Tensor]] = []
     with torch.no_grad():
-        for (name, dim), units in graph.unit_of.items():
-            if name not in tensors:
-                continue
-            if name not in terms:
-                given = tensors[name]
-                weight, gradient = given if isinstance(given, tuple) else (given, None)
-                terms[name] = term(weight.detach().float(), gradient)
-                terms[name] = _per_channel(terms[name])
-            found = terms[name]
-            rest = [d for d in range(found.ndim) if d != dim]
-            per_index = found.sum(rest) if rest else found
-            total += np.bincount(units, weights=per_index.double().cpu().numpy(), minlength=len(total))
-    return total
+        for name, given in tensors.items():
+            weight, gradient = given if isinstance(given, tuple) else (given, None)
+            wanted = _scored_dimensions(graph, name, weight.ndim)
+            if wanted:
+                sums = _sums_along(term(weight.detach().float(), gradient), wanted)
+                found.extend((units, sums[dim]) for dim, units in wanted.items())
+    return _added_up(graph, found)
 
 
 def _squares(graph: CouplingGraph, weights: Mapping[str, torch.Tensor]) -> npt.NDArray[np.float64]:
-    """Sum of squared weights per unit, by norms along one dimension: they read each weight and write nothing of its size."""
-    total = np.zeros(int(graph.starts[-1]))
+    """Sum of squared weights per unit; each weight is read once, for both of its channel dimensions."""
+    found: list[tuple[Vector, torch.Tensor]] = []
     with torch.no_grad():
-        for (name, dim), units in graph.unit_of.items():
-            weight = weights.get(name)
-            if weight is None or not graph.prunable_unit[units].any():
-                continue
-            matrix = weight.detach().float().movedim(dim, 0).flatten(1) if dim > 1 else weight.detach().float()
-            if dim != 1:
-                found = torch.linalg.vector_norm(matrix.flatten(1), dim=1).square() if matrix.ndim > 1 else matrix.square()
-            else:
-                found = torch.linalg.vector_norm(matrix, dim=0).square()
-                found = found.flatten(1).sum(1) if found.ndim > 1 else found
-            total += np.bincount(units, weights=found.double().cpu().numpy(), minlength=len(total))
-    return total
+        for name, weight in weights.items():
+            wanted = _scored_dimensions(graph, name, weight.ndim)
+            if wanted:
+                sums = _squares_along(weight.detach().float(), wanted)
+                found.extend((units, sums[dim]) for dim, units in wanted.items())
+    return _added_up(graph, found)
 
 
-def _per_channel(term: torch.Tensor) -> torch.Tensor:
-    """Kernels summed away once, so that the sums over either channel dimension read a matrix."""
-    return term.flatten(2).sum(2) if term.ndim > 2 else term
+def _scored_dimensions(graph: CouplingGraph, name: str, ndim: int) -> dict[int, Vector]:
+    """The units along each dimension of a parameter that has any to choose from."""
+    units = {d: graph.unit_of[name, d] for d in range(ndim) if (name, d) in graph.unit_of}
+    return {d: u for d, u in units.items() if graph.prunable_unit[u].any()}
+
+
+def _added_up(graph: CouplingGraph, found: list[tuple[Vector, torch.Tensor]]) -> npt.NDArray[np.float64]:
+    count = int(graph.starts[-1])
+    if not found:
+        return np.zeros(count)
+    weights = torch.cat([sums.double().cpu() for _, sums in found]).numpy()
+    return np.bincount(np.concatenate([units for units, _ in found]), weights=weights, minlength=count)
+
+
+# As many numbers as stay in a core's cache between squaring and summing them.
+_BLOCK = 1 << 17
+
+
+def _squares_along(weight: torch.Tensor, dims: Iterable[int]) -> dict[int, torch.Tensor]:
+    """Sum of squares at every index of each of ``dims``: {dim: (size of dim,)}."""
+    if weight.ndim == 1:
+        return {0: weight.square()}
+    found = {d: weight.movedim(d, 0).flatten(1).square().sum(1) for d in dims if d > 1}
+    matrix = weight.flatten(1)
+    rows = max(_BLOCK // max(matrix.shape[1], 1), 1)
+    if 1 not in dims:
+        return {**found, 0: torch.linalg.vector_norm(matrix, dim=1).square()} if 0 in dims else found
+    columns, sums = torch.zeros(matrix.shape[1], device=weight.device), []
+    for block in matrix.split(rows):
+        squares = block.square()
+        columns += squares.sum(0)
+        sums.append(squares.sum(1))
+    return {**found, 0: torch.cat(sums), 1: columns.view(weight.shape[1], -1).sum(1)}
+
+
+def _sums_along(term: torch.Tensor, dims: Iterable[int]) -> dict[int, torch.Tensor]:
+    """Sum at every index of each of ``dims``; kernels are summed away once, so that the sums over either channel dimension read a matrix."""
+    per_channel = term.flatten(2).sum(2) if term.ndim > 2 else term
+    return {d: _sum_but(per_channel if d < 2 else term, d) for d in dims}
+
+
+def _sum_but(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    rest = [d for d in range(tensor.ndim) if d != dim]
+    return tensor.sum(rest) if rest else tensor
 
 
 def gradients(model: nn.Module, calibration: Iterable[Any]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -23,6 +23,9 @@ def execute(node: fx.Node, args: Any, kwargs: Any, skeleton: Skeleton) -> Any:
         module = skeleton.module(target)
         found = None if kwargs else shapes.quick(module, args)
         return module.forward(*args, **kwargs) if found is None else found
+    quick = shapes.quick_function(target, args, kwargs)
+    if quick is not None:
+        return quick
     if "device" in kwargs and kwargs["device"] is not None:
         kwargs = {**kwargs, "device": "meta"}
     if node.op == "call_method":

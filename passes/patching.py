@@ -35,7 +35,8 @@ def patched(tracer: ShapeTracer) -> Iterator[None]:
         return record
 
     def isinstance_(obj: Any, cls: Any) -> bool:
-        if type(obj) in (ShapeProxy, ShapeAttribute) and not _isinstance(obj, cls):
+        kind = type(obj)
+        if (kind is ShapeProxy or kind is ShapeAttribute) and not _isinstance(obj, cls):
             return _isinstance(obj.value, cls)
         return _isinstance(obj, cls)
 

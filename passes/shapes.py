@@ -1,16 +1,22 @@
-"""Result shapes of common modules by arithmetic: a kernel on the meta device costs a hundred times as much."""
+"""Result shapes of common modules and functions by arithmetic: many of torch's own shape functions are Python and cost a hundred times as much."""
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fxprune.passes.rules import pointwise
 
 _SAME = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []))
 _SAME_EXACT = frozenset(pointwise.KEEP_ZERO_MODULES) | frozenset(pointwise.MOVE_ZERO_MODULES)
+_SAME_FUNCTIONS = frozenset({F.relu, F.relu6, F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.dropout, F.leaky_relu, torch.relu, torch.sigmoid, torch.tanh})
+_SAME_METHODS = frozenset({"relu", "sigmoid", "tanh", "contiguous"})
+_BINARY = frozenset({operator.add, operator.mul, operator.sub, operator.truediv, torch.add, torch.mul, torch.sub, torch.div})
+_FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 
 
 def quick(module: Any, args: tuple[Any, ...]) -> torch.Tensor | None:
@@ -23,9 +29,9 @@ def quick(module: Any, args: tuple[Any, ...]) -> torch.Tensor | None:
     x = args[0]
     kind = type(module)
     if isinstance(module, _SAME):
-        return torch.empty_like(x)
+        return _like(x)
     if kind in _SAME_EXACT:
-        return x if getattr(module, "inplace", False) else torch.empty_like(x)
+        return x if getattr(module, "inplace", False) else _like(x)
     if kind is nn.Linear and x.ndim > 1:
         return torch.empty((*x.shape[:-1], module.out_features), dtype=module.weight.dtype, device="meta")
     if kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
@@ -44,3 +50,53 @@ def _convolved(module: Any, x: torch.Tensor) -> torch.Tensor | None:
     if min(space) < 1:
         return None
     return torch.empty((x.shape[0], module.out_channels, *space), dtype=module.weight.dtype, device="meta")
+
+
+def quick_function(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """What a function or a method (by name) would give, as a meta tensor; None where it has to be run to be known."""
+    if target is torch.cat:
+        return _joined(args, kwargs)
+    if not args or not isinstance(args[0], torch.Tensor) or args[0].dtype not in _FLOATS:
+        return None
+    x = args[0]
+    if target in _SAME_FUNCTIONS or target in _SAME_METHODS:
+        unchanged = len(args) == 1 and not (kwargs.keys() - {"inplace", "p", "training"})
+        if not unchanged or target == "contiguous":
+            return x if unchanged and x.is_contiguous() else None
+        return x if kwargs.get("inplace") is True else _like(x)
+    if target in _BINARY and len(args) == 2 and not kwargs:
+        other = args[1]
+        if isinstance(other, (int, float)):
+            return _like(x)
+        if isinstance(other, torch.Tensor) and other.dtype == x.dtype and x.ndim == other.ndim:
+            return _broadcast(x, other)
+    return None
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device="meta") if x.is_contiguous() else torch.empty_like(x)
+
+
+def _broadcast(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor | None:
+    """The result of two contiguous tensors of equally many dimensions; layouts that mix are left to torch."""
+    if not (x.is_contiguous() and other.is_contiguous()):
+        return None
+    pairs = list(zip(x.shape, other.shape, strict=True))
+    if any(a != b and 1 not in (a, b) for a, b in pairs):
+        return None
+    return torch.empty([b if a == 1 else a for a, b in pairs], dtype=x.dtype, device="meta")
+
+
+def _joined(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    if len(args) not in (1, 2) or kwargs.keys() - {"dim"} or not isinstance(args[0], (list, tuple)) or not args[0]:
+        return None
+    parts, dim = args[0], args[1] if len(args) == 2 else kwargs.get("dim", 0)
+    first = parts[0]
+    if not isinstance(dim, int) or not all(isinstance(p, torch.Tensor) for p in parts) or not -first.ndim <= dim < first.ndim:
+        return None
+    dim %= first.ndim
+    rest = [*first.shape[:dim], *first.shape[dim + 1 :]]
+    for part in parts:
+        if part.dtype != first.dtype or part.ndim != first.ndim or not part.is_contiguous() or [*part.shape[:dim], *part.shape[dim + 1 :]] != rest:
+            return None
+    return torch.empty([*first.shape[:dim], sum(p.shape[dim] for p in parts), *first.shape[dim + 1 :]], dtype=first.dtype, device="meta")

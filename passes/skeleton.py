@@ -62,8 +62,9 @@ class Skeleton:
         self.aliases: dict[str, list[str]] = {}
         self.parameter_names: set[str] = set()
         canonical: dict[int, str] = {}
+        self._original_modules = dict(model.named_modules(remove_duplicate=False))
         for kind in ("_parameters", "_buffers"):
-            for prefix, module in model.named_modules(remove_duplicate=False):
+            for prefix, module in self._original_modules.items():
                 for key, tensor in getattr(module, kind).items():
                     if tensor is None:
                         continue
@@ -79,7 +80,7 @@ class Skeleton:
                     memo[id(tensor)] = meta
                     self._real[name], self._meta[name] = tensor, meta
                     self.tensor_names[id(meta)] = name
-        originals = list(dict.fromkeys(m for _, m in model.named_modules()))
+        originals = list(dict.fromkeys(self._original_modules.values()))
         for module in originals:
             twin: nn.Module = object.__new__(type(module) if is_known(module) else self._watch(type(module)))
             memo[id(module)] = twin
@@ -88,11 +89,10 @@ class Skeleton:
             memo[id(module)].__dict__["_fxprune_skeleton"] = self
         self.keep_alive.append(memo)
         self.root: nn.Module = memo[id(model)]
-        self._modules: dict[str, nn.Module] = dict(self.root.named_modules(remove_duplicate=False))
+        self._modules: dict[str, nn.Module] = {path: memo[id(m)] for path, m in self._original_modules.items()}
         self.module_names: dict[nn.Module, str] = {}
         for name, module in self._modules.items():
             self.module_names.setdefault(module, name)
-        self._original_modules = dict(model.named_modules(remove_duplicate=False))
         # Tensors held as plain attributes keep the path they have; others get a name when the tracer meets them.
         self.attribute_names: dict[int, str] = {}
         for name, module in self._modules.items():
@@ -168,8 +168,12 @@ class Skeleton:
 
 
 def _meta_twin(tensor: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        twin = torch.empty_like(tensor, device="meta")
+    # The short form for plain layouts: empty_like asks about memory formats in Python.
+    twin = (
+        torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        if tensor.is_contiguous()
+        else torch.empty_like(tensor.detach(), device="meta")
+    )
     return nn.Parameter(twin, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
 
 

@@ -1,0 +1,27 @@
+"""Criteria on parameters whose channels lie on a third dimension, as a transformer's positional embedding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchvision.models import VisionTransformer
+
+import fxprune
+from fxprune.scores import scores
+
+
+@pytest.mark.parametrize("importance", ["taylor", "l1", "l2", "variance"])
+def test_third_dimension_is_scored(importance: str) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(image_size=16, patch_size=8, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=12, num_classes=3).eval()
+    images = torch.randn(4, 3, 16, 16)
+    graph = fxprune.analyze(model, images)
+    batches = [(images, torch.tensor([0, 1, 2, 0]))]
+    (stream,) = (g for g in graph.groups if any(n == "encoder.pos_embedding" and d == 2 for n, d, _ in g.members))
+    before = scores(graph, importance, batches)[stream.name]
+    with torch.no_grad():
+        model.encoder.pos_embedding[..., 3] += 5.0
+    after = scores(graph, importance, batches)[stream.name]
+    if importance != "taylor":  # moving the embedding moves the gradients of everything
+        assert (after != before).nonzero()[0].tolist() == [3]
+    assert after.shape == (8,)
