@@ -106,7 +106,8 @@ def _added_up(graph: CouplingGraph, found: list[tuple[Vector, torch.Tensor]]) ->
     if not found:
         return np.zeros(count)
     weights = torch.cat([sums.double().cpu() for _, sums in found]).numpy()
-    return np.bincount(np.concatenate([units for units, _ in found]), weights=weights, minlength=count)
+    total = np.bincount(np.concatenate([units for units, _ in found]), weights=weights, minlength=count)
+    return total.astype(np.float64, copy=False)
 
 
 # As many numbers as stay in a core's cache between squaring and summing them.
@@ -131,7 +132,7 @@ def _squares_along(weight: torch.Tensor, dims: Iterable[int]) -> dict[int, torch
 
 
 def _sums_along(term: torch.Tensor, dims: Iterable[int]) -> dict[int, torch.Tensor]:
-    """Sum at every index of each of ``dims``; kernels are summed away once, so that the sums over either channel dimension read a matrix."""
+    """Sum at every index of each of ``dims``; kernels are summed away once, so that both channel dimensions read a matrix."""
     per_channel = term.flatten(2).sum(2) if term.ndim > 2 else term
     return {d: _sum_but(per_channel if d < 2 else term, d) for d in dims}
 

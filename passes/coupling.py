@@ -72,6 +72,7 @@ class CouplingGraph:
         self.walk, self.inputs, self.options = walk, inputs, dict(options)
         self.model = walk.traced.skeleton.original
         self.notes = walk.traced.notes
+        self.template: Any = None  # what the rewrites of this graph share (passes.slim), made by the first
         self._cover_layers()
         self._build()
 
@@ -297,6 +298,11 @@ class CouplingGraph:
     def units_of_labels(self, vector: Vector) -> Vector:
         found: Vector = self._unit_of_label[vector]
         return found
+
+    def may_lose(self, vector: Vector) -> bool:
+        """Whether any label of a vector belongs to a unit that a policy may remove."""
+        units = self._unit_of_label[vector]
+        return bool(self.prunable_unit[units[units >= 0]].any())
 
     def is_output(self, key: tuple[str, int]) -> bool:
         """Whether a parameter's dimension is the output channels of a convolution, linear, embedding or recurrent layer."""

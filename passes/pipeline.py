@@ -148,7 +148,8 @@ class Slim(GraphPass):
         slimmer = Slimmer(graph, keep)
         slim = slimmer.run()
         module.meta.update(slimmer=slimmer, slim=slim)
-        return slim if isinstance(slim, SlimModule) else module
+        # Shared graphs are looked at once, not for each candidate of a search.
+        return slim if isinstance(slim, SlimModule) and not slim.borrowed else module
 
 
 def analysed(model: nn.Module, example_inputs: Any, ignore: Iterable[Any], attention: str) -> TracedGraph:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,24 @@ from fxprune.passes.assemble import assemble, cut, replace_module
 from fxprune.passes.coupling import CouplingGraph
 from fxprune.passes.eliminate import impure
 from fxprune.passes.plan import Keep
-from fxprune.passes.rules import conv, norm, recurrent, registry
+from fxprune.passes.resize import resize
+from fxprune.passes.rules import registry
 from fxprune.passes.rules.values import Value, Vector, values
 from fxprune.passes.slim_module import SlimModule
 
 _ARITHMETIC = {
     getattr(operator, n) for n in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "eq", "ne", "lt", "le", "gt", "ge")
 }
+
+
+@dataclass
+class Template:
+    """What every rewrite of one analysed model shares. ``module``: holds the graphs where no policy changes them, else None."""
+
+    called: frozenset[str]
+    resized: tuple[tuple[str, list[Value], list[Value]], ...]
+    constant: bool
+    module: SlimModule | None = None
 
 
 class Slimmer:
@@ -144,10 +156,16 @@ class Slimmer:
     @torch.no_grad()
     def run(self) -> Any:
         """The slim network: a ``SlimModule``, or where only parts could be traced a copy of the user's module with slim parts in it."""
-        graphs = {mode: self.copy(mode, graph) for mode, graph in self.walk.traced.graphs.items()}
-        parts = self.walk.traced.parts
-        tree = self._tree()
-        self._resize(tree)
+        template, parts = self.graph.template, self.walk.traced.parts
+        if template is None:
+            template = self.graph.template = self._template()
+        elif template.constant and template.module is None and not parts:
+            template.module = SlimModule(nn.Module(), self._graphs())
+        graphs = self._graphs() if template.module is None else {}  # before the tree: index buffers are renumbered on the way
+        tree = self._tree(template)
+        self._resize(tree, template)
+        if template.module is not None:
+            return template.module.sibling(tree)
         if not parts:
             return SlimModule(tree, graphs)
         for path in parts:
@@ -158,6 +176,33 @@ class Slimmer:
                         node.target = str(node.target).removeprefix(f"{path}.")
             replace_module(tree, tree.get_submodule(path), SlimModule(tree.get_submodule(path), own))
         return tree
+
+    def _graphs(self) -> dict[str, fx.Graph]:
+        return {mode: self.copy(mode, graph) for mode, graph in self.walk.traced.graphs.items()}
+
+    def _template(self) -> Template:
+        calls: dict[str, tuple[str, list[Value], list[Value]]] = {}
+        for mode, graph in self.walk.traced.graphs.items():
+            for old in graph.nodes:
+                name = str(old.target)
+                if old.op == "call_module" and name not in calls:
+                    inputs = values(map_arg(old.args, self.walk.env[mode].get))
+                    calls[name] = (name, inputs, values(self.walk.env[mode][old]))
+        resized = tuple(call for name, call in calls.items() if name not in self.walk.traced.opaque)
+        return Template(frozenset(calls), resized, self._constant())
+
+    def _constant(self) -> bool:
+        """Whether the graphs come out the same for every policy: no literal and no read of a size meets channels that may go."""
+        return not any(self._may_change(old, self.walk.env[mode]) for mode, graph in self.walk.traced.graphs.items() for old in graph.nodes)
+
+    def _may_change(self, old: fx.Node, found: Mapping[fx.Node, Any]) -> bool:
+        if self._asserts_channels(old, found):
+            return True
+        reads = old.op == "call_method" and old.target == "size"
+        if not reads and self._rewrite_of(old) is None:
+            return False
+        met = values((found.get(old), map_arg((old.args, old.kwargs), found.get)))
+        return any(self.graph.may_lose(v) for value in met for v in value.axes.values())
 
     def copy(self, mode: str, graph: fx.Graph) -> fx.Graph:
         self.new = fx.Graph()
@@ -266,12 +311,11 @@ class Slimmer:
         source = self.skeleton.real(name) if constant is None else constant
         return cut(source, self.renumber.get(name), self.kept_dims(name))
 
-    def _tree(self) -> nn.Module:
+    def _tree(self, template: Template) -> nn.Module:
         original = self.skeleton.original
         memo: dict[int, Any] = {}
         for name in self.skeleton.names:
             memo[id(self.skeleton.real(name))] = self.sliced(name)
-        called = {str(n.target) for g in self.walk.traced.graphs.values() for n in g.nodes if n.op == "call_module"}
         opaque = self.walk.traced.opaque
         parts = self.walk.traced.parts
 
@@ -280,50 +324,15 @@ class Slimmer:
             outside = bool(parts) and not any(path == p or path.startswith(f"{p}.") for p in parts)
             return outside or any(path == o or path.startswith(f"{o}.") for o in opaque)
 
-        return assemble(original, memo, lambda path: path in called, whole, self._constants())
+        return assemble(original, memo, template.called.__contains__, whole, self._constants())
 
     def _constants(self) -> dict[str, torch.Tensor]:
         return {**{name: self.sliced(name) for name in self.walk.traced.constants}, **self.constants}
 
-    def _resize(self, tree: nn.Module) -> None:
-        done: set[str] = set()
-        for mode, graph in self.walk.traced.graphs.items():
-            for old in graph.nodes:
-                if old.op != "call_module" or old.target in done or old.target in self.walk.traced.opaque:
-                    continue
-                done.add(str(old.target))
-                inputs = values(map_arg(old.args, self.walk.env[mode].get))
-                outputs = values(self.walk.env[mode][old])
-                if self.touched(inputs) or self.touched(outputs):
-                    self._attributes(tree.get_submodule(str(old.target)), inputs, outputs)
-
-    def _attributes(self, module: Any, inputs: list[Value], outputs: list[Value]) -> None:
-        x, y = inputs[0], outputs[0]
-        if isinstance(module, nn.modules.conv._ConvNd):
-            channel = x.ndim - module.weight.ndim + 1
-            conv.resize(module, self.count(x, channel), self.count(y, channel))
-        elif isinstance(module, nn.Linear):
-            module.out_features, module.in_features = module.weight.shape
-        elif isinstance(module, nn.Bilinear):
-            module.out_features, module.in1_features, module.in2_features = module.weight.shape
-        elif isinstance(module, nn.modules.batchnorm._NormBase):
-            axis = x.ndim - norm._spatial(module) - 1 if isinstance(module, nn.modules.instancenorm._InstanceNorm) else 1
-            module.num_features = self.count(x, axis)
-        elif isinstance(module, nn.GroupNorm):
-            module.num_groups = norm.groups_left(self, x, module.num_groups)
-            module.num_channels = self.count(x, 1)
-        elif hasattr(module, "normalized_shape"):
-            first = x.ndim - len(module.normalized_shape)
-            module.normalized_shape = tuple(self.count(x, a) for a in range(first, x.ndim))
-        elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            module.embedding_dim = module.weight.shape[1]
-        elif isinstance(module, nn.RNNBase):
-            recurrent.resize(module)
-        elif isinstance(module, nn.PReLU):
-            module.num_parameters = module.weight.shape[0]
-        elif isinstance(module, nn.Unflatten):
-            axis = module.dim % x.ndim
-            module.unflattened_size = tuple(self.count(y, axis + i) if s != -1 else -1 for i, s in enumerate(module.unflattened_size))
+    def _resize(self, tree: nn.Module, template: Template) -> None:
+        for name, inputs, outputs in template.resized:
+            if self.touched(inputs) or self.touched(outputs):
+                resize(self, tree.get_submodule(name), inputs[0], outputs[0])
 
 
 def _pure(node: fx.Node) -> bool:

@@ -26,6 +26,7 @@ _FX = frozenset(
         "_deepcopy_hooks",
         "graphs",
         "_compiled",
+        "_borrowed",
     }
 )
 
@@ -38,22 +39,63 @@ class SlimModule(fx.GraphModule):
     rather than trace again, which would lose what plain proxies cannot follow.
     """
 
-    graphs: dict[str, fx.Graph]
-
     def __init__(self, tree: nn.Module, graphs: dict[str, fx.Graph]) -> None:
         super().__init__(nn.Module(), fx.Graph())
-        self._adopt(dict(tree.__dict__), graphs)
+        self.__dict__.update(tree.__dict__)
+        self._adopt(graphs)
 
-    def _adopt(self, state: dict[str, Any], graphs: dict[str, fx.Graph]) -> None:
-        self.__dict__.update(state)
+    def _adopt(self, graphs: dict[str, fx.Graph]) -> None:
         self.__dict__["graphs"] = graphs
         self.graph = graphs["eval"]
         for graph in graphs.values():
             graph.owning_module = self
 
+    def sibling(self, tree: nn.Module) -> SlimModule:
+        """A module with other tensors and the same graphs: these and their code are shared until somebody asks for ``graph``."""
+        twin: SlimModule = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.__dict__.update(tree.__dict__)
+        twin.__dict__["_borrowed"] = True
+        return twin
+
+    @property
+    def borrowed(self) -> bool:
+        """Whether the graphs are still shared with siblings."""
+        return "_borrowed" in self.__dict__
+
+    def _own(self) -> None:
+        """Copies of shared graphs, and a class of its own for the code, which fx keeps on the class: they may now be edited."""
+        if self.borrowed:
+            del self.__dict__["_borrowed"]
+            self.__class__ = type("GraphModuleImpl", (SlimModule,), {})
+            self._adopt({m: _thaw(_freeze(g)) for m, g in self.__dict__["graphs"].items()})
+
+    @property
+    def graphs(self) -> dict[str, fx.Graph]:
+        self._own()
+        found: dict[str, fx.Graph] = self.__dict__["graphs"]
+        return found
+
+    @property
+    def graph(self) -> fx.Graph:
+        self._own()
+        return self._graph
+
+    @graph.setter
+    def graph(self, graph: fx.Graph) -> None:
+        self._own()
+        if "graphs" in self.__dict__:
+            self.__dict__["graphs"]["eval"] = graph
+        set_graph: Any = fx.GraphModule.graph.fset  # type: ignore[attr-defined]
+        set_graph(self, graph)
+
     def recompile(self) -> Any:
-        graphs = self.__dict__.get("graphs", {})
-        state = [(n, n.target, n.args, n.kwargs) for g in (graphs or {"eval": self._graph}).values() for n in g.nodes]
+        if self.borrowed:
+            return None
+        graphs = self.__dict__.get("graphs")
+        if graphs is None:  # fx's own constructor, before there is anything to compile
+            return None
+        state = [(n, n.target, n.args, n.kwargs) for g in graphs.values() for n in g.nodes]
         known = self.__dict__.get("_compiled")
         # A PassManager recompiles after every pass; the arguments of an unchanged node are the same objects.
         if (
@@ -82,16 +124,19 @@ class SlimModule(fx.GraphModule):
         return {k: v for k, v in self.__dict__.items() if k not in _FX}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlimModule:
-        twin = SlimModule(nn.Module(), {m: _thaw(_freeze(g)) for m, g in self.graphs.items()})
+        twin = SlimModule(nn.Module(), {m: _thaw(g) for m, g in self._frozen().items()})
         memo[id(self)] = twin
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self._state().items()})
         return twin
 
     def __copy__(self) -> SlimModule:
-        return _restore(self._state(), {m: _freeze(g) for m, g in self.graphs.items()})
+        return _restore(self._state(), self._frozen())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self._state(), {m: _freeze(g) for m, g in self.graphs.items()})
+        return _restore, (self._state(), self._frozen())
+
+    def _frozen(self) -> dict[str, Frozen]:
+        return {m: _freeze(g) for m, g in self.__dict__["graphs"].items()}
 
 
 class _Ref:

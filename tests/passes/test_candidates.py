@@ -1,0 +1,66 @@
+"""Slim modules of one analysed model share graphs and code until somebody asks for the graph."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import torch
+from torch import nn
+from torchvision.models import convnext_tiny, resnet18
+
+import fxprune
+from fxprune.models import digits_net
+
+
+def _graph(model: nn.Module, size: int) -> tuple[fxprune.CouplingGraph, torch.Tensor]:
+    x = torch.randn(2, 1 if isinstance(model, type(digits_net())) else 3, size, size)
+    return fxprune.analyze(model, x), x
+
+
+def test_candidates_equal_compress_from_scratch() -> None:
+    torch.manual_seed(0)
+    model = resnet18(num_classes=5).eval()
+    graph, x = _graph(model, 32)
+    for sparsity in (0.5, 0.25, 0.75, 0.0):
+        candidate = fxprune.compress(graph, sparsity)
+        alone = fxprune.compress(model, sparsity, x)
+        assert torch.equal(candidate(x), alone(x))
+        assert candidate.state_dict().keys() == alone.state_dict().keys()
+        assert candidate.graph.python_code("self").src == alone.graph.python_code("self").src
+
+
+def test_an_edited_graph_is_the_candidates_own() -> None:
+    torch.manual_seed(0)
+    graph, x = _graph(digits_net().eval(), 8)
+    fxprune.compress(graph, 0.5)
+    first, second = fxprune.compress(graph, 0.5), fxprune.compress(graph, 0.5)
+    before = second(x)
+    output = next(n for n in first.graph.nodes if n.op == "output")
+    with first.graph.inserting_before(output):
+        output.args = (first.graph.call_function(torch.neg, (output.args[0],)),)
+    first.recompile()
+    assert torch.equal(first(x), -before)
+    assert torch.equal(second(x), before)
+    assert torch.equal(fxprune.compress(graph, 0.5)(x), before)
+    assert all(n.graph is second.graph for n in second.graph.nodes)
+
+
+def test_candidates_copy_and_pickle() -> None:
+    torch.manual_seed(0)
+    graph, x = _graph(digits_net().eval(), 8)
+    fxprune.compress(graph, 0.5)
+    slim = fxprune.compress(graph, 0.5)
+    assert slim.borrowed
+    expected = slim(x)
+    for twin in (copy.deepcopy(slim), copy.copy(slim), pickle.loads(pickle.dumps(slim))):
+        assert torch.equal(twin(x), expected)
+        assert fxprune.record(twin).removed_units.keys() == fxprune.record(slim).removed_units.keys()
+
+
+def test_literals_are_rewritten_for_each_candidate() -> None:
+    torch.manual_seed(0)
+    model = convnext_tiny(num_classes=3).eval()  # its layer norms name their size
+    graph, x = _graph(model, 32)
+    for sparsity in (0.5, 0.25, 0.125):
+        assert fxprune.compress(graph, sparsity)(x).shape == (2, 3)
