@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune import inputs as forms
 from fxprune.encoding import indices
 from fxprune.errors import FxPruneError, InputError
-from fxprune.evaluation import device_of, recalibrate_batchnorm
+from fxprune.evaluation import device_of
 from fxprune.passes.base import run_passes
 from fxprune.passes.cost import CostModel
 from fxprune.passes.coupling import CouplingGraph
@@ -25,6 +25,7 @@ from fxprune.passes.verify import verify as zeroing_oracle
 from fxprune.policies import Policy, checked_sparsity, units_removed
 from fxprune.rebinding import Sources
 from fxprune.records import PruningRecord
+from fxprune.repairs import Repairer, checked
 from fxprune.scores import Importance, scores
 
 Given = Policy | float | Mapping[str, float] | str | os.PathLike[str]
@@ -58,8 +59,10 @@ def compress(
     """Remove channels of ``model`` as ``policy`` says and return the slim network as a ``torch.fx.GraphModule``.
 
     ``policy``: a ``Policy``, one sparsity for every group (0 keeps all), a mapping from group name to sparsity, or a policy file's path.
-    ``round_to``: channels kept in every pruned dimension are rounded up to a multiple of it. ``repair``: "none", or what mends the slim
-    module on ``calibration`` without training. ``verify``: run the zeroing oracle and raise ``VerificationError`` where it fails.
+    ``round_to``: channels kept in every pruned dimension are rounded up to a multiple of it. ``verify``: run the zeroing oracle and raise
+    ``VerificationError`` where it fails. ``repair``: what then mends the slim module on ``calibration`` without training (see
+    ``fxprune.repairs``): "bn" estimates BatchNorm statistics anew, "bias" puts what a layer's output lacks in the mean into its bias,
+    "lstsq" fits the remaining weights anew to the original's responses; "none" leaves all as sliced.
     ``model`` may be a ``CouplingGraph``: then nothing is traced again and the weights its model holds now are sliced.
 
     The slim module shares no storage with ``model``, keeps its parameter names, modes and ``requires_grad`` flags; ``record`` tells what
@@ -73,8 +76,7 @@ def compress(
     importance = importance if importance != "auto" else str(options.get("importance") or "auto")
     if round_to < 1:
         raise InputError(f"round_to is {round_to}; it must be 1 or more")
-    if repair != "none" and repair not in REPAIRS:
-        raise InputError(f"repair is {repair!r}; choose one of {', '.join(REPAIRS)}")
+    checked(repair)
     batches = None if calibration is None else list(calibration)
     if isinstance(model, CouplingGraph):
         carrier = traced_graph(model.walk.traced)
@@ -108,15 +110,10 @@ def compress(
     if verify:
         given = example if _has_values(example) else forms.build(graph.inputs, device=device_of(graph.model))
         zeroing_oracle(graph, keep, slim, *forms.call_form(given))
-    if repair == "bn":
-        if not batches:
-            raise InputError('repair="bn" needs calibration data: pass calibration=[inputs, ...], the more batches the better')
-        recalibrate_batchnorm(slim, batches)
-        slim.__dict__["_record"] = made.with_repair("bn")
+    if repair != "none":
+        notes = Repairer(graph, batches or (), repair)(slim, slimmer)
+        slim.__dict__["_record"] = made.with_repair(repair, notes)
     return slim
-
-
-REPAIRS = ("bn",)
 
 
 def _has_values(example: Any) -> bool:

@@ -20,7 +20,7 @@ class Options:
     ``train_epochs``: epochs of ordinary training before the search; None: enough for digits where there are no weights, else none.
     ``distill_epochs``: epochs of distillation after it; None: by the size of the data. ``baseline``: whether the uniform allocation is
     distilled and tested too. ``score_images``, ``calibration_images``: held-out images a candidate is scored on; training images for
-    importance and for what mends a candidate before it is scored.
+    importance and for the repair of a candidate before it is scored. ``repair_images``: training images for the repair of the result.
     """
 
     model: str = DIGITS_MODEL
@@ -36,12 +36,13 @@ class Options:
     baseline: bool = True
     score_images: int = 1000
     calibration_images: int = 256
+    repair_images: int = 1024
     preset: str = "default"
     out: str = "fxprune-out"
     search: SearchConfig = field(default_factory=SearchConfig)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "score_images", "calibration_images", "image_size"):
+        for name in ("batch_size", "score_images", "calibration_images", "repair_images", "image_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SearchError(f"{name.replace('_', '-')} is {value}; it must be at least 1")

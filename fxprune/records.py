@@ -47,7 +47,8 @@ class PruningRecord:
     ``kept``: parameter or floating buffer name -> {dimension: LongTensor of kept original indices}, for those that changed.
     ``removed_units``: group name -> LongTensor of removed unit numbers, 0 to the size of the group.
     ``renumbered``: names of index buffers whose values were renumbered.
-    ``repair``: "none", "bn", "bias" or "lstsq".
+    ``repair``: "none", "bn", "bias" or "lstsq": what was done after slicing. After "bias" and "lstsq" parameters are no longer slices of
+        the original's.
     ``steps``: where a slim module was pruned again, the record of each pruning in terms of the module it was given; else empty.
     ``notes``: sentences a user should know: what tracing specialised, what could not be kept.
     """
@@ -62,5 +63,6 @@ class PruningRecord:
     notes: tuple[str, ...] = ()
     steps: tuple[PruningRecord, ...] = ()
 
-    def with_repair(self, repair: str) -> PruningRecord:
-        return replace(self, repair=repair)
+    def with_repair(self, repair: str, notes: tuple[str, ...] = ()) -> PruningRecord:
+        """The same record after a repair; ``notes``: what could not be repaired."""
+        return replace(self, repair=repair, notes=tuple(dict.fromkeys((*self.notes, *notes))))

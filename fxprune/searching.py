@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fxprune.api import analyze, compress
+from fxprune.api import analyze, compress, record
 from fxprune.driver import Problem, SearchConfig, SearchOutcome, run
 from fxprune.encoding import ranges
 from fxprune.errors import EvaluationError, InputError
-from fxprune.evaluation import device_of, one_thread, recalibrate_batchnorm
+from fxprune.evaluation import device_of, one_thread
 from fxprune.inputs import build
 from fxprune.passes.cost import CostModel
 from fxprune.passes.coupling import CouplingGraph
@@ -23,6 +23,7 @@ from fxprune.passes.plan import Keep, keep_counts
 from fxprune.passes.slim import Slimmer
 from fxprune.policies import Policy
 from fxprune.profiling import profile
+from fxprune.repairs import Repairer, checked
 from fxprune.scores import Scores, scores
 
 Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]
@@ -33,7 +34,8 @@ class SearchResult:
     """What a search found.
 
     ``policy``: the sparsity of every group, with the inputs, options and units that give the same pruning again.
-    ``model``: the slim module. ``history``: one record a step. ``reward``: of the result. ``evaluations``: candidates scored.
+    ``model``: the slim module, repaired as the candidates were. ``history``: one record a step. ``reward``: of the result.
+    ``evaluations``: candidates scored.
     ``outcome``: everything the driver found, the uniform baseline on the same budget and the points of a Pareto run included.
     """
 
@@ -59,8 +61,13 @@ class Candidates:
         return keep_counts(self.graph, dict(zip(self.names, map(int, removed), strict=True)), self.ranking, self.round_to)
 
     def slim(self, removed: Any) -> fx.GraphModule:
-        slim: fx.GraphModule = Slimmer(self.graph, self.keep(removed)).run()
-        return slim
+        return self.made(removed)[0]
+
+    def made(self, removed: Any) -> tuple[fx.GraphModule, Slimmer]:
+        """The slim network, and the rewrite that made it."""
+        slimmer = Slimmer(self.graph, self.keep(removed))
+        slim: fx.GraphModule = slimmer.run()
+        return slim, slimmer
 
     def share(self, name: str, removed: Any) -> float:
         """What is left of "macs", "params" or "memory", as a share of the original."""
@@ -81,20 +88,20 @@ class Candidates:
 
 
 class Score:
-    """Removal vector -> metrics of the slim network, its BatchNorm statistics estimated anew first (EagleEye, Li 2020).
+    """Removal vector -> metrics of the slim network, repaired first: a candidate is scored as it will be used (for BatchNorm: EagleEye,
+    Li 2020).
 
     One thread per evaluation, since linear algebra differs in bits between one and two. Pickled, it carries the model and is analysed
     again where it arrives.
     """
 
-    def __init__(self, candidates: Candidates, evaluate: Evaluate, batches: list[Any] | None, repair: str) -> None:
-        self.candidates, self.evaluate, self.batches, self.repair = candidates, evaluate, batches, repair
+    def __init__(self, candidates: Candidates, evaluate: Evaluate, repairer: Repairer) -> None:
+        self.candidates, self.evaluate, self.repairer = candidates, evaluate, repairer
 
     def __call__(self, removed: Any) -> Mapping[str, float]:
         with one_thread():
-            slim = self.candidates.slim(removed).eval()
-            if self.repair == "bn" and self.batches:
-                recalibrate_batchnorm(slim, self.batches)
+            slim, slimmer = self.candidates.made(removed)
+            self.repairer(slim.eval(), slimmer)
             with torch.no_grad():
                 return metrics_of(self.evaluate(slim))
 
@@ -107,15 +114,22 @@ class Score:
             "ranking": dict(self.candidates.ranking),
             "round_to": self.candidates.round_to,
             "evaluate": self.evaluate,
-            "batches": self.batches,
-            "repair": self.repair,
+            "batches": self.repairer.batches,
+            "repair": self.repairer.kind,
+            "reference": None if self.repairer.reference is graph else self.repairer.reference.model,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        options = state["options"]
-        graph = analyze(state["model"], build(state["inputs"], device="meta"), ignore=options["ignore"], attention=options["attention"])
+        graph = self._analysed(state["model"], state)
+        reference = None if state["reference"] is None else self._analysed(state["reference"], state)
         self.candidates = Candidates(graph, state["ranking"], state["round_to"])
-        self.evaluate, self.batches, self.repair = state["evaluate"], state["batches"], state["repair"]
+        self.evaluate = state["evaluate"]
+        self.repairer = Repairer(graph, state["batches"], state["repair"], reference)
+
+    @staticmethod
+    def _analysed(model: nn.Module, state: dict[str, Any]) -> CouplingGraph:
+        options = state["options"]
+        return analyze(model, build(state["inputs"], device="meta"), ignore=options["ignore"], attention=options["attention"])
 
 
 def metrics_of(found: Any) -> Mapping[str, float]:
@@ -166,14 +180,17 @@ def make_problem(
     round_to: int = 1,
     repair: str = "bn",
     seed: int = 0,
+    reference: CouplingGraph | None = None,
 ) -> tuple[Problem, Candidates]:
     """An analysed network as a search problem: costs from the analysis, scores from ``evaluate`` on slim networks.
 
-    ``calibration``: batches, ``(inputs, targets)`` or inputs alone, for the importance and for BatchNorm statistics; read once.
+    ``calibration``: batches, ``(inputs, targets)`` or inputs alone, for the importance and for the repair; read once.
+    ``reference``: the same network analysed with the weights whose responses a repair aims at, where those of ``graph`` will change.
     """
     batches = None if calibration is None else list(calibration)
-    if repair not in ("none", "bn"):
-        raise InputError(f"repair {repair!r} is not available inside the score; choose none or bn")
+    checked(repair)
+    if repair not in ("none", "bn") and not batches:
+        raise InputError(f'repair="{repair}" needs calibration data: pass calibration=[inputs, ...], or repair="none"')
     with one_thread():
         candidates = Candidates(graph, scores(graph, importance, batches, seed), round_to)
     known: list[float] = []
@@ -189,7 +206,7 @@ def make_problem(
         units=np.array([g.size for g in candidates.groups]),
         channels=channels,
         cost=lambda removed: _Costs(candidates, removed, whole),
-        score=Score(candidates, evaluate, batches, repair),
+        score=Score(candidates, evaluate, Repairer(graph, batches or (), repair if batches else "none", reference)),
         fixed_channels=fixed,
         unit_scores=[np.sort(candidates.ranking[n]) for n in candidates.names],
     )
@@ -229,7 +246,7 @@ def search(
     """Find how much to take from which group of ``model`` so that the target of ``config`` is met at the highest reward.
 
     ``evaluate``: slim module -> a number or a mapping of metrics, larger is better; on data held out of training, never the test set.
-    ``calibration``: a few batches, ``(inputs, targets)`` or inputs, for importance and BatchNorm statistics.
+    ``calibration``: a few batches, ``(inputs, targets)`` or inputs, for the importance and for the repair of candidates and result.
     ``checkpoint_dir``, ``resume``: where the state is kept after every round, and whether to go on from it.
     Raises ``TargetError`` where no candidate is on target, ``SearchError`` for options that do not fit.
     """
@@ -240,11 +257,19 @@ def search(
         graph, evaluate, calibration=calibration, importance=importance, round_to=config.round_to, repair=config.repair, seed=config.seed
     )
     outcome = run(problem, config, checkpoint_dir=checkpoint_dir, resume=resume, on_event=on_event)
-    return result_of(outcome, candidates, config)
+    assert isinstance(problem.score, Score)
+    return result_of(outcome, candidates, config, problem.score.repairer)
 
 
-def result_of(outcome: SearchOutcome, candidates: Candidates, config: SearchConfig) -> SearchResult:
-    """The policy and the slim module of what the driver found."""
+def mended(slim: fx.GraphModule, removed: Any, candidates: Candidates, repairer: Repairer) -> fx.GraphModule:
+    """``slim``, what is left without the units ``removed``, repaired in place as its record then says."""
+    notes = repairer(slim, Slimmer(candidates.graph, candidates.keep(removed)))
+    slim.__dict__["_record"] = record(slim).with_repair(repairer.kind, notes)
+    return slim
+
+
+def result_of(outcome: SearchOutcome, candidates: Candidates, config: SearchConfig, repairer: Repairer) -> SearchResult:
+    """The policy and the slim module, repaired, of what the driver found."""
     meta = {
         "targets": list(outcome.targets),
         "reward": outcome.reward,
@@ -255,4 +280,5 @@ def result_of(outcome: SearchOutcome, candidates: Candidates, config: SearchConf
     }
     importance = config.importance if isinstance(config.importance, str) else "l2"
     policy = candidates.policy(outcome.removed, meta, importance)
-    return SearchResult(policy, compress(candidates.graph, policy), outcome.history, outcome.reward, outcome.evaluations, outcome)
+    slim = mended(compress(candidates.graph, policy), outcome.removed, candidates, repairer)
+    return SearchResult(policy, slim, outcome.history, outcome.reward, outcome.evaluations, outcome)

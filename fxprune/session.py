@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,14 +24,16 @@ from fxprune.data import Data, load_data
 from fxprune.distillation import DistillConfig, distill
 from fxprune.driver import checkpoint
 from fxprune.errors import InputError, SearchError, TargetError
-from fxprune.evaluation import call, evaluate_accuracy, evaluating, logits_of, one_thread, recalibrate_batchnorm
+from fxprune.evaluation import call, evaluate_accuracy, evaluating, logits_of, one_thread
 from fxprune.images import Batches
 from fxprune.options import Options
 from fxprune.outputs import Finished
+from fxprune.passes.coupling import CouplingGraph
 from fxprune.profiling import profile
 from fxprune.recovery import Recovery, read_weights, write_weights
+from fxprune.repairs import Repairer
 from fxprune.results import Row
-from fxprune.searching import Candidates, SearchResult, make_problem, result_of
+from fxprune.searching import Candidates, SearchResult, make_problem, mended, result_of
 from fxprune.sources import load_model
 from fxprune.training import Progress, TrainConfig, resolve_device, train
 
@@ -109,10 +111,12 @@ class Session:
         self.train(original, watcher)
         watcher.stage("searching")
         outcome, candidates, unmet = self.search(original, watcher)
-        found = self.results(outcome, candidates)
+        watcher.stage("repairing what was found")
+        repairer = Repairer(candidates.graph, self.repairing, self.options.search.repair, self.reference(original, candidates.graph))
+        found = self.results(outcome, candidates, repairer)
         models: dict[str, nn.Module] = {"original": original}
         if self.options.baseline:
-            models["uniform"] = self.uniform(outcome, candidates)
+            models["uniform"] = self.uniform(outcome, candidates, repairer)
         models |= {name: result.model for name, result in found.items()}
         for name in list(models)[1:]:
             self.distil(name, models[name], original, watcher)
@@ -180,6 +184,7 @@ class Session:
             round_to=config.round_to,
             repair=config.repair,
             seed=config.seed,
+            reference=self.reference(original, graph),
         )
         if config.recover_every:
             problem = Recovery(candidates, working, lambda slim: self.train_by(original, slim, watcher)).attached(problem)
@@ -190,16 +195,24 @@ class Session:
         except TargetError as error:
             return error.nearest, candidates, str(error)
 
-    def results(self, outcome: driver.SearchOutcome, candidates: Candidates) -> dict[str, SearchResult]:
+    def reference(self, original: nn.Module, graph: CouplingGraph) -> CouplingGraph | None:
+        """The original, analysed, where training between prune steps changes the weights that ``graph`` slices."""
+        if graph.model is original:
+            return None
+        config = self.options.search
+        return analyze(original, self.example, ignore=config.ignore, attention=config.attention)
+
+    def results(self, outcome: driver.SearchOutcome, candidates: Candidates, repairer: Repairer) -> dict[str, SearchResult]:
         """The slim network of every point of the targets by its file's stem; the last, or only, one is plain ``slim``."""
         points = outcome.pareto or (outcome,)
         stems = [f"slim-{'-'.join(point.targets)}" for point in points[:-1]] + ["slim"]
-        return {stem: result_of(point, candidates, self.options.search) for stem, point in zip(stems, points, strict=True)}
+        return {stem: result_of(point, candidates, self.options.search, repairer) for stem, point in zip(stems, points, strict=True)}
 
-    def uniform(self, outcome: driver.SearchOutcome, candidates: Candidates) -> fx.GraphModule:
-        """The uniform allocation on the same budget as the outcome, from the same weights and with the same ranking of units."""
-        policy = candidates.policy(outcome.baselines["uniform"].removed, {}, "l2")
-        return compress(candidates.graph, policy)
+    def uniform(self, outcome: driver.SearchOutcome, candidates: Candidates, repairer: Repairer) -> fx.GraphModule:
+        """The uniform allocation on the same budget as the outcome, from the same weights, with the same ranking of units and repair."""
+        removed = outcome.baselines["uniform"].removed
+        policy = candidates.policy(removed, {}, "l2")
+        return mended(compress(candidates.graph, policy), removed, candidates, repairer)
 
     def distil(self, name: str, model: nn.Module, teacher: nn.Module, watcher: Watcher) -> None:
         """Distil a slim network in place, or take the weights that an earlier try came to."""
@@ -207,8 +220,6 @@ class Session:
         if kept.exists():
             read_weights(model, kept)
         else:
-            if self.options.search.repair == "bn":
-                recalibrate_batchnorm(model, self.calibration)
             if self.options.distillation_epochs:
                 watcher.stage(f"distilling {name} for {self.options.distillation_epochs} epochs")
                 self.train_by(teacher, model, watcher)
@@ -259,9 +270,15 @@ class Session:
 
     @cached_property
     def calibration(self) -> list[Any]:
-        """Training images, not augmented, for importance and BatchNorm statistics."""
+        """Training images, not augmented, for importance and for the repair of candidates."""
         o = self.options
         return list(self.data.batches("train", o.batch_size, limit=o.calibration_images, seed=o.search.seed, device=self.device))
+
+    @property
+    def repairing(self) -> Iterable[Any]:
+        """Training images, not augmented, for the repair of what was found."""
+        o = self.options
+        return self.data.batches("train", o.batch_size, limit=o.repair_images, seed=o.search.seed, device=self.device)
 
     def _check_fit(self, model: nn.Module) -> None:
         """Raise ``InputError`` where the network does not take the data's images, or has other classes."""

@@ -17,6 +17,7 @@ LAYERS = (
     ("policies", "inputs", "records", "encoding", "evaluation"),
     ("passes.rules",),
     ("passes",),
+    ("patches", "moments", "playback", "consumers", "repairs"),
     ("profiling", "costs", "scores", "rebuilding", "rebinding", "files"),
     ("api",),
     ("training", "distillation", "searching", "recovery"),

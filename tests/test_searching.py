@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import EvaluationError, TargetError
+from fxprune.repairs import Repairer
 from fxprune.scores import scores
 from fxprune.searching import Candidates, Score, make_problem, metrics_of
 
@@ -87,7 +88,7 @@ def test_costs_are_those_of_the_slim_networks(model: nn.Module) -> None:
 def test_a_score_is_the_same_after_a_pickle(model: nn.Module) -> None:
     graph = fxprune.analyze(model, INPUTS)
     candidates = Candidates(graph, scores(graph, "l1"), 2)
-    score = Score(candidates, weight_left, [INPUTS], "bn")
+    score = Score(candidates, weight_left, Repairer(graph, [INPUTS], "lstsq"))
     removed = np.array([4] * len(candidates.names))
     assert pickle.loads(pickle.dumps(score))(removed) == score(removed)
 

@@ -1,0 +1,229 @@
+"""Repair without training: layers as matrix products, the closed form, and what it does to pruned networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxprune
+from fxprune import repairs
+from fxprune.errors import InputError
+from fxprune.moments import Moments
+from fxprune.passes.verify import difference
+from fxprune.patches import choose, grouped, input_rows, matrices, output_rows, set_matrices
+
+LAYERS: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
+    (lambda: nn.Linear(5, 7), (3, 5)),
+    (lambda: nn.Linear(5, 7), (3, 4, 5)),
+    (lambda: nn.Conv2d(6, 8, 3, stride=2, padding=1), (2, 6, 9, 7)),
+    (lambda: nn.Conv2d(6, 8, (3, 2), dilation=2, padding=(2, 1), groups=2), (2, 6, 9, 7)),
+    (lambda: nn.Conv2d(6, 6, 3, padding="same", groups=6, padding_mode="reflect"), (2, 6, 9, 7)),
+    (lambda: nn.Conv1d(4, 6, 5, padding="same", padding_mode="circular"), (2, 4, 11)),
+    (lambda: nn.Conv3d(4, 6, 2), (2, 4, 4, 5, 3)),
+    (lambda: nn.Conv2d(3, 4, 3), (3, 6, 6)),
+    (lambda: nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1, output_padding=1), (2, 6, 5, 4)),
+    (lambda: nn.ConvTranspose2d(6, 4, (4, 3), stride=(2, 3), padding=(1, 0), dilation=(1, 2), groups=2), (2, 6, 5, 4)),
+    (lambda: nn.ConvTranspose1d(6, 6, 4, stride=2, groups=6), (2, 6, 5)),
+]
+
+
+@pytest.mark.parametrize("limit", [5, 10_000])
+@pytest.mark.parametrize("case", range(len(LAYERS)))
+def test_a_layer_is_a_product_of_its_rows_with_its_matrices(case: int, limit: int) -> None:
+    make, shape = LAYERS[case]
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(shape)
+    output = layer(x)
+    places = choose(layer, output, limit, seed=1)
+    product = input_rows(layer, x, places) @ matrices(layer).transpose(1, 2)
+    wanted = grouped(layer, output_rows(layer, output - _bias(layer, output), places))
+    torch.testing.assert_close(product, wanted, atol=1e-5, rtol=1e-5)
+    before = _weight(layer).clone()
+    set_matrices(layer, matrices(layer) * 2)
+    assert torch.equal(_weight(layer), before * 2)
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def _bias(layer: nn.Module, output: Tensor) -> Tensor:
+    bias = layer.bias
+    assert isinstance(bias, Tensor)
+    return bias if isinstance(layer, nn.Linear) else bias.reshape(-1, *[1] * (_weight(layer).ndim - 2))
+
+
+def test_the_fit_finds_the_weights_and_the_constant_that_made_the_responses() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 4000, 6) + 3
+    true, constant = torch.randn(2, 3, 6), torch.randn(2, 3)
+    moments = Moments()
+    for part in x.split(500, dim=1):
+        moments.add(part, part @ true.transpose(1, 2) + constant[:, None])
+    found = moments.fitted(torch.zeros(2, 3, 6), centred=True)
+    torch.testing.assert_close(found.float(), true, atol=0.05, rtol=0.05)  # the ridge takes a hundredth
+    torch.testing.assert_close(moments.shift(true.double()).float(), constant.flatten(), atol=1e-3, rtol=1e-3)
+
+
+class Doubled(nn.Module):
+    """Every hidden channel comes twice, once with half the importance: nothing needs to be lost."""
+
+    def __init__(self, norm: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 16, 3, padding=1, bias=not norm)
+        self.norm = nn.BatchNorm2d(16) if norm else nn.Identity()
+        self.second = nn.Conv2d(16, 6, 3, padding=1)
+        with torch.no_grad():
+            self.first.weight[8:] = 0.5 * self.first.weight[:8]
+            if self.first.bias is not None:
+                self.first.bias[8:] = 0.5 * self.first.bias[:8]
+            self.second.weight[:, 8:] *= 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(F.relu(self.norm(self.first(x)))).mean((2, 3))
+        return y
+
+
+X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+CALIBRATION = [torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+
+
+def _error(model: nn.Module, repair: str, policy: float = 0.5) -> float:
+    slim = fxprune.compress(model, policy, X, importance="l2", repair=repair, calibration=CALIBRATION, verify=True)
+    assert fxprune.record(slim).repair == repair
+    with torch.no_grad():
+        return difference(model.eval()(X), slim.eval()(X))
+
+
+def test_least_squares_uses_what_is_left_for_what_went() -> None:
+    model = Doubled(norm=False).eval()
+    errors = {repair: _error(model, repair) for repair in ("none", "bias", "lstsq")}
+    assert errors["lstsq"] < 0.02 < 0.1 < errors["none"]
+    assert errors["lstsq"] < errors["bias"] < errors["none"]
+
+
+def test_channels_that_never_change_go_into_the_bias() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    with torch.no_grad():
+        model[0].weight[8:], model[0].bias[8:] = 0.0, 2.0  # type: ignore[operator]
+    x = torch.randn(64, 6)
+    errors = []
+    for repair in ("none", "bias"):
+        slim = fxprune.compress(model, {"0": 0.5}, x, importance=_first_eight, repair=repair, calibration=[x])
+        with torch.no_grad():
+            errors.append(difference(model(x), slim(x)))
+    assert errors[1] < 1e-5 < 0.1 < errors[0]
+
+
+def _first_eight(group: fxprune.Group, module: nn.Module) -> Tensor:
+    return (torch.arange(group.size) < 8).float()
+
+
+class Blocks(nn.Module):
+    """Residual, depthwise and grouped layers without biases: the constants go into running means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.a = nn.Sequential(nn.Conv2d(16, 24, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU())
+        self.depthwise = nn.Sequential(nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False), nn.BatchNorm2d(24), nn.ReLU())
+        self.b = nn.Sequential(nn.Conv2d(24, 16, 1, bias=False), nn.BatchNorm2d(16), nn.Dropout(0.1))
+        self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=4)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.relu(x + self.b(self.depthwise(self.a(x))))
+        y: Tensor = self.head(F.relu(self.grouped(x)).mean((2, 3)))
+        return y
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """With running statistics of its own, rather than those of a fresh network."""
+    with torch.no_grad():
+        for _ in range(20):
+            for batch in CALIBRATION:
+                model.train()(batch)
+    return model.eval()
+
+
+def test_least_squares_mends_residual_depthwise_and_grouped_layers() -> None:
+    model = settled(Blocks())
+    errors = {repair: _error(model, repair) for repair in ("none", "bn", "bias", "lstsq")}
+    assert errors["lstsq"] < errors["bias"] < 0.5 * min(errors["none"], errors["bn"])
+
+
+def test_only_the_bounds_on_memory_differ_between_kept_and_streamed_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = settled(Blocks())
+
+    def weights() -> dict[str, Tensor]:
+        return fxprune.compress(model, 0.4, X, importance="l2", repair="lstsq", calibration=CALIBRATION).state_dict()
+
+    kept = weights()
+    monkeypatch.setattr(repairs, "ROOM", 0)
+    streamed = weights()
+    assert all(torch.equal(kept[name], streamed[name]) for name in kept)
+
+
+def test_the_model_and_what_is_not_reached_stay_as_they_are() -> None:
+    model = settled(Blocks())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    slim = fxprune.compress(model, {"grouped": 0.5}, X, importance="l2", repair="lstsq", calibration=CALIBRATION)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(slim.state_dict()["stem.0.weight"], before["stem.0.weight"])
+    assert slim.state_dict()["head.weight"].shape == (5, 8)
+    assert not torch.equal(slim.state_dict()["head.weight"], before["head.weight"][:, fxprune.record(slim).kept["head.weight"][1]])
+
+
+def test_a_constant_that_has_no_place_is_said() -> None:
+    model = nn.Sequential(nn.Linear(6, 12, bias=False), nn.ReLU(), nn.Linear(12, 8, bias=False), nn.ReLU(), nn.Linear(8, 3)).eval()
+    batches = [torch.randn(32, 6) for _ in range(2)]
+    slim = fxprune.compress(model, {"0": 0.5}, batches[0], importance="l2", repair="lstsq", calibration=batches)
+    assert any("no constant to 2:" in note for note in fxprune.record(slim).notes)
+
+
+def test_a_layer_that_is_called_twice_is_left_and_said() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.again, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.last(F.relu(self.again(F.relu(self.again(F.relu(self.first(x)))))))
+            return y
+
+    x = torch.randn(16, 6)
+    slim = fxprune.compress(Twice().eval(), 0.5, x, importance="l2", repair="lstsq", calibration=[x])
+    assert any("left again as sliced" in note for note in fxprune.record(slim).notes)
+
+
+def test_the_parts_of_a_network_whose_root_cannot_be_traced_are_mended() -> None:
+    class Untraceable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = Blocks(), nn.Linear(5, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.body(x)
+            return self.head(y) if y.sum().item() > -1e9 else y
+
+    model = settled(Untraceable())
+    assert _error(model, "lstsq") < 0.7 * _error(model, "none")
+
+
+def test_what_a_repair_needs_is_said() -> None:
+    model = Doubled().eval()
+    with pytest.raises(InputError, match="choose one of none, bn, bias, lstsq"):
+        fxprune.compress(model, 0.5, X, repair="magic")
+    for repair in ("bn", "bias", "lstsq"):
+        with pytest.raises(InputError, match="needs calibration data"):
+            fxprune.compress(model, 0.5, X, repair=repair)
