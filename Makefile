@@ -1,11 +1,12 @@
 # make demo: set up and run the search on the digits that scikit-learn brings along, from training to a slim, saved network.
-# make test: set up and run the whole check. Both need Python 3.10 or later and a package index; PYTHON=python3.12 chooses one.
+# make test: set up and run the whole check. make docs: build the documentation into build/site.
+# All need Python 3.10 or later and a package index; PYTHON=python3.12 chooses one.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: demo test docs clean
 
 demo: $(VENV)/search.stamp
 	$(BIN)/fxprune-search
@@ -15,13 +16,16 @@ test: $(VENV)/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not long and not gpu"
 
+docs: $(VENV)/dev.stamp
+	$(BIN)/mkdocs build --strict
+
 # An install is done again only when what is to be installed may have changed.
 $(VENV)/search.stamp: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --editable '.[search]'
 	touch $@
 
 $(VENV)/dev.stamp: setup.cfg pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --editable '.[dev,search]'
+	$(BIN)/python -m pip install --editable '.[dev,docs,search]'
 	touch $(VENV)/search.stamp $@
 
 $(BIN)/python:
