@@ -25,7 +25,7 @@ $(VENV)/search.stamp: setup.cfg pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/dev.stamp: setup.cfg pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --editable '.[dev,docs,search]'
+	$(BIN)/python -m pip install --editable '.[dev,docs,search,onnx,openvino,torchao]'
 	touch $(VENV)/search.stamp $@
 
 $(BIN)/python:

@@ -20,12 +20,14 @@ from fxprune.rebinding import rebind
 if TYPE_CHECKING:
     from fxprune.display import visualize
     from fxprune.driver import SearchConfig
+    from fxprune.exporting import Exported, export
     from fxprune.searching import SearchResult, search
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DistillConfig",
+    "Exported",
     "FxPruneError",
     "Policy",
     "SearchConfig",
@@ -34,6 +36,7 @@ __all__ = [
     "analyze",
     "compress",
     "distill",
+    "export",
     "load",
     "profile",
     "rebind",
@@ -46,8 +49,10 @@ __all__ = [
 
 # rich and the search driver are loaded when they are first asked for.
 _LATER = {
+    "Exported": "fxprune.exporting",
     "SearchConfig": "fxprune.driver",
     "SearchResult": "fxprune.searching",
+    "export": "fxprune.exporting",
     "search": "fxprune.searching",
     "visualize": "fxprune.display",
 }

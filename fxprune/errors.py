@@ -6,6 +6,7 @@
     ├── InputError          example inputs that do not fit the model, or are missing
     ├── PolicyError         a policy, its file or a sparsity in it is wrong
     ├── FileError           a saved file is unreadable or does not fit the model
+    ├── ExportError         another runtime or its exporter refuses a slim module
     ├── DependencyError     an optional package is not installed
     ├── SearchError         a search option is wrong, or a part of the search is used wrongly
     ├── TargetError         the search target cannot be met
@@ -42,6 +43,10 @@ class PolicyError(FxPruneError):
 
 class FileError(FxPruneError):
     """A saved file cannot be read, or does not fit the model."""
+
+
+class ExportError(FxPruneError):
+    """A module could not be exported, or the runtime cannot run the exported file."""
 
 
 class DependencyError(FxPruneError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import importlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,9 @@ RANDOM_FACTORIES = ("rand", "randn", "randint", "randperm", "normal")
 @contextlib.contextmanager
 def patched(tracer: ShapeTracer) -> Iterator[None]:
     """While tracing: factories record, ``isinstance`` sees through proxies, attention takes its written-out path."""
+    # Torch imports parts of itself on their first use. One that is imported within the block would keep the patched functions for
+    # good, and torch.compile and exporters would later not know them.
+    importlib.import_module("torch._dynamo")
     saved = {name: getattr(torch, name) for name in FACTORIES + RANDOM_FACTORIES}
 
     def recorder(original: Any) -> Any:

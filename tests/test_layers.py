@@ -18,7 +18,7 @@ LAYERS = (
     ("passes.rules",),
     ("passes",),
     ("patches", "moments", "playback", "consumers", "repairs"),
-    ("profiling", "costs", "scores", "rebuilding", "rebinding", "files"),
+    ("profiling", "costs", "scores", "rebuilding", "rebinding", "files", "runtimes", "exporting"),
     ("api",),
     ("training", "distillation", "searching", "recovery"),
     ("results", "colours", "members", "lanes", "lane_svg", "figures", "lane_figure", "webpage", "search_page", "report"),

@@ -54,6 +54,23 @@ def test_importing_fxprune_leaves_what_is_slow_alone() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_nothing_is_imported_while_tracing_patches_the_builtins() -> None:
+    """A module of torch's that is imported then keeps the patched ones: ExecuTorch's exporter failed by it."""
+    code = """if True:
+        import builtins, sys, torch, fxprune
+        found = []
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                if builtins.isinstance.__module__ != "builtins":
+                    found.append(name)
+        sys.meta_path.insert(0, Finder())
+        layers = [torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)]
+        fxprune.compress(torch.nn.Sequential(*layers), 0.5, torch.randn(2, 3, 8, 8))
+        print(found)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_python_m_fxprune_tells_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["fxprune", "--version"])
     with pytest.raises(SystemExit) as stopped:
