@@ -17,7 +17,7 @@ from fxprune.encoding import indices
 from fxprune.errors import FxPruneError, InputError
 from fxprune.evaluation import device_of
 from fxprune.passes.base import run_passes
-from fxprune.passes.cost import CostModel
+from fxprune.passes.cost import cost_model
 from fxprune.passes.coupling import CouplingGraph
 from fxprune.passes.pipeline import Plan, Slim, analysed, traced_graph
 from fxprune.passes.slim import Slimmer
@@ -186,7 +186,7 @@ def made_record(graph: CouplingGraph, slimmer: Slimmer, keep: Any, policy: Polic
         gone = (~keep[graph.starts[group.number] : graph.starts[group.number + 1]]).nonzero()[0]
         if len(gone):
             removed[group.name] = torch.from_numpy(gone)
-    costs = CostModel(graph)
+    costs = cost_model(graph)
     made = PruningRecord(kept, removed, policy, "none", costs.profile(), costs.profile(keep), tuple(sorted(slimmer.renumber)), graph.notes)
     earlier = getattr(graph.model, "_record", None)
     return _composed(earlier, made) if isinstance(earlier, PruningRecord) else made

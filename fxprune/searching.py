@@ -17,7 +17,7 @@ from fxprune.encoding import ranges
 from fxprune.errors import EvaluationError, InputError
 from fxprune.evaluation import device_of, one_thread
 from fxprune.inputs import build
-from fxprune.passes.cost import CostModel
+from fxprune.passes.cost import cost_model
 from fxprune.passes.coupling import CouplingGraph
 from fxprune.passes.plan import Keep, keep_counts
 from fxprune.passes.slim import Slimmer
@@ -54,7 +54,7 @@ class Candidates:
         self.graph, self.ranking, self.round_to = graph, ranking, round_to
         self.groups = [g for g in graph.groups if g.prunable]
         self.names = tuple(g.name for g in self.groups)
-        self.costs = CostModel(graph)
+        self.costs = cost_model(graph)
         self._whole = {"macs": self.costs.macs(), "params": self.costs.params(), "memory": self.costs.memory()}
 
     def keep(self, removed: Any) -> Keep:

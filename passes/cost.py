@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,6 +34,9 @@ class CostModel:
         ]
         self._params = list(self._parameters())
         self._memory = self._lifetimes()
+        self._lengths = np.array([len(v) for v in self._vectors])
+        self._starts = np.concatenate([[0], np.cumsum(self._lengths)[:-1]]).astype(np.int64)
+        self._flat = np.concatenate(self._vectors) if self._vectors else np.zeros(0, dtype=np.int64)
 
     def _slot(self, units: Vector, owner: Any) -> int:
         key = id(owner)
@@ -81,10 +85,12 @@ class CostModel:
         return list(storages.values())
 
     def _shares(self, keep: Keep | None) -> list[float]:
-        if keep is None:
+        if keep is None or not self._vectors:
             return [1.0] * len(self._vectors)
         padded = np.append(keep, True)
-        return [float(padded[v].mean()) for v in self._vectors]
+        kept = np.add.reduceat(padded[self._flat], self._starts, dtype=np.int64)
+        shares: list[float] = (kept / self._lengths).tolist()
+        return shares
 
     def macs(self, keep: Keep | None = None) -> int:
         return sum(self._layer_macs(self._shares(keep)).values())
@@ -92,19 +98,19 @@ class CostModel:
     def _layer_macs(self, shares: list[float]) -> dict[str, int]:
         found: dict[str, int] = {}
         for layer, macs, along in self._macs:
-            found[layer] = found.get(layer, 0) + round(macs * float(np.prod([shares[s] for s in along])))
+            found[layer] = found.get(layer, 0) + round(macs * math.prod(shares[s] for s in along))
         return found
 
     def params(self, keep: Keep | None = None) -> int:
         shares = self._shares(keep)
-        return sum(round(n * float(np.prod([shares[s] for s in along]))) for _, n, _, along in self._params)
+        return sum(round(n * math.prod(shares[s] for s in along)) for _, n, _, along in self._params)
 
     def memory(self, keep: Keep | None = None) -> int:
         """Most bytes of activations alive at once."""
         shares = self._shares(keep)
         change = np.zeros(max((end for _, end, _, _ in self._memory), default=0) + 2)
         for start, end, size, along in self._memory:
-            held = size * float(np.prod([shares[s] for s in along]))
+            held = size * math.prod(shares[s] for s in along)
             change[start] += held
             change[end + 1] -= held
         return round(float(np.cumsum(change).max()))
@@ -116,10 +122,18 @@ class CostModel:
             layers.setdefault(layer, {"macs": 0, "params": 0})["macs"] = macs
         total = size = 0
         for name, numel, width, along in self._params:
-            left = round(numel * float(np.prod([shares[s] for s in along])))
+            left = round(numel * math.prod(shares[s] for s in along))
             total, size = total + left, size + left * width
             layers.setdefault(name.rpartition(".")[0], {"macs": 0, "params": 0})["params"] += left
         return Profile(sum(v["macs"] for v in layers.values()), total, size, self.memory(keep), layers)
+
+
+def cost_model(graph: CouplingGraph) -> CostModel:
+    """The cost model of an analysed model, made once."""
+    if graph.costs is None:
+        graph.costs = CostModel(graph)
+    found: CostModel = graph.costs
+    return found
 
 
 def _flat(nested: Any, kind: type) -> list[Any]:

@@ -73,6 +73,7 @@ class CouplingGraph:
         self.model = walk.traced.skeleton.original
         self.notes = walk.traced.notes
         self.template: Any = None  # what the rewrites of this graph share (passes.slim), made by the first
+        self.costs: Any = None  # its cost model (passes.cost), made when it is first asked for
         self._cover_layers()
         self._build()
 
@@ -108,10 +109,15 @@ class CouplingGraph:
         walk = self.walk
         keys = [k for k in walk.parameters if len(walk.parameters[k])]
         self.keys = keys
-        roots = [walk.labels.find(walk.parameters[k]) for k in keys]
+        # Dimensions that share one vector of labels (a norm's weight, bias and statistics) are one line.
+        vectors = [walk.parameters[k] for k in keys]
+        lines = {id(v): v for v in vectors}
+        number = {line: i for i, line in enumerate(lines)}
+        line_of_key = np.array([number[id(v)] for v in vectors], dtype=np.int64)
+        roots = [walk.labels.find(v) for v in lines.values()]
         lengths = np.array([len(r) for r in roots], dtype=np.int64)
         flat = np.concatenate(roots) if roots else np.zeros(0, dtype=np.int64)
-        key_of = np.repeat(np.arange(len(keys)), lengths)
+        line_of = np.repeat(np.arange(len(roots)), lengths)
         # np.unique would sort; roots are small numbers, so a table does it in one pass.
         first_at = np.full(walk.labels.count + 1, -1, dtype=np.int64)
         first_at[flat[::-1]] = np.arange(len(flat))[::-1]
@@ -125,12 +131,15 @@ class CouplingGraph:
         rng = np.random.Generator(np.random.PCG64(2024))
         marks = rng.integers(1, 1 << 62, size=max(len(keys), 1), dtype=np.uint64)
         kind = np.zeros(n, dtype=np.uint64)
-        np.add.at(kind, inverse, marks[key_of])
+        line_marks = np.zeros(len(roots), dtype=np.uint64)
+        np.add.at(line_marks, line_of_key, marks[: len(keys)])
+        np.add.at(kind, inverse, line_marks[line_of])
         reason_of = self._reason_of(walk.labels.pins, classes)
         note_of = self._reason_of(walk.labels.inexact, classes)
         in_layer = np.zeros(n, dtype=bool)
-        layer_keys = np.array([self._is_layer(k) for k in keys], dtype=bool)
-        in_layer[inverse[layer_keys[key_of]]] = True
+        layer_lines = np.zeros(len(roots), dtype=bool)
+        layer_lines[line_of_key[np.array([self._is_layer(k) for k in keys], dtype=bool)]] = True
+        in_layer[inverse[layer_lines[line_of]]] = True
         if walk.weights:
             found = np.searchsorted(classes, walk.labels.find(np.concatenate(walk.weights)))
             in_layer[found[found < n]] = True
@@ -152,17 +161,15 @@ class CouplingGraph:
         self.group_of_unit = group[order]
         self.unit_of: dict[tuple[str, int], Vector] = {}
         bounds = np.concatenate([[0], np.cumsum(lengths)])
-        same: dict[int, Vector] = {}
-        for i, key in enumerate(keys):
-            shared = same.get(id(walk.parameters[key]))
-            if shared is None:
-                shared = same[id(walk.parameters[key])] = unit[inverse[bounds[i] : bounds[i + 1]]]
-            self.unit_of[key] = shared
+        units = [unit[inverse[low:high]] for low, high in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
+        self.unit_of.update((key, units[line]) for key, line in zip(keys, line_of_key.tolist(), strict=True))
         self._unit_of_label = np.full(walk.labels.count, -1, dtype=np.int64)
         everything = walk.labels.find(np.arange(walk.labels.count))
         hit = first_at[everything] >= 0
         self._unit_of_label[hit] = unit[place_of[everything[hit]]]
-        self._keys_of_group(key_of, group[inverse], count)
+        present = np.zeros((count, max(len(roots), 1)), dtype=bool)
+        present[group[inverse], line_of] = True
+        self._group_keys = [np.flatnonzero(row[line_of_key]) for row in present]
         sizes = np.diff(self.starts)
         reasons = np.zeros(count, dtype=np.int64)
         notes = np.zeros(count, dtype=np.int64)
@@ -204,12 +211,6 @@ class CouplingGraph:
         path = key[0].rpartition(".")[0]
         skeleton = self.walk.traced.skeleton
         return key[0] in skeleton.parameter_names and isinstance(skeleton.original_module(path), LAYERS)
-
-    def _keys_of_group(self, key_of: Vector, group_of: Vector, count: int) -> None:
-        width = max(len(self.keys), 1)
-        pairs = np.unique(group_of * width + key_of)
-        edges = np.searchsorted(pairs, np.arange(count + 1) * width)
-        self._group_keys = [pairs[edges[g] : edges[g + 1]] % width for g in range(count)]
 
     def members_of(self, number: int) -> tuple[Member, ...]:
         low, high = self.starts[number], self.starts[number + 1]

@@ -147,7 +147,7 @@ def test_zoom_by_buttons_and_by_keys(opened: Open) -> None:
         return abs(float(high) - float(low))
 
     whole = span()
-    page.locator("button[data-zoom=\"+\"]").click()
+    page.locator('button[data-zoom="+"]').click()
     assert span() == pytest.approx(0.7 * whole)
     page.get_by_text("Show all", exact=True).click()
     assert span() == pytest.approx(whole)
