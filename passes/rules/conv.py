@@ -44,14 +44,16 @@ def conv_module(walk: Walk, node: fx.Node, module: Any, input: Value) -> Value:
     assert weight is not None
     if module.groups == 1:
         walk.bind(node, "bias", 0, weight.axes.get(0))
-    return convolve(walk, node, input, weight, walk.weight(node, "bias"), module.groups, False, str(node.target))
+    still = _untouched(weight, module.stride, module.padding)
+    return convolve(walk, node, input, weight, walk.weight(node, "bias"), module.groups, False, str(node.target), still)
 
 
 @modules(*_TRANSPOSED)
 def conv_transpose_module(walk: Walk, node: fx.Node, module: Any, input: Value, output_size: Any = None) -> Value:
     weight = walk.weight_dims(node, "weight", (0, 1))
     assert weight is not None
-    return convolve(walk, node, input, weight, walk.weight(node, "bias"), module.groups, True, str(node.target))
+    still = _untouched(weight, module.stride, module.padding, module.output_padding)
+    return convolve(walk, node, input, weight, walk.weight(node, "bias"), module.groups, True, str(node.target), still)
 
 
 @functions(F.conv1d, F.conv2d, F.conv3d, rewrite=_groups)
@@ -66,7 +68,8 @@ def conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Value:
-    return convolve(walk, node, input, kernel(walk, node, weight), bias, groups, False, walk.owner(node))
+    still = _untouched(weight, stride, padding)
+    return convolve(walk, node, input, kernel(walk, node, weight), bias, groups, False, walk.owner(node), still)
 
 
 @functions(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, rewrite=_groups)
@@ -82,7 +85,8 @@ def conv_transpose(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Value:
-    return convolve(walk, node, input, kernel(walk, node, weight), bias, groups, True, walk.owner(node))
+    still = _untouched(weight, stride, padding, output_padding)
+    return convolve(walk, node, input, kernel(walk, node, weight), bias, groups, True, walk.owner(node), still)
 
 
 def kernel(walk: Walk, node: fx.Node, weight: Value) -> Value:
@@ -94,11 +98,35 @@ def kernel(walk: Walk, node: fx.Node, weight: Value) -> Value:
     return Value(weight.shape, {a: v for a, v in weight.axes.items() if a < 2}, weight.zero, weight.why)
 
 
-def convolve(walk: Walk, node: fx.Node, x: Value, w: Value, bias: Value | None, groups: int, transposed: bool, layer: str) -> Value:
-    """``x`` (..., in, *space); ``w`` (out, in / groups, *kernel), transposed (in, out / groups, *kernel)."""
+def _untouched(weight: Value, stride: Any, padding: Any, output_padding: Any = 0) -> frozenset[int]:
+    """The spatial axes, counted from 0, along which a kernel of one element visits every index once: nothing is mixed there."""
+
+    def along(setting: Any, i: int) -> Any:
+        return setting[min(i, len(setting) - 1)] if isinstance(setting, (tuple, list)) else setting
+
+    return frozenset(
+        i
+        for i, width in enumerate(weight.shape[2:])
+        if width == along(stride, i) == 1 and not along(output_padding, i) and (isinstance(padding, str) or along(padding, i) == 0)
+    )
+
+
+def convolve(
+    walk: Walk,
+    node: fx.Node,
+    x: Value,
+    w: Value,
+    bias: Value | None,
+    groups: int,
+    transposed: bool,
+    layer: str,
+    still: frozenset[int] = frozenset(),
+) -> Value:
+    """``x`` (..., in, *space); ``w`` (out, in / groups, *kernel), transposed (in, out / groups, *kernel); ``still``: see ``_untouched``."""
     space = w.ndim - 2
     channel = x.ndim - space - 1
-    for axis in range(channel + 1, x.ndim):
+    kept = {*range(channel), *(channel + 1 + i for i in still)}  # the axes beside the channels that come through
+    for axis in sorted(set(range(channel + 1, x.ndim)) - kept):
         walk.pin(x.axes.get(axis), "a convolution slides along it")
     arriving = x.axes.get(channel)
     if arriving is None:
@@ -112,8 +140,8 @@ def convolve(walk: Walk, node: fx.Node, x: Value, w: Value, bias: Value | None, 
     else:
         made = _grouped(walk, x, channel, arriving, w, groups, transposed)
     meta = node.meta["val"]
-    axes = {a: v for a, v in x.axes.items() if a < channel}
-    zero = {a for a in x.zero if a < channel} if bias is None else set()
+    axes = {a: v for a, v in x.axes.items() if a in kept}
+    zero = {a for a in x.zero if a in kept} if bias is None else set()
     if made is not None:
         axes[channel] = made
         zero.add(channel)
@@ -124,7 +152,7 @@ def convolve(walk: Walk, node: fx.Node, x: Value, w: Value, bias: Value | None, 
     positions = x.shape if transposed else tuple(meta.shape)
     macs = math.prod(positions) * w.shape[1] * math.prod(w.shape[2:])
     along = (arriving, w.axes.get(1)) if transposed else (made, w.axes.get(1))
-    walk.cost(layer, macs, *along, *(v for a, v in x.axes.items() if a < channel))
+    walk.cost(layer, macs, *along, *(v for a, v in x.axes.items() if a in kept))
     return walk.make(node, axes, zero)
 
 

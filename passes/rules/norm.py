@@ -60,11 +60,15 @@ def batch_norm(
     running_var: Value | None,
     weight: Value | None = None,
     bias: Value | None = None,
+    training: Any = False,
     *_: Any,
     **__: Any,
 ) -> Value:
     if getattr(node.target, "__module__", "") != F.__name__:  # torch.batch_norm takes the affine pair first
         running_mean, running_var, weight, bias = weight, bias, running_mean, running_var
+    if training or running_mean is None:  # its own statistics, as of a weight that is standardised
+        for axis in sorted(set(input.axes) - {1}):
+            walk.inexact(input.axes[axis], "statistics over channels")
     return _per_channel(walk, node, input, 1, [weight, bias, running_mean, running_var])
 
 

@@ -252,6 +252,14 @@ class Rotary(Separate):
         return F.scaled_dot_product_attention(self.turn(q), self.turn(k), v).transpose(1, 2).reshape(b, n, 24)
 
 
+@add("attention_rotary_prefix", tokens())
+class RotaryPrefix(Rotary):
+    """Tokens in front are not turned; a network that has none joins an empty slice, which carries no channel."""
+
+    def turn(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :, :0], super().turn(x[:, :, 0:])], 2)
+
+
 @add("attention_channels")
 class ChannelAttention(Body):
     """Non-local block: spatial positions attend to each other through three 1x1 convolutions."""

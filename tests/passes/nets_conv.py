@@ -304,3 +304,40 @@ class ComputedKernel(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.b(F.relu(F.conv2d(F.relu(self.a(x)), self.w * 0.5)))
+
+
+@add("conv_over_stacked_tokens")
+class ConvOverStackedTokens(Body):
+    """A kernel of one element mixes what it reads and leaves the axis that it runs along as it is: there the channels stay prunable."""
+
+    def build(self) -> None:
+        self.a, self.b = conv_bn(12, 10), conv_bn(12, 10, 1)
+        self.stack, self.up = nn.Conv1d(2, 1, 1), nn.ConvTranspose1d(1, 4, 1)
+        self.grouped, self.down = nn.Conv1d(4, 4, 1, groups=2, bias=False), nn.Conv1d(4, 1, 1)
+        self.back = nn.Conv2d(10, 12, 1)
+
+    def mix(self, x: Tensor) -> Any:
+        x, y = F.relu(self.a(x)), F.relu(self.b(x))
+        vectors = F.relu(self.stack(torch.stack([x.mean((2, 3)), y.mean((2, 3))], 1)))
+        vectors = F.conv1d(F.relu(self.grouped(F.relu(self.up(vectors)))), self.down.weight, self.down.bias, padding="same")
+        return self.back(x * vectors[:, 0, :, None, None])
+
+
+@add("conv_along_channels")
+class ConvAlongChannels(Body):
+    """Wider kernels, strides and paddings do change the axis that they run along: those channels stay."""
+
+    def build(self) -> None:
+        self.a, self.b, self.c, self.d = (nn.Conv2d(12, 10, 1) for _ in range(4))
+        self.wide, self.strided, self.padded = (
+            nn.Conv1d(1, 1, 3, padding=1),
+            nn.Conv1d(1, 1, 1, stride=3, padding=10),
+            nn.Conv1d(1, 1, 1, padding=1),
+        )
+        self.grown = nn.ConvTranspose1d(1, 1, 1, stride=2, output_padding=1)
+        self.e = conv_bn(12, 12, 1)
+
+    def mix(self, x: Tensor) -> Any:
+        vectors = [layer(x).mean((2, 3))[:, None] for layer in (self.a, self.b, self.c, self.d)]
+        made = [layer(v).sum((1, 2)) for layer, v in zip((self.wide, self.strided, self.padded, self.grown), vectors, strict=True)]
+        return self.e(x) * torch.stack(made).sum(0)[:, None, None, None]

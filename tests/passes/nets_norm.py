@@ -302,3 +302,15 @@ class Bilinear(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Any:
         return self.d(F.relu(self.c(self.a(x), self.b(y))))
+
+
+@add("standardised_weight", exact=False)
+class StandardisedWeight(Body):
+    """Each output channel's weight is brought to mean 0 and variance 1 over its inputs: a statistic that the removed ones took part in."""
+
+    def build(self) -> None:
+        self.a, self.gain, self.b = nn.Conv2d(12, 10, 3), nn.Parameter(torch.rand(10) + 0.5), conv_bn(10, 12)
+
+    def mix(self, x: Tensor) -> Any:
+        weight = F.batch_norm(self.a.weight.reshape(1, 10, -1), None, None, weight=self.gain * 0.1, training=True).reshape_as(self.a.weight)
+        return self.b(F.relu(F.conv2d(x, weight, self.a.bias)))

@@ -1,0 +1,134 @@
+"""Every float model of torchvision and one of each of timm's model modules, pruned by half: what was removed, and is it right?
+
+    python -m benchmarks.coverage                                  # fxprune and Torch-Pruning on everything: an hour or two
+    python -m benchmarks.coverage 'resnet*' swin_transformer       # some names, or timm modules
+    python -m benchmarks.coverage --tools fxprune --again fail     # again what failed, or came out wrong
+    python -m benchmarks.coverage --render                         # only the page, from the results
+
+Each network runs in a process of its own under a memory and a time cap. A result is appended to a JSON-lines file as soon as it is there,
+and what stands there is not run again, so the command may be stopped at any moment. ``pip install '.[bench]'`` brings what it needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import resource
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+from benchmarks.coverage_page import write_page
+from benchmarks.networks import cases
+
+TOOLS = ("fxprune", "torch-pruning")
+BAD = ("fails", "wrong", "no time", "died")
+
+
+def work(channel: Any, memory: float, tool: str, library: str, name: str, sparsity: float, *settings: Any) -> None:
+    """Run one tool on one network and send the row; what the tool raises is its result."""
+    import torch
+
+    from benchmarks.tools import fxprune_row
+    from benchmarks.torch_pruning_tool import torch_pruning_row
+
+    resource.setrlimit(resource.RLIMIT_AS, (int(memory * 2**30),) * 2)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    try:
+        case = next(cases((name,), (library,)))
+        row = fxprune_row(case, sparsity) if tool == "fxprune" else torch_pruning_row(case, sparsity, *settings)
+    except Exception as error:  # noqa: BLE001 - whatever a tool or a pruned network raises is what the table reports
+        first = (str(error).strip().splitlines() or [""])[0]
+        row = {"verdict": "fails", "why": f"{type(error).__name__}: {first}"[:400], "trace": traceback.format_exc()[-3000:]}
+    row["wall"] = time.perf_counter() - start
+    row["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    channel.send(row)
+
+
+def run(context: Any, seconds: float, *job: Any) -> dict[str, Any]:
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(send, *job))
+    process.start()
+    send.close()
+    row: dict[str, Any]
+    try:
+        row = receive.recv() if receive.poll(seconds) else {"verdict": "no time", "why": f"more than {seconds:g} s"}
+    except EOFError:
+        row = {"verdict": "died", "why": "the process ended without an answer (memory?)"}
+    process.kill()
+    process.join()
+    return row
+
+
+def read(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """The last result of every (tool, library, name)."""
+    if not path.exists():
+        return {}
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return {(row["tool"], row["library"], row["name"]): row for row in rows}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", help="names or globs of models, or of timm's modules; all without one")
+    parser.add_argument("--library", choices=("torchvision", "timm"), action="append", help="only this one")
+    parser.add_argument("--tools", default=",".join(TOOLS), help="which tools, in this order (default: %(default)s)")
+    parser.add_argument("--sparsity", type=float, default=0.5, help="share of every prunable group (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=None, help="at most this many networks")
+    parser.add_argument("--seconds", type=float, default=120.0, help="time cap for one network and tool (default: %(default)s)")
+    parser.add_argument("--memory", type=float, default=12.0, help="GiB of address space for one process (default: %(default)s)")
+    parser.add_argument("--again", choices=("all", "fail"), help="run again what the results hold already")
+    parser.add_argument("--results", type=Path, default=Path("coverage.jsonl"), help="the JSON-lines file (default: %(default)s)")
+    parser.add_argument("--page", type=Path, default=Path("docs/coverage.md"), help="the page (default: %(default)s)")
+    parser.add_argument("--render", action="store_true", help="only write the page from the results")
+    given = parser.parse_args(argv)
+    tools = [t for t in given.tools.split(",") if t]
+    if unknown := sorted(set(tools) - set(TOOLS)):
+        parser.error(f"--tools names {', '.join(unknown)}; choose from {', '.join(TOOLS)}")
+    chosen = list(cases(tuple(given.names), tuple(given.library or ("torchvision", "timm"))))[: given.limit]
+    if not chosen:
+        parser.error(f"no network fits {', '.join(given.names)}")
+    done = read(given.results)
+    if not given.render:
+        if "torch-pruning" in tools and importlib.util.find_spec("torch_pruning") is None:
+            print("Torch-Pruning is not installed and left out: pip install 'fxprune[bench]'", file=sys.stderr)
+            tools.remove("torch-pruning")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torchvision", "timm", "torch_pruning", "benchmarks.networks"])
+        given.results.parent.mkdir(parents=True, exist_ok=True)
+        for tool in tools:
+            for number, case in enumerate(chosen, 1):
+                key = (tool, case.library, case.name)
+                bad = key in done and done[key]["verdict"] in BAD
+                if key in done and not (given.again == "all" or (given.again == "fail" and bad)):
+                    continue
+                hints = done.get(("fxprune", case.library, case.name), {})
+                job = (given.memory, tool, case.library, case.name, given.sparsity)
+                row = run(context, given.seconds, *job, *((hints, True) if tool == "torch-pruning" else ()))
+                if tool == "torch-pruning" and row["verdict"] in BAD and hints.get("heads", 1):
+                    other = run(context, given.seconds, *job, hints, False)
+                    row = row if other["verdict"] in BAD else other | {"settings": "without num_heads"}
+                row = {"tool": tool, "library": case.library, "name": case.name, "family": case.family, "sparsity": given.sparsity, **row}
+                with given.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                done[key] = row
+                print(f"{number:3d}/{len(chosen)} {tool:13s} {case.name:36s} {summary(row)}", flush=True)
+    write_page(given.page, done)
+    return 0
+
+
+def summary(row: dict[str, Any]) -> str:
+    share = f"-{row['params']:.0%} params -{row['macs']:.0%} MACs" if "params" in row else ""
+    spent = f"{row['seconds']:.1f} s " if "seconds" in row else ""
+    return f"{row['verdict']:20s} {share} {spent}{row.get('compared', '')} {row.get('why', '')} [{row.get('wall', 0):.0f} s]"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

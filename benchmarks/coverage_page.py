@@ -1,0 +1,131 @@
+"""Results to docs/coverage.md: the tables between the page's marks; the text around them is written by hand."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+Rows = dict[tuple[str, str, str], dict[str, Any]]
+BEGIN, END = "<!-- made by benchmarks/coverage.py: begin -->", "<!-- end -->"
+SOUND = ("exact", "exact where defined", "runs", "shapes only")
+LITTLE = 0.4  # a network that loses a smaller share of its parameters says why
+ORDER = ("exact", "exact where defined", "runs", "shapes only", "wrong", "fails", "no time", "died", "not run")
+PACKAGES = ("torch", "torchvision", "timm", "torch-pruning")
+
+
+def write_page(path: Path, done: Rows) -> None:
+    """Put the tables of ``done`` between the marks of the page, which is made where there is none."""
+    made = f"{BEGIN}\n\n{_tables(done)}\n{END}"
+    text = path.read_text(encoding="utf-8") if path.exists() else f"# Coverage\n\n{BEGIN}\n{END}\n"
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{head}{made}{tail}", encoding="utf-8")
+
+
+def _tables(done: Rows) -> str:
+    versions = ", ".join(f"{p} {found}" for p in PACKAGES if (found := _version(p)))
+    sparsity = sorted({row["sparsity"] for row in done.values()})
+    parts = [
+        f"Made with {versions}, Python {platform.python_version()}, {platform.system()} on {platform.machine()} "
+        f"({os.cpu_count()} cores, one thread used), at sparsity {', '.join(map(str, sparsity))}.",
+        "## Totals\n\n" + _totals(done),
+    ]
+    for library in ("torchvision", "timm"):
+        names = [name for tool, where, name in done if tool == "fxprune" and where == library]
+        if names:
+            parts.append(f"## {library}\n\n" + _table(done, library, names))
+    parts.append("## What stands in the way\n\n" + _shortfalls(done))
+    return "\n\n".join(parts) + "\n"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _totals(done: Rows) -> str:
+    kinds = [v for v in ORDER if any(row["verdict"] == v for row in done.values())]
+    head = ["", "networks", *kinds, "params removed, median", "MACs removed, median", "s, median"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for library in ("torchvision", "timm"):
+        for tool in ("fxprune", "torch-pruning"):
+            rows = [row for key, row in done.items() if key[:2] == (tool, library)]
+            if rows:
+                counts = [sum(row["verdict"] == k for row in rows) for k in kinds]
+                medians = [_share(_median(row.get(c) for row in rows)) for c in ("params", "macs")]
+                lines.append(_line([f"{library}, {tool}", len(rows), *counts, *medians, _seconds(_median(r.get("seconds") for r in rows))]))
+    moved = [row["moved"] for row in done.values() if row["verdict"] in SOUND and "moved" in row]
+    many = sum(m > 1e-3 for m in moved)
+    seen = f"In {many} of the {len(moved)} comparisons that passed, zeroing moves the output by more than ten times the oracle's tolerance."
+    return "\n".join(lines) + (f"\n\n{seen}" if moved else "")
+
+
+def _table(done: Rows, library: str, names: Iterable[str]) -> str:
+    head = ["network", "input", "traced", "groups", "locked", "params", "MACs", "oracle", "s"]
+    head += ["Torch-Pruning: params", "MACs", "oracle", "s"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for name in names:
+        ours, theirs = done["fxprune", library, name], done.get(("torch-pruning", library, name), {})
+        label = f"{ours['family']}: {name}" if library == "timm" else name
+        cells = [label, ours.get("input", "").replace("x", " × "), _traced(ours), ours.get("prunable", ""), ours.get("locked", "")]
+        lines.append(_line([*cells, *_result(ours), *_result(theirs)]))
+    return "\n".join(lines)
+
+
+def _result(row: dict[str, Any]) -> list[str]:
+    verdict = row.get("verdict", "")
+    word = f"**{verdict}**" if verdict and verdict not in (*SOUND, "not run") else verdict
+    if verdict == "exact where defined":
+        word += f" ({row['compared']})"
+    if verdict == "wrong":
+        word += f" ({row['error']:.0e})"
+    return [_share(row.get("params")), _share(row.get("macs")), word, _seconds(row.get("seconds"))]
+
+
+def _traced(row: dict[str, Any]) -> str:
+    if row.get("traced") == "parts":
+        return "parts: " + ", ".join(f"`{p}`" for p in row["parts"])
+    inside = f", `{'`, `'.join(row['opaque'])}` kept" if row.get("opaque") else ""
+    return f"{row.get('traced', '')}{inside}"
+
+
+def _shortfalls(done: Rows) -> str:
+    lines = []
+    for (tool, _, name), row in sorted(done.items()):
+        if row["verdict"] not in (*SOUND, "not run"):
+            lines.append(f"- {name}, {tool}: {row['verdict']}: {_plain(row.get('why', ''))}")
+    for (tool, _, name), row in sorted(done.items()):
+        if tool == "fxprune" and row.get("params", 1.0) < LITTLE:
+            why = "; ".join(f"{_plain(reason)} ({share:.0%})" for reason, share in row.get("in_the_way", ())[:3])
+            lines.append(f"- {name}, fxprune: {row['params']:.0%} of its parameters go. Locked, and the share of the parameters met: {why}")
+    return "\n".join(lines) or "Nothing."
+
+
+def _plain(text: str) -> str:
+    """A message without the folders of the machine it was made on."""
+    words = [w.rpartition("site-packages/")[2] if "site-packages/" in w else w for w in text.replace("(/", "( /").split(" ")]
+    return " ".join(words).replace("( ", "(").replace("|", "\\|").replace("<", "&lt;")
+
+
+def _median(values: Iterable[Any]) -> float | None:
+    found = sorted(v for v in values if v is not None)
+    return found[len(found) // 2] if found else None
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _line(cells: Iterable[Any]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"

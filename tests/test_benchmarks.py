@@ -1,0 +1,86 @@
+"""The commands under benchmarks/ run; what they find on everything stands in docs/."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.coverage_page import BEGIN, write_page
+from benchmarks.networks import cases
+from benchmarks.zeroing import judged
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def coverage(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.coverage", "--results", "results.jsonl", "--page", "page.md", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def test_coverage_of_one_network_and_that_it_resumes(tmp_path: Path) -> None:
+    command = ("squeezenet1_1", "--library", "torchvision", "--tools", "fxprune")
+    done = coverage(tmp_path, *command)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert (row["verdict"], row["traced"], row["parts"]) == ("exact", "whole", [])
+    assert row["params"] > 0.4 and row["macs"] > 0.4 and row["moved"] > 0.01
+    assert "| squeezenet1_1 | 2 × 3 × 128 × 128 | whole |" in (tmp_path / "page.md").read_text()
+    assert "squeezenet1_1" not in coverage(tmp_path, *command).stdout, "what stands in the results is not run again"
+
+
+def test_a_network_that_does_not_fit_its_caps_is_a_result(tmp_path: Path) -> None:
+    coverage(tmp_path, "squeezenet1_1", "--library", "torchvision", "--tools", "fxprune", "--seconds", "0.01")
+    assert json.loads((tmp_path / "results.jsonl").read_text())["verdict"] == "no time"
+    assert "**no time**" in (tmp_path / "page.md").read_text()
+
+
+def test_every_network_is_listed_once() -> None:
+    names = [case.name for case in cases(libraries=("torchvision",))]
+    assert len(names) == len(set(names)) >= 100
+    assert [case.name for case in cases(("vgg11", "raft_*"), ("torchvision",))] == ["vgg11", "raft_large", "raft_small"]
+
+
+def test_the_oracle_sees_a_wrong_index() -> None:
+    torch.manual_seed(0)
+    net, inputs = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval(), (torch.randn(5, 4),)
+    stay = torch.tensor([0, 2, 3])
+    kept = {"0.weight": {0: stay}, "0.bias": {0: stay}, "2.weight": {1: stay}}
+
+    def slim(read: list[int]) -> nn.Module:
+        made = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3)).eval()
+        state = net.state_dict()
+        made.load_state_dict(
+            {
+                "0.weight": state["0.weight"][stay],
+                "0.bias": state["0.bias"][stay],
+                "2.weight": state["2.weight"][:, read],
+                "2.bias": state["2.bias"],
+            }
+        )
+        return made
+
+    assert judged(net, inputs, slim([0, 2, 3]), kept, lambda: None, 1)["verdict"] == "exact"
+    assert judged(net, inputs, slim([0, 3, 2]), kept, lambda: None, 1)["verdict"] == "wrong"
+
+
+def test_the_page_keeps_what_is_written_by_hand(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    row = {"tool": "fxprune", "library": "timm", "name": "a", "family": "b", "sparsity": 0.5, "verdict": "fails", "why": "no reason"}
+    write_page(page, {("fxprune", "timm", "a"): row})
+    page.write_text(page.read_text().replace(BEGIN, f"By hand.\n\n{BEGIN}") + "\nThe end.\n")
+    write_page(page, {("fxprune", "timm", "a"): row | {"why": "another"}})
+    text = page.read_text()
+    assert "By hand." in text and text.endswith("The end.\n") and "another" in text and "no reason" not in text
