@@ -48,7 +48,7 @@ TORCHVISION: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     "googlenet": ({"init_weights": False}, images(SIZE)),  # the initialisation draws from scipy for seconds
     "maxvit_t": ({}, images(224)),  # its partition of 7 divides no smaller stage
     "raft_*": ({}, lambda: (torch.randn(1, 3, 128, 128), torch.randn(1, 3, 128, 128), 2)),  # two of the twelve updates
-    "mvit_*": ({"spatial_size": (64, 64), "temporal_size": 8}, clips(8, 64)),
+    "mvit_*": ({}, clips(16, 224)),  # its tables of positions have this size
     "s3d": ({}, clips(16, 224)),  # it ends in a pooling of 2 x 7 x 7
     # A network of random weights finds nothing above a threshold, and the oracle could see nothing in an empty list.
     "ssd*": ({"score_thresh": 0.0, "detections_per_img": 20, "topk_candidates": 20}, pictures),

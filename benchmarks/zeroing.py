@@ -98,13 +98,12 @@ def judged(
     ``defined``: prunes again without the groups that meet a statistic over channels, and says how many it pruned, of ``total``; None where
     nothing is left or nothing has to be left out.
     """
-    before, after = outputs(model, inputs), outputs(slim, inputs)
-    if [t.shape for t in before] != [t.shape for t in after]:
-        shapes = [[tuple(t.shape) for t in side][:3] for side in (before, after)]
+    before, after, reference = outputs(model, inputs), outputs(slim, inputs), outputs(zeroed(model, kept), inputs)
+    if [t.shape for t in reference] != [t.shape for t in after]:  # a detector may find another number of boxes than the original
+        shapes = [[tuple(t.shape) for t in side][:3] for side in (reference, after)]
         return {"verdict": "fails", "why": f"output shapes {shapes[0]} became {shapes[1]}"}
     if not all(bool(torch.isfinite(t).all()) for t in after if t.is_floating_point()):
         return {"verdict": "fails", "why": "an output is not finite"}
-    reference = outputs(zeroed(model, kept), inputs)
     error = difference(reference, after)
     found = {"error": error, "moved": difference(before, reference)}
     if error < TOLERANCE:

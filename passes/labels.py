@@ -101,14 +101,14 @@ class Walk:
     def _step(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         value = node.meta.get("val")
         if node.op == "placeholder":
-            return lift(value, f"it comes from the network's input {node.name!r}")
+            return lift(value, f"it comes from {self._edge('input', f' {node.name!r}')}")
         if node.op == "get_attr":
             return self.attribute(str(node.target)) if isinstance(value, torch.Tensor) else value
         args = map_arg(node.args, env.__getitem__)
         kwargs = map_arg(node.kwargs, env.__getitem__)
         if node.op == "output":
             for found in values(args):
-                self.pin_all(found, "it reaches the network's output")
+                self.pin_all(found, f"it reaches {self._edge('output')}")
             return None
         inputs = list(values((args, kwargs)))
         if not inputs and not has_tensor(value):
@@ -127,6 +127,11 @@ class Walk:
             if not has_tensor(value):
                 return value  # a number computed from tensors (a dtype, a device): nothing to carry
         return self.opaque(node, inputs)
+
+    def _edge(self, what: str, name: str = "") -> str:
+        """The network's input or output, or that of the part of it that the walk is in."""
+        part = self.mode.rpartition(":")[0]
+        return f"the {what}{name} of {part!r}, a part traced by itself" if part else f"the network's {what}{name}"
 
     def _checked(self, node: fx.Node, result: Any) -> Any:
         for value, meta in zip(values(result), tensors(node.meta.get("val")), strict=True):

@@ -81,6 +81,13 @@ def test_slim_reports_no_change_where_only_parts_were_traced() -> None:
     assert not isinstance(carrier.meta["slim"], fx.GraphModule)
 
 
+def test_the_edges_of_a_part_are_not_called_the_networks() -> None:
+    graph = analysed(HalfTraceable().eval(), (torch.randn(2, 3, 8, 8),), (), "auto").meta["coupling"]
+    reasons = {g.name: g.reason for g in graph.groups if not g.prunable}
+    assert reasons["body.2"] == "it reaches the output of 'body', a part traced by itself"
+    assert "the input 'input_1' of 'body', a part traced by itself" in reasons["body.0:in"]
+
+
 class HalfTraceable(nn.Module):
     """Its root branches on values; its child does not."""
 
