@@ -31,6 +31,7 @@ HELP = {
     "calibration_images": "training images for importance and for the repair of candidates",
     "repair_images": "training images for the repair of the result",
     "out": "folder for the results",
+    "export": "formats to write the result in too, with commas: torch, onnx, openvino, executorch, torch-int8, onnx-int8, openvino-int8",
     "targets": "macs|params|latency|memory=SHARE that is left, or sparsity=SHARE that goes; repeat it for several at once, "
     "commas for a Pareto run",
     "strategy": f"{', '.join(STRATEGIES)}, optuna:SAMPLER or module:Class",

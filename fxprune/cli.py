@@ -47,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Display(console) as display:
             done = begun.run(display)
         _show(done, begun, console)
-        return _unmet(done, begun) if done.unmet else DONE
+        failed = [one for one in done.exports if "error" in one]
+        for one in failed:
+            _complain(f"error: {one['file']}: {one['error']}")
+        return _unmet(done, begun) if done.unmet else BAD_INPUT if failed else DONE
     except KeyboardInterrupt:
         again = f"go on with: fxprune-search --resume {shlex.quote(begun.options.out)}" if begun else "nothing had been started"
         _complain(f"interrupted; {again}")
@@ -83,6 +86,10 @@ def _show(done: Finished, run: Session, console: Console) -> None:
     console.print(Text(f"accuracy on the test part; latency of a batch of {LATENCY_BATCH} on {run.device}{threads}", style="dim"))
     console.print(Text(f"in {run.options.out}: policy.json, slim.safetensors, history.jsonl, report.html"))
     _say_without_figures(run.options.out, console)
+    for one in done.exports:
+        if "error" not in one:
+            told = "not run" if one["difference"] is None else f"within {one['difference']:.1e} of PyTorch's outputs"
+            console.print(Text(f"in {run.options.out}: {one['file']}, {one['bytes'] / 1e6:.2f} MB, {told}"), soft_wrap=True)
     console.print(Text(f"the result, in Python:\n{done.load}"), soft_wrap=True)
 
 

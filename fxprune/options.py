@@ -8,6 +8,7 @@ from typing import Any
 
 from fxprune.driver.config import SearchConfig
 from fxprune.errors import SearchError
+from fxprune.runtimes import format_named
 
 DIGITS_MODEL = "fxprune.models:digits_net"
 RANDOM_WEIGHTS = ("torchvision:", "timm:", "fxprune.models:")  # what these build has not been trained
@@ -21,6 +22,7 @@ class Options:
     ``distill_epochs``: epochs of distillation after it; None: by the size of the data. ``baseline``: whether the uniform allocation is
     distilled and tested too. ``score_images``, ``calibration_images``: held-out images a candidate is scored on; training images for
     importance and for the repair of a candidate before it is scored. ``repair_images``: training images for the repair of the result.
+    ``export``: formats of other runtimes (``fxprune.export``) that the result is written in too.
     """
 
     model: str = DIGITS_MODEL
@@ -39,6 +41,7 @@ class Options:
     repair_images: int = 1024
     preset: str = "default"
     out: str = "fxprune-out"
+    export: tuple[str, ...] = ()
     search: SearchConfig = field(default_factory=SearchConfig)
 
     def __post_init__(self) -> None:
@@ -46,6 +49,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SearchError(f"{name.replace('_', '-')} is {value}; it must be at least 1")
+        for name in self.export:
+            format_named(name)
         for name in ("train_epochs", "distill_epochs"):
             value = getattr(self, name)
             if value is not None and value < 0:

@@ -28,17 +28,20 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class Finished:
-    """How a run ended. ``unmet``: why the target was not met, or empty; the files then hold the nearest result."""
+    """How a run ended. ``unmet``: why the target was not met, or empty; the files then hold the nearest result.
+    ``exports``: what became of every format asked for: its file, and its difference from eager PyTorch or the error."""
 
     rows: tuple[Row, ...]
     unmet: str
     load: str
     summary: str
+    exports: tuple[dict[str, Any], ...] = ()
 
     @classmethod
     def of(cls, result: Mapping[str, Any]) -> Finished:
         """From what ``result.json`` holds."""
-        return cls(tuple(Row(**row) for row in result["rows"]), result["unmet"], result["load"], result["summary"])
+        rows = tuple(Row(**row) for row in result["rows"])
+        return cls(rows, result["unmet"], result["load"], result["summary"], tuple(result["exports"]))
 
 
 def finished(folder: Path) -> Finished | None:
@@ -56,6 +59,7 @@ def write(
     rows: Sequence[Row],
     unmet: str,
     classes: int,
+    exports: Sequence[dict[str, Any]],
 ) -> Finished:
     """Write the policy and the network of every point, the history, the page, and last of all the result; each whole or not at all."""
     out = Path(options.out)
@@ -72,6 +76,7 @@ def write(
         "load": _snippet(options, classes),
         "summary": _summary(rows, outcome, unmet),
         "rows": [asdict(row) for row in rows],
+        "exports": list(exports),
         "groups": _groups(found["slim"], candidates),
         "coupling": coupling,
         "layers": _layers(record, [one["name"] for one in coupling["layers"]]),

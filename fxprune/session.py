@@ -23,8 +23,9 @@ from fxprune.api import analyze, compress
 from fxprune.data import Data, load_data
 from fxprune.distillation import DistillConfig, distill
 from fxprune.driver import checkpoint
-from fxprune.errors import InputError, SearchError, TargetError
+from fxprune.errors import FxPruneError, InputError, SearchError, TargetError
 from fxprune.evaluation import call, evaluate_accuracy, evaluating, logits_of, one_thread
+from fxprune.exporting import export
 from fxprune.images import Batches
 from fxprune.options import Options
 from fxprune.outputs import Finished
@@ -33,6 +34,7 @@ from fxprune.profiling import profile
 from fxprune.recovery import Recovery, read_weights, write_weights
 from fxprune.repairs import Repairer
 from fxprune.results import Row
+from fxprune.runtimes import FORMATS, require
 from fxprune.searching import Candidates, SearchResult, make_problem, mended, result_of
 from fxprune.sources import load_model
 from fxprune.training import Progress, TrainConfig, resolve_device, train
@@ -67,6 +69,8 @@ class Accuracy:
 
 def begin(options: Options, command: str) -> Session:
     """Start a run: its folder, emptied of an earlier run's checkpoint, gets the whole configuration before any work."""
+    for name in options.export:
+        require(name)
     folder = Path(options.out) / "checkpoint"
     described = {"format": FORMAT, "command": command, "options": options.state()}
     try:
@@ -123,7 +127,8 @@ class Session:
         watcher.stage("measuring on the test part")
         latencies = self.latencies(list(models.values()))
         rows = [self.measured(name, model, latency) for (name, model), latency in zip(models.items(), latencies, strict=True)]
-        return outputs.write(self.options, self.command, outcome, candidates, found, rows, unmet, self.data.num_classes)
+        exports = self.exported(found, watcher)
+        return outputs.write(self.options, self.command, outcome, candidates, found, rows, unmet, self.data.num_classes, exports)
 
     @cached_property
     def data(self) -> Data:
@@ -251,6 +256,20 @@ class Session:
         accuracy = evaluate_accuracy(model, self.data.batches("test", self.options.batch_size, device=self.device))
         counts = profile(model, self.example)
         return Row(name, accuracy, counts.macs, counts.params, latency, outputs.size_on_disk(model, self.folder))
+
+    def exported(self, found: dict[str, SearchResult], watcher: Watcher) -> list[dict[str, Any]]:
+        """The networks in the formats asked for. A format that fails is told of and costs neither the others nor the result."""
+        told: list[dict[str, Any]] = []
+        for stem, name in ((stem, name) for stem in found for name in self.options.export):
+            watcher.stage(f"exporting {stem} to {name}")
+            path = Path(self.options.out) / f"{stem}{FORMATS[name].suffix}"
+            batches = self.calibration if FORMATS[name].quantized else None
+            try:
+                done = export(found[stem].model, path, name, calibration=batches)
+                told.append({"file": path.name, "format": name, "difference": done.difference, "bytes": done.bytes})
+            except FxPruneError as error:
+                told.append({"file": path.name, "format": name, "error": str(error)})
+        return told
 
     @property
     def training(self) -> Batches:

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from fxprune.arguments import read
 from fxprune.driver.config import PRESETS
 from fxprune.errors import SearchError
 from fxprune.models import digits_net
+from fxprune.runtimes import FORMATS
 
 pytest.importorskip("sklearn", reason="the search extra is not installed")
 
@@ -258,6 +260,22 @@ def test_pareto_run_keeps_every_point(run: Run, tmp_path: Path) -> None:
     assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.export
+def test_exports_the_result_and_tells_of_a_format_that_fails(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("no such operator")
+
+    monkeypatch.setitem(FORMATS, "torch-int8", replace(FORMATS["torch-int8"], write=refuse, writes=()))
+    done = run("--out", tmp_path, *QUICKEST, "--export", "torch,torch-int8")
+    assert done.status == 2 and "slim.int8.pt2: cannot export to torch-int8: no such operator" in done.err
+    assert "slim.pt2, 0." in done.out and "of PyTorch's outputs" in done.out
+    assert {"slim.pt2", "slim.safetensors", "report.html"} <= {path.name for path in tmp_path.iterdir()}
+    program: Any = torch.export.load(tmp_path / "slim.pt2")
+    slim = fxprune.load(tmp_path / "slim.safetensors", digits_net()).eval()
+    x = torch.randn(5, 1, 8, 8)
+    assert torch.allclose(program.module()(x), slim(x), atol=1e-5)
+
+
 def test_weights_from_a_file_and_options_from_yaml(run: Run, tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_file(digits_net().state_dict(), tmp_path / "net.safetensors")
@@ -319,6 +337,7 @@ BAD = [
     (["--preset", "fast"], "preset"),
     (["--device", "tpu9"], "tpu9"),
     (["--executor", "slurm"], "unknown executor"),
+    (["--export", "tflite"], "unknown export format 'tflite'; there are torch"),
     (["--jobs", "0"], "jobs is 0"),
     (["--steps", "many"], "--steps"),
     (["--samples"], "--samples"),
