@@ -1,7 +1,7 @@
 """fxprune: structured pruning of PyTorch networks as a torch.fx compiler pass.
 
 ``analyze`` finds which channels go together, ``compress`` removes them, ``search`` finds how many to take from where, ``distill`` trains
-what is left, ``save`` and ``load`` keep it without pickle, ``visualize`` prints what was found.
+what is left, ``save`` and ``load`` keep it without pickle, ``visualize`` prints what was found, ``explain`` says what is locked and why.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fxprune.rebinding import rebind
 if TYPE_CHECKING:
     from fxprune.display import visualize
     from fxprune.driver import SearchConfig
+    from fxprune.explaining import Explanation, explain
     from fxprune.exporting import Exported, export
     from fxprune.searching import SearchResult, search
 
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DistillConfig",
+    "Explanation",
     "Exported",
     "FxPruneError",
     "Policy",
@@ -36,6 +38,7 @@ __all__ = [
     "analyze",
     "compress",
     "distill",
+    "explain",
     "export",
     "load",
     "profile",
@@ -49,9 +52,11 @@ __all__ = [
 
 # rich and the search driver are loaded when they are first asked for.
 _LATER = {
+    "Explanation": "fxprune.explaining",
     "Exported": "fxprune.exporting",
     "SearchConfig": "fxprune.driver",
     "SearchResult": "fxprune.searching",
+    "explain": "fxprune.explaining",
     "export": "fxprune.exporting",
     "search": "fxprune.searching",
     "visualize": "fxprune.display",

@@ -56,9 +56,11 @@ _SEARCH = {one.name: str(one.type) for one in fields(SearchConfig)}
 
 @dataclass(frozen=True)
 class Request:
-    """What a command line asks for: a new run (``options``), one to ``resume`` with ``changes``, or a page to ``report``."""
+    """What a command line asks for: a new run (``options``), or only to ``explain`` its network; one to ``resume`` with ``changes``; or a
+    page to ``report``."""
 
     options: Options | None = None
+    explain: bool = False
     resume: str | None = None
     report: str | None = None
     changes: Mapping[str, Any] | None = None
@@ -70,18 +72,18 @@ def read(arguments: Sequence[str]) -> Request:
     if given[:1] == ["report"]:  # the same in one word
         given[:1] = ["--report"]
     values = vars(_parser().parse_args(given))
-    report, resume, file = (values.pop(name, None) for name in ("report", "resume", "config"))
+    report, resume, file, explain = (values.pop(name, None) for name in ("report", "resume", "config", "explain"))
     if report is not None:
-        if values or resume or file:
+        if values or resume or file or explain:
             raise SearchError("--report stands alone: fxprune-search --report DIR")
         return Request(report=report)
     if resume is not None:
         others = sorted(set(values) - RESUMABLE)
-        if others or file:
-            first = others[0].replace("_", "-") if others else "config"
+        if others or file or explain:
+            first = others[0].replace("_", "-") if others else "config" if file else "explain"
             raise SearchError(f"--{first} cannot be changed by --resume, which goes on with the options of the run; start a new one")
         return Request(resume=resume, changes=values)
-    return Request(options=_options({**(_from_file(Path(file)) if file else {}), **values}))
+    return Request(options=_options({**(_from_file(Path(file)) if file else {}), **values}), explain=bool(explain))
 
 
 def _options(values: dict[str, Any]) -> Options:
@@ -116,6 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
     parser.add_argument("--report", metavar="DIR", help="write the report page of the run in this folder again")
+    parser.add_argument(
+        "--explain", action="store_true", help="say what of the network can be pruned, and what is locked and why; search nothing"
+    )
     parser.add_argument("--preset", choices=list(PRESETS), help="default: a small CNN in minutes; paper: RL-Pruner's own settings")
     network = parser.add_argument_group("network and data")
     for name, kind in _OWN.items():

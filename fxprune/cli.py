@@ -20,6 +20,7 @@ from fxprune import arguments, figures, outputs, session
 from fxprune.arguments import Request
 from fxprune.driver import Progress as SearchProgress
 from fxprune.errors import FxPruneError
+from fxprune.explaining import explain
 from fxprune.outputs import Finished
 from fxprune.report import result_table, search_line, training_line
 from fxprune.session import LATENCY_BATCH, Session
@@ -42,6 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if request.report is not None:
             console.print(f"written: {outputs.report(request.report)}", markup=False, soft_wrap=True)
             _say_without_figures(request.report, console)
+            return DONE
+        if request.explain and request.options is not None:
+            only = Session(request.options, "")
+            search = request.options.search
+            text = str(explain(only.loaded(), only.example, ignore=search.ignore, attention=search.attention))
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
             return DONE
         begun = _session(request, given)
         with Display(console) as display:

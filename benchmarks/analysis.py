@@ -1,0 +1,200 @@
+"""How long analysis and rewriting take, beside Torch-Pruning, both in one run: ``python benchmarks/analysis.py``.
+
+Every figure is CPU time of one thread in milliseconds, the least of several repeats, the two tools taking turns on the same model: a
+busy machine makes both slower, so read the ratios. Torch-Pruning 1.6.1 comes with the extra ``bench``; ``--alone`` leaves it out.
+
+- *compress*: from a model to a slim one, everything included. Theirs: build the dependency graph, rank by L2, prune.
+- *candidate*: one more slim network of an analysed model, as a search makes them. Theirs: copy the model, build, prune; there is no other
+  way, since their pruner edits the model that it was built for.
+- *growth*: chains of residual blocks; the time per block must not grow.
+- *memory*: most that the process grew while one model was analysed, in MiB beyond the model, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import multiprocessing
+import platform
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+
+import fxprune
+from fxprune.passes.plan import plan
+from fxprune.passes.slim import Slimmer
+from fxprune.scores import scores
+
+MODELS = (
+    "resnet18",
+    "resnet50",
+    "vgg16_bn",
+    "googlenet",
+    "mobilenet_v3_large",
+    "efficientnet_b0",
+    "regnet_y_800mf",
+    "densenet121",
+    "densenet201",
+    "convnext_tiny",
+)
+
+
+class Chain(nn.Module):
+    """``n`` residual blocks of two convolutions."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(16, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 16, 3, padding=1)) for _ in range(n)
+        )
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = torch.relu(x + block(x))
+        return self.head(x.mean((2, 3)))
+
+
+def build(name: str) -> nn.Module:
+    quiet = {"init_weights": False} if name == "googlenet" else {}
+    model: nn.Module = torchvision.models.get_model(name, weights=None, **quiet)
+    return model.eval()
+
+
+def least(run: Callable[[], Any], repeats: int) -> float:
+    """Least CPU seconds of ``run`` over ``repeats`` calls."""
+    best = math.inf
+    for _ in range(repeats):
+        start = time.process_time()
+        run()
+        best = min(best, time.process_time() - start)
+    return best
+
+
+def theirs(model: nn.Module, x: torch.Tensor) -> None:
+    import torch_pruning as tp
+
+    head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+    importance = tp.importance.MagnitudeImportance(p=2)
+    tp.pruner.MagnitudePruner(model, x, importance=importance, pruning_ratio=0.5, ignored_layers=head).step()
+
+
+def measure(name: str, repeats: int, alone: bool) -> dict[str, float]:
+    """Seconds by column for one model; the two tools take turns."""
+    model, x = build(name), torch.randn(1, 3, 224, 224)
+    graph = fxprune.analyze(model, x)
+    ranking = scores(graph, "l2")
+    found: dict[str, list[float]] = {"compress": [], "analyze": [], "candidate": [], "their prune": [], "their candidate": []}
+    for turn in range(repeats):
+        found["compress"].append(least(lambda: fxprune.compress(model, 0.5, x), 1))
+        found["analyze"].append(least(lambda: fxprune.analyze(model, x), 1))
+        found["candidate"].append(least(lambda: Slimmer(graph, plan(graph, 0.5, ranking)).run(), 2))
+        if not alone and (turn < 2 or sum(found["their prune"]) < 10):
+            start = time.process_time()
+            twin = copy.deepcopy(model)
+            copied = time.process_time() - start
+            found["their prune"].append(least(lambda twin=twin: theirs(twin, x), 1))  # type: ignore[misc]
+            found["their candidate"].append(copied + found["their prune"][-1])
+    return {column: min(times) for column, times in found.items() if times}
+
+
+def growth(counts: tuple[int, ...]) -> list[tuple[int, float]]:
+    """(blocks, seconds per block) of analysing and slimming a chain."""
+    rows = []
+    for n in counts:
+        model, x = Chain(n).eval(), torch.randn(1, 3, 8, 8)
+        rows.append((n, least(lambda model=model, x=x: fxprune.compress(model, 0.5, x), 3) / n))  # type: ignore[misc]
+    return rows
+
+
+def grown(name: str) -> float:
+    """MiB that analysing a model adds at most to the process that holds it."""
+    torch.set_num_threads(1)
+    fxprune.analyze(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), torch.randn(1, 3, 8, 8))  # what the first use of anything loads
+    model, x = build(name), torch.randn(1, 3, 224, 224)
+    before = peak()
+    fxprune.analyze(model, x)
+    return peak() - before
+
+
+def peak() -> float:
+    """The most memory this process has held, in MiB; the system counts in bytes on macOS, in KiB elsewhere."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+def geometric(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def page(rows: dict[str, dict[str, float]], chains: list[tuple[int, float]], memory: dict[str, float], command: str) -> str:
+    """The markdown page."""
+    peer = bool(rows) and all("their prune" in r for r in rows.values())
+    version = f" and Torch-Pruning {metadata.version('torch-pruning')}" if peer else ""
+    lines = [
+        "# Speed of analysis and rewriting",
+        "",
+        f"Made by `{command}` with torch {torch.__version__.partition('+')[0]}{version} on {platform.machine()}, one thread, CPU",
+        "milliseconds, the least of several repeats, the tools taking turns. `benchmarks/analysis.py` says what each column holds.",
+        "",
+        "| model | compress | of it analysis | theirs | ratio | candidate | theirs | ratio | memory, MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, r in rows.items():
+        prune, candidate = r.get("their prune", math.nan), r.get("their candidate", math.nan)
+        cells = [r["compress"], r["analyze"], prune, prune / r["compress"], r["candidate"], candidate, candidate / r["candidate"]]
+        texts = [f"{c:.1f}×" if i in (3, 6) else f"{1000 * c:.0f}" for i, c in enumerate(cells)]
+        lines.append(f"| {name} | {' | '.join(texts)} | {memory[name]:.0f} |".replace("nan×", "–").replace("nan", "–"))
+    if peer:
+        first = geometric([r["their prune"] / r["compress"] for r in rows.values()])
+        second = geometric([r["their candidate"] / r["candidate"] for r in rows.values()])
+        lines.append(f"| *geometric mean* | | | | {first:.1f}× | | | {second:.1f}× | |")
+    lines += [
+        "",
+        "Growth, on chains of residual blocks (two convolutions and a norm each):",
+        "",
+        "| blocks | ms per block |",
+        "|---:|---:|",
+    ]
+    lines += [f"| {n} | {1000 * each:.2f} |" for n, each in chains]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Analysis and rewriting beside Torch-Pruning, in one run.")
+    parser.add_argument("--models", nargs="*", default=MODELS)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--chains", type=int, nargs="*", default=(25, 50, 100, 200, 400, 800))
+    parser.add_argument("--alone", action="store_true", help="fxprune only")
+    parser.add_argument("--out", type=Path, help="the page to write; printed otherwise")
+    options = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    rows, memory = {}, {}
+    fresh = multiprocessing.get_context("spawn")
+    for name in options.models:
+        with fresh.Pool(1) as pool:
+            memory[name] = pool.apply(grown, (name,))
+        rows[name] = measure(name, options.repeats, options.alone)
+        print(name, {k: round(1000 * v) for k, v in rows[name].items()}, f"{memory[name]:.0f} MiB", file=sys.stderr, flush=True)
+    given = " ".join(sys.argv[1:] if arguments is None else arguments)
+    text = page(rows, growth(tuple(options.chains)), memory, f"python benchmarks/analysis.py {given}".strip())
+    if options.out is None:
+        print(text)
+    else:
+        options.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
