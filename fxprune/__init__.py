@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fxprune.api import analyze, compress, record
 from fxprune.distillation import DistillConfig, distill
 from fxprune.errors import FxPruneError, VerificationError
-from fxprune.files import load, save
+from fxprune.files import load, rebuild, save
 from fxprune.passes.rules import register_op
 from fxprune.policies import Policy
 from fxprune.profiling import profile
@@ -43,6 +43,7 @@ __all__ = [
     "load",
     "profile",
     "rebind",
+    "rebuild",
     "record",
     "register_op",
     "save",

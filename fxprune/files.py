@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,17 +42,27 @@ def save(slim: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors, aliases, layouts = _contents(slim)
     described = {"format": FORMAT, "model": type(slim).__name__, "aliases": aliases, "layouts": layouts, "record": encode_record(record)}
     target = Path(path)
-    scratch = target.with_name(target.name + ".part")
     try:
         # One entry: safetensors writes several in random order, and equal modules should give equal files.
-        save_file(tensors, scratch, {"fxprune": json.dumps(described)})
-        os.replace(scratch, target)
+        write_whole(tensors, target, {"fxprune": json.dumps(described)})
     except TypeError as error:
         raise FileError(f"cannot save to {target}: the policy's inputs, options or meta are not plain JSON: {error}") from error
     except (OSError, SafetensorError) as error:
         raise FileError(f"cannot save to {target}: {_line(error)}; choose a folder that can be written") from error
     except (ValueError, RuntimeError, KeyError) as error:
         raise FileError(f"cannot save to {target}: safetensors takes no such tensor: {_line(error)}") from error
+
+
+def write_whole(tensors: dict[str, Tensor], target: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; an older one is replaced only when the new one is whole. Who may read it is for the umask to say."""
+    scratch = target.with_name(target.name + ".part")
+    try:
+        scratch.unlink(missing_ok=True)
+        scratch.touch()
+        mode = stat.S_IMODE(scratch.stat().st_mode)  # safetensors writes through a temporary file, which only its owner may read
+        save_file(tensors, scratch, metadata)
+        scratch.chmod(mode)
+        os.replace(scratch, target)
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -64,13 +75,59 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     on meta, and has its modes and ``requires_grad`` flags; weights, dtypes and the record are the file's. Raises ``FileError``, in one
     line that says what differs, for a file that is none of ``save``'s, is damaged, or was made of another model.
     """
-    described, tensors = _read(Path(path))
+    device = device_of(model)
+    return _loaded(Path(path), model, torch.device("cpu") if device.type == "meta" else device)[0]
+
+
+def rebuild(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """The slim module of the file at ``path`` on the meta device, made from ``model``, a fresh original, which may lie on meta itself.
+
+    It has the names, shapes, dtypes and ties of the saved module and its record, but no weights. A plain state_dict loads into it:
+    ``rebuild(model, path).load_state_dict(safetensors.torch.load_file(path), assign=True)``, the file's own or one that was trained
+    elsewhere; tied names may be there once or all. What no state_dict holds (non-persistent buffers, tensor attributes) has the
+    file's values already. Raises ``FileError`` as ``load`` does.
+    """
+    slim, aliases = _loaded(Path(path), model, None)
+    tied = _Ties(aliases)
+    slim._register_load_state_dict_pre_hook(tied.complete)
+    slim.register_load_state_dict_post_hook(tied.tie)
+    return slim
+
+
+class _Ties:
+    """Hooks of ``load_state_dict`` for a state_dict in which each tied tensor stands once, as in a file."""
+
+    def __init__(self, aliases: Mapping[str, str]) -> None:
+        self.aliases = dict(aliases)
+
+    def complete(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Give tied names their tensor, and leave out what no state_dict has."""
+        for name, first in self.aliases.items():
+            if not name.startswith(_EXTRA) and f"{prefix}{first}" in state:
+                state.setdefault(f"{prefix}{name}", state[f"{prefix}{first}"])
+        for name in [name for name in state if name.startswith(f"{prefix}{_EXTRA}")]:
+            del state[name]
+
+    def tie(self, module: nn.Module, _: Any) -> None:
+        """``assign=True`` made a parameter of every name."""
+        places = {name: (holder, key) for name, holder, key in _slots(module)}
+        for name, first in self.aliases.items():
+            holder, key = places[name]
+            source, its = places[first]
+            holder[key] = source[its]
+
+
+def _loaded(path: Path, model: nn.Module, device: torch.device | None) -> tuple[nn.Module, dict[str, str]]:
+    """The slim module of a file and the file's aliases; without a device its state_dict lies on meta."""
+    described, tensors = _read(path)
     try:
         record = decode_record(described["record"])
+        aliases, layouts = described["aliases"], described["layouts"]
         _check_original(record, model)
         slim = rebuilt(_with_index_buffers(model, record, tensors), record)
-        device = device_of(model)
-        _assign(slim, tensors, described["aliases"], described["layouts"], torch.device("cpu") if device.type == "meta" else device)
+        if device is None:
+            tensors = {name: tensor if name.startswith(_EXTRA) else tensor.to("meta") for name, tensor in tensors.items()}
+        _assign(slim, tensors, aliases, layouts, device)
     except FileError as error:
         raise FileError(f"cannot load {path}: {error}") from error
     except KeyError as error:
@@ -80,7 +137,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             raise
         raise FileError(f"cannot load {path}: this model cannot be analysed on meta ({_line(error)}); build it on the CPU") from error
     slim.__dict__["_record"] = record
-    return slim
+    return slim, aliases
 
 
 def _contents(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
@@ -187,7 +244,7 @@ def _with_index_buffers(model: nn.Module, record: PruningRecord, tensors: Mappin
 
 
 def _assign(
-    slim: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], layouts: Mapping[str, str], device: torch.device
+    slim: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], layouts: Mapping[str, str], device: torch.device | None
 ) -> None:
     """Put the file's tensors in their places; tied places get the same one."""
     slots = list(_slots(slim))
@@ -204,7 +261,7 @@ def _assign(
         if own.shape != tensors[first].shape:
             raise FileError(f"it does not fit this model: {name!r} is {_shape(tensors[first])} in the file and {_shape(own)} in the model")
         if first not in placed:
-            value = tensors[first].to(device)
+            value = tensors[first] if device is None else tensors[first].to(device)
             if first in layouts:
                 value = value.contiguous(memory_format=_LAYOUTS[layouts[first]])
             placed[first] = nn.Parameter(value, own.requires_grad) if isinstance(own, nn.Parameter) else value

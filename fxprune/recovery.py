@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,11 +9,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from fxprune.driver import Problem
 from fxprune.errors import FileError
+from fxprune.files import write_whole
 from fxprune.passes.slim import Slimmer
 from fxprune.searching import Candidates
 
@@ -60,12 +60,10 @@ def _places(dims: Any, trained: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def write_weights(model: nn.Module, path: Path) -> None:
     """Write a state_dict as safetensors; an older file is replaced only when the new one is whole."""
-    part = path.with_name(path.name + ".part")
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part)
-        os.replace(part, path)
+        write_whole(tensors, path)
     except (OSError, SafetensorError) as error:
         raise FileError(f"cannot write {path}: {error}; choose a folder that can be written") from error
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from fxprune.api import compress, record
 from fxprune.errors import FileError
-from fxprune.files import load, save
+from fxprune.files import load, rebuild, save
 from fxprune.models import digits_net, resnet20
 
 IMAGE = torch.zeros(2, 3, 16, 16)
@@ -124,6 +126,37 @@ def test_the_file_reads_as_a_state_dict(tmp_path: Path) -> None:
         nn.init.zeros_(parameter)
     other.load_state_dict(load_file(tmp_path / "s.safetensors"))
     assert all(torch.equal(v, slim.state_dict()[k]) for k, v in other.state_dict().items())
+
+
+@pytest.mark.parametrize("fresh", [Net, lambda: on_meta(Net)], ids=["cpu", "meta"])
+def test_a_plain_state_dict_loads_into_the_rebuilt_module(tmp_path: Path, fresh: Callable[[], nn.Module]) -> None:
+    slim = slimmed(Net()).to(memory_format=torch.channels_last).eval()
+    save(slim, tmp_path / "s.safetensors")
+    blank = rebuild(fresh(), tmp_path / "s.safetensors").eval()
+    assert all(p.is_meta and p.shape == slim.get_parameter(n).shape for n, p in blank.named_parameters())
+    assert blank.get_parameter("stem.weight").stride() == slim.get_parameter("stem.weight").stride()
+    assert torch.equal(blank.get_buffer("scale"), slim.scale) and record(blank).policy == record(slim).policy
+    x = torch.randn(3, 3, 20, 20)
+    for module, given in ((copy.deepcopy(blank), slim.state_dict()), (blank, load_file(tmp_path / "s.safetensors"))):
+        done = module.load_state_dict(given, assign=True)
+        assert not done.missing_keys and not done.unexpected_keys
+        assert module.get_parameter("right.weight") is module.get_parameter("left.weight")
+        assert torch.allclose(module(x), slim(x), atol=1e-6)
+    del given["head.bias"]
+    with pytest.raises(RuntimeError, match='Missing key.*"head.bias"'):
+        blank.load_state_dict(given, assign=True)
+    with pytest.raises(FileError, match="another model: this one has 6 parameters in 'extra'"):
+        rebuild(Longer(), tmp_path / "s.safetensors")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX has a umask")
+def test_the_umask_says_who_may_read_the_file(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save(slimmed(Net()), tmp_path / "s.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "s.safetensors").stat().st_mode) == 0o640
 
 
 class Looping(nn.Module):
