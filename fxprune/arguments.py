@@ -56,13 +56,14 @@ _SEARCH = {one.name: str(one.type) for one in fields(SearchConfig)}
 
 @dataclass(frozen=True)
 class Request:
-    """What a command line asks for: a new run (``options``), or only to ``explain`` its network; one to ``resume`` with ``changes``; or a
-    page to ``report``."""
+    """What a command line asks for: a new run (``options``), or only to ``explain`` its network; one to ``resume`` with ``changes``; a
+    page to ``report``; or the ``completion`` script of a shell."""
 
     options: Options | None = None
     explain: bool = False
     resume: str | None = None
     report: str | None = None
+    completion: str | None = None
     changes: Mapping[str, Any] | None = None
 
 
@@ -73,6 +74,8 @@ def read(arguments: Sequence[str]) -> Request:
         given[:1] = ["--report"]
     values = vars(_parser().parse_args(given))
     report, resume, file, explain = (values.pop(name, None) for name in ("report", "resume", "config", "explain"))
+    if "print_completion" in values:
+        return Request(completion=_completion(values["print_completion"]))
     if report is not None:
         if values or resume or file or explain:
             raise SearchError("--report stands alone: fxprune-search --report DIR")
@@ -84,6 +87,15 @@ def read(arguments: Sequence[str]) -> Request:
             raise SearchError(f"--{first} cannot be changed by --resume, which goes on with the options of the run; start a new one")
         return Request(resume=resume, changes=values)
     return Request(options=_options({**(_from_file(Path(file)) if file else {}), **values}), explain=bool(explain))
+
+
+def _completion(shell: str) -> str:
+    """A shell's script that completes the options. Raises ``DependencyError`` without shtab, which writes it."""
+    try:
+        shtab = importlib.import_module("shtab")
+    except ImportError as error:
+        raise DependencyError("--print-completion needs shtab; install it with: pip install 'fxprune[completion]'") from error
+    return str(shtab.complete(_parser(), shell=shell))
 
 
 def _options(values: dict[str, Any]) -> Options:
@@ -121,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--explain", action="store_true", help="say what of the network can be pruned, and what is locked and why; search nothing"
     )
+    parser.add_argument("--print-completion", choices=["bash", "zsh", "tcsh"], help="print a script that completes options in this shell")
     parser.add_argument("--preset", choices=list(PRESETS), help="default: a small CNN in minutes; paper: RL-Pruner's own settings")
     network = parser.add_argument_group("network and data")
     for name, kind in _OWN.items():

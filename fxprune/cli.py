@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     begun: Session | None = None
     try:
         request = arguments.read(given)
+        if request.completion is not None:
+            print(request.completion)
+            return DONE
         if request.report is not None:
             console.print(f"written: {outputs.report(request.report)}", markup=False, soft_wrap=True)
             _say_without_figures(request.report, console)

@@ -25,16 +25,13 @@ SUFFIXES = (".html", ".svg", ".txt", ".dot", ".graphml")
 def visualize(model_or_graph: nn.Module | CouplingGraph, example_inputs: Any = None, *, file: str | os.PathLike[str] | None = None) -> None:
     """Print what is coupled with what: groups as a tree, their members, what couples them, and why locked ones are locked.
 
-    ``file``: written instead, in the format of its suffix: .html, .svg and .txt for people, .dot and .graphml for graph tools. For a slim
-    module the groups are shown that it was cut from, with how much of each is left.
+    ``file``: written instead, in the format of its suffix: .html, .svg and .txt for people, .dot and .graphml for graph tools. The page
+    can be zoomed and searched; without plotly it has a table and says so. A slim module is shown as it is now, and the tree says how many
+    units each of its groups lost.
     """
-    removed = None
-    if isinstance(model_or_graph, CouplingGraph):
-        graph = model_or_graph
-    else:
-        graph = analyze(model_or_graph, example_inputs)
-        made = getattr(model_or_graph, "_record", None)
-        removed = made.removed_units if isinstance(made, PruningRecord) else None
+    graph = model_or_graph if isinstance(model_or_graph, CouplingGraph) else analyze(model_or_graph, example_inputs)
+    made = getattr(graph.model, "_record", None)
+    lost = made.removed_units if isinstance(made, PruningRecord) else {}
     path = None if file is None else Path(file)
     if path is not None and path.suffix not in SUFFIXES:
         raise InputError(f"cannot write {path.name!r}: its suffix must be one of {', '.join(SUFFIXES)}")
@@ -42,11 +39,11 @@ def visualize(model_or_graph: nn.Module | CouplingGraph, example_inputs: Any = N
         _write_graph(graph, path)
         return
     if path is not None and path.suffix in (".html", ".svg"):
-        data, title = coupling_data(graph, removed), f"coupling graph of {type(graph.model).__name__}"
+        data, title = coupling_data(graph), f"coupling graph of {'a slim module' if lost else type(graph.model).__name__}"
         text = coupling_page(title, data) if path.suffix == ".html" else coupling_svg(packed(folded(data)), title)
         path.write_text(text, encoding="utf-8")
         return
-    report.show(report.coupling_tree(graph, removed=removed), file=path)
+    report.show(report.coupling_tree(graph, lost=lost), file=path)
 
 
 def _write_graph(graph: CouplingGraph, path: Path) -> None:

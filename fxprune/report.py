@@ -26,12 +26,19 @@ NAME_WIDTH = 40  # columns for a layer's name, so that a tree fits into 100
 KIND_WIDTH = 11  # columns for its type
 
 
-def coupling_tree(graph: Graph, *, removed: Mapping[str, Any] | None = None, title: str = "coupling graph") -> Tree:
+def coupling_tree(
+    graph: Graph,
+    *,
+    removed: Mapping[str, Any] | None = None,
+    lost: Mapping[str, Any] | None = None,
+    title: str = "coupling graph",
+) -> Tree:
     """The groups of a coupling graph as a tree: their layers, kept and total channels, and what couples them; locked groups by reason.
 
-    ``removed``: group name -> numbers of the units that are gone, as a record's ``removed_units``; without it everything is kept.
+    ``removed``: group name -> numbers of the units that are to go, as the record of its slim module says; without it everything is kept.
+    ``lost``: the same of the pruning that made a graph's slim module, whose units are not among the graph's any more.
     """
-    removed = removed or {}
+    removed, lost = removed or {}, lost or {}
     prunable = [group for group in graph.groups if group.prunable]
     locked = [group for group in graph.groups if not group.prunable]
     units = sum(group.size for group in prunable)
@@ -44,6 +51,8 @@ def coupling_tree(graph: Graph, *, removed: Mapping[str, Any] | None = None, tit
     for group in prunable:
         gone = {int(unit) for unit in removed.get(group.name, ())}
         head = Text.assemble((group.name, "bold cyan"), f"  {group.size - len(gone)}/{group.size} units")
+        if group.name in lost:
+            head.append(f", {len(lost[group.name])} removed", "green")
         branch = root.add(head)
         lines = layer_lines(group, graph.graph, gone)
         width = min(NAME_WIDTH, max((len(line.layer) for line in lines), default=0))

@@ -409,3 +409,16 @@ def test_on_a_terminal_progress_is_rewritten_in_place(whole: Path, tmp_path: Pat
     text = (tmp_path / "screen").read_text()
     assert "\x1b[?25l" in text  # the cursor is hidden while a line is rewritten
     assert "scored" in text
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_prints_completion(run: Run, shell: str) -> None:
+    pytest.importorskip("shtab", reason="the completion extra is not installed")
+    ended = run("--print-completion", shell)
+    assert ended.status == 0 and "--score-images" in ended.out and "fxprune-search" in ended.out
+
+
+def test_completion_without_shtab_says_what_to_install(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    ended = run("--print-completion", "bash")
+    assert ended.status == 2 and "pip install 'fxprune[completion]'" in ended.err

@@ -116,6 +116,17 @@ def test_visualize_prints_every_group(model: nn.Module, capsys: pytest.CaptureFi
     assert all(group.name in printed for group in graph.groups)
 
 
+def test_visualize_of_a_slim_module_shows_what_it_is_now(model: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    graph = fxprune.analyze(model, INPUTS)
+    group = next(one for one in graph.groups if one.prunable)
+    slim = fxprune.compress(graph, {group.name: 0.5})
+    left, gone = group.size - group.size // 2, group.size // 2
+    fxprune.visualize(slim)
+    printed = capsys.readouterr().out
+    assert f"{group.name}  {left}/{left} units, {gone} removed" in printed
+    assert "removed" not in printed.replace(f"{left}/{left} units, {gone} removed", "")
+
+
 def test_visualize_refuses_a_suffix_it_does_not_know(model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(fxprune.FxPruneError, match="suffix"):
         fxprune.visualize(model, INPUTS, file=tmp_path / "graph.xyz")
