@@ -12,6 +12,7 @@ from fxprune.api import analyze, compress, record
 from fxprune.distillation import DistillConfig, distill
 from fxprune.errors import FxPruneError, VerificationError
 from fxprune.files import load, rebuild, save
+from fxprune.hints import Hint
 from fxprune.passes.rules import register_op
 from fxprune.policies import Policy
 from fxprune.profiling import profile
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fxprune.explaining import Explanation, explain
     from fxprune.exporting import Exported, export
     from fxprune.searching import SearchResult, search
+    from fxprune.shrinking import shrink
 
 __version__ = "0.1.0"
 
@@ -31,6 +33,7 @@ __all__ = [
     "Explanation",
     "Exported",
     "FxPruneError",
+    "Hint",
     "Policy",
     "SearchConfig",
     "SearchResult",
@@ -48,6 +51,7 @@ __all__ = [
     "register_op",
     "save",
     "search",
+    "shrink",
     "visualize",
 ]
 
@@ -60,6 +64,7 @@ _LATER = {
     "explain": "fxprune.explaining",
     "export": "fxprune.exporting",
     "search": "fxprune.searching",
+    "shrink": "fxprune.shrinking",
     "visualize": "fxprune.display",
 }
 

@@ -19,7 +19,7 @@ from fxprune.lanes import coupling_data
 from fxprune.options import Options
 from fxprune.records import PruningRecord
 from fxprune.recovery import write_weights
-from fxprune.results import Row
+from fxprune.results import Row, duration_text
 from fxprune.search_page import search_page
 from fxprune.searching import Candidates, SearchResult
 
@@ -158,4 +158,7 @@ def _summary(rows: Sequence[Row], outcome: SearchOutcome, unmet: str) -> str:
         f"Test accuracy {100 * last.accuracy:.2f} % after {100 * first.accuracy:.2f} %, with {100 * last.macs / first.macs:.1f} % of the "
         f"MACs and {100 * last.params / first.params:.1f} % of the parameters; {outcome.evaluations} networks were scored."
     )
+    recoveries = [step["recover_seconds"] for step in outcome.history if "recover_seconds" in step]
+    if recoveries:
+        said += f" {len(recoveries)} recoveries between steps took {duration_text(sum(recoveries))}."
     return f"{said} {unmet[:1].upper()}{unmet[1:]}." if unmet else said

@@ -29,7 +29,7 @@ def rebuilt(model: nn.Module, record: PruningRecord) -> nn.Module:
     example = build(record.policy.inputs, device="meta")
     graph: CouplingGraph = analysed(model, example, (), str(record.policy.options.get("attention", "auto"))).meta["coupling"]
     names = {alias: name for name, aliases in graph.walk.traced.skeleton.aliases.items() for alias in aliases}
-    slimmer = Slimmer(graph, _units_kept(graph, record.kept, names))
+    slimmer = Slimmer(graph, units_kept(graph, record.kept, names))
     for name in names.values():
         made, wanted = slimmer.kept_dims(name), record.kept.get(name, {})
         differing = [dim for dim in {*made, *wanted} if dim not in made or dim not in wanted or made[dim].tolist() != wanted[dim].tolist()]
@@ -39,7 +39,8 @@ def rebuilt(model: nn.Module, record: PruningRecord) -> nn.Module:
     return slim
 
 
-def _units_kept(graph: CouplingGraph, kept: Mapping[str, Mapping[int, Tensor]], names: Mapping[str, str]) -> Keep:
+def units_kept(graph: CouplingGraph, kept: Mapping[str, Mapping[int, Tensor]], names: Mapping[str, str]) -> Keep:
+    """One boolean per unit, from what a record says was kept; ``names``: every name of a tensor -> its first. Raises ``FileError``."""
     keep = np.ones(int(graph.starts[-1]) if len(graph.starts) else 0, dtype=bool)
     for name, dims in kept.items():
         for dim, indices in dims.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from fxprune.api import record
 from fxprune.driver import Problem
 from fxprune.errors import FileError
 from fxprune.files import write_whole
@@ -46,9 +47,21 @@ class Recovery:
         self.distil(slim)
         names = graph.walk.traced.skeleton
         kept = {alias: slimmer.kept_dims(name) for name in names.names for alias in names.aliases[name]}
-        own = self.working.state_dict()
-        with torch.no_grad():
-            for name, trained in slim.state_dict().items():
+        _write(self.working, slim, kept, {alias for name in slimmer.renumber for alias in names.aliases[name]})
+
+
+def put_back(working: nn.Module, slim: nn.Module) -> None:
+    """Write the weights of a slim module of ``working`` to where they were sliced from, by its record."""
+    made = record(slim)
+    last = made.steps[-1] if made.steps else made
+    _write(working, slim, last.kept, set(last.renumbered))
+
+
+def _write(working: nn.Module, slim: nn.Module, kept: Mapping[str, Mapping[int, torch.Tensor]], renumbered: Set[str]) -> None:
+    own = working.state_dict()
+    with torch.no_grad():
+        for name, trained in slim.state_dict().items():
+            if name not in renumbered:  # those say which channels are read, and nothing is learned in them
                 own[name][_places(kept.get(name, {}), trained)] = trained.to(own[name].device)
 
 

@@ -152,8 +152,9 @@ def show(renderable: Any, *, file: Any = None) -> None:
 def training_line(progress: TrainingProgress) -> Text:
     """A training's progress in one line: a bar, its epoch, loss, accuracy and the time left."""
     share = ((progress.epoch - 1) * progress.steps + progress.step) / max(1, progress.epochs * progress.steps)
+    accuracy = "" if progress.accuracy is None else f"accuracy {100 * progress.accuracy:.1f} %  "
     return _bar(share).append(
-        f"  epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}  accuracy {100 * progress.accuracy:.1f} %  "
+        f"  epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}  {accuracy}"
         f"left {duration_text(progress.seconds_left)}"
     )
 

@@ -1,39 +1,28 @@
-"""Supervised training in its plainest good form: SGD with momentum, linear warm-up, cosine decay, the best weights kept."""
+"""Supervised training on Hugging Face accelerate: one process or many, warm-up and cosine decay, the best weights kept, resumable."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxprune.errors import EvaluationError, InputError
-from fxprune.evaluation import call, device_of, evaluating, labelled, logits_of, modes_kept, to_device
+from fxprune.errors import InputError
+from fxprune.evaluation import call, device_of, labelled, logits_of, modes_kept
+from fxprune.loops import History, Progress, Run
+from fxprune.optimizers import schedule
+from fxprune.processes import PRECISIONS, accelerated, batchnorm_as
 
-History = list[dict[str, Any]]
+__all__ = ["History", "Objective", "Progress", "TrainConfig", "check_values", "fit", "resolve_device", "schedule", "train"]
 
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a training stands after a step. ``loss`` and ``accuracy`` (0 to 1) are means over this epoch so far.
-
-    ``epoch`` and ``step`` count from 1; ``steps``: steps in an epoch; ``seconds_left``: until the last epoch ends.
-    """
-
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    loss: float
-    accuracy: float
-    lr: float
-    seconds_left: float
+BATCHNORM = ("local", "sync", "frozen")
+# Options that change no result, or hold what cannot be compared.
+_FREE = frozenset({"device", "validate", "on_step", "checkpoint_dir", "checkpoint_every", "resume", "trackers", "log_dir"})
 
 
 @dataclass(frozen=True)
@@ -41,12 +30,26 @@ class TrainConfig:
     """How to train.
 
     ``lr``: highest learning rate, reached after the share ``warmup`` of all steps, then a half cosine down to 0.
-    ``clip``: largest norm of the gradient, None for no limit.
+    ``optimizer``: None for SGD with Nesterov's ``momentum``; else an import path ("torch.optim.AdamW") or a class, called with the
+    parameters, ``lr``, ``weight_decay`` and ``optimizer_options``. ``scheduler``: likewise, in place of the warm-up and the cosine; an
+    option that is the text "steps" or "epochs" becomes that number; ``scheduler_every``: "step" or "epoch".
+    ``clip``: largest norm of the gradient, None for no limit. ``accumulate``: batches whose gradients make one step.
+    ``precision``: "no", "fp16" or "bf16"; None: what ``accelerate launch`` says, else "no".
+    ``ema``: decay of an exponential moving average of the weights, for example 0.999; it is what is validated and kept then.
+    ``batchnorm``: "local": each process computes the statistics of its own share of a batch; "sync": all of them together (on GPUs);
+    "frozen": as in evaluation, statistics stay.
     ``device``: "auto" (a GPU where there is one), "cpu", "cuda" or any torch device.
     ``seed``: of dropout and of loaders that shuffle by torch's global generator, which is left as it was.
-    ``validate``: module -> score, larger is better; called in evaluation mode before the first and after every epoch. The best weights
-    are kept by it; without it, the last.
-    ``on_step``: called with a ``Progress`` after every step.
+    ``validate``: module -> score, larger is better; called in evaluation mode, on every process, before the first and after every epoch.
+    The best weights are kept by it; without it, the last.
+    ``on_step``: called with a ``Progress`` after every step, on the main process.
+    ``checkpoint_dir``: where the whole state is kept after every epoch, and every ``checkpoint_every`` steps within one; ``resume``:
+    whether to go on from there, where there is a checkpoint.
+    ``trackers``: names that accelerate knows ("tensorboard", "wandb" ...) or its tracker objects, which get every epoch's record;
+    ``log_dir``: for those that write files, by default the checkpoint's.
+    ``ignore_index``: the label of positions that have none.
+    ``sharded``: the loader gives each process batches of its own. ``unused_parameters``: with many processes, say so where some
+    parameters get no gradient in some step.
     """
 
     epochs: int = 10
@@ -59,6 +62,23 @@ class TrainConfig:
     seed: int = 0
     validate: Callable[[nn.Module], float] | None = None
     on_step: Callable[[Progress], None] | None = None
+    optimizer: Any = None
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Any = None
+    scheduler_options: Mapping[str, Any] = field(default_factory=dict)
+    scheduler_every: str = "step"
+    accumulate: int = 1
+    precision: str | None = None
+    ema: float | None = None
+    batchnorm: str = "local"
+    checkpoint_dir: Path | str | None = None
+    checkpoint_every: int | None = None
+    resume: bool = False
+    trackers: Sequence[Any] = ()
+    log_dir: Path | str | None = None
+    ignore_index: int = -100
+    sharded: bool = False
+    unused_parameters: bool = False
 
     def __post_init__(self) -> None:
         checks = {
@@ -68,18 +88,67 @@ class TrainConfig:
             "weight_decay": (self.weight_decay >= 0, "0 or more"),
             "warmup": (0 <= self.warmup < 1, "a share from 0 to below 1"),
             "clip": (self.clip is None or self.clip > 0, "above 0, or None"),
+            "scheduler_every": (self.scheduler_every in ("step", "epoch"), "step or epoch"),
+            "accumulate": (self.accumulate >= 1, "1 or more"),
+            "precision": (self.precision in (None, *PRECISIONS), f"one of {', '.join(PRECISIONS)}, or None"),
+            "ema": (self.ema is None or 0 < self.ema < 1, "a share between 0 and 1, or None"),
+            "batchnorm": (self.batchnorm in BATCHNORM, f"one of {', '.join(BATCHNORM)}"),
+            "checkpoint_every": (self.checkpoint_every is None or self.checkpoint_every >= 1, "1 or more, or None"),
+            "resume": (not self.resume or self.checkpoint_dir is not None, "False where there is no checkpoint_dir"),
+            "trackers": (not isinstance(self.trackers, str), "a list of names"),
         }
         check_values(self, checks)
 
+    def described(self) -> dict[str, Any]:
+        """The options that the result depends on, as plain values: what a training that goes on must have in common with its beginning."""
+        found = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in _FREE}
+        return {name: value if isinstance(value, (bool, int, float, type(None))) else _text(value) for name, value in found.items()}
 
-class Objective(Protocol):
-    """What a training minimises."""
 
-    def loss(self, logits: Tensor, inputs: Any, labels: Tensor) -> Tensor:
-        """The loss of a batch, a scalar."""
+class Objective:
+    """What a training minimises; this one, cross-entropy with the labels. Others derive from it."""
+
+    def __init__(self, ignore_index: int = -100) -> None:
+        self.ignore_index = ignore_index
+
+    def learner(self, model: nn.Module, loader: Iterable[Any], device: torch.device) -> nn.Module:
+        """The module that is trained and called with a batch's inputs: the model, or one around it with parameters of its own."""
+        return Whole(model)
+
+    def inputs(self, batch: Any) -> Any:
+        """What of a batch goes into the network."""
+        return labelled(batch)[0]
+
+    def loss(self, outcome: Any, batch: Any, number: int) -> Tensor:
+        """The loss of the ``number``-th batch of an epoch, a mean over its rows; ``outcome``: what the learner returned."""
+        return F.cross_entropy(logits_of(outcome), labelled(batch)[1], ignore_index=self.ignore_index)
+
+    def right(self, outcome: Any, batch: Any) -> tuple[Tensor, Tensor] | None:
+        """How many labels were met, of how many; None where there are none."""
+        labels = labelled(batch)[1]
+        return ((logits_of(outcome).argmax(1) == labels).sum(), (labels != self.ignore_index).sum())
 
     def validated(self, model: nn.Module, score: float) -> dict[str, Any]:
         """Told each new best score; gives entries for that epoch's record."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What a training that goes on needs to know: tensors and plain values."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any], model: nn.Module) -> None:
+        """Take up what ``state`` gave; ``model`` is the one that is trained."""
+
+
+class Whole(nn.Module):
+    """The model, called with inputs of any form in one argument."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Any) -> Any:
+        return call(self.model, inputs)
 
 
 def check_values(config: Any, checks: dict[str, tuple[bool, str]]) -> None:
@@ -87,6 +156,15 @@ def check_values(config: Any, checks: dict[str, tuple[bool, str]]) -> None:
     for name, (good, wanted) in checks.items():
         if not good:
             raise InputError(f"{type(config).__name__}.{name} is {getattr(config, name)}; it must be {wanted}")
+
+
+def _text(value: Any) -> str:
+    """A value in words that stay the same in another process."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_text(one)}" for key, one in sorted(value.items())) + "}"
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(map(_text, value)) + "]"
+    return str(getattr(value, "__qualname__", None) or (type(value).__qualname__ if callable(value) else value))
 
 
 def resolve_device(device: str) -> torch.device:
@@ -107,7 +185,8 @@ def train(model: nn.Module, loader: Iterable[Any], *, config: TrainConfig | None
 
     See ``fit`` for what is kept and raised.
     """
-    return fit(model, loader, config or TrainConfig(), _CrossEntropy())
+    config = config or TrainConfig()
+    return fit(model, loader, config, Objective(config.ignore_index))
 
 
 def fit(model: nn.Module, loader: Iterable[Any], config: TrainConfig, objective: Objective) -> History:
@@ -115,22 +194,35 @@ def fit(model: nn.Module, loader: Iterable[Any], config: TrainConfig, objective:
 
     With ``config.validate`` the history begins with epoch 0, the score before training, and the model ends with its best weights: at the
     end, and also when Ctrl-C or an error stops it. It ends on the device and in the modes it began with. ``loader`` is iterated once an
-    epoch, after ``loader.set_epoch(epoch)`` (or its sampler's) where it has that. Raises ``EvaluationError`` naming epoch and step when
-    the loss is not finite.
+    epoch, after ``loader.set_epoch(epoch)`` (or its sampler's) where it has that; a batch is shared out among the processes, so that the
+    result does not depend on their number but for rounding, BatchNorm's statistics and dropout. Raises ``EvaluationError`` naming epoch
+    and step when the loss is not finite, ``FileError`` for a checkpoint that does not fit.
     """
     if config.epochs == 0:
         return []
+    log_dir = config.log_dir or config.checkpoint_dir or "fxprune-logs"
     device = resolve_device(config.device)
-    with modes_kept(model), torch.random.fork_rng([device] if device.type == "cuda" else []), _placed(model, device):
+    on_device = torch.cuda.device(device) if device.type == "cuda" and device.index is not None else nullcontext()
+    with (
+        on_device,
+        accelerated(device, config.precision, config.trackers, str(log_dir), config.unused_parameters) as accelerator,
+        modes_kept(model),
+        torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []),
+        _placed(model, accelerator.device),
+        batchnorm_as(model, config.batchnorm, accelerator),
+    ):
+        if device.index is not None and accelerator.num_processes > 1:
+            raise InputError(f"device {config.device!r} cannot be that of {accelerator.num_processes} processes; use auto, cpu or cuda")
         torch.manual_seed(config.seed)
-        run = _Run(model, config, objective, device, _length(loader))
+        run = Run(model, config, objective, accelerator, loader)
         try:
-            run.validate(0)
-            for epoch in range(1, config.epochs + 1):
-                run.epoch(epoch, loader)
+            run.begin()
+            for epoch in range(run.at[0], config.epochs + 1):
+                run.epoch(epoch)
                 run.validate(epoch)
+                run.ended(epoch)
         finally:
-            run.restore_best()
+            run.finish()
     return run.history
 
 
@@ -143,100 +235,3 @@ def _placed(model: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         model.to(home)
-
-
-class _CrossEntropy:
-    def loss(self, logits: Tensor, inputs: Any, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels)
-
-    def validated(self, model: nn.Module, score: float) -> dict[str, Any]:
-        return {}
-
-
-class _Run:
-    """One training: the optimiser, the clock, the best weights so far."""
-
-    def __init__(self, model: nn.Module, config: TrainConfig, objective: Objective, device: torch.device, steps: int) -> None:
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        if not parameters:
-            raise InputError("the model has no parameter that requires a gradient; there is nothing to train")
-        self.model, self.config, self.objective, self.device, self.steps = model, config, objective, device, steps
-        self.parameters = parameters
-        self.optimizer = torch.optim.SGD(
-            parameters, config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.momentum > 0
-        )
-        self.history: History = []
-        self.best: tuple[float, dict[str, Tensor]] | None = None
-        self.started = time.perf_counter()
-
-    def epoch(self, epoch: int, loader: Iterable[Any]) -> None:
-        for shuffled in (loader, getattr(loader, "sampler", None)):
-            set_epoch = getattr(shuffled, "set_epoch", None)
-            if set_epoch is not None:
-                set_epoch(epoch - 1)
-        self.model.train()
-        began, loss_sum, right, seen, lr = time.perf_counter(), 0.0, 0, 0, 0.0
-        for step, batch in enumerate(loader, 1):
-            lr = self.config.lr * schedule((epoch - 1) * self.steps + step - 1, self.config.epochs * self.steps, self.config.warmup)
-            inputs, labels = labelled(to_device(batch, self.device))
-            loss, logits = self._step(inputs, labels, lr, f"epoch {epoch}, step {step}")
-            loss_sum += loss * labels.numel()
-            right += int((logits.argmax(1) == labels).sum())
-            seen += labels.numel()
-            if self.config.on_step is not None:
-                done = (epoch - 1) * self.steps + step
-                left = (time.perf_counter() - self.started) / done * max(0, self.config.epochs * self.steps - done)
-                self.config.on_step(Progress(epoch, self.config.epochs, step, self.steps, loss_sum / seen, right / seen, lr, left))
-        if not seen:
-            raise InputError(f"the training data gave no batch in epoch {epoch}; pass something that can be iterated again")
-        seconds = time.perf_counter() - began
-        self.history.append({"epoch": epoch, "loss": loss_sum / seen, "accuracy": right / seen, "lr": lr, "seconds": seconds})
-
-    def _step(self, inputs: Any, labels: Tensor, lr: float, where: str) -> tuple[float, Tensor]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        logits = logits_of(call(self.model, inputs))
-        loss = self.objective.loss(logits, inputs, labels)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise EvaluationError(f"the training loss is {value} at {where}; lower the learning rate (now {lr:.2g}) or check the data")
-        loss.backward()
-        if self.config.clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
-        self.optimizer.step()
-        return value, logits.detach()
-
-    def validate(self, epoch: int) -> None:
-        if self.config.validate is None:
-            return
-        with evaluating(self.model):
-            score = float(self.config.validate(self.model))
-        if not math.isfinite(score):
-            raise EvaluationError(f"the validation score is {score} after epoch {epoch}; validate must return a finite number")
-        better = self.best is None or score > self.best[0]
-        if epoch == 0:
-            self.history.append({"epoch": 0})
-        self.history[-1].update(validation=score, best=better)
-        if better:
-            self.best = (score, {name: value.detach().clone() for name, value in self.model.state_dict().items()})
-            self.history[-1].update(self.objective.validated(self.model, score))
-
-    def restore_best(self) -> None:
-        if self.best is not None:
-            self.model.load_state_dict(self.best[1])
-
-
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """The learning rate at ``step`` (from 0) of ``steps``, as a share of the highest."""
-    warm = warmup * steps
-    if step < warm:
-        return min(1.0, (step + 1) / warm)
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, steps - warm)))
-
-
-def _length(loader: Any) -> int:
-    steps = len(loader) if hasattr(loader, "__len__") else sum(1 for _ in loader)
-    if steps == 0:
-        raise InputError("the training data hold no batch")
-    return steps

@@ -20,7 +20,10 @@ LAYERS = (
     ("patches", "moments", "playback", "consumers", "repairs"),
     ("profiling", "costs", "scores", "rebuilding", "rebinding", "files", "runtimes", "exporting"),
     ("api",),
-    ("training", "distillation", "searching", "recovery", "explaining"),
+    (
+        *("optimizers", "checkpoints", "processes", "loops", "training", "hints", "distillation"),
+        *("searching", "recovery", "shrinking", "explaining"),
+    ),
     ("results", "colours", "members", "lanes", "lane_svg", "figures", "lane_figure", "webpage", "search_page", "report"),
     ("display", "options", "arguments", "outputs", "session", "cli", "__main__"),
 )

@@ -118,7 +118,7 @@ def test_every_step_is_told() -> None:
     told: list[Progress] = []
     train(network(), loader(), config=TrainConfig(epochs=2, on_step=told.append))
     assert [(p.epoch, p.step) for p in told] == [(e, s) for e in (1, 2) for s in (1, 2, 3, 4)]
-    assert all(p.epochs == 2 and p.steps == 4 and p.loss > 0 and 0 <= p.accuracy <= 1 and p.lr > 0 for p in told)
+    assert all(p.epochs == 2 and p.steps == 4 and p.loss > 0 and p.accuracy is not None and 0 <= p.accuracy <= 1 and p.lr > 0 for p in told)
     assert told[0].seconds_left > 0 and told[-1].seconds_left == 0
 
 

@@ -14,7 +14,8 @@ class History:
 
     A record holds "targets", "strategy", "step"; "accuracy", "reward", the costs and "removed" of the architecture that the step ends on
     (of its best candidate, where the strategy stands on none); "evaluations" and "seconds" since the start; "rounds", each with the figures
-    of its best candidate; and "candidates", each with its "reward", "accuracy", remaining shares and whether it is on target.
+    of its best candidate; and "candidates", each with its "reward", "accuracy", remaining shares and whether it is on target. Where a
+    recovery followed, "recover_seconds" is what it took.
     """
 
     def __init__(self) -> None:
@@ -52,6 +53,10 @@ class History:
         self.records.append(record)
         self.rounds, self.candidates = [], []
         return record
+
+    def recovered(self, seconds: float) -> None:
+        """Enter the time of the recovery after the last step."""
+        self.records[-1]["recover_seconds"] = round(seconds, 3)
 
     def state(self) -> dict[str, Any]:
         """The history as JSON."""

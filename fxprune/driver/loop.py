@@ -151,7 +151,9 @@ class _Search:
         every, current, train = self.config.recover_every, strategy.current(), self.problem.recover
         if not every or train is None or current is None or strategy.step % every or strategy.budget.fits(current):
             return
+        begun = time.perf_counter()
         train(current)
+        self.history.recovered(time.perf_counter() - begun)
         self.evaluator.forget()
         strategy.weights_changed()
         if self.folder is not None and self.problem.save_weights is not None:

@@ -135,6 +135,7 @@ def test_recovery_between_steps() -> None:
     found = run(problem, SearchConfig(steps=4, recover_every=1, **SMALL))
     assert len(trained) == 3  # not after the last step: what comes then is the final training
     assert trained[0] == found.history[0]["removed"]
+    assert [step.get("recover_seconds", -1.0) >= 0 for step in found.history] == [True, True, True, False]
     assert found.metrics["accuracy"] == pytest.approx(chain.score(found.removed)["accuracy"] + 0.03)
 
 

@@ -40,6 +40,7 @@ def told(outcome: SearchOutcome) -> Any:
     for record in records:
         for step in record["history"]:
             del step["seconds"]
+            step.pop("recover_seconds", None)
     return records
 
 
