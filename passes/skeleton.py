@@ -41,6 +41,7 @@ _OWN = frozenset(
         "_load_state_dict_post_hooks",
     }
 )
+_VALUES = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
 _PLAIN = frozenset({tuple, list, dict, set, OrderedDict})
 _watched: dict[type, type] = {}
 
@@ -181,7 +182,9 @@ def fill(source: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
     """Give ``twin`` the attributes of ``source``: modules and tensors by ``memo`` (id -> twin), the rest copied, hooks left behind."""
     state = twin.__dict__
     for key, value in source.__dict__.items():
-        if key in ("_parameters", "_buffers", "_modules"):
+        if type(value) in _VALUES:  # most are, and this is asked first for that
+            state[key] = value
+        elif key in ("_parameters", "_buffers", "_modules"):
             state[key] = {k: None if v is None else memo[id(v)] for k, v in value.items()}
         elif key in _OWN:
             state[key] = type(value)()

@@ -184,9 +184,9 @@ class ShapeTracer(fx.Tracer):
             return proxy
 
         try:
-            bound = inspect.signature(self.root.forward).bind(*args, **kwargs)
+            bound = inspect.signature(self.module.forward).bind(*args, **kwargs)
         except TypeError as error:
-            raise InputError(f"example_inputs do not fit {type(self.root).__name__}.forward: {error}") from error
+            raise InputError(f"example_inputs do not fit {type(self.module).__name__}.forward: {error}") from error
         pos: list[Any] = []
         named: dict[str, Any] = {}
         for param in bound.signature.parameters.values():
@@ -203,17 +203,18 @@ class ShapeTracer(fx.Tracer):
                     named[param.name] = made
                 else:
                     pos.append(made)
-        root = self.root
+        module = self.module
 
         def call(*_: Any) -> Any:
-            return root.forward(*pos, **named)
+            return module.forward(*pos, **named)
 
         return call, flat
 
     def run(self, example: tuple[tuple[Any, ...], dict[str, Any]]) -> fx.Graph:
-        self.example = example
+        self.example, self.module = example, self.skeleton.module(self.path)
         with torch.no_grad(), patched(self):
-            return self.trace(self.skeleton.module(self.path))
+            # As a function: fx would search a root module for tensors held as attributes, which the skeleton knows already.
+            return self.trace(lambda: None)
 
     # -- values -------------------------------------------------------------------------------------------------------------
 
