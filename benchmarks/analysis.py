@@ -132,16 +132,16 @@ def grown(name: str) -> float:
 
 def reset() -> None:
     """Forget the highest memory of the past, which building the model may have set; only Linux can."""
-    if sys.platform == "linux":
+    if platform.system() == "Linux":
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak() -> float:
     """The most memory this process has held, in MiB."""
-    if sys.platform == "linux":
+    if platform.system() == "Linux":
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return float(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if platform.system() == "Darwin" else 1 << 10)
 
 
 def geometric(values: list[float]) -> float:
