@@ -55,6 +55,7 @@ def compress(
     attention: str = "auto",
     repair: str = "none",
     verify: bool = False,
+    keep_class: bool = False,
 ) -> fx.GraphModule:
     """Remove channels of ``model`` as ``policy`` says and return the slim network as a ``torch.fx.GraphModule``.
 
@@ -64,6 +65,9 @@ def compress(
     ``fxprune.repairs``): "bn" estimates BatchNorm statistics anew, "bias" puts what a layer's output lacks in the mean into its bias,
     "lstsq" fits the remaining weights anew to the original's responses; "none" leaves all as sliced.
     ``model`` may be a ``CouplingGraph``: then nothing is traced again and the weights its model holds now are sliced.
+
+    ``keep_class``: return an instance of the model's own class with slim submodules, whose other methods work too, in place of a graph
+    module. ``UnsupportedError`` names the node and line where that cannot be: where a number in the code changes with the channels.
 
     The slim module shares no storage with ``model``, keeps its parameter names, modes and ``requires_grad`` flags; ``record`` tells what
     was done.
@@ -94,7 +98,7 @@ def compress(
     def score(graph: CouplingGraph) -> Mapping[str, Any]:
         return _recorded(graph, wanted, units) or scores(graph, importance, batches)
 
-    run_passes(carrier, [Plan(wanted, score, round_to), Slim()])
+    run_passes(carrier, [Plan(wanted, score, round_to), Slim(keep_class)])
     slim: fx.GraphModule = carrier.meta["slim"]
     slimmer: Slimmer = carrier.meta["slimmer"]
     keep = carrier.meta["keep"]
@@ -105,7 +109,7 @@ def compress(
         "importance": importance if isinstance(importance, str) else "callable",
     }
     applied = {g.name: float(wanted) for g in graph.groups if g.prunable} if isinstance(wanted, (int, float)) else dict(wanted)
-    made = made_record(graph, slimmer, keep, Policy(applied, graph.inputs, {**graph.options, **used}, chosen.meta))
+    made = made_record(graph, slimmer, keep, Policy(applied, graph.inputs, {**graph.options, **used}, chosen.meta), keep_class)
     slim.__dict__["_record"], slim.__dict__["_sources"] = made, Sources(graph.model)
     if verify:
         given = example if _has_values(example) else forms.build(graph.inputs, device=device_of(graph.model))
@@ -172,7 +176,7 @@ def record(slim: nn.Module) -> PruningRecord:
     return found
 
 
-def made_record(graph: CouplingGraph, slimmer: Slimmer, keep: Any, policy: Policy) -> PruningRecord:
+def made_record(graph: CouplingGraph, slimmer: Slimmer, keep: Any, policy: Policy, keep_class: bool = False) -> PruningRecord:
     """The record of one rewrite, in terms of the outermost original (Habit: facts are computed once and are plain data)."""
     skeleton = graph.walk.traced.skeleton
     kept: dict[str, dict[int, torch.Tensor]] = {}
@@ -187,7 +191,9 @@ def made_record(graph: CouplingGraph, slimmer: Slimmer, keep: Any, policy: Polic
         if len(gone):
             removed[group.name] = torch.from_numpy(gone)
     costs = cost_model(graph)
-    made = PruningRecord(kept, removed, policy, "none", costs.profile(), costs.profile(keep), tuple(sorted(slimmer.renumber)), graph.notes)
+    before, after = costs.profile(), costs.profile(keep)
+    renumbered = tuple(sorted(slimmer.renumber))
+    made = PruningRecord(kept, removed, policy, "none", before, after, renumbered, graph.notes, keep_class=keep_class)
     earlier = getattr(graph.model, "_record", None)
     return _composed(earlier, made) if isinstance(earlier, PruningRecord) else made
 

@@ -61,6 +61,8 @@ def encode_record(record: PruningRecord) -> Json:
         "after": _encode_profile(record.after),
         "renumbered": list(record.renumbered),
         "notes": list(record.notes),
+        "keep_class": record.keep_class,
+        "folded": record.folded,
         "steps": [encode_record(step) for step in record.steps],
     }
 
@@ -80,6 +82,8 @@ def decode_record(data: Json) -> PruningRecord:
             renumbered=tuple(data["renumbered"]),
             notes=tuple(data["notes"]),
             steps=tuple(decode_record(step) for step in data.get("steps", [])),
+            keep_class=bool(data.get("keep_class", False)),
+            folded=bool(data.get("folded", False)),
         )
     except KeyError as error:
         raise FileError(f"its record is damaged: {error} is missing") from error

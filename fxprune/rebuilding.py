@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fxprune.errors import FileError
 from fxprune.inputs import build
 from fxprune.passes.coupling import CouplingGraph
+from fxprune.passes.keep_class import kept_class
 from fxprune.passes.pipeline import analysed
 from fxprune.passes.plan import Keep
 from fxprune.passes.slim import Slimmer
@@ -35,7 +36,7 @@ def rebuilt(model: nn.Module, record: PruningRecord) -> nn.Module:
         differing = [dim for dim in {*made, *wanted} if dim not in made or dim not in wanted or made[dim].tolist() != wanted[dim].tolist()]
         if differing and graph.walk.traced.skeleton.tensor(name).is_floating_point():
             raise FileError(f"it does not fit this model: dimension {min(differing)} of {name!r} is coupled to other channels here")
-    slim: nn.Module = slimmer.run()
+    slim: nn.Module = kept_class(slimmer) if record.keep_class else slimmer.run()
     return slim
 
 

@@ -50,6 +50,7 @@ class PruningRecord:
     ``repair``: "none", "bn", "bias" or "lstsq": what was done after slicing. After "bias" and "lstsq" parameters are no longer slices of
         the original's.
     ``steps``: where a slim module was pruned again, the record of each pruning in terms of the module it was given; else empty.
+    ``keep_class``: whether the slim module is an instance of the original's class. ``folded``: whether its BatchNorms are folded away.
     ``notes``: sentences a user should know: what tracing specialised, what could not be kept.
     """
 
@@ -62,6 +63,8 @@ class PruningRecord:
     renumbered: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     steps: tuple[PruningRecord, ...] = ()
+    keep_class: bool = False
+    folded: bool = False
 
     def with_repair(self, repair: str, notes: tuple[str, ...] = ()) -> PruningRecord:
         """The same record after a repair; ``notes``: what could not be repaired."""

@@ -16,6 +16,7 @@ from fxprune.inputs import build, describe
 from fxprune.passes import rules
 from fxprune.passes.base import GraphPass
 from fxprune.passes.coupling import LAYERS, CouplingGraph
+from fxprune.passes.keep_class import kept_class
 from fxprune.passes.labels import Walk
 from fxprune.passes.partial import trace_parts
 from fxprune.passes.plan import Keep, keep_counts, plan
@@ -139,14 +140,18 @@ class Plan(GraphPass):
 class Slim(GraphPass):
     """The rewrite: puts the ``Slimmer`` under ``meta["slimmer"]`` and the slim network under ``meta["slim"]``.
 
-    Where the whole network was traced the slim network is the pass's result; where only parts were, it is no graph module.
+    Where the whole network was traced the slim network is the pass's result; where only parts were, or the user's class is kept, it is no
+    graph module.
     """
+
+    def __init__(self, keep_class: bool = False) -> None:
+        self.keep_class = keep_class
 
     def run(self, module: fx.GraphModule) -> fx.GraphModule:
         graph: CouplingGraph = module.meta["coupling"]
         keep: Keep = module.meta["keep"]
         slimmer = Slimmer(graph, keep)
-        slim = slimmer.run()
+        slim = kept_class(slimmer) if self.keep_class else slimmer.run()
         module.meta.update(slimmer=slimmer, slim=slim)
         # Shared graphs are looked at once, not for each candidate of a search.
         return slim if isinstance(slim, SlimModule) and not slim.borrowed else module

@@ -177,6 +177,15 @@ class Slimmer:
             replace_module(tree, tree.get_submodule(path), SlimModule(tree.get_submodule(path), own))
         return tree
 
+    @torch.no_grad()
+    def tree(self, own_classes: bool = False) -> nn.Module:
+        """The module tree of the slim network; ``own_classes``: every module with the user's class, and with attributes of the user's
+        names alone. The graphs must have been copied before: index buffers are renumbered on the way."""
+        template = self.graph.template = self.graph.template or self._template()
+        tree = self._tree(template, own_classes)
+        self._resize(tree, template)
+        return tree
+
     def _graphs(self) -> dict[str, fx.Graph]:
         return {mode: self.copy(mode, graph) for mode, graph in self.walk.traced.graphs.items()}
 
@@ -311,7 +320,7 @@ class Slimmer:
         source = self.skeleton.real(name) if constant is None else constant
         return cut(source, self.renumber.get(name), self.kept_dims(name))
 
-    def _tree(self, template: Template) -> nn.Module:
+    def _tree(self, template: Template, own_classes: bool = False) -> nn.Module:
         original = self.skeleton.original
         memo: dict[int, Any] = {}
         for name in self.skeleton.names:
@@ -322,9 +331,12 @@ class Slimmer:
         def whole(path: str) -> bool:
             """Whether a module keeps the user's class: it, or one around it, was not looked into."""
             outside = bool(parts) and not any(path == p or path.startswith(f"{p}.") for p in parts)
-            return outside or any(path == o or path.startswith(f"{o}.") for o in opaque)
+            return own_classes or outside or any(path == o or path.startswith(f"{o}.") for o in opaque)
 
-        return assemble(original, memo, template.called.__contains__, whole, self._constants())
+        constants = self._constants()
+        if own_classes:
+            constants = {n: t for n, t in constants.items() if hasattr(original.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2])}
+        return assemble(original, memo, template.called.__contains__, whole, constants)
 
     def _constants(self) -> dict[str, torch.Tensor]:
         return {**{name: self.sliced(name) for name in self.walk.traced.constants}, **self.constants}
