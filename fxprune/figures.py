@@ -62,6 +62,7 @@ def base_layout(x: str, y: str, **more: Any) -> Json:
         "legend": {"orientation": "h", "yref": "container", "y": 1, "yanchor": "top", "x": 0, "xanchor": "left"},
         "hoverlabel": {"bgcolor": light("card"), "bordercolor": light("soft"), "font": {"color": light("fg")}, "align": "left"},
         "hovermode": "closest",
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": light("soft"), "activecolor": light("fg")},
         "height": 340,
         "xaxis": {**axis, "title": {"text": x, "standoff": 8}},
         "yaxis": {**axis, "title": {"text": y, "standoff": 8}},

@@ -70,7 +70,7 @@ def _mark_text(group: Record, mark: Record) -> str:
     return "<br>".join(_wrapped([*lines, f"members: {escape(shown)}"]))
 
 
-def _wrapped(lines: Sequence[str], width: int = 60) -> list[str]:
+def _wrapped(lines: Sequence[str], width: int = 46) -> list[str]:
     """Lines short enough for a narrow screen, broken at spaces."""
     done = []
     for line in lines:

@@ -158,6 +158,14 @@ def test_zoom_by_buttons_and_by_keys(opened: Open) -> None:
     assert span() == pytest.approx(whole)
 
 
+def test_no_button_sends_a_figure_anywhere(opened: Open) -> None:
+    page = opened()
+    buttons = page.locator("#coupling .modebar-btn")
+    titles = [button.get_attribute("data-title") or "" for button in buttons.all()]
+    assert len(titles) == 6 and "Download plot as a PNG" in titles
+    assert not any(word in title.lower() for title in titles for word in ("share", "cloud", "studio", "send"))
+
+
 def test_everything_is_reached_by_the_keyboard(opened: Open) -> None:
     page = opened()
     page.keyboard.press("Tab")

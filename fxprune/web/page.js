@@ -6,7 +6,9 @@
   const colours = read("colours"); // light -> dark
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const narrow = matchMedia("(max-width: 40rem)");
-  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] };
+  // The buttons are named, because by itself plotly.js has one that sends the figure to its maker.
+  const buttons = [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "resetScale2d"]];
+  const config = { responsive: true, displaylogo: false, modeBarButtons: buttons, showSendToCloud: false, plotlyServerURL: "" };
 
   function coloured(value) {
     if (typeof value === "string") return (dark.matches && colours[value]) || value;
@@ -53,7 +55,11 @@
     const wanted = find.value.trim().toLowerCase();
     let hits = 0;
     let all = 0;
-    for (const trace of (figures.coupling || { data: [] }).data.filter((one) => one.customdata)) {
+    for (const trace of figures.coupling.data) {
+      if (!trace.customdata) {
+        trace.opacity = wanted || prunable.checked ? 0.25 : 1;
+        continue;
+      }
       trace.marker.opacity = trace.customdata.map(([layer, group, free]) => {
         const hit = (layer.toLowerCase().includes(wanted) || group.toLowerCase().includes(wanted)) && (free || !prunable.checked);
         hits += hit;
@@ -61,7 +67,7 @@
         return hit ? 1 : 0.1;
       });
     }
-    if (figures.coupling) draw("coupling");
+    draw("coupling");
     for (const row of document.querySelectorAll("[data-find]")) {
       row.hidden = !row.dataset.find.toLowerCase().includes(wanted) || (prunable.checked && row.dataset.free === "no");
     }
