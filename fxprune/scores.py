@@ -42,6 +42,11 @@ def scores(graph: CouplingGraph, importance: Importance = "auto", calibration: I
     if importance == "random":
         drawn = np.random.default_rng(seed).random(int(graph.starts[-1]))
         return _by_group(graph, drawn)
+    empty = [n for n in graph.walk.traced.skeleton.parameter_names if graph.walk.traced.skeleton.real(n).device.type == "meta"]
+    if empty:
+        raise InputError(
+            f'{min(empty)!r} is on the meta device and has no values to rank channels by; pass importance="random" or a callable'
+        )
     if importance == "taylor":
         if calibration is None:
             raise InputError('importance "taylor" needs calibration data: pass calibration=[(inputs, targets), ...], or importance="l2"')

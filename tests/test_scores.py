@@ -7,6 +7,7 @@ import torch
 from torchvision.models import VisionTransformer
 
 import fxprune
+from fxprune.errors import InputError
 from fxprune.scores import scores
 
 
@@ -25,3 +26,13 @@ def test_third_dimension_is_scored(importance: str) -> None:
     if importance != "taylor":  # moving the embedding moves the gradients of everything
         assert (after != before).nonzero()[0].tolist() == [3]
     assert after.shape == (8,)
+
+
+def test_weights_without_values_are_ranked_by_chance_alone() -> None:
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        inputs = torch.randn(3, 4)
+    with pytest.raises(InputError, match="'0.bias' is on the meta device and has no values .*; pass importance=\"random\""):
+        fxprune.compress(model, 0.5, inputs)
+    slim = fxprune.compress(model, 0.5, inputs, importance="random")
+    assert slim(inputs).shape == (3, 2) and slim.get_parameter("0.weight").shape == (4, 4)
