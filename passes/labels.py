@@ -320,7 +320,8 @@ class Walk:
         """Labels meet a fixed axis of a tensor that carries labels elsewhere: two attention tensors may have chosen different axes."""
         if self.is_soft(np.unique(vector)):
             return  # made by an expansion: it yields, no choice was made
-        for mine in other.axes.values():
+        alone = [vector] if self.attention == "auto" else []  # a tensor without channels fixes one axis, the other may be free
+        for mine in other.axes.values() or alone:
             self.clashes.append((vector, mine))
 
     def pointwise(self, node: fx.Node, *operands: Any, zero: str = "none") -> Any:

@@ -97,17 +97,22 @@ def _path(model: nn.Module, module: nn.Module) -> str:
 
 
 def _settled(traced: TracedModel, attention: str, fixed: list[tuple[str, int]]) -> Walk:
-    """Walk; where two tensors of one attention chose different axes (grouped queries), walk again with one axis for both."""
+    """Walk; where an attention's tensors chose an axis that something else fixes (grouped queries, a rotary table), walk again
+    with one axis for all of them, and take what leaves the fewest of them fixed."""
     walk = Walk(traced, attention, fixed).run()
     clashing = _clashing(walk)
     if not clashing:
         return walk
     best, fewest = walk, len(clashing)
     for wish in ("head_dim", "heads"):
-        trial = Walk(traced, attention, fixed, dict.fromkeys(clashing, wish)).run()
-        left = len(_clashing(trial))
-        if left < fewest:
-            best, fewest = trial, left
+        keys, grown = set(clashing), True
+        while grown:  # what is contracted with them has to follow
+            trial = Walk(traced, attention, fixed, dict.fromkeys(sorted(keys), wish)).run()
+            left = set(_clashing(trial))
+            grown = bool(left - keys)
+            keys |= left
+        if len(left) < fewest:
+            best, fewest = trial, len(left)
     return best
 
 

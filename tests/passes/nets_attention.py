@@ -260,6 +260,26 @@ class RotaryPrefix(Rotary):
         return torch.cat([x[:, :, :0], super().turn(x[:, :, 0:])], 2)
 
 
+@add("attention_rotary_given", lambda: (torch.randn(2, 6, 12), torch.randn(6, 6), torch.randn(6, 6)))
+class RotaryGiven(nn.Module):
+    """The table is an input, so the head dimension is fixed by it: then whole heads go, of the values too, which it never meets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.q, self.k, self.v = nn.Linear(12, 20), nn.Linear(20, 24), nn.Linear(20, 24), nn.Linear(20, 24)
+        self.back, self.head = nn.Linear(24, 20), nn.Linear(20, 4)
+
+    def turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return x * cos + torch.cat([-x[..., 3:], x[..., :3]], -1) * sin
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        x = self.front(x)
+        b, n, _ = x.shape
+        q, k, v = (f(x).view(b, n, 4, 6).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(self.turned(q, cos, sin), self.turned(k, cos, sin), v)
+        return self.head(x + self.back(y.transpose(1, 2).reshape(b, n, 24)))
+
+
 @add("attention_channels")
 class ChannelAttention(Body):
     """Non-local block: spatial positions attend to each other through three 1x1 convolutions."""
