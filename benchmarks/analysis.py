@@ -6,6 +6,7 @@ busy machine makes both slower, so read the ratios. Torch-Pruning 1.6.1 comes wi
 - *compress*: from a model to a slim one, everything included. Theirs: build the dependency graph, rank by L2, prune.
 - *candidate*: one more slim network of an analysed model, as a search makes them. Theirs: copy the model, build, prune; there is no other
   way, since their pruner edits the model that it was built for.
+- *stages*: what compress spends its time on, and a floor: a plain symbolic trace by torch.fx, and a copy of half of every parameter.
 - *growth*: chains of residual blocks; the time per block must not grow.
 - *memory*: most that the process grew while one model was analysed, in MiB beyond the model, each in a process of its own.
 """
@@ -13,6 +14,7 @@ busy machine makes both slower, so read the ratios. Torch-Pruning 1.6.1 comes wi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import math
 import multiprocessing
@@ -28,11 +30,16 @@ from typing import Any
 
 import torch
 import torchvision
-from torch import nn
+from torch import fx, nn
 
 import fxprune
+from fxprune.passes import rules
+from fxprune.passes.cost import cost_model
+from fxprune.passes.coupling import CouplingGraph
+from fxprune.passes.labels import Walk
 from fxprune.passes.plan import plan
 from fxprune.passes.slim import Slimmer
+from fxprune.passes.trace import trace
 from fxprune.scores import scores
 
 MODELS = (
@@ -110,6 +117,40 @@ def measure(name: str, repeats: int, alone: bool) -> dict[str, float]:
     return {column: min(times) for column, times in found.items() if times}
 
 
+def stages(name: str, repeats: int) -> dict[str, float]:
+    """Seconds of each stage of compressing one model, and of the floor."""
+    model, x = build(name), torch.randn(1, 3, 224, 224)
+    best: dict[str, float] = {}
+    for _ in range(repeats):
+        clock = [time.process_time()]
+
+        def lap(stage: str, clock: list[float] = clock) -> None:
+            clock.append(time.process_time())
+            best[stage] = min(best.get(stage, math.inf), clock[-1] - clock[-2])
+
+        traced = trace(model, x, rules.is_known, rules.registry.FUNCTIONS.__contains__)
+        lap("trace")
+        walk = Walk(traced).run()
+        lap("labels")
+        graph = CouplingGraph(walk, None, {})
+        lap("groups")
+        ranking = scores(graph, "l2")
+        lap("L2 ranking")
+        slimmer = Slimmer(graph, plan(graph, 0.5, ranking))
+        slimmer.run()
+        lap("rewrite")
+        cost_model(graph).profile()
+        lap("profile")
+        with contextlib.suppress(fx.proxy.TraceError):
+            fx.symbolic_trace(model)
+        lap("plain trace")
+        for p in model.parameters():
+            halves = tuple(slice(0, max(n // 2, 1)) for n in p.shape[:2])
+            p.detach()[halves].clone()
+        lap("plain slices")
+    return best
+
+
 def growth(counts: tuple[int, ...]) -> list[tuple[int, float]]:
     """(blocks, seconds per block) of analysing and slimming a chain."""
     rows = []
@@ -148,7 +189,13 @@ def geometric(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def page(rows: dict[str, dict[str, float]], chains: list[tuple[int, float]], memory: dict[str, float], command: str) -> str:
+def page(
+    rows: dict[str, dict[str, float]],
+    chains: list[tuple[int, float]],
+    memory: dict[str, float],
+    parts: dict[str, dict[str, float]],
+    command: str,
+) -> str:
     """The markdown page."""
     peer = bool(rows) and all("their prune" in r for r in rows.values())
     version = f" and Torch-Pruning {metadata.version('torch-pruning')}" if peer else ""
@@ -170,6 +217,11 @@ def page(rows: dict[str, dict[str, float]], chains: list[tuple[int, float]], mem
         first = geometric([r["their prune"] / r["compress"] for r in rows.values()])
         second = geometric([r["their candidate"] / r["candidate"] for r in rows.values()])
         lines.append(f"| *geometric mean* | | | | {first:.1f}× | | | {second:.1f}× | |")
+    if parts:
+        names = list(next(iter(parts.values())))
+        lines += ["", "Where the time goes; the last two columns are the floor.", ""]
+        lines += [f"| model | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
+        lines += [f"| {name} | {' | '.join(f'{1000 * t:.0f}' for t in found.values())} |" for name, found in parts.items()]
     lines += [
         "",
         "Growth, on chains of residual blocks (two convolutions and a norm each):",
@@ -191,15 +243,16 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    rows, memory = {}, {}
+    rows, memory, parts = {}, {}, {}
     fresh = multiprocessing.get_context("spawn")
     for name in options.models:
         with fresh.Pool(1) as pool:
             memory[name] = pool.apply(grown, (name,))
         rows[name] = measure(name, options.repeats, options.alone)
+        parts[name] = stages(name, options.repeats)
         print(name, {k: round(1000 * v) for k, v in rows[name].items()}, f"{memory[name]:.0f} MiB", file=sys.stderr, flush=True)
     given = " ".join(sys.argv[1:] if arguments is None else arguments)
-    text = page(rows, growth(tuple(options.chains)), memory, f"python benchmarks/analysis.py {given}".strip())
+    text = page(rows, growth(tuple(options.chains)), memory, parts, f"python benchmarks/analysis.py {given}".strip())
     if options.out is None:
         print(text)
     else:
