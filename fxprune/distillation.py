@@ -85,7 +85,7 @@ class _Distillation(Objective):
 
     def learner(self, model: nn.Module, loader: Iterable[Any], device: torch.device) -> nn.Module:
         config = self.config
-        if device_of(self.teacher) != device:
+        if device_of(self.teacher) != torch.empty(0, device=device).device:  # "cuda" is one of several
             self.teacher = copy.deepcopy(self.teacher).to(device)
         if config.validate is not None and config.replace_teacher and not config.hints and not config.cache_teacher:
             with evaluating(self.teacher):
@@ -142,7 +142,7 @@ class _Distillation(Objective):
         """The teacher's output and features, from the cache where there are some."""
         if not self.config.cache_teacher:
             return self._asked(inputs)
-        mark = torch.cat([leaf.double().flatten(1).sum(1) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim > 1])
+        mark = _mark(inputs)
         if number not in self.cache:
             self.cache[number] = (mark, to_device(self._asked(inputs), "cpu"))
         kept, answers = self.cache[number]
@@ -171,6 +171,12 @@ class _Distillation(Objective):
         if state["teacher"] is not None:
             self.teacher, self.replaced = copy.deepcopy(model).eval().requires_grad_(False), True
             self.teacher.load_state_dict(state["teacher"])
+
+
+def _mark(inputs: Any) -> Tensor:
+    """Numbers that tell one batch from another, one for each row of each tensor; places weigh differently, so a mirror image is another."""
+    rows = [leaf.double().reshape(len(leaf), -1) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
+    return torch.cat([one @ torch.linspace(1, 2, one.shape[1], dtype=one.dtype, device=one.device) for one in rows])
 
 
 def response_loss(

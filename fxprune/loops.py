@@ -114,7 +114,7 @@ class Run:
             raise FileError(f"cannot go on from {folder}: {str(error).splitlines()[0]}; give the same model and options") from error
 
     def epoch(self, epoch: int) -> None:
-        for shuffled in (self.loader, getattr(self.loader, "sampler", None)):
+        for shuffled in (self.loader, getattr(self.loader, "sampler", None), getattr(self.loader, "batch_sampler", None)):
             set_epoch = getattr(shuffled, "set_epoch", None)
             if set_epoch is not None:
                 set_epoch(epoch - 1)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
@@ -45,6 +46,7 @@ def accelerated(
     except ImportError as error:
         raise DependencyError("training needs accelerate, which is not installed; run: pip install 'fxprune[train]'") from error
     mine = not PartialState._shared_state
+    theirs = dict(GradientState._shared_state.get("plugin_kwargs", {}))
     try:
         try:
             accelerator = Accelerator(
@@ -56,7 +58,8 @@ def accelerated(
             )
         except (ValueError, ImportError) as error:
             raise InputError(f"accelerate cannot train so: {' '.join(str(error).split())}") from error
-        missing = [name for name in trackers if isinstance(name, str) and name not in [str(made) for made in accelerator.log_with]]
+        known = {"all", *(str(made) for made in accelerator.log_with)}
+        missing = [name for name in trackers if isinstance(name, str) and name not in known]
         if missing:
             raise DependencyError(f"tracker {missing[0]!r} is not installed; run: pip install {missing[0]}")
         if accelerator.mixed_precision not in PRECISIONS:
@@ -71,6 +74,8 @@ def accelerated(
         if mine:
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
+        else:  # all accelerators share it
+            GradientState().plugin_kwargs = theirs
 
 
 @contextmanager
@@ -81,17 +86,14 @@ def batchnorm_as(model: nn.Module, kind: str, accelerator: Accelerator) -> Itera
         return
     if accelerator.device.type == "cpu":
         raise InputError('batchnorm="sync" needs GPUs: torch synchronises statistics on them alone; use "local" or "frozen"')
-    before = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items() if child is not None]
-    modes = {child: child.training for _, _, child in before}
+    owned = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()]
+    before = [(parent, name, child) for parent, name, child in owned if isinstance(child, _BatchNorm)]
     try:
-        converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        if converted is not model:
-            raise InputError("the model is a BatchNorm itself, which cannot be synchronised")
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
         yield
     finally:
         for parent, name, child in before:  # the two share parameters and buffers
             parent._modules[name] = child
-            child.training = modes[child]
 
 
 def agreed(value: float, device: torch.device) -> float:

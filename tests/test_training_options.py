@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fxprune.api import compress
 from fxprune.checkpoints import NAME, read_checkpoint
 from fxprune.distillation import DistillConfig, distill
 from fxprune.errors import DependencyError, FileError, InputError
-from fxprune.processes import accelerated
+from fxprune.processes import accelerated, batchnorm_as
 from fxprune.training import Progress, TrainConfig, schedule, train
 
 
@@ -86,19 +87,38 @@ def test_frozen_batchnorm_keeps_its_statistics() -> None:
     assert not torch.equal(model[1].running_mean, before)  # type: ignore[index]
 
 
+def test_synchronised_batchnorm_gives_way_to_the_models_own() -> None:
+    class Two:
+        num_processes, device = 2, torch.device("cuda")
+
+    slim = compress(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)), 0.5, torch.randn(1, 3, 8, 8))
+    own = slim.get_submodule("1")
+    with batchnorm_as(slim, "sync", Two()):
+        other = slim.get_submodule("1")
+        assert isinstance(other, nn.SyncBatchNorm) and other.weight is own.weight and other.num_features == 4
+        other.running_mean.fill_(3)  # type: ignore[union-attr]
+    assert slim.get_submodule("1") is own and type(own) is nn.BatchNorm2d and own.running_mean.eq(3).all()  # type: ignore[union-attr]
+    Two.device = torch.device("cpu")
+    with pytest.raises(InputError, match='batchnorm="sync" needs GPUs'), batchnorm_as(slim, "sync", Two()):
+        pass
+
+
 def test_the_callers_accelerator_stays_and_is_used() -> None:
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.state import AcceleratorState, GradientState, PartialState
 
     try:
-        theirs = Accelerator(cpu=True, mixed_precision="bf16")
+        theirs = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=4)
         with accelerated(torch.device("cpu")) as made:
             assert made.mixed_precision == "bf16"
+        train(network(), loader(), config=TrainConfig(1, device="cpu"))
+        assert theirs.gradient_accumulation_steps == 4
         assert theirs.device.type == "cpu" and PartialState._shared_state
         with pytest.raises(InputError, match="accelerate cannot train so: AcceleratorState has already been initialized"):
             train(network(), loader(), config=TrainConfig(1, precision="no", device="cpu"))
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 def test_without_accelerate_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,6 +449,20 @@ def test_the_teacher_is_asked_once_where_it_may_be() -> None:
     assert teacher.calls == 16 and torch.equal(students[0].weight, students[1].weight)
     with pytest.raises(InputError, match="batch 1 is not what it was in an earlier epoch, .*set cache_teacher=False"):
         distill(students[0], teacher, loader(), config=DistillConfig(3, device="cpu", cache_teacher=True))
+    x, y = next(iter(batches))
+
+    class Mirrored:
+        flip = False
+
+        def __len__(self) -> int:
+            return 1
+
+        def __iter__(self) -> Any:
+            self.flip = not self.flip
+            yield (x.flip(1) if self.flip else x), y
+
+    with pytest.raises(InputError, match="batch 1 is not what it was"):
+        distill(students[0], teacher, Mirrored(), config=DistillConfig(2, device="cpu", cache_teacher=True))
 
 
 @pytest.mark.gpu
