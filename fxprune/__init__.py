@@ -12,6 +12,7 @@ from fxprune.api import analyze, compress, record
 from fxprune.distillation import DistillConfig, distill
 from fxprune.errors import FxPruneError, VerificationError
 from fxprune.files import load, rebuild, save
+from fxprune.folding import fold_batchnorm
 from fxprune.hints import Hint
 from fxprune.passes.rules import register_op
 from fxprune.policies import Policy
@@ -43,6 +44,7 @@ __all__ = [
     "distill",
     "explain",
     "export",
+    "fold_batchnorm",
     "load",
     "profile",
     "rebind",

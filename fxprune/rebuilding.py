@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxprune.errors import FileError
 from fxprune.inputs import build
 from fxprune.passes.coupling import CouplingGraph
+from fxprune.passes.fold import FoldBatchNorm
 from fxprune.passes.keep_class import kept_class
 from fxprune.passes.pipeline import analysed
 from fxprune.passes.plan import Keep
@@ -26,7 +27,7 @@ def rebuilt(model: nn.Module, record: PruningRecord) -> nn.Module:
     for step in record.steps:  # which axis of an attention goes may change once heads are narrower, so each step is made in turn
         model = rebuilt(model, step)
     if record.steps:
-        return model
+        return FoldBatchNorm().run(model) if record.folded and isinstance(model, fx.GraphModule) else model
     example = build(record.policy.inputs, device="meta")
     graph: CouplingGraph = analysed(model, example, (), str(record.policy.options.get("attention", "auto"))).meta["coupling"]
     names = {alias: name for name, aliases in graph.walk.traced.skeleton.aliases.items() for alias in aliases}
@@ -37,7 +38,7 @@ def rebuilt(model: nn.Module, record: PruningRecord) -> nn.Module:
         if differing and graph.walk.traced.skeleton.tensor(name).is_floating_point():
             raise FileError(f"it does not fit this model: dimension {min(differing)} of {name!r} is coupled to other channels here")
     slim: nn.Module = kept_class(slimmer) if record.keep_class else slimmer.run()
-    return slim
+    return FoldBatchNorm().run(slim) if record.folded and isinstance(slim, fx.GraphModule) else slim
 
 
 def units_kept(graph: CouplingGraph, kept: Mapping[str, Mapping[int, Tensor]], names: Mapping[str, str]) -> Keep:

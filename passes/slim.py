@@ -179,8 +179,7 @@ class Slimmer:
 
     @torch.no_grad()
     def tree(self, own_classes: bool = False) -> nn.Module:
-        """The module tree of the slim network; ``own_classes``: every module with the user's class, and with attributes of the user's
-        names alone. The graphs must have been copied before: index buffers are renumbered on the way."""
+        """The module tree alone, once the graphs are copied (index buffers are renumbered on the way); maybe all of the user's classes."""
         template = self.graph.template = self.graph.template or self._template()
         tree = self._tree(template, own_classes)
         self._resize(tree, template)

@@ -18,7 +18,7 @@ LAYERS = (
     ("passes.rules",),
     ("passes",),
     ("patches", "moments", "playback", "consumers", "repairs"),
-    ("profiling", "costs", "scores", "rebuilding", "rebinding", "files", "runtimes", "exporting"),
+    ("profiling", "costs", "scores", "rebuilding", "rebinding", "files", "runtimes", "exporting", "folding"),
     ("api",),
     (
         *("optimizers", "checkpoints", "processes", "loops", "training", "hints", "distillation"),
