@@ -68,7 +68,7 @@ def write(
         save(one.model, out / f"{stem}.safetensors")
     record = recorded(found["slim"].model)
     coupling = coupling_data(candidates.graph, record.removed_units)
-    result = {
+    result: dict[str, Any] = {
         "model": options.model,
         "targets": list(options.search.described()["targets"]),
         "unmet": unmet,
@@ -83,6 +83,7 @@ def write(
         "options": {**{name: value for name, value in options.state().items() if name != "search"}, **options.search.described()},
     }
     replace_text(out / "history.jsonl", "".join(json.dumps(record) + "\n" for record in outcome.history))
+    result = json.loads(json.dumps(result))  # as a later reader has it, for whom a tuple is a list
     replace_text(out / "report.html", search_page(result, outcome.history))
     replace_text(out / "checkpoint" / RESULT, json.dumps(result, indent=2) + "\n")
     return Finished.of(result)
