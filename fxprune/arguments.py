@@ -36,7 +36,7 @@ HELP = {
     "commas for a Pareto run",
     "strategy": f"{', '.join(STRATEGIES)}, optuna:SAMPLER or module:Class",
     "reward": f"{', '.join(REWARDS)} or module:function",
-    "importance": "auto, taylor, l2, l1, variance or random",
+    "importance": "auto, taylor, reconstruction, l2, l1, variance or random",
     "repair": "what mends a candidate before it is scored, and the result: none, bn, bias or lstsq",
     "jobs": "worker processes",
     "executor": "local or ray",

@@ -44,19 +44,21 @@ class Data:
         batch_size: int = 128,
         *,
         training: bool = False,
+        augmented: bool = False,
         limit: int | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> Batches:
         """Normalised batches of a part, on ``device``.
 
-        ``training``: shuffled anew each epoch and augmented. ``limit``: that many samples, drawn once at random by ``seed``; for
-        calibration and for scoring on part of the validation data.
+        ``training``: shuffled anew each epoch and augmented. ``augmented``: augmented as in training, in order and always alike, which
+        makes images that a network was trained on about as hard for it as unseen ones. ``limit``: that many samples, drawn once at
+        random by ``seed``; for calibration and for scoring on part of the validation data.
         """
         images: Images = getattr(self, part)
         if limit is not None and limit < len(images):
             images = images.select(torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:limit])
-        padding, flip = (self.padding, self.flip) if training else (0, False)
+        padding, flip = (self.padding, self.flip) if training or augmented else (0, False)
         return Batches(images, batch_size, self.mean, self.std, training, padding, flip, seed, device)
 
     def example(self) -> torch.Tensor:

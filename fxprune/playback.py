@@ -47,6 +47,11 @@ class Playback:
             self._held[batch], self._bytes[batch] = (stop, values), size
         return values
 
+    def after(self, node: fx.Node) -> fx.Node:
+        """The node that runs next."""
+        found: fx.Node = self.nodes[self.place[node] + 1]
+        return found
+
     def _run(self, values: dict[fx.Node, Any], start: int, stop: int) -> None:
         self.interpreter.env = values
         for i in range(start, stop):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from fxprune.consumers import Consumer, consumers
 from fxprune.errors import InputError
@@ -88,12 +89,18 @@ class Repairer:
     def _calls(self, root: nn.Module, part: str) -> Callable[[int], list[Call]]:
         return calls_of_part(root, root.get_submodule(part), self._inputs) if part else whole_calls(self._inputs)
 
+    def original(self, part: str, room: int) -> tuple[Any, Playback]:
+        """The original network, or a traced part of it, as a graph module, and what runs it on the batches."""
+        if self._original is None:
+            everything = np.ones(int(self.reference.starts[-1]), dtype=bool)
+            self._original = Slimmer(self.reference, everything).run().eval()
+        module = _part(self._original, part)
+        return module, Playback(module, module.graphs["eval"], self._calls(self._original, part), room)
+
     def _responses_of(self, part: str) -> _Responses:
         if part not in self._responses:
-            if self._original is None:
-                everything = np.ones(int(self.reference.starts[-1]), dtype=bool)
-                self._original = Slimmer(self.reference, everything).run().eval()
-            self._responses[part] = _Responses(_part(self._original, part), self._calls(self._original, part))
+            module, playback = self.original(part, ROOM)
+            self._responses[part] = _Responses(module, playback.calls)
         return self._responses[part]
 
     def _mend(self, slim: nn.Module, part: str, slimmer: Slimmer) -> list[Consumer]:
@@ -161,10 +168,9 @@ class _Responses:
         found: dict[str, Wanted] = {}
         play = Playback(self.module, self.graph, lambda _: [call], ROOM)
         for node, (i, one) in self.consumers.items():
-            values_now = play.before(0, play.nodes[play.place[node] + 1])[0]
+            values_now = play.before(0, play.after(node))[0]
             output = values_now[node]
-            limit = ROWS * (_samples(call) or 1)
-            places = choose(one.module, output, limit, seed=(batch * 1009 + number) * 100_003 + i)
+            places = choose(one.module, output, rows_wanted(call), seed=(batch * 1009 + number) * 100_003 + i)
             other = None if one.other is None else values_now.get(one.other)
             same = isinstance(other, Tensor) and other.shape == output.shape
             rows = output_rows(one.module, other, places) if same and isinstance(other, Tensor) else None
@@ -176,9 +182,10 @@ def _part(root: Any, part: str) -> Any:
     return root.get_submodule(part) if part else root
 
 
-def _samples(call: Call) -> int:
-    first = next((t for t in (*call[0], *call[1].values()) if isinstance(t, Tensor)), None)
-    return 1 if first is None or first.ndim == 0 else first.shape[0]
+def rows_wanted(batch: Any) -> int:
+    """Rows to take from a layer for a batch, or the inputs of a call: ``ROWS`` a sample."""
+    first = next((t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim), None)
+    return ROWS if first is None else ROWS * max(1, first.shape[0])
 
 
 def _cut(rows: Tensor, kept: Any) -> Tensor:

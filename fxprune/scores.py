@@ -15,20 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxprune.elimination import need_batches, reconstruction
 from fxprune.errors import EvaluationError, InputError, PolicyError
 from fxprune.passes.coupling import CouplingGraph, Group
 from fxprune.passes.rules.values import Vector
 
 Scores = Mapping[str, npt.NDArray[np.float64]]
 Importance = str | Callable[[Group, nn.Module], Any]
-NAMES = ("auto", "taylor", "l2", "l1", "variance", "random")
+NAMES = ("auto", "taylor", "l2", "l1", "variance", "random", "reconstruction")
 
 
 def scores(graph: CouplingGraph, importance: Importance = "auto", calibration: Iterable[Any] | None = None, seed: int = 0) -> Scores:
     """Scores of all prunable groups: group name -> array (units).
 
     ``importance``: "taylor" (first order, |weight x gradient| summed; Molchanov 2017, here over the whole group), "l2", "l1",
-    "variance" (of the weights), "random" (by ``seed``), "auto" (taylor where ``calibration`` is given, else l2), or a callable
+    "variance" (of the weights), "reconstruction" (the error of the layers that read the unit, fitted anew without it; see
+    ``fxprune.elimination``), "random" (by ``seed``), "auto" (taylor where ``calibration`` is given, else l2), or a callable
     ``(group, module) -> scores``. ``calibration``: batches, each ``(inputs, targets)`` or inputs alone.
     """
     if callable(importance):
@@ -51,6 +53,9 @@ def scores(graph: CouplingGraph, importance: Importance = "auto", calibration: I
         if calibration is None:
             raise InputError('importance "taylor" needs calibration data: pass calibration=[(inputs, targets), ...], or importance="l2"')
         return _by_group(graph, _sums(graph, gradients(graph.model, calibration), lambda w, g: (w * g).abs()))
+    if importance == "reconstruction":
+        found = reconstruction(graph, need_batches(calibration))
+        return {**scores(graph, "l2"), **found}  # what no suitable layer reads is ranked by its weights
     weights = {n: graph.walk.traced.skeleton.real(n) for n in graph.walk.traced.skeleton.parameter_names}
     if importance == "l1":
         return _by_group(graph, _sums(graph, weights, lambda w, _: w.abs()))

@@ -14,7 +14,7 @@ from torch import fx, nn
 from fxprune.api import analyze, compress, record
 from fxprune.driver import Problem, SearchConfig, SearchOutcome, run
 from fxprune.encoding import ranges
-from fxprune.errors import EvaluationError, InputError
+from fxprune.errors import EvaluationError
 from fxprune.evaluation import device_of, one_thread
 from fxprune.inputs import build
 from fxprune.passes.cost import cost_model
@@ -189,8 +189,8 @@ def make_problem(
     """
     batches = None if calibration is None else list(calibration)
     checked(repair)
-    if repair not in ("none", "bn") and not batches:
-        raise InputError(f'repair="{repair}" needs calibration data: pass calibration=[inputs, ...], or repair="none"')
+    if importance == "auto" and repair == "lstsq" and batches:
+        importance = "reconstruction"  # the choice of units and the repair then aim at the same error
     with one_thread():
         candidates = Candidates(graph, scores(graph, importance, batches, seed), round_to)
     known: list[float] = []
@@ -246,7 +246,8 @@ def search(
     """Find how much to take from which group of ``model`` so that the target of ``config`` is met at the highest reward.
 
     ``evaluate``: slim module -> a number or a mapping of metrics, larger is better; on data held out of training, never the test set.
-    ``calibration``: a few batches, ``(inputs, targets)`` or inputs, for the importance and for the repair of candidates and result.
+    ``calibration``: a few batches, ``(inputs, targets)`` or inputs, for the importance and for the repair of candidates and result;
+    without it nothing is repaired, as the record of the result says, and weights alone rank the units.
     ``checkpoint_dir``, ``resume``: where the state is kept after every round, and whether to go on from it.
     Raises ``TargetError`` where no candidate is on target, ``SearchError`` for options that do not fit.
     """

@@ -137,9 +137,16 @@ class Session:
 
     @cached_property
     def validation(self) -> Accuracy:
-        """The score: accuracy on held-out training images, never on the test part."""
+        """Accuracy on held-out training images; training goes by it, and nothing but the last figures by the test part."""
         limit = self.options.score_images
         return Accuracy(list(self.data.batches("validation", self.options.batch_size, limit=limit, device=self.device)))
+
+    @cached_property
+    def scored(self) -> Accuracy:
+        """What candidates are scored by: those images, augmented. A network knows the images it was trained on too well to tell which of
+        its parts it needs for others; moved and mirrored they rank candidates as unseen ones do."""
+        limit = self.options.score_images
+        return Accuracy(list(self.data.batches("validation", self.options.batch_size, augmented=True, limit=limit, device=self.device)))
 
     @property
     def weights(self) -> Path:
@@ -183,7 +190,7 @@ class Session:
         graph = analyze(working, self.example, ignore=config.ignore, attention=config.attention)
         problem, candidates = make_problem(
             graph,
-            self.validation,
+            self.scored,
             calibration=self.calibration,
             importance=config.importance,
             round_to=config.round_to,

@@ -6,6 +6,7 @@ import io
 import struct
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -75,6 +76,14 @@ def test_limited_batches_are_a_random_part_decided_by_the_seed() -> None:
 def test_only_training_batches_are_augmented() -> None:
     data = load_data("digits")
     assert data.batches("train", training=True).padding == 1 and data.batches("train").padding == 0
+
+
+def test_augmented_batches_keep_the_order_and_are_always_alike() -> None:
+    data = replace(load_data("digits"), padding=1, flip=True)
+    plain, first, again = (list(data.batches("validation", 64, augmented=wanted)) for wanted in (False, True, True))
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(plain, first, strict=True))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a[0], b[0]) for a, b in zip(plain, first, strict=True))
 
 
 def test_parquet_with_a_test_file(tmp_path: Path) -> None:

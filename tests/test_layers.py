@@ -17,7 +17,7 @@ LAYERS = (
     ("policies", "inputs", "records", "encoding", "evaluation"),
     ("passes.rules",),
     ("passes",),
-    ("patches", "moments", "playback", "consumers", "repairs"),
+    ("patches", "moments", "playback", "consumers", "repairs", "elimination"),
     ("profiling", "costs", "scores", "rebuilding", "rebinding", "files", "runtimes", "exporting", "folding"),
     ("api",),
     (

@@ -15,6 +15,7 @@ from fxprune.errors import InputError
 from fxprune.moments import Moments
 from fxprune.passes.verify import difference
 from fxprune.patches import choose, grouped, input_rows, matrices, output_rows, set_matrices
+from fxprune.scores import scores
 
 LAYERS: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
     (lambda: nn.Linear(5, 7), (3, 5)),
@@ -227,3 +228,44 @@ def test_what_a_repair_needs_is_said() -> None:
     for repair in ("bn", "bias", "lstsq"):
         with pytest.raises(InputError, match="needs calibration data"):
             fxprune.compress(model, 0.5, X, repair=repair)
+
+
+class Copies(nn.Module):
+    """Four equal channels of large weights and four of small ones that differ: only copies can go without loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4)
+        with torch.no_grad():
+            self.first.weight[:4] = 3 * self.first.weight[:1]
+            self.first.bias[:4] = 3 * self.first.bias[:1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(F.relu(self.first(x)))
+        return y
+
+
+def test_reconstruction_removes_what_the_others_can_stand_in_for() -> None:
+    model, x = Copies().eval(), torch.randn(256, 6, generator=torch.Generator().manual_seed(0))
+    errors = {}
+    for importance in ("l2", "reconstruction"):
+        slim = fxprune.compress(model, 3 / 8, x, importance=importance, repair="lstsq", calibration=[x])
+        with torch.no_grad():
+            errors[importance] = difference(model(x), slim(x))
+        if importance == "reconstruction":
+            removed = fxprune.record(slim).removed_units["first"]
+            assert set(removed.tolist()) < {0, 1, 2, 3}
+    assert errors["reconstruction"] < 0.02 < 0.1 < errors["l2"]
+
+
+def test_reconstruction_ranks_every_group_and_needs_data() -> None:
+    model = settled(Blocks())
+    graph = fxprune.analyze(model, X)
+    found = scores(graph, "reconstruction", CALIBRATION)
+    for group in graph.groups:
+        if group.prunable:
+            assert len(set(found[group.name].tolist())) == group.size  # told apart, so that no order of equals decides
+    assert found["stem.0"].tolist() == scores(graph, "reconstruction", CALIBRATION)["stem.0"].tolist()
+    with pytest.raises(InputError, match='"reconstruction" needs calibration data'):
+        fxprune.compress(model, 0.5, X, importance="reconstruction")

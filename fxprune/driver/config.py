@@ -52,11 +52,12 @@ class SearchConfig:
     evaluations: int | None = 400  # scorings at most, all told; None: no bound. Paper: none
 
     # Read by fxprune.search, which turns a network into a Problem; the driver does not look at them
-    importance: Any = "auto"  # auto, random, l1, l2, variance, taylor, or a callable. Paper: taylor
+    # auto: reconstruction where repair is lstsq, else taylor; or random, l1, l2, variance, or a callable. Paper: taylor
+    importance: Any = "auto"
     attention: str = "auto"
     ignore: tuple[str, ...] = ()
     round_to: int = 1
-    repair: str = "bn"  # repair inside the score: none, bn, bias, lstsq. Paper: none
+    repair: str = "lstsq"  # repair inside the score and of the result: none, bn, bias, lstsq. Paper: none
     device: str = "auto"
 
     # Where candidates are scored: never changes the result

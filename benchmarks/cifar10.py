@@ -1,0 +1,264 @@
+"""Who keeps most of ResNet-20 on CIFAR-10 at half its multiply-accumulates: fxprune's strategies and Torch-Pruning's pruners.
+
+    python benchmarks/cifar10.py --data parquet:../shared/data/cifar10 --weights ../shared/data/models/resnet20_cifar10.safetensors
+
+A cell is a method with a seed. Each finished cell is one line of ``--out``; started again, the script goes on with those that are missing
+and writes the page ``--page`` anew after each. Candidates are scored on held-out training images; the test part is read once a cell.
+Needs the extras `search`, `optuna` and, for the methods tp-*, `bench`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune import driver
+from fxprune.data import Data, load_data
+from fxprune.distillation import DistillConfig
+from fxprune.driver import SearchConfig
+from fxprune.evaluation import call, evaluate_accuracy, evaluating, logits_of, recalibrate_batchnorm
+from fxprune.repairs import Repairer
+from fxprune.searching import Candidates, make_problem, mended
+from fxprune.sources import load_model
+
+OURS = ("uniform", "magnitude", "random", "optuna:TPESampler", "rl-pruner")
+THEIRS = ("tp-l2-uniform", "tp-l2-global", "tp-taylor-uniform", "tp-bnscale-global", "tp-lamp-global")
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy on held-out images, and how near the class probabilities are to the original's: 1 minus the total variation distance.
+
+    The second tells candidates apart that the first, on a few hundred images, cannot.
+    """
+
+    batches: Sequence[tuple[Tensor, Tensor]]
+    wanted: Sequence[Tensor]
+
+    def __call__(self, module: nn.Module) -> Mapping[str, float]:
+        right, near, total = 0, 0.0, 0
+        for (images, labels), wanted in zip(self.batches, self.wanted, strict=True):
+            logits = logits_of(call(module, images))
+            right += int((logits.argmax(1) == labels).sum())
+            near += float((1 - (logits.softmax(1) - wanted).abs().sum(1) / 2).sum())
+            total += len(labels)
+        return {"accuracy": right / total, "likeness": near / total}
+
+
+def half_likeness(metrics: Mapping[str, float]) -> float:
+    """The reward of every method that scores candidates."""
+    return (metrics["accuracy"] + metrics["likeness"]) / 2
+
+
+class Bench:
+    """The network, the data and the options that all cells share."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.data: Data = load_data(options.data, seed=0)
+        self.model = load_model(options.model, num_classes=self.data.num_classes, weights=options.weights).eval()
+        self.model.to(memory_format=torch.channels_last)
+        self.example = self.data.example()
+        self.macs = fxprune.profile(self.model, self.example).macs
+
+    def batches(self, part: Any, limit: int | None, seed: int, augmented: bool = False) -> list[Any]:
+        return list(self.data.batches(part, 64, limit=limit, seed=seed, augmented=augmented))
+
+    def run(self, method: str, seed: int) -> dict[str, Any]:
+        """One cell."""
+        torch.manual_seed(seed)
+        self.removed = {}
+        begun, spent = time.perf_counter(), time.process_time()
+        slim, evaluations = (self.theirs if method in THEIRS else self.ours)(method, seed)
+        seconds, cpu = time.perf_counter() - begun, time.process_time() - spent
+        profile = fxprune.profile(slim, self.example)
+        cell = {
+            "method": method,
+            "seed": seed,
+            "before": evaluate_accuracy(slim, self.data.batches("test", 64)),
+            "after": None,
+            "macs": profile.macs / self.macs,
+            "params": profile.params / fxprune.profile(self.model, self.example).params,
+            "latency": self.latency(slim) / self.latency(self.model),
+            "evaluations": evaluations,
+            "seconds": seconds,
+            "cpu_seconds": cpu,
+            "removed": self.removed,
+        }
+        if self.options.epochs:
+            cell["after"] = self.trained(slim, seed)
+        return cell
+
+    def ours(self, method: str, seed: int) -> tuple[nn.Module, int]:
+        o = self.options
+        batches = self.batches("validation", o.score_images, seed, augmented=True)
+        with evaluating(self.model):
+            score = Score(batches, [logits_of(call(self.model, images)).softmax(1) for images, _ in batches])
+        config = SearchConfig(
+            targets=(f"macs={o.macs}",),
+            strategy=method,
+            reward=half_likeness,
+            seed=seed,
+            evaluations=o.evaluations,
+            rounds=o.evaluations,
+            patience=None,  # all methods use all their evaluations
+            noise=o.noise,
+            repair=o.repair,
+        )
+        graph = fxprune.analyze(self.model, self.example)
+        problem, candidates = make_problem(
+            graph, score, calibration=self.batches("train", o.calibration_images, seed), repair=o.repair, seed=seed
+        )
+        outcome = driver.run(problem, config)
+        self.removed = dict(zip(candidates.names, outcome.removed.tolist(), strict=True))
+        return self.repaired(candidates, outcome.removed, seed), outcome.evaluations
+
+    def repaired(self, candidates: Candidates, removed: Any, seed: int) -> nn.Module:
+        repairer = Repairer(candidates.graph, self.batches("train", self.options.repair_images, seed), self.options.repair)
+        policy = candidates.policy(removed, {}, "l2")
+        return mended(fxprune.compress(candidates.graph, policy), removed, candidates, repairer).eval()
+
+    def theirs(self, method: str, seed: int) -> tuple[nn.Module, int]:
+        """Torch-Pruning on the convolutions inside the blocks (with the parameter-free shortcuts its result does not run), as much as
+        meets the budget, BatchNorm re-estimated on as many images as our repair reads."""
+        _, kind, scope = method.split("-")
+        low, high = 0.0, 1.0
+        for _ in range(12):
+            middle = (low + high) / 2
+            macs = fxprune.profile(self.pruned(kind, scope, middle, seed), self.example).macs / self.macs
+            low, high = (low, middle) if macs <= self.options.macs else (middle, high)
+        slim = self.pruned(kind, scope, high, seed)
+        recalibrate_batchnorm(slim, self.batches("train", self.options.repair_images, seed))
+        return slim.eval(), 0
+
+    def pruned(self, kind: str, scope: str, ratio: float, seed: int) -> nn.Module:
+        tp = importlib.import_module("torch_pruning")
+        model = load_model(self.options.model, num_classes=self.data.num_classes, weights=self.options.weights).eval()
+        importance = {
+            "l2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+            "taylor": tp.importance.GroupTaylorImportance,
+            "bnscale": tp.importance.BNScaleImportance,
+            "lamp": tp.importance.LAMPImportance,
+        }[kind]()
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+        fixed = [m for n, m in layers.items() if not (n.startswith("layer") and n.endswith("conv1"))]
+        if kind == "taylor":
+            for images, labels in self.batches("train", 256, seed):
+                nn.functional.cross_entropy(model(images), labels).backward()
+        pruner = tp.pruner.BasePruner(
+            model, self.example, importance, pruning_ratio=ratio, global_pruning=scope == "global", ignored_layers=fixed
+        )
+        pruner.step()
+        model.zero_grad(set_to_none=True)
+        return model.to(memory_format=torch.channels_last)
+
+    def latency(self, model: nn.Module) -> float:
+        return fxprune.profile(model, torch.cat([self.example] * 32)).latency(runs=15)
+
+    def trained(self, slim: nn.Module, seed: int) -> float:
+        o = self.options
+        train = self.data.batches("train", 128, training=True, limit=o.train_images, seed=seed)
+        fxprune.distill(slim, self.model, train, config=DistillConfig(epochs=o.epochs, seed=seed))
+        return evaluate_accuracy(slim.eval(), self.data.batches("test", 64))
+
+
+def page(cells: Sequence[Mapping[str, Any]], original: float, command: str, options: argparse.Namespace) -> str:
+    """The table, a row a method, means over the seeds that are done."""
+    rows = []
+    for method in sorted({c["method"] for c in cells}, key=(*THEIRS, *OURS).index):
+        mine = [c for c in cells if c["method"] == method]
+
+        def mean(key: str, form: Callable[[float], str], mine: list[Mapping[str, Any]] = mine) -> str:
+            found = [c[key] for c in mine if c[key] is not None]
+            return form(statistics.mean(found)) if found else "not run"
+
+        spread = f" ({100 * min(c['before'] for c in mine):.1f} to {100 * max(c['before'] for c in mine):.1f})" if len(mine) > 1 else ""
+        share, whole = "{:.1%}".format, "{:.0f}".format
+        figures = [mean("after", share), mean("macs", share), mean("params", share), mean("latency", share)]
+        counts = [mean("evaluations", whole), mean("seconds", whole), mean("cpu_seconds", whole), str(len(mine))]
+        rows.append("| " + " | ".join([method, mean("before", share) + spread, *figures, *counts]) + " |")
+    trained = (
+        f"{options.epochs} epochs of distillation on {options.train_images or 'all'} training images" if options.epochs else "no training"
+    )
+    head = "| method | top-1 before training | after | MACs | parameters | latency | evaluations | seconds | CPU seconds | seeds |"
+    return "\n".join(
+        [
+            "# ResNet-20 on CIFAR-10 at half the multiply-accumulates",
+            "",
+            "Written by the command below from its results, a row for each method, means over the seeds that were run (range in brackets).",
+            "",
+            f"```console\n$ {command}\n```",
+            "",
+            f"Original: {original:.2%} top-1. Candidates are scored on {options.score_images} held-out training images, augmented as in"
+            f" training, by the mean of accuracy and likeness to the original's probabilities, after repair"
+            f" ({options.repair}) on {options.calibration_images} training images; what is found is repaired once more on"
+            f" {options.repair_images}. Torch-Pruning's networks have BatchNorm re-estimated on the same {options.repair_images}."
+            f" The column *after*: {trained}. MACs, parameters and latency (batch of 32, one thread) are shares of the original's.",
+            "",
+            head,
+            "|" + "---|" * 10,
+            *rows,
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--model", default="fxprune.models:resnet20")
+    parser.add_argument("--methods", default=",".join((*THEIRS, *OURS)))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--macs", type=float, default=0.5)
+    parser.add_argument("--repair", default="lstsq")
+    parser.add_argument("--evaluations", type=int, default=400)
+    parser.add_argument("--noise", type=float, default=SearchConfig.noise, help="of rl-pruner's actions")
+    parser.add_argument("--score-images", type=int, default=1000)
+    parser.add_argument("--calibration-images", type=int, default=256)
+    parser.add_argument("--repair-images", type=int, default=1024)
+    parser.add_argument("--epochs", type=int, default=5, help="of distillation; 0: none")
+    parser.add_argument("--train-images", type=int, default=None, help="images a training epoch; default: all")
+    parser.add_argument("--out", type=Path, default=Path("cifar10.jsonl"))
+    parser.add_argument("--page", type=Path, default=None, help="markdown file to write, for example docs/cifar10.md")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    bench = Bench(options)
+    cells = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    if not any(c["method"] == "original" for c in cells):
+        original = {"method": "original", "seed": 0, "before": evaluate_accuracy(bench.model, bench.data.batches("test", 64))}
+        cells.append(original)
+        _append(options.out, original)
+    for seed in map(int, options.seeds.split(",")):
+        for method in options.methods.split(","):
+            if any(c["method"] == method and c["seed"] == seed for c in cells):
+                continue
+            cell = bench.run(method, seed)
+            print(json.dumps(cell), flush=True)
+            cells.append(cell)
+            _append(options.out, cell)
+            if options.page is not None:
+                original_accuracy = next(c["before"] for c in cells if c["method"] == "original")
+                shown = [c for c in cells if c["method"] != "original"]
+                options.page.write_text(page(shown, original_accuracy, "python " + " ".join(sys.argv), options))
+
+
+def _append(path: Path, cell: Mapping[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(cell) + "\n")
+
+
+if __name__ == "__main__":
+    main()
