@@ -79,7 +79,7 @@ class Bench:
     def run(self, method: str, seed: int) -> dict[str, Any]:
         """One cell."""
         torch.manual_seed(seed)
-        self.removed = {}
+        self.removed: dict[str, int] = {}
         begun, spent = time.perf_counter(), time.process_time()
         slim, evaluations = (self.theirs if method in THEIRS else self.ours)(method, seed)
         seconds, cpu = time.perf_counter() - begun, time.process_time() - spent
