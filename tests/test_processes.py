@@ -62,6 +62,12 @@ def test_processes_that_are_given_other_batches_are_told(two: Path) -> None:
         assert "the loader gives each process other batches" in (two / f"other-{rank}.txt").read_text()
 
 
+def test_parameters_without_a_gradient_have_to_be_told(two: Path) -> None:
+    for rank in (0, 1):
+        first, second = json.loads((two / f"unused-{rank}.json").read_text())
+        assert "some parameters got no gradient" in first and "set unused_parameters=True" in first and second == ""
+
+
 def test_the_rows_of_a_batch() -> None:
     assert rows_of(({"a": torch.tensor(1.0), "b": torch.zeros(5, 2)}, torch.zeros(5))) == 5
     (part,) = Shares([(torch.zeros(3, 2), torch.zeros(3))], 0, 1, torch.device("cpu"))

@@ -81,6 +81,28 @@ def other_batches() -> str:
     return ""
 
 
+class Idle(nn.Linear):
+    """With a parameter that no output depends on."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 2)
+        self.idle = nn.Parameter(torch.ones(1))
+
+
+def unused() -> list[str]:
+    """What is said where a parameter gets no gradient, and where that was told before."""
+    torch.manual_seed(0)
+    batches = [(torch.randn(4, 4), torch.zeros(4).long())] * 3
+    said = []
+    for told in (False, True):
+        try:
+            fxprune.distill(Idle(), Idle(), batches, config=DistillConfig(1, device="cpu", unused_parameters=told))
+            said.append("")
+        except fxprune.FxPruneError as error:
+            said.append(str(error))
+    return said
+
+
 class Cut(Exception):
     """Stands for a kill."""
 
@@ -109,6 +131,7 @@ def main(out: Path) -> None:
         distilled(kind, out)
     cut_and_resumed(out / "cut")
     (out / f"other-{torch.distributed.get_rank()}.txt").write_text(other_batches())
+    (out / f"unused-{torch.distributed.get_rank()}.json").write_text(json.dumps(unused()))
     torch.distributed.destroy_process_group()
 
 
