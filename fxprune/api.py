@@ -161,10 +161,8 @@ def _example(model: nn.Module, given: Any, recorded: Any) -> Any:
     earlier = getattr(model, "_record", None)
     if isinstance(earlier, PruningRecord) and earlier.policy.inputs is not None:
         return forms.build(earlier.policy.inputs, device="meta")
-    if isinstance(model, fx.GraphModule):
-        metas = [n.meta.get("val") for n in model.graph.nodes if n.op == "placeholder"]
-        if metas and all(isinstance(m, torch.Tensor) for m in metas):
-            return tuple(torch.empty(m.shape, dtype=m.dtype, device="meta") for m in metas)
+    if isinstance(model, fx.GraphModule) and (found := forms.of_graph(model)) is not None:
+        return found
     raise InputError("example_inputs are missing; pass a tensor, a tuple or a dict, or a policy that records them")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import InputError
-from fxprune.evaluation import call, device_of, evaluating, labelled, logits_of, modes_kept, to_device
+from fxprune.evaluation import call, device_of, evaluating, labelled, logits_of, modes_kept, set_training, to_device
 from fxprune.hints import Hint, Hints
 from fxprune.processes import agreed
 from fxprune.training import History, Objective, TrainConfig, Whole, check_values, fit
@@ -68,7 +68,7 @@ def distill(student: nn.Module, teacher: nn.Module, train_loader: Iterable[Any],
     if student is teacher:
         raise InputError("student and teacher are the same module; pass the original as the teacher")
     with modes_kept(teacher):
-        teacher.eval()
+        set_training(teacher, False)
         return fit(student, train_loader, config, _Distillation(teacher, config))
 
 

@@ -16,6 +16,15 @@ from fxprune.errors import EvaluationError, InputError
 from fxprune.inputs import call_form
 
 
+def set_training(model: nn.Module, training: bool) -> None:
+    """``model.train(training)``, except for a module of ``torch.export``: it has the one mode it was exported in, and says so."""
+    try:
+        model.train(training)
+    except NotImplementedError:
+        if "train" not in model.__dict__:  # what torch.export puts there; a refusal of the user's own is the user's to see
+            raise
+
+
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """On leaving, every module is again in the mode, training or evaluation, that it was in."""
@@ -24,14 +33,14 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in modes:  # parents come before their children, whose own mode has the last word
-            module.train(training)
+            set_training(module, training)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, without gradients, for the length of the block."""
     with modes_kept(model), torch.no_grad():
-        model.eval()
+        set_training(model, False)
         yield
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_unflatten
 
 from fxprune.errors import InputError
 
@@ -23,6 +24,28 @@ def call_form(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise InputError(
         f"example_inputs is a {type(example).__name__}; pass a tensor, a tuple of positional inputs or a dict of keyword inputs"
     )
+
+
+def of_graph(module: torch.fx.GraphModule) -> Any:
+    """The inputs a graph was made with, as its placeholders remember them, on the meta device; None where they do not.
+
+    An exported module is called by the names of its inputs, nested as they were; sizes that are dynamic have those of its example.
+    """
+    values = [n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"]
+    if not values or not all(isinstance(v, torch.Tensor) for v in values):
+        return None
+    flat = [torch.empty([_hint(s) for s in v.shape], dtype=v.dtype, device="meta") for v in values]
+    info = getattr(module.graph._codegen, "pytree_info", None)
+    if info is None:
+        return tuple(flat)
+    nested = tree_unflatten(flat, info.in_spec)
+    if len(nested) != 2 or not isinstance(nested[1], dict):
+        return tuple(nested)
+    return dict(zip((name.partition(":")[0] for name in info.orig_args), (*nested[0], *nested[1].values()), strict=True))
+
+
+def _hint(size: Any) -> int:
+    return size if type(size) is int else int(size.node.hint)
 
 
 def describe(example: Any) -> Json:

@@ -17,6 +17,7 @@ from torch import nn
 
 from fxprune.elimination import need_batches, reconstruction
 from fxprune.errors import EvaluationError, InputError, PolicyError
+from fxprune.evaluation import set_training
 from fxprune.passes.coupling import CouplingGraph, Group
 from fxprune.passes.rules.values import Vector
 
@@ -158,7 +159,8 @@ def gradients(model: nn.Module, calibration: Iterable[Any]) -> dict[str, tuple[t
     The loss is cross-entropy for integer targets and mean squared error for others; for inputs without targets, cross-entropy with the
     model's own decisions.
     """
-    twin = copy.deepcopy(model).eval()
+    twin = copy.deepcopy(model)
+    set_training(twin, False)
     for p in twin.parameters():
         p.requires_grad_(True)
     batches = 0

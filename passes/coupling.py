@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fxprune.passes.functional import output_dims
 from fxprune.passes.labels import Walk
 from fxprune.passes.rules.values import Value, Vector
 
@@ -74,6 +75,7 @@ class CouplingGraph:
         self.notes = walk.traced.notes
         self.template: Any = None  # what the rewrites of this graph share (passes.slim), made by the first
         self.costs: Any = None  # its cost model (passes.cost), made when it is first asked for
+        self._functional = output_dims(walk.traced)
         self._cover_layers()
         self._build()
 
@@ -251,7 +253,7 @@ class CouplingGraph:
             return dim == 1
         if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.RNNBase)):
             return dim == 0 and skeleton.tensor(name).ndim > 1
-        return dim == 0 and key in self.walk.weight_keys
+        return dim in self._functional.get(name, ())
 
     # -- the networkx graph -------------------------------------------------------------------------------------------------
 

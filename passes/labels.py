@@ -78,7 +78,6 @@ class Walk:
         self.clashes: list[tuple[Vector, Vector]] = []
         self.source: dict[int, tuple[str, int]] = {}
         self.weights: list[Vector] = []
-        self.weight_keys: set[tuple[str, int]] = set()
         self._soft: list[tuple[int, int]] = []
         self._real: dict[fx.Node, torch.Tensor | None] = {}
         self.mode = ""
@@ -121,7 +120,7 @@ class Walk:
             if rule is not None:
                 return self._checked(node, rule.infer(self, node, module, *args, **kwargs))
         else:
-            rule = registry.METHODS.get(str(node.target)) if node.op == "call_method" else registry.FUNCTIONS.get(node.target)
+            rule = registry.METHODS.get(str(node.target)) if node.op == "call_method" else registry.function_rule(node.target)
             if rule is not None:
                 return self._checked(node, rule.infer(self, node, *args, **kwargs))
             if not has_tensor(value):
@@ -205,14 +204,10 @@ class Walk:
         axes = {d: self.parameter(name, d, shape[d]) for d in dims if shape[d] > 1}
         return Value(shape, axes, frozenset(axes), f"it comes from {name!r}")
 
-    def read_as_weight(self, node: Any, value: Value) -> None:
+    def read_as_weight(self, value: Value | None) -> None:
         """A tensor is used as a layer's weight: its channels are a layer's channels, whoever holds the parameter."""
-        self.weights.extend(vector for axis, vector in value.axes.items() if axis < 2)
-        source = node
-        while isinstance(source, fx.Node) and source.op != "get_attr" and source.all_input_nodes:
-            source = source.all_input_nodes[0]
-        if isinstance(source, fx.Node) and source.op == "get_attr":
-            self.weight_keys.update((str(source.target), d) for d in range(2))
+        if value is not None:
+            self.weights.extend(vector for axis, vector in value.axes.items() if axis < 2)
 
     def is_weight(self, value: Value) -> bool:
         """Whether a value is a parameter, or one that was only moved."""

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fxprune.errors import InputError, TraceError
+from fxprune.evaluation import set_training
 from fxprune.inputs import call_form
 from fxprune.passes.skeleton import Skeleton
 from fxprune.passes.trace import TracedModel, add_traced
@@ -64,7 +65,8 @@ def _inside(callers: dict[str, list[frozenset[str]]], path: str) -> list[str]:
 
 def _watched(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Call], dict[str, list[frozenset[str]]]]:
     """For every submodule: what its first call was given, and for every call which modules were running."""
-    twin = copy.deepcopy(model).eval()
+    twin = copy.deepcopy(model)
+    set_training(twin, False)
     calls: dict[str, Call] = {}
     callers: dict[str, list[frozenset[str]]] = {}
     stack: list[str] = []

@@ -16,6 +16,7 @@ from fxprune.inputs import build, describe
 from fxprune.passes import rules
 from fxprune.passes.base import GraphPass
 from fxprune.passes.coupling import LAYERS, CouplingGraph
+from fxprune.passes.functional import output_dims
 from fxprune.passes.keep_class import kept_class
 from fxprune.passes.labels import Walk
 from fxprune.passes.partial import trace_parts
@@ -39,10 +40,11 @@ def traced_graph(traced: TracedModel) -> TracedGraph:
     return carrier
 
 
-def fixed_dimensions(model: nn.Module, ignore: Iterable[Any]) -> list[tuple[str, int]]:
+def fixed_dimensions(model: nn.Module, ignore: Iterable[Any], functional: Mapping[str, Iterable[int]]) -> list[tuple[str, int]]:
     """The output dimensions of what ``ignore`` names: modules, qualified names, or globs over qualified names.
 
-    A layer's output channels stay and its inputs may still go; a parameter named itself stays whole.
+    A layer's output channels stay and its inputs may still go; a parameter named itself stays whole. ``functional``: the output
+    dimensions of parameters that functions read as weights.
     """
     paths = dict(model.named_modules(remove_duplicate=False))
     tensors = dict(model.named_parameters(remove_duplicate=False))
@@ -63,7 +65,7 @@ def fixed_dimensions(model: nn.Module, ignore: Iterable[Any]) -> list[tuple[str,
         for path in chosen:
             for name in tensors:
                 if path == "" or name.startswith(f"{path}."):
-                    found.update((name, d) for d in _outputs(paths[name.rpartition(".")[0]], tensors[name]))
+                    found.update((name, d) for d in functional.get(name) or _outputs(paths[name.rpartition(".")[0]], tensors[name]))
     return sorted(found)
 
 
@@ -84,7 +86,7 @@ class Couple(GraphPass):
 
     def run(self, module: fx.GraphModule) -> fx.GraphModule:
         traced: TracedModel = module.meta["traced"]
-        fixed = fixed_dimensions(traced.skeleton.original, self.ignore)
+        fixed = fixed_dimensions(traced.skeleton.original, self.ignore, output_dims(traced))
         walk = _settled(traced, self.attention, fixed)
         names = [n if isinstance(n, str) else _path(traced.skeleton.original, n) for n in self.ignore]
         module.meta["coupling"] = CouplingGraph(walk, self.inputs, {"attention": self.attention, "ignore": names})
@@ -167,7 +169,10 @@ def analysed(model: nn.Module, example_inputs: Any, ignore: Iterable[Any], atten
     if attention not in ("auto", "heads", "head_dim"):
         raise InputError(f'attention is {attention!r}; it must be "auto", "heads" or "head_dim"')
     rules.complete()
-    has_rule = rules.registry.FUNCTIONS.__contains__
+
+    def has_rule(target: Any) -> bool:
+        return rules.registry.function_rule(target) is not None
+
     try:
         traced = trace(model, example_inputs, rules.is_known, has_rule)
     except TraceError as error:

@@ -226,7 +226,7 @@ class Slimmer:
             node = self.new.node_copy(old, made.__getitem__)
             made[old] = node
             value = values.get(old)
-            node.meta = {"value": value, "old": old, "where": old.meta.get("where")}
+            node.meta = {"value": value, "old": old, "where": old.meta.get("where"), "owner": old.meta.get("owner")}
             if isinstance(old.meta.get("val"), int):
                 node.meta["number"] = old.meta["val"]
             if self._asserts_channels(old, values):
@@ -238,14 +238,14 @@ class Slimmer:
                     rewrite(self, node)
         self._sweep()
         for node in self.new.nodes:
-            node.meta = {"where": node.meta["where"]} if node.meta.get("where") else {}
+            node.meta = {key: node.meta[key] for key in ("where", "owner") if node.meta.get(key)}
         return self.new
 
     def _rewrite_of(self, old: fx.Node) -> Callable[..., None] | None:
         rule = (
             registry.METHODS.get(str(old.target))
             if old.op == "call_method"
-            else registry.FUNCTIONS.get(old.target)
+            else registry.function_rule(old.target)
             if old.op == "call_function"
             else None
         )

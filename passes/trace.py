@@ -27,10 +27,11 @@ from torch.fx.node import map_arg
 
 from fxprune.errors import InputError, TraceError
 from fxprune.inputs import call_form
-from fxprune.passes import openers
+from fxprune.passes import aten, openers
 from fxprune.passes.constants import evaluate
 from fxprune.passes.eliminate import eliminate
 from fxprune.passes.execute import execute, run_for_real, to_meta
+from fxprune.passes.interpret import graph_of, interpret, origin
 from fxprune.passes.patching import patched
 from fxprune.passes.proxies import ShapeProxy, ShapeTuple
 from fxprune.passes.skeleton import Skeleton
@@ -92,6 +93,7 @@ class ShapeTracer(fx.Tracer):
         self.graph_is_training = False
         self.busy = False  # running an operation for its shape: nothing is recorded meanwhile
         self.stack: list[str] = []
+        self.source: fx.Node | None = None  # the node being traced, where the module is a graph already
         self._shapes: dict[fx.Node, ShapeTuple] = {}
         self._attributes: dict[str, ShapeProxy] = {}
         self.constants: dict[str, torch.Tensor] = {}
@@ -119,7 +121,8 @@ class ShapeTracer(fx.Tracer):
         if self.is_leaf_module(m, name):
             return self.create_proxy("call_module", name, args, kwargs)
         self.stack.append(name)
-        result = forward(*args, **kwargs)
+        graph = graph_of(m)
+        result = forward(*args, **kwargs) if graph is None else interpret(self, m, graph, args, kwargs)
         self.stack.pop()
         return result
 
@@ -135,6 +138,8 @@ class ShapeTracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
         if kind == "call_function" and not self.busy:
+            if _isinstance(target, torch._ops.OpOverload) and (function := aten.opened(target, super().create_proxy)) is not None:
+                return function(*args, **kwargs)
             body = openers.OPENERS.get(target) if _isinstance(target, types.FunctionType) else None
             body = body or (target if self._is_wrapped(target) else None)
             if body is not None:
@@ -167,10 +172,14 @@ class ShapeTracer(fx.Tracer):
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None) -> fx.Node:
         node = self.graph.create_node(kind, target, args, kwargs, name, None)
         node.meta["where"] = self.here()
-        node.meta["owner"] = next((n for n in reversed(self.stack) if self.skeleton.module_or_none(n) is not None), "")
+        node.meta["owner"] = self._owner()
         if kind not in ("placeholder", "output"):
             node.meta["val"] = self._value(node)
         return node
+
+    def _owner(self) -> str:
+        own = origin(self.source, _is_skipped)[1] if self.source is not None else ""
+        return next((n for n in (own, *reversed(self.stack)) if self.skeleton.module_or_none(n) is not None), "")
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         args, kwargs = self.example
@@ -204,9 +213,10 @@ class ShapeTracer(fx.Tracer):
                 else:
                     pos.append(made)
         module = self.module
+        graph = graph_of(module)
 
         def call(*_: Any) -> Any:
-            return module.forward(*pos, **named)
+            return module.forward(*pos, **named) if graph is None else interpret(self, module, graph, tuple(pos), named)
 
         return call, flat
 
@@ -308,13 +318,20 @@ class ShapeTracer(fx.Tracer):
             todo.extend(n.all_input_nodes)
 
     def here(self) -> str:
+        known = origin(self.source, _is_skipped)[0] if self.source is not None else ""
+        if known:
+            return known
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             file = frame.f_code.co_filename
-            if not file.startswith(_SKIPPED) and not file.endswith(_FACADE):
+            if not _is_skipped(file):
                 return f"{file}:{frame.f_lineno}"
             frame = frame.f_back
         return "<unknown>"
+
+
+def _is_skipped(file: str) -> bool:
+    return file.startswith(_SKIPPED) or file.endswith(_FACADE)
 
 
 def _qualified(target: Any) -> str:
@@ -398,7 +415,7 @@ def _where(error: BaseException) -> str:
     frame, found = error.__traceback__, "<unknown>"
     while frame is not None:
         file = frame.tb_frame.f_code.co_filename
-        if not file.startswith(_SKIPPED) and not file.endswith(_FACADE):
+        if not _is_skipped(file):
             found = f"{file}:{frame.tb_lineno}"
         frame = frame.tb_next
     return found

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import VerificationError
+from fxprune.evaluation import set_training
 from fxprune.passes.coupling import CouplingGraph
 from fxprune.passes.plan import Keep
 from fxprune.passes.rules.values import Value
@@ -21,7 +22,8 @@ Kept = Mapping[str, Mapping[int, torch.Tensor]]
 
 def zeroed(model: nn.Module, kept: Kept) -> nn.Module:
     """A copy of ``model`` with every slice that is not kept set to zero; running variances and index buffers stay."""
-    twin = copy.deepcopy(model).eval()
+    twin = copy.deepcopy(model)
+    set_training(twin, False)
     tensors = dict(twin.named_parameters(remove_duplicate=False)) | dict(twin.named_buffers(remove_duplicate=False))
     with torch.no_grad():
         for name, dims in kept.items():

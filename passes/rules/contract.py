@@ -104,18 +104,29 @@ def linear_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) ->
 
 @functions(F.linear)
 def linear(walk: Walk, node: fx.Node, input: Value, weight: Value, bias: Value | None = None) -> Value:
-    walk.read_as_weight(node.args[1] if len(node.args) > 1 else node.kwargs["weight"], weight)
+    walk.read_as_weight(weight)
     return linear_value(walk, node, input, weight, bias, walk.owner(node))
 
 
 @modules(nn.Bilinear)
-def bilinear(walk: Walk, node: fx.Node, module: nn.Module, input1: Value, input2: Value) -> Value:
+def bilinear_module(walk: Walk, node: fx.Node, module: nn.Module, input1: Value, input2: Value) -> Value:
     weight, bias = walk.weight(node, "weight"), walk.weight(node, "bias")
     assert weight is not None
+    return _bilinear(walk, node, input1, input2, weight, bias, str(node.target))
+
+
+@functions(F.bilinear)
+def bilinear(walk: Walk, node: fx.Node, input1: Value, input2: Value, weight: Value, bias: Value | None = None) -> Value:
+    walk.read_as_weight(weight)
+    return _bilinear(walk, node, input1, input2, weight, bias, walk.owner(node))
+
+
+def _bilinear(walk: Walk, node: fx.Node, input1: Value, input2: Value, weight: Value, bias: Value | None, layer: str) -> Value:
+    """``input1 (..., I)`` and ``input2 (..., J)`` with ``weight (O, I, J)``."""
     free = string.ascii_lowercase[: input1.ndim - 1]
     _need_labels(walk, input1, input1.ndim - 1, weight, 1)
     _need_labels(walk, input2, input2.ndim - 1, weight, 2)
-    axes, zero = contract(walk, [(input1, free + "I"), (input2, free + "J"), (weight, "OIJ")], free + "O", str(node.target))
+    axes, zero = contract(walk, [(input1, free + "I"), (input2, free + "J"), (weight, "OIJ")], free + "O", layer)
     if bias is not None:
         zero -= set(range(input1.ndim - 1))
         _bias(walk, axes, input1.ndim - 1, bias)
@@ -127,7 +138,7 @@ def bilinear(walk: Walk, node: fx.Node, module: nn.Module, input1: Value, input2
 def matmul(walk: Walk, node: fx.Node, input: Value, other: Value, **_: Any) -> Value:
     for value in (input, other):
         if walk.is_weight(value) and value.ndim <= 3:
-            walk.read_as_weight(None, value)
+            walk.read_as_weight(value)
     axes, zero = _matmul(walk, input, other, walk.owner(node))
     return walk.make(node, axes, zero)
 
@@ -148,6 +159,9 @@ def _matmul(walk: Walk, a: Value, b: Value, layer: str) -> tuple[dict[int, Any],
 def addmm(walk: Walk, node: fx.Node, input: Value, first: Value, second: Value, **kwargs: Any) -> Value:
     if getattr(node.target, "__name__", node.target) == "addbmm":
         return walk.opaque(node, [input, first, second])  # type: ignore[no-any-return]
+    for value in (first, second):
+        if walk.is_weight(value) and value.ndim <= 3:
+            walk.read_as_weight(value)
     axes, zero = _matmul(walk, first, second, walk.owner(node))
     product = walk.make(node, axes, zero)
     return walk.pointwise(node, product, input, zero="all")  # type: ignore[no-any-return]
@@ -166,7 +180,7 @@ def einsum(walk: Walk, node: fx.Node, equation: str, *operands: Any) -> Any:
     full = [t.replace("...", dots[widest - (v.ndim - len(t.replace("...", ""))) :]) for v, t in zip(tensors, names, strict=True)]
     for value in tensors:
         if walk.is_weight(value):
-            walk.read_as_weight(None, value)
+            walk.read_as_weight(value)
     axes, zero = contract(walk, list(zip(tensors, full, strict=True)), out.replace("...", dots), walk.owner(node))
     return walk.make(node, axes, zero)
 
@@ -181,6 +195,7 @@ def embedding_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value)
 @functions(F.embedding)
 def embedding(walk: Walk, node: fx.Node, input: Value, weight: Value, *_: Any, **__: Any) -> Value:
     """``input`` (...) of indices into ``weight`` (vocabulary, channels): the channels are the last axis of the result."""
+    walk.read_as_weight(weight)
     walk.pin(weight.axes.get(0), "a vocabulary is not pruned")
     walk.pin_all(input, "it is used as an index")
     return walk.make(node, {input.ndim: weight.axes[1]} if 1 in weight.axes else {}, [input.ndim], weight.why)

@@ -91,7 +91,7 @@ def conv_transpose(
 
 def kernel(walk: Walk, node: fx.Node, weight: Value) -> Value:
     """A computed weight may carry labels along its kernel's width and height: those stay."""
-    walk.read_as_weight(node.args[1] if len(node.args) > 1 else node.kwargs["weight"], weight)
+    walk.read_as_weight(weight)
     for axis, vector in weight.axes.items():
         if axis > 1:
             walk.pin(vector, "a kernel's width is not pruned")

@@ -39,6 +39,7 @@ for _name in ("new_zeros", "new_ones", "new_empty", "new_full"):
 
 @functions(
     torch.arange,
+    torch.scalar_tensor,
     torch.linspace,
     torch.eye,
     torch.randint,

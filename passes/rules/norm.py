@@ -69,6 +69,7 @@ def batch_norm(
     if training or running_mean is None:  # its own statistics, as of a weight that is standardised
         for axis in sorted(set(input.axes) - {1}):
             walk.inexact(input.axes[axis], "statistics over channels")
+    walk.read_as_weight(weight)
     return _per_channel(walk, node, input, 1, [weight, bias, running_mean, running_var])
 
 
@@ -84,6 +85,7 @@ def instance_norm(
     *_: Any,
     **__: Any,
 ) -> Value:
+    walk.read_as_weight(weight)
     return _per_channel(walk, node, input, 1, [weight, bias, running_mean, running_var])
 
 
@@ -126,6 +128,7 @@ def layer_norm(
     *_: Any,
     **__: Any,
 ) -> Value:
+    walk.read_as_weight(weight)
     return _layer(walk, node, input, len(normalized_shape), weight, bias)
 
 
@@ -133,6 +136,7 @@ if hasattr(F, "rms_norm"):
 
     @functions(F.rms_norm, torch.rms_norm, rewrite=_shape)
     def rms_norm(walk: Walk, node: fx.Node, input: Value, normalized_shape: Any, weight: Value | None = None, *_: Any, **__: Any) -> Value:
+        walk.read_as_weight(weight)
         return _layer(walk, node, input, len(normalized_shape), weight, None)
 
 
@@ -158,6 +162,7 @@ def groups_left(slim: Any, x: Value, groups: int) -> int:
 def group_norm(
     walk: Walk, node: fx.Node, input: Value, num_groups: int, weight: Value | None = None, bias: Value | None = None, *_: Any, **__: Any
 ) -> Value:
+    walk.read_as_weight(weight)
     return _group(walk, node, input, num_groups, weight, bias)
 
 

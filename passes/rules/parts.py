@@ -108,9 +108,14 @@ def _pads(slim: Any, node: fx.Node) -> None:
     slim.set_argument(node, 1, "pad", pad)
 
 
-@functions(F.pad, torch._C._nn.pad, torch.constant_pad_nd, rewrite=_pads)
+@functions(F.pad, torch._C._nn.pad, rewrite=_pads)
 def pad(walk: Walk, node: fx.Node, input: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
     return _padded_value(walk, node, input, list(pad), mode, value)
+
+
+@functions(torch.constant_pad_nd, rewrite=_pads)
+def constant_pad(walk: Walk, node: fx.Node, input: Value, pad: Sequence[int], value: float = 0) -> Any:
+    return _padded_value(walk, node, input, list(pad), "constant", value)
 
 
 @modules(

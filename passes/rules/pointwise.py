@@ -168,6 +168,12 @@ def clamp(walk: Walk, node: fx.Node, input: Value, *bounds: Any, **kwargs: Any) 
     return walk.pointwise(node, input, *bounds, *kwargs.values(), zero="none")
 
 
+@named("copy")
+def copy(walk: Walk, node: fx.Node, input: Value, source: Value, *_: Any, **__: Any) -> Any:
+    """``input.copy_(source)``: element by element, and nothing is left of what was there."""
+    return walk.pointwise(node, input, source, zero="all")
+
+
 @named(*_SUMS)
 @functions(operator.add, operator.sub, operator.iadd, operator.isub)
 def sums(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
@@ -183,6 +189,9 @@ def products(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
 @named(*_FIRST)
 @functions(operator.truediv, operator.itruediv, operator.floordiv, operator.mod)
 def quotients(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
+    if len(args) > 1 and isinstance(args[1], Value) and "masked_fill" not in str(getattr(node.target, "__name__", node.target)):
+        for axis in args[1].zero:
+            walk.inexact(args[1].axes[axis], "it divides by what is zero once its channels are")
     filled = getattr(node.target, "__name__", node.target) in ("masked_fill", "masked_fill_") and args[-1] != 0
     return walk.pointwise(node, *args, *kwargs.values(), zero="first" if isinstance(args[0], Value) and not filled else "none")
 
@@ -289,6 +298,17 @@ def _space(target: Any) -> int:
     ),
     torch.avg_pool1d,
     torch.adaptive_max_pool1d,
+    *(
+        getattr(torch._C._nn, name)
+        for name in (
+            "adaptive_avg_pool2d",
+            "adaptive_avg_pool3d",
+            "adaptive_max_pool2d",
+            "adaptive_max_pool3d",
+            "max_pool2d_with_indices",
+            "max_pool3d_with_indices",
+        )
+    ),
 )
 def pool(walk: Walk, node: fx.Node, input: Value, *_: Any, **__: Any) -> Any:
     return _pooled(walk, node, input, _space(node.target))
@@ -309,7 +329,11 @@ def max_unpool(walk: Walk, node: fx.Node, input: Value, indices: Value, *_: Any,
     return walk.make(node, axes, input.zero, input.why)
 
 
-@functions(F.interpolate, F.upsample)
+@functions(
+    F.interpolate,
+    F.upsample,
+    *(f for name, f in vars(torch._C._nn).items() if "upsample_" in name and "backward" not in name),
+)
 def interpolate(walk: Walk, node: fx.Node, input: Value, *_: Any, **__: Any) -> Value:
     return walk.through(node, input, mixed=range(2, input.ndim))
 
@@ -319,7 +343,7 @@ def upsample_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) 
     return walk.through(node, input, mixed=range(2, input.ndim))
 
 
-@functions(F.grid_sample)
+@functions(F.grid_sample, torch.grid_sampler)
 def grid_sample(walk: Walk, node: fx.Node, input: Value, grid: Value, *_: Any, **__: Any) -> Value:
     walk.pin_all(grid, "it is used as sampling positions")
     return walk.through(node, input, mixed=range(2, input.ndim))
@@ -330,7 +354,7 @@ def triangle(walk: Walk, node: fx.Node, input: Value, *_: Any, **__: Any) -> Val
     return walk.through(node, input, mixed=(-1, -2))
 
 
-@functions(F.glu)
+@functions(F.glu, torch._C._nn.glu)
 def glu(walk: Walk, node: fx.Node, input: Value, dim: int = -1) -> Value:
     """The two halves of axis ``dim`` are multiplied, one of them through a sigmoid: they go together."""
     axis = dim % input.ndim

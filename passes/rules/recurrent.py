@@ -64,8 +64,8 @@ def cell(
     states = list(hx) if isinstance(hx, (tuple, list)) else [hx]
     gates = w_hh.shape[0] // w_hh.shape[1]
     units = w_hh.axes.get(1)
-    for weight, source in ((w_ih, node.args[2]), (w_hh, node.args[3])):
-        walk.read_as_weight(source, weight)
+    for weight in (w_ih, w_hh):
+        walk.read_as_weight(weight)
         walk.cost(node.name, int(np.prod(input.shape[:-1])) * weight.shape[0] * weight.shape[1], *weight.axes.values())
     for part in (w_ih, w_hh, b_ih, b_hh):
         if part is None or 0 not in part.axes:

@@ -126,7 +126,7 @@ def _shared(walk: Walk, node: fx.Node, x: Value, dim: int | None, what: str) -> 
     return walk.make(node, x.axes, (), x.why)
 
 
-@named("softmax", "log_softmax", "softmin", "gumbel_softmax", inplace=False)
+@named("softmax", "log_softmax", "softmin", "gumbel_softmax", "_safe_softmax", inplace=False)
 def softmax(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Value:
     dim = kwargs.get("dim", args[0] if args and not isinstance(args[0], torch.dtype) else None)
     return _shared(walk, node, input, dim, "softmax over channels")
@@ -146,6 +146,12 @@ def softmax2d_module(walk: Walk, node: fx.Node, module: Any, input: Value) -> Va
 def cumulative(walk: Walk, node: fx.Node, input: Value, dim: int, **_: Any) -> Value:
     walk.inexact(input.axes.get(dim % input.ndim), "a running total over channels")
     return walk.make(node, input.axes, {a for a in input.zero if a != dim % input.ndim}, input.why)
+
+
+@named("diff", inplace=False)
+def difference(walk: Walk, node: fx.Node, input: Value, n: int = 1, dim: int = -1, *_: Any, **__: Any) -> Any:
+    """Neighbours along ``dim`` are subtracted."""
+    return walk.through(node, input, mixed=(dim,))
 
 
 @functions(F.cosine_similarity)

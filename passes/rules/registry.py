@@ -63,7 +63,7 @@ def named(*names: str, rewrite: Rewrite | None = None, inplace: bool = True) -> 
         rule = Rule(infer, rewrite)
         for name in names:
             for form in (name, f"{name}_") if inplace else (name,):
-                for home in (torch, F, torch.special, torch.linalg):
+                for home in (torch, F, torch.special, torch.linalg, torch._C._nn):
                     found = getattr(home, form, None)
                     if callable(found):
                         FUNCTIONS[found] = rule
@@ -92,6 +92,14 @@ def modules(*types: type, rewrite: Rewrite | None = None) -> Callable[[Infer], I
         return infer
 
     return add
+
+
+def function_rule(target: Any) -> Rule | None:
+    """The rule of a function or operator; that of an operator holds for its overloads."""
+    rule = FUNCTIONS.get(target)
+    if rule is None and isinstance(target, torch._ops.OpOverload):
+        rule = FUNCTIONS.get(target.overloadpacket)
+    return rule
 
 
 def module_rule(module: nn.Module) -> Rule | None:
