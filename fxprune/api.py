@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -28,23 +28,30 @@ from fxprune.records import PruningRecord
 from fxprune.repairs import Repairer, checked
 from fxprune.scores import Importance, scores
 
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
 Given = Policy | float | Mapping[str, float] | str | os.PathLike[str]
 
 
-def analyze(model: nn.Module, example_inputs: Any = None, *, ignore: Iterable[Any] = (), attention: str = "auto") -> CouplingGraph:
+def analyze(
+    model: nn.Module | ExportedProgram, example_inputs: Any = None, *, ignore: Iterable[Any] = (), attention: str = "auto"
+) -> CouplingGraph:
     """Find which channels of ``model`` must be removed together.
 
     ``example_inputs``: a tensor, a tuple of positional inputs, or a dict of keyword inputs; only shapes and dtypes are used.
     ``ignore``: modules, qualified names or globs whose output channels stay. ``attention``: prune "heads", "head_dim", or "auto"
-    (the axis with more units). The model is not touched. Raises ``TraceError`` and ``InputError`` with the line in the user's source.
+    (the axis with more units). The model is not touched; of an exported program its ``module()`` is meant. Raises ``TraceError`` and
+    ``InputError`` with the line in the user's source.
     """
+    model = _module(model)
     example = _example(model, example_inputs, None)
     graph: CouplingGraph = analysed(model, example, tuple(ignore), attention).meta["coupling"]
     return graph
 
 
 def compress(
-    model: nn.Module | CouplingGraph,
+    model: nn.Module | CouplingGraph | ExportedProgram,
     policy: Given,
     example_inputs: Any = None,
     *,
@@ -87,6 +94,7 @@ def compress(
         carrier.meta["coupling"] = model
         example = example_inputs if example_inputs is not None else None
     else:
+        model = _module(model)
         example = _example(model, example_inputs, chosen.inputs)
         carrier = analysed(model, example, ignore, attention)
     graph: CouplingGraph = carrier.meta["coupling"]
@@ -151,6 +159,16 @@ def _policy(policy: Given) -> Policy:
         return Policy(policy)
     checked_sparsity(policy, "a uniform policy")
     return Policy({})
+
+
+def _module(model: Any) -> nn.Module:
+    """``model``, or the module of a ``torch.export.ExportedProgram``, a new one at each call that shares the program's parameters."""
+    if isinstance(model, nn.Module):
+        return model
+    if type(model).__name__ != "ExportedProgram":  # by name: torch imports torch.export when it is asked for
+        raise InputError(f"model is a {type(model).__name__}; pass a torch.nn.Module or a torch.export.ExportedProgram")
+    found: nn.Module = model.module()
+    return found
 
 
 def _example(model: nn.Module, given: Any, recorded: Any) -> Any:

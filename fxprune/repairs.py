@@ -67,7 +67,7 @@ class Repairer:
             return ()
         if self.kind == "bn":
             recalibrate_batchnorm(slim, self.batches)
-            return ()
+            return self._called_norms()
         notes: list[str] = []
         mended: set[str] = set()
         with evaluating(slim):
@@ -80,6 +80,16 @@ class Repairer:
             why = "no layer called once with a weight of its own, or working across channels"
             notes.append(f"repair left {_listed(left)} as sliced: {why}")
         return tuple(notes)
+
+    def _called_norms(self) -> tuple[str, ...]:
+        """BatchNorms that are calls, as in an exported graph: their statistics are buffers that no module updates."""
+        nodes = (n for g in self.graph.walk.traced.graphs.values() for n in g.nodes if n.op == "call_function")
+        found = [n.meta.get("owner") or n.name for n in nodes if getattr(n.target, "__name__", "") == "batch_norm"]
+        if not found:
+            return ()
+        return (
+            f"repair left the statistics of {_listed(sorted(set(found)))}: batch_norm is called as a function, only modules are mended",
+        )
 
     def _inputs(self, batch: int) -> Any:
         given = self.batches[batch]

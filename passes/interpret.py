@@ -32,11 +32,11 @@ _FACTORIES = frozenset(getattr(torch, name) for name in FACTORIES + RANDOM_FACTO
 
 def graph_of(module: nn.Module) -> fx.Graph | None:
     """The graph that ``module`` runs, or None where it is no graph module, or one with a ``forward`` of its own."""
-    if not isinstance(module, fx.GraphModule) or "forward" in module.__dict__ or module.__dict__.get("_graph") is None:
+    if not isinstance(module, fx.GraphModule) or "forward" in module.__dict__:
         return None
     if isinstance(module, SlimModule):
-        mode = "train" if "train" in module.graphs and module.training else "eval"
-        return module.graphs[mode]
+        graphs: dict[str, fx.Graph] = module.__dict__["graphs"]
+        return graphs["train" if "train" in graphs and module.training else "eval"]
     graph: fx.Graph = module.graph
     return graph if type(graph._codegen) in (CodeGen, _PyTreeCodeGen) else None
 

@@ -7,11 +7,11 @@ outside it calls into it, since what is inside will change shape.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxprune.errors import InputError, TraceError
 from fxprune.evaluation import set_training
@@ -27,7 +27,7 @@ def trace_parts(
 ) -> TracedModel:
     """Trace the largest traceable submodules of ``model``. ``example_inputs`` must hold values: the model is run on them.
 
-    Raises ``cause``, the error of the root, where no submodule can be traced.
+    Raises the root's error, ``cause``, with another road to try, where no submodule can be traced.
     """
     try:
         calls, callers = _watched(model, example_inputs)
@@ -49,14 +49,23 @@ def trace_parts(
             except TraceError:
                 pass  # its children may still be traced
         todo += [(f"{path}.{name}", child) for name, child in reversed(list(module.named_children()))]
+    road = _road(model, example_inputs)
     if not traced.parts:
-        raise cause
+        raise TraceError(f"{cause}{road}") from cause
     parts = ", ".join(traced.parts)
     traced.notes = (
-        f"the root could not be traced ({cause}); pruned are its parts {parts}, with their inputs and outputs kept",
+        f"the root could not be traced ({cause}); pruned are its parts {parts}, with their inputs and outputs kept{road}",
         *traced.notes,
     )
     return traced
+
+
+def _road(model: nn.Module, example: Any) -> str:
+    """What else to try: torch.export follows code that a symbolic trace cannot."""
+    if isinstance(model, fx.GraphModule):
+        return ""
+    inputs = "(), example" if isinstance(example, Mapping) else "example" if isinstance(example, (tuple, list)) else "(example,)"
+    return f"; torch.export may take it whole: fxprune.compress(torch.export.export(model, {inputs}).module(), ...)"
 
 
 def _inside(callers: dict[str, list[frozenset[str]]], path: str) -> list[str]:
