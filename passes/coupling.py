@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fxprune.passes.cover import pin_unseen
 from fxprune.passes.functional import output_dims
 from fxprune.passes.labels import Walk
 from fxprune.passes.rules.values import Value, Vector
@@ -76,6 +77,7 @@ class CouplingGraph:
         self.template: Any = None  # what the rewrites of this graph share (passes.slim), made by the first
         self.costs: Any = None  # its cost model (passes.cost), made when it is first asked for
         self._functional = output_dims(walk.traced)
+        pin_unseen(walk)
         self._cover_layers()
         self._build()
 

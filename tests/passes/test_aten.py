@@ -294,6 +294,42 @@ def test_graph_modules_of_other_front_ends() -> None:
     assert slim.get_parameter("inner.head.weight").shape == (2, 6)
 
 
+class Shared(nn.Module):
+    """One weight is read for its dtype; another is also that of a layer inside a child that a trace cannot enter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.child, self.tail = nn.Conv2d(3, 6, 2), ValueChild(), nn.Conv2d(6, 2, 1)
+        self.pre, self.next, self.last = nn.Conv2d(3, 6, 2), nn.Conv2d(6, 6, 2), nn.Conv2d(6, 2, 1)
+        self.child.inner.weight = self.next.weight
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.child(torch.relu(self.conv(x.to(self.conv.weight.dtype))))
+        return self.last(torch.relu(self.next(torch.relu(self.pre(x))))) + self.tail(y)
+
+
+class ValueChild(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(6, 6, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.inner(x)
+        return y if bool(y.sum() > 1e9) else y * 1.0
+
+
+def test_weights_read_beside_their_layer() -> None:
+    torch.manual_seed(0)
+    model, x = Shared().eval(), torch.randn(2, 3, 8, 8)
+    groups = {g.name: g for g in fxprune.analyze(model, x).groups}
+    kernels = [g for g in groups.values() if any(n == "conv.weight" and d > 1 for n, d, _ in g.members)]
+    assert kernels and all(g.reason == "a kernel's width is not pruned" for g in kernels)
+    shared = [g for g in groups.values() if any(n == "child.inner.weight" for n, _, _ in g.members)]
+    assert shared and all(g.reason.startswith("it is inside 'child', which could not be traced") for g in shared)
+    slim = fxprune.compress(model, 0.5, x, verify=True)
+    assert slim.get_parameter("next.weight").shape == (6, 6, 2, 2)
+
+
 def test_conditions_over_values_are_refused_by_name() -> None:
     class Branch(nn.Module):
         def __init__(self) -> None:
