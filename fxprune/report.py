@@ -99,7 +99,9 @@ def result_table(rows: Sequence[Row], title: str = "") -> Table:
     for row in rows:
         table.add_column(escape(row.name), justify="right")
     first = rows[0]
-    table.add_row("test accuracy", *(_accuracy(row, first) for row in rows))
+    # Three networks fit into 80 columns with figure and share on one line; of more, the shares go below.
+    apart = " " if len(rows) <= 3 else "\n"
+    table.add_row("test accuracy", *(_accuracy(row, first, apart) for row in rows))
     lines: tuple[tuple[str, str, Callable[[float], str]], ...] = (
         ("MACs", "macs", count_text),
         ("parameters", "params", count_text),
@@ -109,17 +111,17 @@ def result_table(rows: Sequence[Row], title: str = "") -> Table:
     for label, figure, as_text in lines:
         whole = getattr(first, figure)
         values = [getattr(row, figure) for row in rows]
-        table.add_row(label, *(as_text(v) + _share(v, whole, i == 0) for i, v in enumerate(values)))
+        table.add_row(label, *(as_text(v) + _share(v, whole, i == 0, apart) for i, v in enumerate(values)))
     return table
 
 
-def _accuracy(row: Row, first: Row) -> str:
+def _accuracy(row: Row, first: Row, apart: str) -> str:
     difference = 100 * (row.accuracy - first.accuracy)
-    return f"{100 * row.accuracy:.2f} %" + ("" if row is first else f" ({difference:+.2f})")
+    return f"{100 * row.accuracy:.2f} %" + ("" if row is first else f"{apart}({difference:+.2f})")
 
 
-def _share(value: float, whole: float, is_whole: bool) -> str:
-    return "" if is_whole or not whole else f" ({100 * value / whole:.1f} %)"
+def _share(value: float, whole: float, is_whole: bool, apart: str) -> str:
+    return "" if is_whole or not whole else f"{apart}({100 * value / whole:.1f} %)"
 
 
 def search_line(progress: SearchProgress) -> Text:

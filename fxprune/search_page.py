@@ -13,6 +13,7 @@ from fxprune.webpage import Line, Page, coupling_section, table
 
 Record = Mapping[str, Any]
 METRIC = "accuracy"
+SPREAD = 0.03  # a cost that varies by less is the same for all candidates, to the eye
 
 
 def search_page(result: Record, history: Sequence[Record]) -> str:
@@ -124,9 +125,9 @@ def _candidates(page: Page, result: Record, history: Sequence[Record]) -> str:
     if not costs:
         return ""
     target = str(result["targets"][0]).partition("=")[0]
-    spread = [cost for cost in costs if cost != target and len({one[cost] for one in found}) > 1]
     # Where all candidates have the target's cost, another one tells them apart.
-    first = target if target in costs and not all(one["on_target"] for one in found) else (spread or costs)[0]
+    spread = [cost for cost in costs if max(one[cost] for one in found) - min(one[cost] for one in found) > SPREAD]
+    first = target if target in spread else (spread or costs)[0]
     choices = "".join(f"<option{' selected' if cost == first else ''}>{escape(cost)}</option>" for cost in costs)
     controls = (
         f'<div class="controls"><label>Cost <select id="cost">{choices}</select></label>'

@@ -83,6 +83,17 @@ def test_result_table() -> None:
         assert expected in text
 
 
+def test_result_table_of_several_networks_breaks_no_figure() -> None:
+    milder, smaller = ("slim-macs=0.7", 0.9861, 875_570, 26_200, 0.0023, 113_100), ("slim-params=0.3", 0.9, 624_470, 17_580, 0.002, 78_420)
+    rows = [*ROWS, Row(*milder), Row(*smaller)]
+    lines = printed(result_table(rows), 80)
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    for expected in ("875.57 k │", "(70.0 %)", "(-0.28)", "113.1 kB", "slim-params=0.3"):
+        assert expected in text
+    assert all(line.count("(") == line.count(")") for line in lines)
+
+
 def test_figures_as_text() -> None:
     assert [count_text(v) for v in (12, 1200, 3.4e6, 1.2e10)] == ["12", "1.20 k", "3.40 M", "12.00 G"]
     assert [bytes_text(v) for v in (900, 2_500_000)] == ["0.9 kB", "2.50 MB"]
