@@ -48,6 +48,7 @@ class SearchConfig:
     sharp_drop: float = 0.10  # relative fall of accuracy that resets the policy and redoes the step once. Paper: 10 %
     recover_every: int = 0  # prune steps between recoveries (distillation); 0: none during the search. Paper: 1
     warm_start: float = 0.0  # weight of the importance ranking in the first policy, 0 to 1. Paper: 0, proportional to group sizes
+    storage: str | None = None  # optuna strategies: where the study is kept, for example sqlite:///study.db; None: in memory
     keep_best: bool = True  # result: the best on-target candidate scored; False: the last architecture, as in the paper
     evaluations: int | None = 400  # scorings at most, all told; None: no bound. Paper: none
 

@@ -150,6 +150,31 @@ def _has_optuna() -> bool:
     return True
 
 
+def test_an_optuna_study_is_kept_in_its_storage_and_replayed_there(tmp_path: Path) -> None:
+    optuna = pytest.importorskip("optuna", reason="the optuna extra is not installed")
+    storage = f"sqlite:///{tmp_path}/study.db"
+    strategy, chain = made("optuna:TPESampler", storage=storage)
+    in_memory = trials(*made("optuna:TPESampler"))
+    first = trials(strategy, chain, rounds=3)
+    (name,) = optuna.get_all_study_names(storage)
+    assert len(optuna.load_study(study_name=name, storage=storage).trials) == len(first)
+    again, chain = made("optuna:TPESampler", storage=storage)
+    again.restore(strategy.state())
+    assert first + trials(again, chain) == in_memory
+    assert len(optuna.load_study(study_name=name, storage=storage).trials) == len(in_memory)
+
+
+def test_a_storage_that_optuna_cannot_use_is_told(tmp_path: Path) -> None:
+    optuna = pytest.importorskip("optuna", reason="the optuna extra is not installed")
+    for storage in ("nonsense", f"sqlite:///{tmp_path}/no/such/folder.db"):
+        with pytest.raises(SearchError, match="cannot use the storage"):
+            made("optuna:TPESampler", storage=storage)
+    storage = f"sqlite:///{tmp_path}/study.db"
+    optuna.create_study(storage=storage, study_name="fxprune TPESampler macs=0.5 seed=7")
+    with pytest.raises(SearchError, match="fxprune did not make"):
+        made("optuna:TPESampler", storage=storage)
+
+
 @pytest.mark.parametrize("name", ["", "rl", "optuna:NoSampler", "tests.driver.synthetic:Chain", "no.such.module:Thing"])
 def test_unknown_strategies_are_refused_with_what_there_is(name: str) -> None:
     if name.startswith("optuna:"):

@@ -18,13 +18,18 @@ class OptunaStrategy(Strategy):
     """A group's weight in the allocation is one float parameter from 0 to 1; each allocation is projected onto the budget.
 
     Optuna's samplers keep generators of their own that cannot be read out. So the state is the list of rewards told, and a restored
-    strategy runs a fresh study from the same seed and tells it the same rewards again, which costs no scoring.
+    strategy runs a fresh study from the same seed and tells it the same rewards again, which costs no scoring. With
+    ``SearchConfig.storage`` the study is kept there for Optuna's own tools, under ``study_name``; a study of ours by that name is replaced.
     """
 
     def start(self) -> None:
         self.optuna = _optuna()
         name = str(self.config.strategy).partition(":")[2]
-        self.study = self.optuna.create_study(direction="maximize", sampler=_sampler(self.optuna, name, self.config.seed))
+        sampler = _sampler(self.optuna, name, self.config.seed)
+        if self.config.storage is None:
+            self.study = self.optuna.create_study(direction="maximize", sampler=sampler)
+        else:
+            self.study = _stored(self.optuna, self.config.storage, f"fxprune {name} {self.budget} seed={self.config.seed}", sampler)
         self.trials: list[Any] = []
         self.told: list[list[float]] = []
 
@@ -73,6 +78,21 @@ def _optuna() -> Any:
         raise DependencyError("the optuna strategies need Optuna; install it with: pip install 'fxprune[optuna]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
+
+
+def _stored(optuna: Any, storage: str, study_name: str, sampler: Any) -> Any:
+    """A fresh study in ``storage``. Raises ``SearchError`` where it cannot be opened, or a study of that name is not ours."""
+    databases = importlib.import_module("sqlalchemy.exc")  # a dependency of Optuna's, which does not wrap all its errors
+    try:
+        if study_name in optuna.get_all_study_names(storage):
+            if "fxprune" not in optuna.load_study(study_name=study_name, storage=storage).user_attrs:
+                raise SearchError(f"the storage {storage!r} holds a study {study_name!r} that fxprune did not make; name another storage")
+            optuna.delete_study(study_name=study_name, storage=storage)
+        study = optuna.create_study(direction="maximize", sampler=sampler, storage=storage, study_name=study_name)
+    except (optuna.exceptions.OptunaError, ImportError, ValueError, databases.SQLAlchemyError) as error:
+        raise SearchError(f"Optuna cannot use the storage {storage!r}: {str(error).splitlines()[0]}") from error
+    study.set_user_attr("fxprune", True)
+    return study
 
 
 def _sampler(optuna: Any, name: str, seed: int) -> Any:
