@@ -25,10 +25,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from benchmarks.coverage_page import write_page
+from benchmarks.coverage_page import TOOLS, write_page
 from benchmarks.networks import cases
 
-TOOLS = ("fxprune", "torch-pruning")
 PATIENCE = 6  # seconds by the clock for each of a process's own
 BAD = ("fails", "wrong", "no time", "died")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 Rows = dict[tuple[str, str, str], dict[str, Any]]
+TOOLS = ("fxprune", "torch-pruning")
 BEGIN, END = "<!-- made by benchmarks/coverage.py: begin -->", "<!-- end -->"
 SOUND = ("exact", "exact where defined", "runs", "shapes only")
 LITTLE = 0.4  # a network that loses a smaller share of its parameters says why
@@ -52,15 +53,20 @@ def _version(package: str) -> str:
 
 def _totals(done: Rows) -> str:
     kinds = [v for v in ORDER if any(row["verdict"] == v for row in done.values())]
-    head = ["", "networks", *kinds, "params removed, median", "MACs removed, median", "s, median"]
+    head = ["", "networks", *kinds, "params removed, median", "MACs removed, median"]
     lines = [_line(head), _line(["---"] * len(head))]
     for library in ("torchvision", "timm"):
-        for tool in ("fxprune", "torch-pruning"):
+        for tool in TOOLS:
             rows = [row for key, row in done.items() if key[:2] == (tool, library)]
             if rows:
                 counts = [sum(row["verdict"] == k for row in rows) for k in kinds]
                 medians = [_share(_median(row.get(c) for row in rows)) for c in ("params", "macs")]
-                lines.append(_line([f"{library}, {tool}", len(rows), *counts, *medians, _seconds(_median(r.get("seconds") for r in rows))]))
+                lines.append(_line([f"{library}, {tool}", len(rows), *counts, *medians]))
+    both = [key[1:] for key in done if key[0] == TOOLS[0] and all("seconds" in done.get((tool, key[1], key[2]), {}) for tool in TOOLS)]
+    if both:
+        took = {tool: _seconds(_median(done[tool, where, name]["seconds"] for where, name in both)) for tool in TOOLS}
+        lines.append(f"\nOf the {len(both)} networks for which both were timed, the median took fxprune {took[TOOLS[0]]} s and ")
+        lines[-1] += f"Torch-Pruning {took[TOOLS[1]]} s."
     moved = [row["moved"] for row in done.values() if row["verdict"] in SOUND and "moved" in row]
     many = sum(m > 1e-3 for m in moved)
     seen = f"In {many} of the {len(moved)} comparisons that passed, zeroing moves the output by more than ten times the oracle's tolerance."
@@ -100,11 +106,11 @@ def _shortfalls(done: Rows) -> str:
     lines = []
     for (tool, _, name), row in sorted(done.items()):
         if row["verdict"] not in (*SOUND, "not run"):
-            lines.append(f"- {name}, {tool}: {row['verdict']}: {_plain(row.get('why', ''))}")
+            lines.append(f"- {tool}, {name}: {row['verdict']}: {_plain(row.get('why', ''))}")
     for (tool, _, name), row in sorted(done.items()):
         if tool == "fxprune" and row.get("params", 1.0) < LITTLE:
             why = "; ".join(f"{_plain(reason)} ({share:.0%})" for reason, share in row.get("in_the_way", ())[:3])
-            lines.append(f"- {name}, fxprune: {row['params']:.0%} of its parameters go. Locked, and the share of the parameters met: {why}")
+            lines.append(f"- fxprune, {name}: {row['params']:.0%} of its parameters go. Locked, and the share of the parameters met: {why}")
     return "\n".join(lines) or "Nothing."
 
 

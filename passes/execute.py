@@ -21,7 +21,7 @@ def execute(node: fx.Node, args: Any, kwargs: Any, skeleton: Skeleton) -> Any:
     target: Any = node.target
     if node.op == "call_module":
         module = skeleton.module(target)
-        found = None if kwargs else shapes.quick(module, args)
+        found: Any = None if kwargs else _quickly(module, args)
         return module.forward(*args, **kwargs) if found is None else found
     quick = shapes.quick_function(target, args, kwargs)
     if quick is not None:
@@ -37,6 +37,11 @@ def execute(node: fx.Node, args: Any, kwargs: Any, skeleton: Skeleton) -> Any:
     if getattr(target, "__name__", "") in FACTORIES + RANDOM_FACTORIES and getattr(torch, target.__name__, None) is not None:
         kwargs = {**kwargs, "device": "meta"}
     return target(*args, **kwargs)
+
+
+def _quickly(module: Any, args: Any) -> Any:
+    found = shapes.quick(module, args)
+    return shapes.recurrent(module, args) if found is None else found
 
 
 def _is_device(a: Any) -> bool:

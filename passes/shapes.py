@@ -41,6 +41,18 @@ def quick(module: Any, args: tuple[Any, ...]) -> torch.Tensor | None:
     return None
 
 
+def recurrent(module: Any, args: tuple[Any, ...]) -> tuple[torch.Tensor, Any] | None:
+    """What a recurrent layer gives on a plain tensor, from one step: on meta torch unrolls every step in Python. None for other calls."""
+    x = args[0] if args else None
+    if not isinstance(module, nn.RNNBase) or not isinstance(x, torch.Tensor) or x.ndim not in (2, 3):
+        return None
+    time = 1 if module.batch_first and x.ndim == 3 else 0
+    if x.shape[time] < 2:
+        return None
+    out, state = module.forward(x.narrow(time, 0, 1), *args[1:])
+    return out.new_empty([x.shape[a] if a == time else size for a, size in enumerate(out.shape)]), state
+
+
 def _convolved(module: Any, x: torch.Tensor) -> torch.Tensor | None:
     n = len(module.kernel_size)
     if x.ndim != n + 2 or isinstance(module.padding, str) or x.shape[1] != module.in_channels:

@@ -9,10 +9,11 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
+from torch.utils._pytree import tree_leaves
 
 import fxprune
 from fxprune.errors import PolicyError, TraceError, UnsupportedError
-from fxprune.passes import rules
+from fxprune.passes import rules, shapes
 from fxprune.passes.base import GraphPass, run_passes
 from fxprune.passes.pipeline import Couple, Plan, Slim, TracedGraph, analysed, traced_graph
 from fxprune.passes.plan import keep_counts
@@ -189,3 +190,12 @@ def test_keep_counts_never_empties_a_group() -> None:
     low, high = graph.starts[group.number], graph.starts[group.number + 1]
     assert keep[low:high].tolist() == [False] * (group.size - 1) + [True]
     assert keep[:low].all() and keep[high:].all()
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"num_layers": 2, "bidirectional": True, "batch_first": True}])
+@pytest.mark.parametrize("shape", [(7, 4), (7, 3, 4)])
+def test_a_recurrent_layer_has_the_shapes_of_a_real_run(kind: Any, options: dict[str, Any], shape: tuple[int, ...]) -> None:
+    real = kind(4, 5, **options)(torch.randn(shape))
+    found = shapes.recurrent(kind(4, 5, device="meta", **options), (torch.randn(shape, device="meta"),))
+    assert [t.shape for t in tree_leaves(found)] == [t.shape for t in tree_leaves(real)]
