@@ -111,10 +111,11 @@ class SlimModule(fx.GraphModule):
             cls._forward_eval = cls.forward
             train = graphs["train"].python_code(root_module="self")
             cls._forward_train = _forward_from_src(train.src, train.globals)
-            names = [str(n.target) for n in graphs["eval"].nodes if n.op == "placeholder"]
-            call = ", ".join(names)
+            given = [n for n in graphs["eval"].nodes if n.op == "placeholder"]
+            call = ", ".join(str(n.target) for n in given)
+            formal = ["self", *(f"{n.target}={n.args[0]!r}" if n.args else str(n.target) for n in given)]
             source = (
-                f"def forward(self{', ' if names else ''}{call}):\n"
+                f"def forward({', '.join(formal)}):\n"
                 f"    if self.training:\n        return self._forward_train({call})\n    return self._forward_eval({call})\n"
             )
             cls.forward = _forward_from_src(source, {})

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import builtins
 import inspect
+import operator
 import os
 import sys
 import types
@@ -181,6 +182,17 @@ class ShapeTracer(fx.Tracer):
         own = origin(self.source, _is_skipped)[1] if self.source is not None else ""
         return next((n for n in (own, *reversed(self.stack)) if self.skeleton.module_or_none(n) is not None), "")
 
+    def _absent(self, name: str, last: bool) -> Any:
+        """None, for an input that is. Code around a part of the model goes on passing it, so the part takes it, and no other value."""
+        if not self.path:
+            return None
+        given = self.graph.create_node("placeholder", name, (None,) if last else (), {})
+        none = self.graph.call_function(operator.is_, (given, None))
+        check = self.graph.call_function(torch._assert, (none, f"{name} was None when the module was traced"))
+        for node, value in ((given, None), (none, True), (check, None)):
+            node.meta.update(val=value, where=self.here(), owner=self.path)
+        return None
+
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         args, kwargs = self.example
         flat: list[Any] = []
@@ -198,6 +210,7 @@ class ShapeTracer(fx.Tracer):
             raise InputError(f"example_inputs do not fit {type(self.module).__name__}.forward: {error}") from error
         pos: list[Any] = []
         named: dict[str, Any] = {}
+        last = max((i for i, v in enumerate(bound.arguments.values()) if v is not None), default=-1)
         for param in bound.signature.parameters.values():
             if param.name not in bound.arguments:
                 continue
@@ -205,9 +218,12 @@ class ShapeTracer(fx.Tracer):
             if param.kind is param.VAR_POSITIONAL:
                 pos.extend(placeholder(f"{param.name}_{i}", v) for i, v in enumerate(value))
             elif param.kind is param.VAR_KEYWORD:
-                named.update({k: placeholder(k, v) for k, v in value.items()})
+                given = list(value.values())
+                for i, (key, v) in enumerate(value.items()):
+                    named[key] = placeholder(key, v) if v is not None else self._absent(key, not any(w is not None for w in given[i:]))
             else:
-                made = placeholder(param.name, value) if value is not None else None
+                later = list(bound.arguments).index(param.name) > last
+                made = placeholder(param.name, value) if value is not None else self._absent(param.name, later)
                 if param.kind is param.KEYWORD_ONLY or len(pos) < len(bound.args) and param.name in kwargs:
                     named[param.name] = made
                 else:

@@ -75,6 +75,8 @@ def attribute(walk: Walk, node: fx.Node, input: Any, name: str) -> Any:
     if isinstance(input, tuple):  # x.max(1).values: a named result of an operation that gives several
         source = node.args[0].meta["val"]  # type: ignore[union-attr]
         return next(v for v, meta in zip(input, source, strict=True) if meta is getattr(source, name))
+    if not isinstance(input, Value):  # an entry of a dict that has attributes, or of a dataclass
+        return input[name] if isinstance(input, dict) else getattr(input, name)
     if not isinstance(node.meta["val"], torch.Tensor):
         return node.meta["val"]
     if name in ("T", "mT", "H", "mH"):

@@ -128,6 +128,17 @@ def test_grouped_queries_keep_their_ratio() -> None:
         assert shapes == [(query, 16), (key, 16), (key, 16)], attention
 
 
+def test_parts_take_the_none_that_the_model_passes() -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**TEXT, num_key_value_heads=2, use_cache=False, attn_implementation="eager")
+    model, example = transformers.LlamaForCausalLM(config).eval(), text()
+    slim = fxprune.compress(model, 0.5, example, verify=True)
+    rec = fxprune.record(slim)
+    assert rec.after.params < 0.75 * rec.before.params
+    assert "torch.export.export(model, (), example).module()" in rec.notes[0]
+    assert type(slim).__name__ == "LlamaForCausalLM"
+
+
 def test_an_untraceable_call_names_the_road_through_export() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
