@@ -103,7 +103,7 @@ class Bench:
 
     def ours(self, method: str, seed: int) -> tuple[nn.Module, int]:
         o = self.options
-        batches = self.batches("validation", o.score_images, seed, augmented=True)
+        batches = self.batches("validation", o.score_images, seed, augmented=not o.as_they_are)
         with evaluating(self.model):
             score = Score(batches, [logits_of(call(self.model, images)).softmax(1) for images, _ in batches])
         config = SearchConfig(
@@ -201,8 +201,9 @@ def page(cells: Sequence[Mapping[str, Any]], original: float, command: str, opti
             "",
             f"```console\n$ {command}\n```",
             "",
-            f"Original: {original:.2%} top-1. Candidates are scored on {options.score_images} held-out training images, augmented as in"
-            f" training, by the mean of accuracy and likeness to the original's probabilities, after repair"
+            f"Original: {original:.2%} top-1. Candidates are scored on {options.score_images} held-out training images,"
+            f" {'as they are' if options.as_they_are else 'augmented as in training'},"
+            f" by the mean of accuracy and likeness to the original's probabilities, after repair"
             f" ({options.repair}) on {options.calibration_images} training images; what is found is repaired once more on"
             f" {options.repair_images}. Torch-Pruning's networks have BatchNorm re-estimated on the same {options.repair_images}."
             f" The column *after*: {trained}. MACs, parameters and latency (batch of 32, one thread) are shares of the original's.",
@@ -225,6 +226,7 @@ def main() -> None:
     parser.add_argument("--macs", type=float, default=0.5)
     parser.add_argument("--repair", default="lstsq")
     parser.add_argument("--evaluations", type=int, default=400)
+    parser.add_argument("--as-they-are", action="store_true", help="score on held-out images without augmentation")
     parser.add_argument("--noise", type=float, default=SearchConfig.noise, help="of rl-pruner's actions")
     parser.add_argument("--score-images", type=int, default=1000)
     parser.add_argument("--calibration-images", type=int, default=256)
