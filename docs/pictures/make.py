@@ -19,7 +19,7 @@ from fxprune.colours import COLOURS
 
 DOCS = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-WIDTH, HEIGHT, GAP = 150, 58, 34  # pixels of a box, and between boxes
+WIDTH, HEIGHT, GAP = 172, 58, 40  # pixels of a box, and between boxes
 
 COMPILER = (
     ("your module", "left as it was"),
@@ -51,25 +51,31 @@ def main(folder: Path = DOCS / "pictures") -> None:
 
 
 def chain(boxes: Sequence[tuple[str, str]], back: tuple[int, int] | None = None) -> str:
-    """Boxes with a name and a remark, an arrow from each to the next, and one ``back`` from a box to an earlier one."""
-    width, height = len(boxes) * (WIDTH + GAP) - GAP + 16, HEIGHT + 16 + (34 if back else 0)
+    """Boxes with a name and a remark in two rows, the second from right to left, an arrow from each to the next, and one ``back``."""
+    half = (len(boxes) + 1) // 2
+    places = [(i, 0) for i in range(half)] + [(2 * half - 1 - i, 1) for i in range(half, len(boxes))]
+    width, height = half * (WIDTH + GAP) - GAP + 16, 2 * HEIGHT + GAP + 16
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">',
         f"<style>{_style()}</style>",
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path class="tip" d="M0 0 8 4 0 8z"/></marker></defs>',
     ]
-    for number, (name, remark) in enumerate(boxes):
-        x, middle = 8 + number * (WIDTH + GAP), 8 + number * (WIDTH + GAP) + WIDTH // 2
-        parts.append(f'<rect x="{x}" y="8" width="{WIDTH}" height="{HEIGHT}" rx="8"/>')
-        parts.append(f'<text class="name" x="{middle}" y="33" text-anchor="middle">{escape(name)}</text>')
-        parts.append(f'<text class="soft" x="{middle}" y="52" text-anchor="middle">{escape(remark)}</text>')
-        if number:
-            parts.append(f'<path class="arrow" d="M{x - GAP} {8 + HEIGHT // 2}H{x - 2}"/>')
-    if back:
-        start, end = (8 + number * (WIDTH + GAP) + WIDTH // 2 for number in back)
-        parts.append(f'<path class="arrow" d="M{start} {8 + HEIGHT}V{height - 10}H{end}V{10 + HEIGHT}"/>')
-    return "".join([*parts, "</svg>\n"])
+    for (name, remark), (column, row) in zip(boxes, places, strict=True):
+        x, y = 8 + column * (WIDTH + GAP), 8 + row * (HEIGHT + GAP)
+        parts.append(f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="8"/>')
+        parts.append(f'<text class="name" x="{x + WIDTH // 2}" y="{y + 25}" text-anchor="middle">{escape(name)}</text>')
+        parts.append(f'<text class="soft" x="{x + WIDTH // 2}" y="{y + 44}" text-anchor="middle">{escape(remark)}</text>')
+    arrows = [(i, i + 1) for i in range(len(boxes) - 1)] + ([back] if back else [])
+    return "".join([*parts, *(_arrow(places[a], places[b]) for a, b in arrows), "</svg>\n"])
+
+
+def _arrow(start: tuple[int, int], end: tuple[int, int]) -> str:
+    """From the edge of a box to the near edge of a neighbour."""
+    (x1, y1), (x2, y2) = ((8 + c * (WIDTH + GAP) + WIDTH // 2, 8 + r * (HEIGHT + GAP) + HEIGHT // 2) for c, r in (start, end))
+    across, down = (end[0] > start[0]) - (end[0] < start[0]), (end[1] > start[1]) - (end[1] < start[1])
+    x1, x2, y1, y2 = x1 + across * WIDTH // 2, x2 - across * (WIDTH // 2 + 2), y1 + down * HEIGHT // 2, y2 - down * (HEIGHT // 2 + 2)
+    return f'<path class="arrow" d="M{x1} {y1}L{x2} {y2}"/>'
 
 
 def _style() -> str:
