@@ -23,7 +23,7 @@ from fxprune.passes.patching import FACTORIES, RANDOM_FACTORIES
 from fxprune.passes.slim_module import SlimModule
 
 if TYPE_CHECKING:
-    from fxprune.passes.trace import ShapeTracer
+    from fxprune.passes.tracer import ShapeTracer
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _BLOCKS = {"wrap_with_set_grad_enabled": ("no_grad", 1), "wrap_with_autocast": ("autocast", 4)}

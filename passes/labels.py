@@ -20,20 +20,11 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxprune.passes.constants import evaluate
+from fxprune.passes.parameters import ParameterLabels, op_name
 from fxprune.passes.rectangles import rectangle
 from fxprune.passes.rules import registry
-from fxprune.passes.rules.values import Labels, Value, Vector, has_tensor, lift, tensors, values
+from fxprune.passes.rules.values import Value, Vector, has_tensor, lift, tensors, values
 from fxprune.passes.trace import TracedModel
-
-
-@dataclass
-class Tie:
-    """A parameter's dimension met labels at a node; the coupling graph draws its edges from these."""
-
-    name: str
-    dim: int
-    node: str
-    op: str
 
 
 @dataclass
@@ -55,7 +46,7 @@ class Meeting:
     where: str
 
 
-class Walk:
+class Walk(ParameterLabels):
     """One interpretation of the traced graphs with labels; see the module's docstring.
 
     ``parameters[(name, dim)]`` are the labels of that dimension of a parameter or buffer; ``env[mode][node]`` is what each node gave.
@@ -64,24 +55,17 @@ class Walk:
     def __init__(
         self, traced: TracedModel, attention: str = "auto", fixed: Iterable[tuple[str, int]] = (), forced: dict[str, str] | None = None
     ) -> None:
-        self.traced, self.attention = traced, attention
-        self.fixed = frozenset(fixed)
-        self.forced = dict(forced or {})
-        self.labels = Labels()
-        self.parameters: dict[tuple[str, int], Vector] = {}
-        self.ties: list[Tie] = []
+        super().__init__(traced, fixed)
+        self.attention, self.forced = attention, dict(forced or {})
         self.meetings: list[Meeting] = []
         self.costs: dict[str, list[Cost]] = {}
         self.env: dict[str, dict[fx.Node, Any]] = {}
         self.unknown: dict[str, str] = {}
         self.choices: dict[str, Vector] = {}
         self.clashes: list[tuple[Vector, Vector]] = []
-        self.source: dict[int, tuple[str, int]] = {}
-        self.weights: list[Vector] = []
         self._soft: list[tuple[int, int]] = []
         self._real: dict[fx.Node, torch.Tensor | None] = {}
         self.mode = ""
-        self.node: fx.Node | None = None
 
     # -- the walk -----------------------------------------------------------------------------------------------------------
 
@@ -141,85 +125,7 @@ class Walk:
                     raise AssertionError(f"{node.name}: {len(vector)} labels on axis {axis} of size {value.shape[axis]}")
         return result
 
-    # -- parameters ---------------------------------------------------------------------------------------------------------
-
-    def attribute(self, name: str) -> Value:
-        """The Value of a parameter, buffer or constant: labels of its own along every axis longer than one."""
-        tensor = self.traced.constants.get(name)
-        if tensor is None:
-            tensor = self.traced.skeleton.tensor(name)
-        shape = tuple(tensor.shape)
-        floating = tensor.is_floating_point()
-        axes = {d: self.parameter(name, d, n) for d, n in enumerate(shape) if n > 1} if floating else {}
-        return Value(shape, axes, frozenset(axes), f"it comes from {name!r}")
-
-    def parameter(self, name: str, dim: int, size: int) -> Vector:
-        """The labels of dimension ``dim`` of a parameter; made the first time it is asked for."""
-        key = (name, dim)
-        if key not in self.parameters:
-            vector = self.labels.new(size)
-            self.parameters[key] = vector
-            self.source[int(vector[0])] = key
-            self.ties.append(Tie(name, dim, self.node.name if self.node else "", self.op_name()))
-            self._pin_ignored(key, vector)
-        return self.parameters[key]
-
-    def _pin_ignored(self, key: tuple[str, int], vector: Vector) -> None:
-        if key in self.fixed:
-            self.labels.pin(vector, "the user asked to leave it alone (ignore)")
-
-    def bind(self, node: fx.Node, key: str, dim: int, vector: Vector | None) -> None:
-        """A tensor of the called module is read along ``vector``: where it has no labels yet it takes these, which saves uniting them."""
-        name = self.canonical(str(node.target), key) if vector is not None else None
-        if name is not None and vector is not None and self.traced.skeleton.tensor(name).shape[dim] == len(vector):
-            self.tie(name, dim, vector)
-
-    def tie(self, name: str, dim: int, vector: Vector) -> None:
-        """Dimension ``dim`` of parameter ``name`` is read along ``vector``: the two go together."""
-        key = (name, dim)
-        if key not in self.parameters:
-            self.parameters[key] = vector
-            self.ties.append(Tie(name, dim, self.node.name if self.node else "", self.op_name()))
-            self._pin_ignored(key, vector)
-            return
-        self.labels.unite(self.parameters[key], vector)
-
-    def canonical(self, module: str, key: str) -> str | None:
-        """The first name of the tensor ``key`` of a module, or None where the module has none."""
-        skeleton = self.traced.skeleton
-        tensor = getattr(skeleton.module(module), key, None)
-        return skeleton.tensor_names.get(id(tensor)) if isinstance(tensor, torch.Tensor) else None
-
-    def weight(self, node: fx.Node, key: str) -> Value | None:
-        """The Value of a tensor of the module that ``node`` calls."""
-        name = self.canonical(str(node.target), key)
-        return None if name is None else self.attribute(name)
-
-    def weight_dims(self, node: fx.Node, key: str, dims: Sequence[int]) -> Value | None:
-        """Like ``weight``, with labels along ``dims`` alone (a kernel's width carries no channels)."""
-        name = self.canonical(str(node.target), key)
-        if name is None:
-            return None
-        shape = tuple(self.traced.skeleton.tensor(name).shape)
-        axes = {d: self.parameter(name, d, shape[d]) for d in dims if shape[d] > 1}
-        return Value(shape, axes, frozenset(axes), f"it comes from {name!r}")
-
-    def read_as_weight(self, value: Value | None) -> None:
-        """A tensor is used as a layer's weight: its channels are a layer's channels, whoever holds the parameter."""
-        if value is not None:
-            self.weights.extend(vector for axis, vector in value.axes.items() if axis < 2)
-
-    def is_weight(self, value: Value) -> bool:
-        """Whether a value is a parameter, or one that was only moved."""
-        return value.why.startswith("it comes from '") and value.why[15:-1] in self.traced.skeleton.parameter_names
-
     # -- helpers for rules --------------------------------------------------------------------------------------------------
-
-    def op_name(self) -> str:
-        return op_name(self.node, self.traced) if self.node is not None else ""
-
-    def where(self) -> str:
-        return str(self.node.meta.get("where", "")) if self.node is not None else ""
 
     def fresh(self, key: str, size: int, soft: bool = False) -> Vector:
         """New labels for an axis that the current node makes. ``soft`` ones yield where they meet a fixed size."""
@@ -396,10 +302,3 @@ class Walk:
             return self.traced.constants[name]
         tensor = self.traced.skeleton.real(name)
         return tensor if tensor.device.type != "meta" else None
-
-
-def op_name(node: fx.Node, traced: TracedModel) -> str:
-    """A readable name of what a node does: the module's path and type, or the function's name."""
-    if node.op == "call_module":
-        return f"{node.target} ({type(traced.skeleton.module(str(node.target))).__name__})"
-    return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

@@ -15,7 +15,7 @@ from torch.fx._symbolic_trace import _find_proxy
 from fxprune.passes.proxies import ShapeAttribute, ShapeProxy
 
 if TYPE_CHECKING:
-    from fxprune.passes.trace import ShapeTracer
+    from fxprune.passes.tracer import ShapeTracer
 
 _isinstance = builtins.isinstance
 # Factories take no tensor, so fx would not see them: a size among their arguments would be turned into a number, and what is drawn

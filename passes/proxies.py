@@ -15,7 +15,7 @@ from torch.fx._symbolic_trace import _find_proxy
 from fxprune.errors import TraceError
 
 if TYPE_CHECKING:
-    from fxprune.passes.trace import ShapeTracer
+    from fxprune.passes.tracer import ShapeTracer
 
 # ``isinstance`` is patched while tracing (see ``patching``); here the real one is meant.
 _isinstance = builtins.isinstance
