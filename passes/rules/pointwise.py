@@ -9,156 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxprune.passes.rules.elementwise import FIRST, KEEP_ZERO, MOVE_ZERO, NONE, PRODUCTS, SUMS
 from fxprune.passes.rules.registry import functions, modules, named
 from fxprune.passes.rules.values import Value, values
 
 if TYPE_CHECKING:
     from fxprune.passes.labels import Walk
 
-# f(0) = 0: a removed slice that was zero stays zero.
-_KEEP_ZERO = (
-    "relu",
-    "relu6",
-    "leaky_relu",
-    "rrelu",
-    "elu",
-    "selu",
-    "celu",
-    "gelu",
-    "silu",
-    "hardswish",
-    "tanh",
-    "hardtanh",
-    "mish",
-    "softsign",
-    "abs",
-    "neg",
-    "negative",
-    "sqrt",
-    "square",
-    "sin",
-    "sinh",
-    "asin",
-    "atan",
-    "erf",
-    "sign",
-    "sgn",
-    "floor",
-    "ceil",
-    "round",
-    "trunc",
-    "expm1",
-    "log1p",
-    "hardshrink",
-    "tanhshrink",
-    "softshrink",
-    "nan_to_num",
-    "dropout",
-    "dropout1d",
-    "dropout2d",
-    "dropout3d",
-    "alpha_dropout",
-    "feature_dropout",
-    "feature_alpha_dropout",
-    "clone",
-    "contiguous",
-    "detach",
-    "to",
-    "float",
-    "half",
-    "double",
-    "bfloat16",
-    "type",
-    "cpu",
-    "cuda",
-    "requires_grad_",
-    "positive",
-    "relu_",
-    "data",
-    "int",
-    "long",
-    "bool",
-    "type_as",
-    "real",
-    "conj",
-    "asinh",
-    "atanh",
-    "tan",
-    "frac",
-    "deg2rad",
-)
-_MOVE_ZERO = (
-    "sigmoid",
-    "hardsigmoid",
-    "softplus",
-    "exp",
-    "exp2",
-    "cos",
-    "cosh",
-    "log",
-    "log2",
-    "log10",
-    "rsqrt",
-    "reciprocal",
-    "logsigmoid",
-    "erfc",
-    "acos",
-    "isnan",
-    "isinf",
-    "isfinite",
-    "logical_not",
-    "bitwise_not",
-    "threshold",
-    "logit",
-    "digamma",
-    "lgamma",
-    "sinc",
-    "erfinv",
-    "signbit",
-    "zero",
-    "fill",
-    "normal",
-    "uniform",
-    "bernoulli",
-    "rsub",
-)
-_SUMS = ("add", "sub", "subtract", "maximum", "minimum", "fmax", "fmin", "addcmul", "addcdiv", "lerp", "hypot")
-_PRODUCTS = ("mul", "multiply", "logical_and", "bitwise_and")
-_FIRST = ("div", "divide", "true_divide", "floor_divide", "fmod", "remainder", "masked_fill", "copysign", "atan2")
-_NONE = (
-    "pow",
-    "where",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "greater",
-    "less",
-    "not_equal",
-    "less_equal",
-    "greater_equal",
-    "logical_or",
-    "logical_xor",
-    "bitwise_or",
-    "bitwise_xor",
-    "isclose",
-    "heaviside",
-    "xlogy",
-    "logaddexp",
-    "float_power",
-)
 
-
-@named(*_KEEP_ZERO)
+@named(*KEEP_ZERO)
 def keep_zero(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
     if any(True for _ in values((args, kwargs))):
         return walk.make(node, input.axes, input.zero, input.why)  # type_as and to(other) read no values
     return walk.pointwise(node, input, zero="first")
 
 
-@named(*_MOVE_ZERO)
+@named(*MOVE_ZERO)
 def move_zero(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
     return walk.pointwise(node, input, *args, zero="none")
 
@@ -174,19 +40,19 @@ def copy(walk: Walk, node: fx.Node, input: Value, source: Value, *_: Any, **__: 
     return walk.pointwise(node, input, source, zero="all")
 
 
-@named(*_SUMS)
+@named(*SUMS)
 @functions(operator.add, operator.sub, operator.iadd, operator.isub)
 def sums(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
     return walk.pointwise(node, *args, *(v for k, v in kwargs.items() if k != "alpha"), zero="all")
 
 
-@named(*_PRODUCTS)
+@named(*PRODUCTS)
 @functions(operator.mul, operator.imul, operator.and_, operator.iand)
 def products(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
     return walk.pointwise(node, *args, *kwargs.values(), zero="one")
 
 
-@named(*_FIRST)
+@named(*FIRST)
 @functions(operator.truediv, operator.itruediv, operator.floordiv, operator.mod)
 def quotients(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
     if len(args) > 1 and isinstance(args[1], Value) and "masked_fill" not in str(getattr(node.target, "__name__", node.target)):
@@ -196,7 +62,7 @@ def quotients(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
     return walk.pointwise(node, *args, *kwargs.values(), zero="first" if isinstance(args[0], Value) and not filled else "none")
 
 
-@named(*_NONE)
+@named(*NONE)
 @functions(
     operator.pow, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.or_, operator.xor, operator.invert
 )
