@@ -55,6 +55,8 @@ MODELS = (
     "convnext_tiny",
 )
 
+BY_HAND = "\n## How to read it"  # from here on the page is written by hand, and stays
+
 
 class Chain(nn.Module):
     """``n`` residual blocks of two convolutions."""
@@ -257,7 +259,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.out is None:
         print(text)
     else:
-        options.out.write_text(text, encoding="utf-8")
+        old = options.out.read_text(encoding="utf-8") if options.out.exists() else ""
+        options.out.write_text(text + old[old.index(BY_HAND) :] if BY_HAND in old else text, encoding="utf-8")
 
 
 if __name__ == "__main__":
