@@ -73,7 +73,7 @@ def consumers(module: nn.Module, graph: fx.Graph) -> list[Consumer]:
         if not own or calls[path] > 1 or any(shared[id(p)] > 1 for p in layer.parameters()):
             continue
         norm, end = _normalised(module, node, calls)
-        found.append(Consumer(path, node, layer, norm, _added_to(end, node, place)))
+        found.append(Consumer(path, node, layer, norm, _added_to(module, end, node, place)))
     return found
 
 
@@ -87,9 +87,9 @@ def _normalised(module: nn.Module, node: fx.Node, calls: Counter[str]) -> tuple[
     return None, node
 
 
-def _added_to(end: fx.Node, node: fx.Node, place: dict[fx.Node, int]) -> fx.Node | None:
+def _added_to(module: nn.Module, end: fx.Node, node: fx.Node, place: dict[fx.Node, int]) -> fx.Node | None:
     reader = _only_reader(end)
-    while reader is not None and reader.op == "call_module" and isinstance(_module_of(reader), _IDLE):
+    while reader is not None and reader.op == "call_module" and isinstance(module.get_submodule(str(reader.target)), _IDLE):
         end, reader = reader, _only_reader(reader)
     if reader is None or reader.target not in _ADD or len(reader.args) != 2 or reader.kwargs:
         return None
@@ -97,11 +97,6 @@ def _added_to(end: fx.Node, node: fx.Node, place: dict[fx.Node, int]) -> fx.Node
     if len(others) != 1 or not isinstance(others[0], fx.Node):
         return None
     return others[0] if place[others[0]] < place[node] else None
-
-
-def _module_of(node: fx.Node) -> nn.Module | None:
-    owner = node.graph.owning_module
-    return None if owner is None else owner.get_submodule(str(node.target))
 
 
 def _only_reader(node: fx.Node) -> fx.Node | None:

@@ -115,7 +115,7 @@ class Repairer:
 
     def _mend(self, slim: nn.Module, part: str, slimmer: Slimmer) -> list[Consumer]:
         module = _part(slim, part)
-        graph = module.graphs["eval"]
+        graph = module.eval_graph
         old = _touched(self.graph, slimmer, part)
         chosen = [one for one in consumers(module, graph) if one.path in old]
         play = Playback(module, graph, self._calls(slim, part), ROOM)

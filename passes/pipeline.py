@@ -86,7 +86,7 @@ class Couple(GraphPass):
 
     def run(self, module: fx.GraphModule) -> fx.GraphModule:
         traced: TracedModel = module.meta["traced"]
-        fixed = fixed_dimensions(traced.skeleton.original, self.ignore, output_dims(traced))
+        fixed = fixed_dimensions(traced.skeleton.original, self.ignore, output_dims(traced) if self.ignore else {})
         walk = _settled(traced, self.attention, fixed)
         names = [n if isinstance(n, str) else _path(traced.skeleton.original, n) for n in self.ignore]
         module.meta["coupling"] = CouplingGraph(walk, self.inputs, {"attention": self.attention, "ignore": names})

@@ -77,6 +77,12 @@ class SlimModule(fx.GraphModule):
         return found
 
     @property
+    def eval_graph(self) -> fx.Graph:
+        """The graph of evaluation to read, not to edit: it may be shared with siblings."""
+        found: fx.Graph = self.__dict__["graphs"]["eval"]
+        return found
+
+    @property
     def graph(self) -> fx.Graph:
         self._own()
         return self._graph

@@ -64,3 +64,27 @@ def test_literals_are_rewritten_for_each_candidate() -> None:
     graph, x = _graph(model, 32)
     for sparsity in (0.5, 0.25, 0.125):
         assert fxprune.compress(graph, sparsity)(x).shape == (2, 3)
+
+
+class Idle(nn.Module):
+    """A branch whose last layer is added to another after a module that does nothing in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1), nn.Conv2d(12, 8, 3, padding=1)
+        self.norm, self.drop, self.head = nn.BatchNorm2d(8), nn.Dropout(0.1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        return self.head(x + self.drop(self.norm(self.b(self.a(x).relu()))))  # type: ignore[no-any-return]
+
+
+def test_a_repaired_candidate_goes_on_sharing_and_equals_one_from_scratch() -> None:
+    torch.manual_seed(0)
+    model, x = Idle().eval(), torch.randn(16, 3, 8, 8)
+    graph = fxprune.analyze(model, x)
+    alone = fxprune.compress(model, 0.5, x, importance="l2", repair="lstsq", calibration=[x])
+    for _ in range(3):
+        slim = fxprune.compress(graph, 0.5, importance="l2", repair="lstsq", calibration=[x])
+        assert torch.equal(slim(x), alone(x))
+    assert slim.borrowed
