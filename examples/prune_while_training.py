@@ -35,7 +35,7 @@ for number in range(12):
     if number == 6:
         model = fxprune.compress(model, 0.33, pixels[:1])
         # The moments of what is left go on; the schedule follows the new optimiser.
-        optimizer = scheduler.optimizer = fxprune.rebind(optimizer, model)
+        optimizer = fxprune.rebind(optimizer, model, schedulers=[scheduler])
         costs = fxprune.record(model)
         print(f"pruned to {costs.after.params / costs.before.params:.0%} of the parameters")
     print(f"epoch {number + 1}: loss {float(epoch()):.3f}, learning rate {optimizer.param_groups[0]['lr']:.4f}")

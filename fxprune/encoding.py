@@ -13,6 +13,7 @@ from fxprune.policies import Policy
 from fxprune.records import Profile, PruningRecord
 
 Json = Any
+MOST = 2**24  # indices in the lists of one record; the largest networks have some millions
 
 
 def ranges(indices: Tensor) -> str:
@@ -25,17 +26,19 @@ def ranges(indices: Tensor) -> str:
 
 
 def indices(text: Json) -> Tensor:
-    """The LongTensor that ``ranges`` wrote as ``text``. Raises ``FileError`` for text that is not ascending ranges."""
-    if text == "":
-        return torch.empty(0, dtype=torch.int64)
-    found: list[int] = []
-    for run in str(text).split(","):
+    """The LongTensor that ``ranges`` wrote as ``text``. Raises ``FileError`` for text that is not ascending ranges of a sane size."""
+    runs: list[tuple[int, int]] = []
+    for run in str(text).split(",") if text != "" else ():
         first, dash, last = run.partition("-")
         last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal()) or int(last) < int(first) or (found and int(first) <= found[-1]):
+        # A number is read only once it is known to be short: files come from strangers.
+        plain = all(part.isascii() and part.isdecimal() and len(part) < 12 for part in (first, last))
+        if not plain or int(last) < int(first) or (runs and int(first) <= runs[-1][1]):
             raise FileError(f"its record is damaged: {str(text)[:40]!r} is no ascending list of ranges")
-        found.extend(range(int(first), int(last) + 1))
-    return torch.tensor(found)
+        runs.append((int(first), int(last)))
+    if sum(last - first + 1 for first, last in runs) > MOST:
+        raise FileError(f"its record is damaged: {str(text)[:40]!r} names more than {MOST} channels")
+    return torch.cat([torch.empty(0, dtype=torch.int64), *(torch.arange(first, last + 1) for first, last in runs)])
 
 
 def encode_record(record: PruningRecord) -> Json:
@@ -67,28 +70,61 @@ def encode_record(record: PruningRecord) -> Json:
     }
 
 
-def decode_record(data: Json) -> PruningRecord:
-    """The record that ``encode_record`` wrote. Raises ``FileError`` naming the part that is missing or damaged."""
+def decode_record(data: Json, *, within: bool = False) -> PruningRecord:
+    """The record that ``encode_record`` wrote; ``within``: as a step of another. Raises ``FileError`` naming the part that is missing or
+    damaged. Equal index lists share their memory."""
     try:
-        lists = [indices(text) for text in data["lists"]]
+        lists = _lists(data["lists"])
         policy = data["policy"]
+        steps = _checked(data.get("steps", []), list, "steps")
+        if steps and within:
+            raise FileError("its record is damaged: a step has steps of its own")
         return PruningRecord(
-            kept={name: {int(dim): lists[n].clone() for dim, n in dims.items()} for name, dims in data["kept"].items()},
-            removed_units={name: lists[n].clone() for name, n in data["removed_units"].items()},
+            kept={name: {_axis(dim): _nth(lists, n) for dim, n in dims.items()} for name, dims in data["kept"].items()},
+            removed_units={name: _nth(lists, n) for name, n in data["removed_units"].items()},
             policy=Policy(policy["sparsity"], policy["inputs"], policy["options"], policy["meta"]),
-            repair=str(data["repair"]),
+            repair=_checked(data["repair"], str, "repair"),
             before=_decode_profile(data["before"]),
             after=_decode_profile(data["after"]),
-            renumbered=tuple(data["renumbered"]),
-            notes=tuple(data["notes"]),
-            steps=tuple(decode_record(step) for step in data.get("steps", [])),
+            renumbered=tuple(_checked(name, str, "renumbered") for name in data["renumbered"]),
+            notes=tuple(_checked(note, str, "notes") for note in data["notes"]),
+            steps=tuple(decode_record(step, within=True) for step in steps),
             keep_class=bool(data.get("keep_class", False)),
             folded=bool(data.get("folded", False)),
         )
     except KeyError as error:
-        raise FileError(f"its record is damaged: {error} is missing") from error
-    except (TypeError, ValueError, AttributeError, IndexError, PolicyError) as error:
-        raise FileError(f"its record is damaged: {error}") from error
+        raise FileError(f"its record is damaged: {str(error)[:80]} is missing") from error
+    except (TypeError, ValueError, AttributeError, OverflowError, PolicyError) as error:
+        raise FileError(f"its record is damaged: {' '.join(str(error).split())[:200]}") from error
+
+
+def _lists(texts: Json) -> list[Tensor]:
+    found: list[Tensor] = []
+    room = MOST
+    for text in _checked(texts, list, "lists"):
+        found.append(indices(text))
+        room -= len(found[-1])
+        if room < 0:
+            raise FileError(f"its record is damaged: it names more than {MOST} channels")
+    return found
+
+
+def _nth(lists: list[Tensor], number: Json) -> Tensor:
+    if type(number) is not int or not 0 <= number < len(lists):
+        raise FileError(f"its record is damaged: there is no list {str(number)[:40]!r}")
+    return lists[number]
+
+
+def _axis(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 3):
+        raise FileError(f"its record is damaged: {text[:40]!r} is no dimension")
+    return int(text)
+
+
+def _checked(value: Json, kind: type[Any], what: str) -> Any:
+    if not isinstance(value, kind):
+        raise FileError(f"its record is damaged: {what!r} holds {str(value)[:40]!r}, no {kind.__name__}")
+    return value
 
 
 def _encode_profile(profile: Profile) -> Json:
@@ -102,5 +138,12 @@ def _encode_profile(profile: Profile) -> Json:
 
 
 def _decode_profile(data: Mapping[str, Json]) -> Profile:
-    layers = {str(name): {str(k): int(v) for k, v in costs.items()} for name, costs in data["per_layer"].items()}
-    return Profile(int(data["macs"]), int(data["params"]), int(data["param_bytes"]), int(data["peak_activation_bytes"]), layers)
+    layers = {str(name): {str(k): _count(v) for k, v in costs.items()} for name, costs in data["per_layer"].items()}
+    macs, params, size, peak = (_count(data[name]) for name in ("macs", "params", "param_bytes", "peak_activation_bytes"))
+    return Profile(macs, params, size, peak, layers)
+
+
+def _count(value: Json) -> int:
+    if type(value) is not int or value < 0:
+        raise FileError(f"its record is damaged: {str(value)[:40]!r} is no count")
+    return value

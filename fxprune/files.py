@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxprune.encoding import decode_record, encode_record
-from fxprune.errors import FileError, InputError, TraceError
+from fxprune.errors import FileError, FxPruneError
 from fxprune.evaluation import device_of
 from fxprune.rebuilding import rebuilt
 from fxprune.records import PruningRecord
@@ -122,7 +122,7 @@ def _loaded(path: Path, model: nn.Module, device: torch.device | None) -> tuple[
     described, tensors = _read(path)
     try:
         record = decode_record(described["record"])
-        aliases, layouts = described["aliases"], described["layouts"]
+        aliases, layouts = _names(described["aliases"], "aliases"), _names(described["layouts"], "layouts")
         _check_original(record, model)
         slim = rebuilt(_with_index_buffers(model, record, tensors), record)
         if device is None:
@@ -131,13 +131,20 @@ def _loaded(path: Path, model: nn.Module, device: torch.device | None) -> tuple[
     except FileError as error:
         raise FileError(f"cannot load {path}: {error}") from error
     except KeyError as error:
-        raise FileError(f"cannot load {path}: its metadata have no {error}") from error
-    except (RuntimeError, InputError, TraceError) as error:
-        if not _on_meta(model):
-            raise
-        raise FileError(f"cannot load {path}: this model cannot be analysed on meta ({_line(error)}); build it on the CPU") from error
+        raise FileError(f"cannot load {path}: its metadata have no {str(error)[:80]}") from error
+    except (FxPruneError, RuntimeError) as error:
+        where = "on meta" if _on_meta(model) else "on the inputs that the file names"
+        advice = "build it on the CPU" if _on_meta(model) else "pass the model that the file was made of"
+        raise FileError(f"cannot load {path}: this model cannot be analysed {where} ({_line(error)}); {advice}") from error
     slim.__dict__["_record"] = record
     return slim, aliases
+
+
+def _names(found: Any, what: str) -> dict[str, str]:
+    """A mapping of names, as metadata must have it."""
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise FileError(f"its metadata are damaged: {what!r} is no mapping of names to names")
+    return found
 
 
 def _contents(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
@@ -207,11 +214,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise FileError(f"cannot load {path}: it holds weights but no pruning record; only fxprune.save's files can be loaded")
     try:
         described = json.loads(metadata["fxprune"])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileError(f"cannot load {path}: its metadata are damaged: {error}") from error
     if not isinstance(described, dict) or described.get("format") != FORMAT:
         found = described.get("format") if isinstance(described, dict) else described
-        raise FileError(f"cannot load {path}: its format is {found!r}; this fxprune reads {FORMAT!r}")
+        raise FileError(f"cannot load {path}: its format is {str(found)[:40]!r}; this fxprune reads {FORMAT!r}")
     return described, tensors
 
 
@@ -249,6 +256,9 @@ def _assign(
     """Put the file's tensors in their places; tied places get the same one."""
     slots = list(_slots(slim))
     named = {*tensors, *aliases}
+    double = sorted(aliases.keys() & tensors.keys())
+    if double:
+        raise FileError(f"its metadata are damaged: {double[0]!r} is an alias and a tensor")
     strange = [name for name, _, _ in slots if name not in named] or sorted(named - {name for name, _, _ in slots})
     if strange:
         where = "is missing from the file" if strange[0] not in named else "is in the file alone"
@@ -260,12 +270,21 @@ def _assign(
             raise FileError(f"its metadata are damaged: {name!r} is an alias of {first!r}, which is not there")
         if own.shape != tensors[first].shape:
             raise FileError(f"it does not fit this model: {name!r} is {_shape(tensors[first])} in the file and {_shape(own)} in the model")
+        if (own.is_floating_point(), own.is_complex()) != (tensors[first].is_floating_point(), tensors[first].is_complex()):
+            raise FileError(f"it does not fit this model: {name!r} is {tensors[first].dtype} in the file and {own.dtype} in the model")
         if first not in placed:
             value = tensors[first] if device is None else tensors[first].to(device)
             if first in layouts:
-                value = value.contiguous(memory_format=_LAYOUTS[layouts[first]])
+                value = value.contiguous(memory_format=_layout(layouts[first], value))
             placed[first] = nn.Parameter(value, own.requires_grad) if isinstance(own, nn.Parameter) else value
         holder[key] = placed[first]
+
+
+def _layout(name: str, tensor: Tensor) -> torch.memory_format:
+    layout = _LAYOUTS.get(name)
+    if layout is None or tensor.ndim != (4 if layout is torch.channels_last else 5):
+        raise FileError(f"its metadata are damaged: a tensor of shape {_shape(tensor)} is said to be laid out as {name[:40]!r}")
+    return layout
 
 
 def _shape(tensor: Tensor) -> str:
@@ -273,4 +292,4 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxprune.errors import InputError, UnsupportedError
@@ -41,24 +42,28 @@ class Sources:
         return Sources, ()
 
 
-def rebind(optimizer: Optimizer, slim: nn.Module, *, model: nn.Module | None = None, reset: bool = False) -> Optimizer:
+def rebind(
+    optimizer: Optimizer, slim: nn.Module, *, model: nn.Module | None = None, reset: bool = False, schedulers: Sequence[Any] = ()
+) -> Optimizer:
     """A new optimiser of the same class that goes on with the parameters of ``slim``, where ``optimizer`` was built on the original.
 
     Parameter groups keep their settings and their order. Every state tensor of a parameter's shape (momentum, first and second moments)
     is sliced by the record's kept indices, as is one that has size 1 where the parameter has more (Adafactor's rows and columns); step
     counts and the state of parameters that did not change are copied. Parameters that are not the network's, as those of a loss, stay as
-    they are. ``optimizer`` is left as it was; a learning rate scheduler follows by ``scheduler.optimizer = optimizer``.
+    they are. ``optimizer`` is left as it was. ``schedulers``: its learning rate schedulers, which from then on set the new one's rates.
 
     ``slim``: what ``compress`` returned for the optimiser's model, or for a slim module of it. ``model``: that model, where ``slim`` went
     through a file or a pickle and no longer knows it. ``reset``: a parameter whose state has a tensor of another shape, which cannot be
-    sliced, begins with none, and a warning names it; else that is an ``UnsupportedError``. Call it between a step and the next forward
-    pass: gradients are not carried over. Raises ``InputError`` where the two do not belong together.
+    sliced, begins with none, and a warning names it; else that is an ``UnsupportedError``. LBFGS keeps one history of all parameters,
+    so there it is all or nothing. Call it between a step and the next forward pass: gradients are not carried over. Raises ``InputError``
+    where the two do not belong together.
     """
     if isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # accelerate's
         raise InputError(f"{type(optimizer).__name__} wraps an optimizer; rebind the one inside, its .optimizer, and prepare the result")
     record = getattr(slim, "_record", None)
     if not isinstance(record, PruningRecord):
         raise InputError(f"this {type(slim).__name__} carries no pruning record; pass what compress returned")
+    following = _followers(schedulers, optimizer)
     names, kept = _names(optimizer, slim, model, record)
     made: dict[int, nn.Parameter] = {}
     own = dict(slim.named_parameters(remove_duplicate=False))
@@ -82,7 +87,7 @@ def rebind(optimizer: Optimizer, slim: nn.Module, *, model: nn.Module | None = N
             new.state[old] = copy.deepcopy(state)
             continue
         name, parameter = names[id(old)], made[id(old)]
-        strange = _strange(state, old) if kept.get(name) else None
+        strange = _flat(optimizer, kept) or (_strange(state, old) if kept.get(name) else None)
         if strange is None:
             new.state[parameter] = _sliced(state, old, parameter, kept.get(name, {}))
         elif reset:
@@ -93,7 +98,36 @@ def rebind(optimizer: Optimizer, slim: nn.Module, *, model: nn.Module | None = N
             )
     if anew:
         warnings.warn(f"{type(optimizer).__name__} begins anew with what cannot be sliced: {', '.join(anew)}", stacklevel=2)
+    _follow(following, optimizer, new)
     return new
+
+
+def _followers(schedulers: Iterable[Any], optimizer: Optimizer) -> list[Any]:
+    """The schedulers and those inside them. Raises ``InputError`` for one of another optimiser."""
+    found = []
+    for scheduler in schedulers:
+        if getattr(scheduler, "optimizer", None) is not optimizer:
+            raise InputError(f"{type(scheduler).__name__} is no scheduler of this optimizer; pass those that were made with it")
+        found += [scheduler, *_followers(getattr(scheduler, "_schedulers", ()), optimizer)]
+    return found
+
+
+def _follow(schedulers: list[Any], optimizer: Optimizer, new: Optimizer) -> None:
+    for scheduler in schedulers:
+        scheduler.optimizer = new
+    if not schedulers or hasattr(new.step, "_wrapped_by_lr_sched"):
+        return
+    # By these marks a scheduler sees whether the optimiser has made a step; it warns in vain without them.
+    step = new.step
+
+    @functools.wraps(step)
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        new._opt_called = True  # type: ignore[attr-defined]
+        return step(*args, **kwargs)
+
+    marked._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    new._opt_called = getattr(optimizer, "_opt_called", False)  # type: ignore[attr-defined]
+    new.step = marked  # type: ignore[method-assign]
 
 
 def _names(
@@ -137,9 +171,14 @@ def _built(cls: type[Optimizer], groups: list[dict[str, Any]], defaults: Mapping
         raise UnsupportedError(f"{cls.__name__} cannot be made again from its defaults ({error}); build it on slim.parameters()") from error
 
 
+def _flat(optimizer: Optimizer, kept: Mapping[str, Dims]) -> str | None:
+    """In words, a state that is one vector over all parameters, filed under the first, and no longer fits."""
+    return "one history of all parameters" if isinstance(optimizer, LBFGS) and any(kept.values()) else None
+
+
 def _fits(tensor: Tensor, parameter: Tensor) -> bool:
     same = tensor.ndim == parameter.ndim and all(a in (1, b) for a, b in zip(tensor.shape, parameter.shape, strict=True))
-    return tensor.ndim == 0 or same
+    return tensor.numel() == 1 or same
 
 
 def _strange(state: Any, parameter: Tensor) -> str | None:
@@ -153,7 +192,7 @@ def _strange(state: Any, parameter: Tensor) -> str | None:
 
 def _sliced(state: Any, old: Tensor, new: Tensor, dims: Dims) -> dict[str, Any]:
     def one(tensor: Tensor) -> Tensor:
-        chosen = {dim: indices for dim, indices in dims.items() if tensor.ndim and tensor.shape[dim] == old.shape[dim]}
+        chosen = {dim: indices for dim, indices in dims.items() if tensor.numel() > 1 and tensor.shape[dim] == old.shape[dim]}
         made = cut(tensor, None, chosen)
         return made.to(new.device) if tensor.device == old.device else made
 

@@ -62,6 +62,10 @@ MAKERS: dict[str, Callable[[Any], Optimizer]] = {
     "adamax": lambda p: torch.optim.Adamax(p, 0.01),
     "asgd": lambda p: torch.optim.ASGD(p, 0.01),
     "rprop": lambda p: torch.optim.Rprop(p, 0.01),
+    "one by one": lambda p: torch.optim.Adam(p, 0.01, foreach=False, maximize=True),
+    "together": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, foreach=True),
+    "fused": lambda p: torch.optim.AdamW(p, 0.01, fused=True, amsgrad=True),
+    "rate in a tensor": lambda p: torch.optim.Adam(p, torch.tensor(0.01, dtype=torch.float64)),
 }
 
 
@@ -104,17 +108,46 @@ def test_groups_keep_their_settings_and_others_parameters() -> None:
     assert optimizer.state[scale]["exp_avg"].sum() == 2
 
 
-def test_a_scheduler_follows() -> None:
+def sequential(optimizer: Optimizer) -> Any:
+    rates = torch.optim.lr_scheduler
+    return rates.SequentialLR(optimizer, [rates.LinearLR(optimizer, 0.1, total_iters=3), rates.StepLR(optimizer, 2, 0.5)], [4])
+
+
+SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
+    "steps": lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.1),
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.3, total_steps=10),  # it moves the momentum too
+    "one after the other": sequential,
+    "both": lambda o: torch.optim.lr_scheduler.ChainedScheduler([torch.optim.lr_scheduler.StepLR(o, s, 0.5) for s in (2, 3)], optimizer=o),
+    "average": lambda o: torch.optim.swa_utils.SWALR(o, 0.01, anneal_epochs=3),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("before", [0, 3])
+def test_schedulers_follow(name: str, before: int) -> None:
+    def rates(prune: bool) -> list[tuple[float, float]]:
+        model = network()
+        optimizer: Optimizer = torch.optim.SGD(model.parameters(), 1.0, momentum=0.9)
+        scheduler, found = SCHEDULERS[name](optimizer), []
+        for number in range(8):
+            if prune and number == before:
+                model = fxprune.compress(model, 0.5, X[:1].double())
+                optimizer = fxprune.rebind(optimizer, model, schedulers=[scheduler])
+            step(model, optimizer)
+            scheduler.step()
+            found.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]))
+        return found
+
+    assert rates(True) == rates(False) and len(set(rates(False))) > 2
+
+
+def test_schedulers_of_another_optimiser() -> None:
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 1.0, momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.1)
-    step(model, optimizer)
-    scheduler.step()
-    slim = fxprune.compress(model, 0.5, X[:1].double())
-    rebound = scheduler.optimizer = fxprune.rebind(optimizer, slim)
-    step(slim, rebound)
-    scheduler.step()
-    assert rebound.param_groups[0]["lr"] == pytest.approx(0.1) and optimizer.param_groups[0]["lr"] == 1.0
+    optimizer, other = (torch.optim.SGD(model.parameters(), 1.0) for _ in range(2))
+    schedulers = [torch.optim.lr_scheduler.StepLR(one, 2) for one in (optimizer, other)]
+    with pytest.raises(InputError, match="StepLR is no scheduler of this optimizer"):
+        fxprune.rebind(optimizer, fxprune.compress(model, 0.5, X[:1].double()), schedulers=schedulers)
+    assert schedulers[0].optimizer is optimizer
 
 
 def test_pruned_twice_with_and_without_the_step_between() -> None:
@@ -140,6 +173,99 @@ def test_through_a_pickle_the_model_is_named() -> None:
         fxprune.rebind(optimizer, again)
     for rebound in (fxprune.rebind(optimizer, again, model=model), fxprune.rebind(optimizer, copy.deepcopy(slim))):
         step(again, rebound)
+
+
+OTHERWISE = {"Muon", "SparseAdam", "Adafactor", "LBFGS"}  # each has a test of its own below
+
+
+def test_every_optimiser_of_torch_is_tested() -> None:
+    known = {type(make([nn.Parameter(torch.ones(2, 2))])).__name__ for make in MAKERS.values()} | OTHERWISE
+    there = {name for name, one in vars(torch.optim).items() if isinstance(one, type) and issubclass(one, Optimizer)}
+    assert there - {"Optimizer"} <= known
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+@pytest.mark.parametrize("adjusted", ["original", "match_rms_adamw"])
+def test_muon_goes_on_from_the_sliced_momentum(adjusted: str) -> None:
+    """Its step mixes all rows of a matrix, so it is not the original's sliced; it is that of a Muon with the sliced momentum."""
+    model = network()
+    muon, rest = torch.optim.Muon, [p for p in model.parameters() if p.ndim != 2]
+    optimizers = [muon([model[6].weight, model[7].weight], 0.1, adjust_lr_fn=adjusted), torch.optim.AdamW(rest, 0.01)]  # type: ignore[index]
+    for optimizer in optimizers:
+        step(model, optimizer)
+    slim = fxprune.compress(model, 0.5, X[:1].double())
+    rebound = [fxprune.rebind(optimizer, slim) for optimizer in optimizers]
+    named = {name: slim.get_parameter(name) for name in ("6.weight", "7.weight")}
+    assert [p for group in rebound[0].param_groups for p in group["params"]] == list(named.values())
+    other = copy.deepcopy(slim)
+    fresh = muon([other.get_parameter(name) for name in named], 0.1, adjust_lr_fn=adjusted)
+    for name, parameter in named.items():
+        momentum = optimizers[0].state[model.get_parameter(name)]["momentum_buffer"]
+        assert torch.equal(rebound[0].state[parameter]["momentum_buffer"], kept_of(slim, name, momentum))
+        fresh.state[other.get_parameter(name)]["momentum_buffer"] = kept_of(slim, name, momentum).clone()
+    step(slim, rebound[0])
+    step(other, fresh)
+    assert all(torch.equal(parameter, other.get_parameter(name)) for name, parameter in named.items())
+
+
+def test_sparse_gradients() -> None:
+    model = nn.Sequential(nn.Embedding(9, 8, sparse=True), nn.Linear(8, 3))
+    optimizer = torch.optim.SparseAdam([model.get_parameter("0.weight")], 0.1)
+
+    def sparse_step(module: nn.Module, stepped: Optimizer) -> None:
+        stepped.zero_grad()
+        output: Tensor = module(torch.tensor([1, 4, 4]))
+        output.square().mean().backward()
+        stepped.step()
+
+    sparse_step(model, optimizer)
+    with torch.no_grad():
+        model.get_parameter("1.weight")[:, 4:] = 0
+    slim = fxprune.compress(model, 0.5, torch.tensor([1, 2]), importance=first_ones)
+    rebound = fxprune.rebind(optimizer, slim)
+    sparse_step(model, optimizer)
+    sparse_step(slim, rebound)
+    assert slim.get_parameter("0.weight").shape == (9, 4)
+    torch.testing.assert_close(slim.get_parameter("0.weight"), kept_of(slim, "0.weight", model.get_parameter("0.weight")))
+
+
+def test_a_history_of_all_parameters_is_refused_or_begun_anew() -> None:
+    model = network()
+    optimizer = torch.optim.LBFGS(model.parameters(), 0.1, max_iter=3)
+
+    def loss(module: nn.Module, stepped: Optimizer) -> Callable[[], Tensor]:
+        def closure() -> Tensor:
+            stepped.zero_grad()
+            value: Tensor = module(X.double()).square().mean()
+            value.backward()
+            return value
+
+        return closure
+
+    optimizer.step(loss(model, optimizer))
+    slim = fxprune.compress(model, {"6": 0.5}, X[:1].double())  # the first parameter, which the history is filed under, stays whole
+    with pytest.raises(UnsupportedError, match="LBFGS keeps one history of all parameters for '0.weight'.*pass reset=True"):
+        fxprune.rebind(optimizer, slim)
+    with pytest.warns(UserWarning, match="LBFGS begins anew"):
+        rebound = fxprune.rebind(optimizer, slim, reset=True)
+    assert not rebound.state
+    before = loss(slim, rebound)().item()
+    rebound.step(loss(slim, rebound))  # type: ignore[arg-type]
+    assert loss(slim, rebound)().item() < before
+    whole = fxprune.rebind(optimizer, fxprune.compress(model, 0.0, X[:1].double()))
+    assert len(whole.state) == 1
+
+
+def test_groups_of_named_parameters() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.named_parameters(), 0.1, momentum=0.9)
+    if "param_names" not in optimizer.param_groups[0]:
+        pytest.skip("this torch keeps no names in groups")
+    step(model, optimizer)
+    slim = fxprune.compress(model, 0.5, X[:1].double())
+    rebound = fxprune.rebind(optimizer, slim)
+    assert rebound.param_groups[0]["param_names"] == [name for name, _ in slim.named_parameters()]
+    step(slim, rebound)
 
 
 def test_rows_and_columns_are_sliced() -> None:
