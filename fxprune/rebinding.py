@@ -15,7 +15,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxprune.errors import InputError, UnsupportedError
-from fxprune.passes.assemble import cut
+from fxprune.passes.cut import cut
 from fxprune.records import PruningRecord
 
 Dims = Mapping[int, Tensor]

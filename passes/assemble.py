@@ -10,50 +10,40 @@ from torch import nn
 
 from fxprune.passes.skeleton import fill
 
-
-def cut(source: torch.Tensor, values: torch.Tensor | None, dims: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """A copy of ``source`` with only the kept indices of each dimension (or with new ``values``); layout and parameter-ness stay."""
-    made = source.detach() if values is None else values.to(source.device)
-    for dim, indices in dims.items():
-        made = made.index_select(dim, indices if made.device.type == "cpu" else indices.to(made.device))
-    if not dims:
-        made = made.clone() if made.device.type != "meta" else torch.empty_like(made)
-    elif made.ndim == 4 and source.is_contiguous(memory_format=torch.channels_last) and not source.is_contiguous():
-        made = made.contiguous(memory_format=torch.channels_last)
-    return nn.Parameter(made, requires_grad=source.requires_grad) if isinstance(source, nn.Parameter) else made
+_BLANK = nn.Module()
+Copies = tuple[tuple[nn.Module, bool], ...]
 
 
-def assemble(
-    original: nn.Module,
-    memo: dict[int, Any],
-    called: Callable[[str], bool],
-    opaque: Callable[[str], bool],
-    constants: Mapping[str, torch.Tensor],
-) -> nn.Module:
-    """The module tree of ``original`` with the tensors of ``memo`` (id of the original tensor -> new tensor).
+def copies(original: nn.Module, keeps_class: Callable[[str], bool]) -> Copies:
+    """Every module of ``original`` once, and whether its copy keeps its class: the others become plain modules that hold parameters."""
+    found: dict[int, tuple[nn.Module, bool]] = {}
+    for path, module in original.named_modules(remove_duplicate=False):
+        if id(module) not in found:
+            found[id(module)] = (module, type(module) is nn.Module or keeps_class(path))
+    return tuple(found.values())
 
-    Modules the graph calls are copied with their class; the others hold their parameters under the same names as plain modules.
+
+def assemble(modules: Copies, memo: dict[int, Any], constants: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The tree of ``modules``, the root first, with the tensors of ``memo`` (id of the original tensor -> new tensor).
+
+    The new modules are added to ``memo`` (id of the original module -> new module). ``constants``: tensors to hold at other paths.
     """
-    paths = list(original.named_modules(remove_duplicate=False))
-    for path, module in paths:
-        if id(module) in memo:
-            continue
-        memo[id(module)] = object.__new__(type(module)) if opaque(path) or called(path) else nn.Module()
-    done: set[int] = set()
-    for _, module in paths:
+    for module, keeps_class in modules:
+        memo[id(module)] = object.__new__(type(module) if keeps_class else nn.Module)
+    for module, keeps_class in modules:
         twin = memo[id(module)]
-        if id(module) in done:
-            continue
-        done.add(id(module))
-        if type(twin) is nn.Module and type(module) is not nn.Module:
-            twin._parameters = {k: None if v is None else memo[id(v)] for k, v in module._parameters.items()}
-            twin._buffers = {k: None if v is None else memo[id(v)] for k, v in module._buffers.items()}
-            twin._modules = {k: None if v is None else memo[id(v)] for k, v in module._modules.items()}
-            twin._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
-            twin.training = module.training
-        else:
+        if keeps_class:
             fill(module, twin, memo)
-    root: nn.Module = memo[id(original)]
+            continue
+        fill(_BLANK, twin, memo)
+        state = twin.__dict__
+        for kind in ("_parameters", "_buffers", "_modules"):
+            held = module.__dict__[kind]
+            if held:
+                state[kind] = {k: None if v is None else memo[id(v)] for k, v in held.items()}
+        state["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+        state["training"] = module.training
+    root: nn.Module = memo[id(modules[0][0])]
     for name, tensor in constants.items():
         path, _, key = name.rpartition(".")
         setattr(root.get_submodule(path), key, tensor)

@@ -295,6 +295,14 @@ class CouplingGraph:
 
     # -- what the rewrite asks ----------------------------------------------------------------------------------------------
 
+    @cached_property
+    def dims_of(self) -> dict[str, list[tuple[int, Vector]]]:
+        """Tensor name -> its dimensions that carry units, in order, each with the unit of every index."""
+        found: dict[str, list[tuple[int, Vector]]] = {}
+        for name, dim in sorted(self.unit_of):
+            found.setdefault(name, []).append((dim, self.unit_of[name, dim]))
+        return found
+
     def units_along(self, value: Value, axis: int) -> Vector:
         """The unit of every index along a labelled axis of a value; -1 where it belongs to none."""
         found: Vector = self._unit_of_label[value.axes[axis]]

@@ -13,6 +13,26 @@ if TYPE_CHECKING:
     from fxprune.passes.slim import Slimmer
 
 
+# torch's own layers that keep sizes as attributes, beside those with a normalized_shape.
+_SIZED = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.RNNBase,
+    nn.PReLU,
+    nn.Unflatten,
+)
+
+
+def has_sizes(module: nn.Module) -> bool:
+    """Whether ``resize`` has anything to do."""
+    return isinstance(module, _SIZED) or hasattr(module, "normalized_shape")
+
+
 def resize(slimmer: Slimmer, module: Any, x: Value, y: Value) -> None:
     """Set ``module``'s sizes from what is left of its input ``x`` and its output ``y``."""
     if isinstance(module, nn.modules.conv._ConvNd):

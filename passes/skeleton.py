@@ -28,11 +28,9 @@ _SHARED = (
     types.ModuleType,
     fx.Graph,
 )
-_OWN = frozenset(
+_REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
+_HOOKS = frozenset(
     {
-        "_parameters",
-        "_buffers",
-        "_modules",
         "_backward_hooks",
         "_backward_pre_hooks",
         "_state_dict_hooks",
@@ -64,12 +62,14 @@ class Skeleton:
         self.parameter_names: set[str] = set()
         canonical: dict[int, str] = {}
         self._original_modules = dict(model.named_modules(remove_duplicate=False))
+        self._places: dict[str, tuple[nn.Module, str]] = {}
         for kind in ("_parameters", "_buffers"):
             for prefix, module in self._original_modules.items():
                 for key, tensor in getattr(module, kind).items():
                     if tensor is None:
                         continue
                     name = f"{prefix}.{key}" if prefix else key
+                    self._places[name] = module, key
                     if id(tensor) in canonical:
                         self.aliases[canonical[id(tensor)]].append(name)
                         continue
@@ -139,9 +139,8 @@ class Skeleton:
 
     def real(self, name: str) -> torch.Tensor:
         """The user's tensor of that name, as it is now."""
-        prefix, _, key = name.rpartition(".")
-        module = self._original_modules[prefix]
-        found = module._parameters.get(key)
+        module, key = self._places[name]
+        found: torch.Tensor | None = module._parameters.get(key)
         if found is None:
             found = module._buffers.get(key)
         return self._real[name] if found is None else found
@@ -181,21 +180,24 @@ def _meta_twin(tensor: torch.Tensor) -> torch.Tensor:
 def fill(source: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
     """Give ``twin`` the attributes of ``source``: modules and tensors by ``memo`` (id -> twin), the rest copied, hooks left behind."""
     state = twin.__dict__
+    state.update(source.__dict__)
     for key, value in source.__dict__.items():
-        if type(value) in _VALUES:  # most are, and this is asked first for that
-            state[key] = value
-        elif key in ("_parameters", "_buffers", "_modules"):
+        kind = type(value)
+        if kind in _VALUES:  # most are, and this is asked first for that
+            continue
+        if kind in _PLAIN and not value:  # most of the others: the hooks that nobody has registered
+            state[key] = kind()
+        elif key in _REGISTERED:
             state[key] = {k: None if v is None else memo[id(v)] for k, v in value.items()}
-        elif key in _OWN:
-            state[key] = type(value)()
-        elif isinstance(value, _SHARED):
-            state[key] = value
-        elif isinstance(value, (tuple, list, dict, set)) and not value:
-            state[key] = type(value)() if type(value) in _PLAIN else copy.copy(value)
-        elif isinstance(value, tuple) and all(isinstance(v, _SHARED) for v in value):
-            state[key] = value
-        elif isinstance(value, torch.Tensor):
-            state[key] = value
+        elif key in _HOOKS:
+            state[key] = kind()
+        elif isinstance(value, tuple):
+            if not all(isinstance(v, _SHARED) for v in value):
+                state[key] = _copied(value, memo)
+        elif isinstance(value, (torch.Tensor, *_SHARED)):
+            continue
+        elif isinstance(value, (list, dict, set)) and not value:
+            state[key] = copy.copy(value)
         else:
             state[key] = _copied(value, memo)
 

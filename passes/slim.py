@@ -17,11 +17,12 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from fxprune.errors import UnsupportedError
-from fxprune.passes.assemble import assemble, cut, replace_module
+from fxprune.passes.assemble import Copies, assemble, copies, replace_module
 from fxprune.passes.coupling import CouplingGraph
+from fxprune.passes.cut import cut
 from fxprune.passes.eliminate import impure
 from fxprune.passes.plan import Keep
-from fxprune.passes.resize import resize
+from fxprune.passes.resize import has_sizes, resize
 from fxprune.passes.rules import registry
 from fxprune.passes.rules.values import Value, Vector, values
 from fxprune.passes.slim_module import SlimModule
@@ -35,8 +36,8 @@ _ARITHMETIC = {
 class Template:
     """What every rewrite of one analysed model shares. ``module``: holds the graphs where no policy changes them, else None."""
 
-    called: frozenset[str]
-    resized: tuple[tuple[str, list[Value], list[Value]], ...]
+    copies: Copies
+    resized: tuple[tuple[nn.Module, Value, Value, list[Vector]], ...]
     constant: bool
     module: SlimModule | None = None
 
@@ -162,8 +163,7 @@ class Slimmer:
         elif template.constant and template.module is None and not parts:
             template.module = SlimModule(nn.Module(), self._graphs())
         graphs = self._graphs() if template.module is None else {}  # before the tree: index buffers are renumbered on the way
-        tree = self._tree(template)
-        self._resize(tree, template)
+        tree = self._tree(template.copies)
         if template.module is not None:
             return template.module.sibling(tree)
         if not parts:
@@ -181,23 +181,32 @@ class Slimmer:
     def tree(self, own_classes: bool = False) -> nn.Module:
         """The module tree alone, once the graphs are copied (index buffers are renumbered on the way); maybe all of the user's classes."""
         template = self.graph.template = self.graph.template or self._template()
-        tree = self._tree(template, own_classes)
-        self._resize(tree, template)
-        return tree
+        return self._tree(copies(self.skeleton.original, lambda _: True) if own_classes else template.copies, own_classes)
 
     def _graphs(self) -> dict[str, fx.Graph]:
         return {mode: self.copy(mode, graph) for mode, graph in self.walk.traced.graphs.items()}
 
     def _template(self) -> Template:
-        calls: dict[str, tuple[str, list[Value], list[Value]]] = {}
-        for mode, graph in self.walk.traced.graphs.items():
+        traced = self.walk.traced
+        calls: dict[str, tuple[list[Value], list[Value]]] = {}
+        for mode, graph in traced.graphs.items():
             for old in graph.nodes:
                 name = str(old.target)
                 if old.op == "call_module" and name not in calls:
                     inputs = values(map_arg(old.args, self.walk.env[mode].get))
-                    calls[name] = (name, inputs, values(self.walk.env[mode][old]))
-        resized = tuple(call for name, call in calls.items() if name not in self.walk.traced.opaque)
-        return Template(frozenset(calls), resized, self._constant())
+                    calls[name] = (inputs, values(self.walk.env[mode][old]))
+        resized = []
+        for name, (inputs, outputs) in calls.items():
+            module = self.skeleton.original_module(name)
+            if name not in traced.opaque and has_sizes(module):
+                resized.append((module, inputs[0], outputs[0], [v for x in (*inputs, *outputs) for v in x.axes.values()]))
+
+        def keeps_class(path: str) -> bool:
+            """Whether the graph calls a module, or it, or one around it, was not looked into."""
+            outside = bool(traced.parts) and not any(path == p or path.startswith(f"{p}.") for p in traced.parts)
+            return path in calls or outside or any(path == o or path.startswith(f"{o}.") for o in traced.opaque)
+
+        return Template(copies(self.skeleton.original, keeps_class), tuple(resized), self._constant())
 
     def _constant(self) -> bool:
         """Whether the graphs come out the same for every policy: no literal and no read of a size meets channels that may go."""
@@ -291,15 +300,11 @@ class Slimmer:
 
     def kept_dims(self, name: str) -> dict[int, torch.Tensor]:
         """Dimension -> LongTensor of kept indices, for the dimensions of a tensor that lose any."""
-        if name not in self._dims:
-            found = {}
-            for dim in range(self._ndim(name)):
-                units = self.graph.unit_of.get((name, dim))
-                kept = None if units is None else self._kept_units(units)
-                if kept is not None:
-                    found[dim] = kept
-            self._dims[name] = found
-        return self._dims[name]
+        found = self._dims.get(name)
+        if found is None:
+            kept = {dim: self._kept_units(units) for dim, units in self.graph.dims_of.get(name, ())}
+            found = self._dims[name] = {dim: indices for dim, indices in kept.items() if indices is not None}
+        return found
 
     def _kept_units(self, units: Vector) -> torch.Tensor | None:
         """Kept positions of a parameter's dimension; dimensions that share one set of units share the answer."""
@@ -309,41 +314,24 @@ class Slimmer:
             self._by_units[key] = None if mask.all() else torch.from_numpy(np.flatnonzero(mask))
         return self._by_units[key]
 
-    def _ndim(self, name: str) -> int:
-        constant = self.walk.traced.constants.get(name)
-        return self.skeleton.tensor(name).ndim if constant is None else constant.ndim
-
-    def sliced(self, name: str) -> torch.Tensor:
+    def _sliced(self, name: str, source: torch.Tensor) -> torch.Tensor:
         """A new tensor: the user's, without what went."""
-        constant = self.walk.traced.constants.get(name)
-        source = self.skeleton.real(name) if constant is None else constant
         return cut(source, self.renumber.get(name), self.kept_dims(name))
 
-    def _tree(self, template: Template, own_classes: bool = False) -> nn.Module:
-        original = self.skeleton.original
+    def _tree(self, modules: Copies, own_classes: bool = False) -> nn.Module:
         memo: dict[int, Any] = {}
         for name in self.skeleton.names:
-            memo[id(self.skeleton.real(name))] = self.sliced(name)
-        opaque = self.walk.traced.opaque
-        parts = self.walk.traced.parts
-
-        def whole(path: str) -> bool:
-            """Whether a module keeps the user's class: it, or one around it, was not looked into."""
-            outside = bool(parts) and not any(path == p or path.startswith(f"{p}.") for p in parts)
-            return own_classes or outside or any(path == o or path.startswith(f"{o}.") for o in opaque)
-
-        constants = self._constants()
+            source = self.skeleton.real(name)
+            memo[id(source)] = self._sliced(name, source)
+        added = {name: self._sliced(name, source) for name, source in self.walk.traced.constants.items()} | self.constants
         if own_classes:
-            constants = {n: t for n, t in constants.items() if hasattr(original.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2])}
-        return assemble(original, memo, template.called.__contains__, whole, constants)
-
-    def _constants(self) -> dict[str, torch.Tensor]:
-        return {**{name: self.sliced(name) for name in self.walk.traced.constants}, **self.constants}
-
-    def _resize(self, tree: nn.Module, template: Template) -> None:
-        for name, inputs, outputs in template.resized:
-            if self.touched(inputs) or self.touched(outputs):
-                resize(self, tree.get_submodule(name), inputs[0], outputs[0])
+            original = self.skeleton.original
+            added = {n: t for n, t in added.items() if hasattr(original.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2])}
+        tree = assemble(modules, memo, added)
+        for module, x, y, vectors in self.graph.template.resized:
+            if any(self.kept_of(v) is not None for v in vectors):
+                resize(self, memo[id(module)], x, y)
+        return tree
 
 
 def _pure(node: fx.Node) -> bool:

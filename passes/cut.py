@@ -1,0 +1,66 @@
+"""New tensors from the user's: the kept indices of each dimension.
+
+Most of the time that a large weight takes goes to the system, which hands out fresh memory page by page: it is asked for large pages,
+and what is cut along several dimensions goes through in blocks, so that nothing as large as the weight lies between.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+_BLOCK = 1 << 18  # numbers; what is between two selections stays in a core's cache
+_LARGE = 32 << 20  # bytes; the C library never keeps more for the next caller, so that all of it would be fresh memory
+_LARGE_PAGES = 1 << 20
+_madvise: Any = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
+
+
+def cut(source: torch.Tensor, values: torch.Tensor | None, dims: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """A copy of ``source`` with only the kept indices of each dimension (or with new ``values``); layout and parameter-ness stay."""
+    made = select(source.detach() if values is None else values.to(source.device), dims)
+    return nn.Parameter(made, requires_grad=source.requires_grad) if isinstance(source, nn.Parameter) else made
+
+
+def select(source: torch.Tensor, dims: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """The kept indices of each dimension in new memory; the layout stays."""
+    if source.is_cpu and source.nbytes >= _LARGE and source.is_contiguous():
+        return _select_large(source, dims)
+    if not dims:
+        return torch.empty_like(source) if source.is_meta else source.clone()
+    made = source
+    for dim, indices in dims.items():
+        made = made.index_select(dim, indices if made.is_cpu else indices.to(made.device))
+    if not source.is_contiguous() and source.ndim == 4 and source.is_contiguous(memory_format=torch.channels_last):
+        return made.contiguous(memory_format=torch.channels_last)
+    return made
+
+
+def _select_large(source: torch.Tensor, dims: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    out = room([len(dims[d]) if d in dims else n for d, n in enumerate(source.shape)], source.dtype)
+    rows, inner = dims.get(0), [(d, indices) for d, indices in dims.items() if d]
+    if not inner:
+        return out.copy_(source) if rows is None else torch.index_select(source, 0, rows, out=out)
+    step = max(_BLOCK // source[0].numel(), 1)
+    for first in range(0, len(out), step):
+        block = source[first : first + step] if rows is None else source.index_select(0, rows[first : first + step])
+        for dim, indices in inner[:-1]:
+            block = block.index_select(dim, indices)
+        torch.index_select(block, *inner[-1], out=out[first : first + step])
+    return out
+
+
+def room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a tensor, which Linux is asked to back by large pages: first use of each page costs a call of the system."""
+    made = torch.empty(shape, dtype=dtype, device="cpu")
+    size = made.numel() * made.element_size()
+    if _madvise is not None and size >= _LARGE_PAGES:
+        first = -(-made.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (made.data_ptr() + size - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        _madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)  # advice: that it is refused changes nothing
+    return made
