@@ -28,8 +28,10 @@ HELP = {
     "distill_lr": "highest learning rate of the distillation",
     "baseline": "distil and test the uniform allocation too, for comparison",
     "score_images": "held-out training images that a candidate is scored on",
+    "rough_images": "of these, how many judge all but the finalists, where --finalists says how many",
     "calibration_images": "training images for importance and for the repair of candidates",
     "repair_images": "training images for the repair of the result",
+    "augment": "score and repair on images moved and mirrored as in training",
     "out": "folder for the results",
     "export": "formats to write the result in too, with commas: torch, onnx, openvino, executorch, torch-int8, onnx-int8, openvino-int8",
     "targets": "macs|params|latency|memory=SHARE that is left, or sparsity=SHARE that goes; repeat it for several at once, "
@@ -107,6 +109,7 @@ def _options(values: dict[str, Any]) -> Options:
     if preset == "paper":
         own.setdefault("distill_lr", 1e-3)  # Wang 2024: SGD at 1e-3; the rest of its recovery is DistillConfig's default
         own.setdefault("calibration_images", 100)
+        own.setdefault("augment", False)
     return Options(preset=preset, search=SearchConfig.preset(preset, **search), **own)
 
 

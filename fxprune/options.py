@@ -22,6 +22,8 @@ class Options:
     ``distill_epochs``: epochs of distillation after it; None: by the size of the data. ``baseline``: whether the uniform allocation is
     distilled and tested too. ``score_images``, ``calibration_images``: held-out images a candidate is scored on; training images for
     importance and for the repair of a candidate before it is scored. ``repair_images``: training images for the repair of the result.
+    ``rough_images``: as many of the score images judge all but the finalists, where ``search.finalists`` are asked for.
+    ``augment``: whether all these images are moved and mirrored as in training.
     ``export``: formats of other runtimes (``fxprune.export``) that the result is written in too.
     """
 
@@ -37,15 +39,17 @@ class Options:
     distill_lr: float | None = None
     baseline: bool = True
     score_images: int = 1000
+    rough_images: int = 256
     calibration_images: int = 256
     repair_images: int = 1024
+    augment: bool = True
     preset: str = "default"
     out: str = "fxprune-out"
     export: tuple[str, ...] = ()
     search: SearchConfig = field(default_factory=SearchConfig)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "score_images", "calibration_images", "repair_images", "image_size"):
+        for name in ("batch_size", "score_images", "rough_images", "calibration_images", "repair_images", "image_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SearchError(f"{name.replace('_', '-')} is {value}; it must be at least 1")

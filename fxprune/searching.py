@@ -181,10 +181,12 @@ def make_problem(
     repair: str = "bn",
     seed: int = 0,
     reference: CouplingGraph | None = None,
+    rough: Evaluate | None = None,
 ) -> tuple[Problem, Candidates]:
     """An analysed network as a search problem: costs from the analysis, scores from ``evaluate`` on slim networks.
 
     ``calibration``: batches, ``(inputs, targets)`` or inputs alone, for the importance and for the repair; read once.
+    ``rough``: a cheaper ``evaluate``, on fewer images say, for all but the finalists.
     ``reference``: the same network analysed with the weights whose responses a repair aims at, where those of ``graph`` will change.
     """
     batches = None if calibration is None else list(calibration)
@@ -201,12 +203,14 @@ def make_problem(
         return known[0]
 
     channels, fixed = output_channels(graph)
+    repairer = Repairer(graph, batches or (), repair if batches else "none", reference)
     problem = Problem(
         names=candidates.names,
         units=np.array([g.size for g in candidates.groups]),
         channels=channels,
         cost=lambda removed: _Costs(candidates, removed, whole),
-        score=Score(candidates, evaluate, Repairer(graph, batches or (), repair if batches else "none", reference)),
+        score=Score(candidates, evaluate, repairer),
+        rough=None if rough is None else Score(candidates, rough, repairer),
         fixed_channels=fixed,
         unit_scores=[np.sort(candidates.ranking[n]) for n in candidates.names],
     )
@@ -239,6 +243,7 @@ def search(
     *,
     config: SearchConfig | None = None,
     calibration: Iterable[Any] | None = None,
+    rough: Evaluate | None = None,
     checkpoint_dir: Path | str | None = None,
     resume: bool = False,
     on_event: Callable[[Any], None] | None = None,
@@ -248,6 +253,8 @@ def search(
     ``evaluate``: slim module -> a number or a mapping of metrics, larger is better; on data held out of training, never the test set.
     ``calibration``: a few batches, ``(inputs, targets)`` or inputs, for the importance and for the repair of candidates and result;
     without it nothing is repaired, as the record of the result says, and weights alone rank the units.
+    ``rough``: a cheaper ``evaluate`` that gives the same metrics; with ``config.finalists`` the search goes by it, and only so many of the
+    best are judged by ``evaluate`` itself.
     ``checkpoint_dir``, ``resume``: where the state is kept after every round, and whether to go on from it.
     Raises ``TargetError`` where no candidate is on target, ``SearchError`` for options that do not fit.
     """
@@ -255,7 +262,14 @@ def search(
     graph = analyze(model, example_inputs, ignore=config.ignore, attention=config.attention)
     importance = config.importance
     problem, candidates = make_problem(
-        graph, evaluate, calibration=calibration, importance=importance, round_to=config.round_to, repair=config.repair, seed=config.seed
+        graph,
+        evaluate,
+        calibration=calibration,
+        importance=importance,
+        round_to=config.round_to,
+        repair=config.repair,
+        seed=config.seed,
+        rough=rough,
     )
     outcome = run(problem, config, checkpoint_dir=checkpoint_dir, resume=resume, on_event=on_event)
     assert isinstance(problem.score, Score)

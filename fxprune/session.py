@@ -27,6 +27,7 @@ from fxprune.errors import FxPruneError, InputError, SearchError, TargetError
 from fxprune.evaluation import call, evaluate_accuracy, evaluating, logits_of, one_thread
 from fxprune.exporting import export
 from fxprune.images import Batches
+from fxprune.likeness import Likeness
 from fxprune.options import Options
 from fxprune.outputs import Finished
 from fxprune.passes.coupling import CouplingGraph
@@ -141,12 +142,12 @@ class Session:
         limit = self.options.score_images
         return Accuracy(list(self.data.batches("validation", self.options.batch_size, limit=limit, device=self.device)))
 
-    @cached_property
-    def scored(self) -> Accuracy:
+    def scored(self, original: nn.Module) -> Likeness:
         """What candidates are scored by: those images, augmented. A network knows the images it was trained on too well to tell which of
         its parts it needs for others; moved and mirrored they rank candidates as unseen ones do."""
-        limit = self.options.score_images
-        return Accuracy(list(self.data.batches("validation", self.options.batch_size, augmented=True, limit=limit, device=self.device)))
+        o = self.options
+        batches = self.data.batches("validation", o.batch_size, augmented=o.augment, limit=o.score_images, device=self.device)
+        return Likeness.of(original, batches)
 
     @property
     def weights(self) -> Path:
@@ -188,15 +189,17 @@ class Session:
         # Recovery between prune steps trains what is sliced; the original must stay what it is, the teacher.
         working = copy.deepcopy(original) if config.recover_every else original
         graph = analyze(working, self.example, ignore=config.ignore, attention=config.attention)
+        scored = self.scored(original)
         problem, candidates = make_problem(
             graph,
-            self.scored,
+            scored,
             calibration=self.calibration,
             importance=config.importance,
             round_to=config.round_to,
             repair=config.repair,
             seed=config.seed,
             reference=self.reference(original, graph),
+            rough=scored.first(self.options.rough_images),
         )
         if config.recover_every:
             problem = Recovery(candidates, working, lambda slim: self.train_by(original, slim, watcher)).attached(problem)
@@ -296,15 +299,19 @@ class Session:
 
     @cached_property
     def calibration(self) -> list[Any]:
-        """Training images, not augmented, for importance and for the repair of candidates."""
-        o = self.options
-        return list(self.data.batches("train", o.batch_size, limit=o.calibration_images, seed=o.search.seed, device=self.device))
+        """Training images for importance and for the repair of candidates."""
+        return list(self._training_images(self.options.calibration_images))
 
     @property
     def repairing(self) -> Iterable[Any]:
-        """Training images, not augmented, for the repair of what was found."""
+        """Training images for the repair of what was found."""
+        return self._training_images(self.options.repair_images)
+
+    def _training_images(self, limit: int) -> Batches:
+        """Augmented as in training, too: what a repair learns from them has to hold for unseen ones."""
         o = self.options
-        return self.data.batches("train", o.batch_size, limit=o.repair_images, seed=o.search.seed, device=self.device)
+        seed, device = o.search.seed, self.device
+        return self.data.batches("train", o.batch_size, augmented=o.augment, limit=limit, seed=seed, device=device)
 
     def _check_fit(self, model: nn.Module) -> None:
         """Raise ``InputError`` where the network does not take the data's images, or has other classes."""

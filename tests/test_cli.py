@@ -24,6 +24,7 @@ from fxprune import cli, session
 from fxprune.arguments import read
 from fxprune.driver.config import PRESETS
 from fxprune.errors import SearchError
+from fxprune.likeness import Likeness
 from fxprune.models import digits_net
 from fxprune.runtimes import FORMATS
 
@@ -105,6 +106,20 @@ class Narrow(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.body(x).mean((2, 3)))
         return logits
+
+
+def test_finalists_are_judged_on_more_images(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def counted(self: Likeness, module: nn.Module) -> dict[str, float]:
+        asked.append(sum(len(labels) for _, labels in self.batches))
+        return {"accuracy": 0.5, "likeness": 0.5 + 1e-3 * len(asked)}
+
+    monkeypatch.setattr(Likeness, "__call__", counted)
+    quick = [*QUICK, "--batch-size", "20", "--no-baseline", "--distill-epochs", "0", "--rough-images", "40", "--finalists", "2"]
+    assert run("--out", tmp_path, *quick, "--no-augment").status == 0
+    assert set(asked[:-4]) == {40}
+    assert asked[-4:] == [100] * 4
 
 
 def test_writes_what_it_promises(whole: Path) -> None:

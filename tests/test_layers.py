@@ -14,7 +14,7 @@ PACKAGE = ROOT / "fxprune"
 # Modules of one row may import each other and every row above.
 LAYERS = (
     ("errors",),
-    ("policies", "inputs", "records", "encoding", "evaluation"),
+    ("policies", "inputs", "records", "encoding", "evaluation", "likeness"),
     ("passes.rules",),
     ("passes",),
     ("patches", "moments", "playback", "consumers", "repairs", "elimination"),

@@ -14,7 +14,7 @@ import fxprune
 from fxprune.errors import EvaluationError, TargetError
 from fxprune.repairs import Repairer
 from fxprune.scores import scores
-from fxprune.searching import Candidates, Score, make_problem, metrics_of
+from fxprune.searching import Candidates, Evaluate, Score, make_problem, metrics_of
 
 
 class Small(nn.Module):
@@ -130,3 +130,22 @@ def test_visualize_of_a_slim_module_shows_what_it_is_now(model: nn.Module, capsy
 def test_visualize_refuses_a_suffix_it_does_not_know(model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(fxprune.FxPruneError, match="suffix"):
         fxprune.visualize(model, INPUTS, file=tmp_path / "graph.xyz")
+
+
+def test_a_rough_evaluation_judges_all_but_the_finalists(model: nn.Module) -> None:
+    asked = {"rough": 0, "full": 0}
+
+    def counting(name: str) -> Evaluate:
+        def evaluate(module: nn.Module) -> float:
+            asked[name] += 1
+            return weight_left(module)
+
+        return evaluate
+
+    options = config(tolerance=0.05, rounds=4, finalists=2)
+    found = fxprune.search(model, INPUTS, counting("full"), config=options, rough=counting("rough"))
+    assert asked["full"] == 4  # the two baselines, and the finalists
+    assert found.evaluations == sum(asked.values())
+    asked.update(rough=0, full=0)
+    fxprune.search(model, INPUTS, counting("full"), config=config(tolerance=0.05), rough=counting("rough"))
+    assert asked["rough"] == 0

@@ -23,6 +23,7 @@ class SearchConfig:
     reward: Any = "accuracy"  # accuracy, flops, params, latency, module:function, or a function of the metrics
     alpha: float | None = None  # weight of the MACs removed in the reward; None: the preset reward's own
     beta: float | None = None  # weight of the parameters removed in the reward; None: the preset reward's own
+    likeness: float = 1.0  # share of the accuracy in the reward that likeness to the original stands for, where it is scored. Paper: 0
     seed: int = 0
     tolerance: float = 0.01  # a result is on target when it is within this share of it
 
@@ -30,26 +31,28 @@ class SearchConfig:
     steps: int | None = 1  # prune steps to the target; None: as many as step_ratio gives. Paper: None
     step_ratio: float = 0.01  # share of all units that a step removes. Paper: prune_filter_ratio, 1 %
     step_by: str = "cost"  # "units": equal unit counts, the paper's; "cost": equal shares of the way to the target, so candidates compare
-    samples: int = 5  # actions sampled a round, and length of the replay buffer. Paper: 10
-    rounds: int = 40  # rounds of sampling and updating a step. Paper: 10
+    samples: int = 3  # actions sampled a round, and length of the replay buffer. Paper: 10
+    rounds: int = 64  # rounds of sampling and updating a step. Paper: 10
     depth: int = 1  # levels of the sampled trajectories. Paper: 1 late, 2 early
     depth_scaling: float = 2.0  # level k draws samples / scaling^k children. Paper: 2
     discount: float = 0.9  # gamma of the look-ahead. Paper: 0.9
-    noise: float = 0.25  # the largest standard deviation of the noise on an action. Paper: 0.04, absolute
+    noise: float = 0.4  # the largest standard deviation of the noise on an action. Paper: 0.04, absolute
     noise_relative: bool = True  # noise counted in mean entries (1 / groups), so it suits any number of groups. Paper: False
+    screen: int = 16  # actions drawn for each one scored; a model of the rewards so far picks it. Paper: 1, what is drawn is scored
     floor: float = 1e-5  # no entry of an action or policy is smaller. Paper: 1e-5
     step_length: float = 1.0  # how far the policy moves to the best action. Paper: 0.1
     clip: float | None = None  # a policy entry changes by at most this ratio a round. Paper: 0.25
     epsilon: float = 0.0  # chance of a random buffer entry as next architecture at the first step. Paper: 0.4
     epsilon_decay: str = "cosine"  # constant, linear or cosine. Paper: cosine
     epsilon_share: float = 0.1  # share of the steps over which epsilon decays; zero after it. Paper: a tenth
-    patience: int | None = 10  # rounds without improvement after which a step ends early; None: never. Paper's early code: 3
+    patience: int | None = 16  # rounds without improvement after which a step ends early; None: never. Paper's early code: 3
     improvement: float = 1e-4  # what counts as an improvement of the best Q
     sharp_drop: float = 0.10  # relative fall of accuracy that resets the policy and redoes the step once. Paper: 10 %
     recover_every: int = 0  # prune steps between recoveries (distillation); 0: none during the search. Paper: 1
     warm_start: float = 0.0  # weight of the importance ranking in the first policy, 0 to 1. Paper: 0, proportional to group sizes
     storage: str | None = None  # optuna strategies: where the study is kept, for example sqlite:///study.db; None: in memory
     keep_best: bool = True  # result: the best on-target candidate scored; False: the last architecture, as in the paper
+    finalists: int = 0  # with a rough score: candidates that are scored again, in full, at the end; 0: all are scored in full. Paper: 0
     evaluations: int | None = 400  # scorings at most, all told; None: no bound. Paper: none
 
     # Read by fxprune.search, which turns a network into a Problem; the driver does not look at them
@@ -67,11 +70,11 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         parse(self.targets)
-        for name in ("samples", "rounds", "depth", "round_to", "jobs"):
+        for name in ("samples", "rounds", "depth", "screen", "round_to", "jobs"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("steps", "patience", "evaluations"):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "at least 1, or none")
-        for name in ("epsilon", "epsilon_share", "discount", "warm_start", "sharp_drop"):
+        for name in ("epsilon", "epsilon_share", "discount", "warm_start", "sharp_drop", "likeness"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
         for name in ("step_ratio", "step_length", "tolerance"):
             _require(0 < getattr(self, name) <= 1, name, getattr(self, name), "above 0 and at most 1")
@@ -80,8 +83,8 @@ class SearchConfig:
         _require(0 < self.floor < 1e-2, "floor", self.floor, "above 0 and below 0.01")
         _require(self.depth_scaling >= 1, "depth_scaling", self.depth_scaling, "at least 1")
         _require(self.clip is None or 0 < self.clip < 1, "clip", self.clip, "between 0 and 1, or none")
-        _require(self.recover_every >= 0, "recover_every", self.recover_every, "0 or more")
-        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        for name in ("recover_every", "finalists", "seed"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(self.epsilon_decay in DECAYS, "epsilon_decay", self.epsilon_decay, f"one of {', '.join(DECAYS)}")
         _require(self.step_by in STEP_UNITS, "step_by", self.step_by, f"one of {', '.join(STEP_UNITS)}")
 
@@ -124,7 +127,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "depth": 1,
         "discount": 0.9,
         "noise": 0.04,
+        "likeness": 0.0,
         "noise_relative": False,
+        "screen": 1,
         "floor": 1e-5,
         "step_length": 0.1,
         "clip": 0.25,
@@ -136,6 +141,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "recover_every": 1,
         "warm_start": 0.0,
         "keep_best": False,
+        "finalists": 0,
         "evaluations": None,
         "importance": "taylor",
         "repair": "none",

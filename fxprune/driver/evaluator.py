@@ -15,10 +15,15 @@ from fxprune.errors import EvaluationError, SearchError
 
 
 class Evaluator:
-    """Scores each architecture once. ``count``: scorings made in all, over memo clearings and resumed runs."""
+    """Scores each architecture once. ``count``: scorings made in all, over memo clearings and resumed runs.
 
-    def __init__(self, problem: Problem, reward: Reward, executor: Executor) -> None:
+    ``rough``: go by the problem's rough score, where there is one, for all but ``finals``.
+    """
+
+    def __init__(self, problem: Problem, reward: Reward, executor: Executor, *, rough: bool = False) -> None:
         self.problem = problem
+        self.rough = problem.rough if rough else None
+        self.score = self.rough or problem.score
         self.reward = reward
         self.executor = executor
         self.memo = Memo()
@@ -32,10 +37,22 @@ class Evaluator:
     def __call__(self, vectors: Sequence[IntArray], budget: Budget) -> list[Outcome]:
         """An outcome for every vector, in order. Raises ``EvaluationError`` for a score that is not a finite number."""
         new = self.new(vectors)
-        for vector, scored in zip(new, self.executor.map(self.problem.score, new), strict=True):
+        for vector, scored in zip(new, self.executor.map(self.score, new), strict=True):
             self.memo[vector] = self._checked(vector, scored)
             self.count += 1
         return [self.outcome(vector, budget) for vector in vectors]
+
+    def finals(self, vectors: Sequence[IntArray], budget: Budget) -> list[Outcome]:
+        """The outcomes by the problem's own score, whatever the search goes by; they are not kept among the others."""
+        if self.rough is None:
+            return self(vectors, budget)
+        memo, rough = self.memo, self.score
+        self.memo, self.score = Memo(), self.problem.score
+        self.executor.reset()
+        outcomes = self(vectors, budget)
+        self.memo, self.score = memo, rough
+        self.executor.reset()
+        return outcomes
 
     def outcome(self, vector: IntArray, budget: Budget) -> Outcome:
         """The outcome of a vector that was scored."""

@@ -18,7 +18,7 @@ from fxprune.driver.executors import Executor
 from fxprune.driver.history import History
 from fxprune.driver.outcome import Allocation, Progress, SearchOutcome
 from fxprune.driver.problem import IntArray, Problem
-from fxprune.driver.selection import chosen_by
+from fxprune.driver.selection import best_of
 from fxprune.driver.strategies.base import Outcome, Strategy
 from fxprune.errors import SearchError, TargetError
 
@@ -63,7 +63,7 @@ class _Search:
 
     def __init__(self, problem: Problem, config: SearchConfig, folder: Path | None, on_event: OnEvent | None, executor: Executor) -> None:
         self.problem, self.config, self.folder, self.on_event = problem, config, folder, on_event
-        self.evaluator = Evaluator(problem, rewards.make(config), executor)
+        self.evaluator = Evaluator(problem, rewards.make(config), executor, rough=config.finalists > 0)
         self.history = History()
         self.baselines: dict[str, Allocation] = {}
         self.points: list[SearchOutcome] = []
@@ -104,7 +104,7 @@ class _Search:
         while self.one_round(strategy):
             self.strategy_state = strategy.state()
             self.save()
-        chosen = chosen_by(strategy, self.evaluator, keep_best=self.config.keep_best)
+        chosen = self.final(strategy)
         if self.history.rounds:  # a step cut short by the bound on evaluations
             self.close_step(strategy, chosen)
         self.tell_progress("end", strategy, chosen)
@@ -112,13 +112,24 @@ class _Search:
             raise self.unmet(budget, chosen, "was not met: units are too coarse to come closer; the nearest found:")
         return self.outcome(budget, chosen)
 
+    def final(self, strategy: Strategy) -> Outcome:
+        """The candidate to end with. Where the search went by a rough score the best few, and the baselines, are scored in full now."""
+        best = best_of(strategy, self.evaluator, max(1, self.config.finalists), keep_best=self.config.keep_best)
+        if self.evaluator.rough is None:
+            return best[0]
+        names, budget = list(self.baselines), strategy.budget
+        vectors = [*(self.baselines[name].removed for name in names), *(outcome.removed for outcome in best)]
+        outcomes = self.evaluator.finals(vectors, budget)
+        self.baselines = {name: _allocation(outcome, budget) for name, outcome in zip(names, outcomes, strict=False)}
+        return max(outcomes[len(names) :], key=lambda outcome: outcome.reward)
+
     def score_baselines(self, budget: Budget) -> None:
         """Score the original network and the uniform allocation on the same budget, for the comparison that every report makes."""
         if self.baselines:
             return
         vectors = {"original": budget.space.zeros(), "uniform": budget.uniform()}
         for name, outcome in zip(vectors, self.evaluator(list(vectors.values()), budget), strict=True):
-            self.baselines[name] = Allocation(outcome.removed, outcome.reward, outcome.metrics, budget.met(outcome.removed))
+            self.baselines[name] = _allocation(outcome, budget)
         self.save()
 
     def one_round(self, strategy: Strategy) -> bool:
@@ -138,9 +149,10 @@ class _Search:
         return True
 
     def used_up(self, vectors: list[IntArray]) -> bool:
-        """Whether scoring ``vectors`` would leave no evaluation for the result."""
+        """Whether scoring ``vectors`` would leave no evaluation for the result, and for scoring in full what takes part in the final."""
         limit = self.config.evaluations
-        return limit is not None and self.evaluator.count + len(self.evaluator.new(vectors)) > limit - 1
+        reserved = 1 if self.evaluator.rough is None else 1 + self.config.finalists + len(self.baselines)
+        return limit is not None and self.evaluator.count + len(self.evaluator.new(vectors)) > limit - reserved
 
     def close_step(self, strategy: Strategy, best: Outcome) -> None:
         self.history.close_step(strategy, str(self.config.described()["strategy"]), best, self.evaluator.count, self.seconds)
@@ -230,6 +242,10 @@ class _Search:
         self.weights, self.spent = state["weights"], state["seconds"]
         if self.weights is not None and self.problem.load_weights is not None:
             self.problem.load_weights(folder / self.weights)
+
+
+def _allocation(outcome: Outcome, budget: Budget) -> Allocation:
+    return Allocation(outcome.removed, outcome.reward, outcome.metrics, budget.met(outcome.removed))
 
 
 def _difference(old: Any, new: Any) -> str:

@@ -76,6 +76,7 @@ class Problem:
 
     ``score``: removal vector -> metrics, among them "accuracy" (any figure of merit, larger is better). Expensive. It must be a pure
         function of the vector, so that executors and resumed runs agree; an executor with several workers pickles it.
+    ``rough``: a cheaper score, of fewer images say, that gives the same metrics; with ``SearchConfig.finalists`` the search goes by it.
     ``recover``: called with the current removal vector between prune steps to train what is left; scores may change after it.
     ``save_weights``, ``load_weights``: write what ``recover`` changed to a path, and read it back when a search is resumed.
     """
@@ -87,6 +88,7 @@ class Problem:
     score: Score
     fixed_channels: int = 0
     unit_scores: Sequence[FloatArray] | None = None
+    rough: Score | None = None
     recover: Callable[[IntArray], None] | None = None
     save_weights: Callable[[Path], None] | None = None
     load_weights: Callable[[Path], None] | None = None

@@ -1,4 +1,5 @@
-"""Reward strategies: R = accuracy + alpha x MACs removed + beta x parameters removed (Wang 2024, sec. 3.3)."""
+"""Reward strategies: R = accuracy + alpha x MACs removed + beta x parameters removed (Wang 2024, sec. 3.3), where accuracy may be
+stood for by likeness to the original."""
 
 from __future__ import annotations
 
@@ -17,14 +18,20 @@ SHARE = 0.25  # what a whole network's cost is worth, in accuracy; the paper giv
 
 @dataclass(frozen=True)
 class WeightedReward:
-    """Accuracy plus the removed shares of the costs, each with its weight; picklable and comparable."""
+    """Accuracy plus the removed shares of the costs, each with its weight; picklable and comparable.
+
+    ``likeness``: the share of accuracy that the score's "likeness" stands for, where it gives one.
+    """
 
     alpha: float = 0.0
     beta: float = 0.0
     latency: float = 0.0
+    likeness: float = 0.0
 
     def __call__(self, metrics: Mapping[str, float]) -> float:
         reward = metrics["accuracy"]
+        if self.likeness and "likeness" in metrics:
+            reward += self.likeness * (metrics["likeness"] - reward)
         for weight, name in ((self.alpha, "macs"), (self.beta, "params"), (self.latency, "latency")):
             if weight:
                 reward += weight * (1 - metrics[name])
@@ -48,7 +55,7 @@ def make(config: SearchConfig) -> Reward:
         preset = REWARDS[chosen]
         alpha = preset.alpha if config.alpha is None else config.alpha
         beta = preset.beta if config.beta is None else config.beta
-        return WeightedReward(alpha, beta, preset.latency)
+        return WeightedReward(alpha, beta, preset.latency, config.likeness)
     if ":" in str(chosen):
         return _as_reward(imported(str(chosen), "reward"))
     raise SearchError(f"unknown reward {chosen!r}; use one of {', '.join(REWARDS)}, or module:function")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,8 @@ from fxprune.driver.problem import FloatArray, IntArray
 
 Advance = Callable[[IntArray, FloatArray, int], IntArray]
 """(architecture, action, level of the trajectory) -> the architecture that the action leads to."""
+Choose = Callable[[Sequence[IntArray]], int]
+"""Architectures that drawn actions lead to -> the number of the one that is taken."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +82,22 @@ def trajectories(
     noise: float,
     floor: float,
     rng: np.random.Generator,
+    draws: int = 1,
+    choose: Choose = lambda _: 0,
 ) -> list[Node]:
     """Sample trajectories from ``start`` depth first; level k draws ``samples / scaling^k`` children of each node, one at least.
 
+    Each child is the one of ``draws`` drawn that ``choose`` takes.
     A child equal to its parent (the target was reached already) ends its branch and is not listed again below the first level.
     """
     nodes: list[Node] = []
 
     def grow(parent: int, removed: IntArray, level: int) -> None:
         for _ in range(max(1, int(samples / scaling**level))):
-            action = perturb(policy, noise, floor, rng)
-            child = advance(removed, action, level)
+            actions = [perturb(policy, noise, floor, rng) for _ in range(draws)]
+            children = [advance(removed, action, level) for action in actions]
+            taken = choose(children)
+            action, child = actions[taken], children[taken]
             if level > 0 and np.array_equal(child, removed):
                 return
             nodes.append(Node(parent, action, child))

@@ -12,13 +12,18 @@ def chosen_by(strategy: Strategy, evaluator: Evaluator, *, keep_best: bool) -> O
     Without ``keep_best`` it is the architecture that the strategy ends on, as in the paper. Where nothing is on target it is what comes
     closest to it.
     """
+    return best_of(strategy, evaluator, 1, keep_best=keep_best)[0]
+
+
+def best_of(strategy: Strategy, evaluator: Evaluator, most: int, *, keep_best: bool) -> list[Outcome]:
+    """The candidates that ``chosen_by`` would end with, the best first, at most ``most``; at least one."""
     budget = strategy.budget
     own = strategy.result()
     ended = [] if own is None else evaluator([own], budget)
     if ended and not keep_best:
-        return ended[0]
+        return ended
     scored = [evaluator.outcome(vector, budget) for vector in evaluator.memo]
     on_target = [outcome for outcome in scored if budget.met(outcome.removed)]
     if on_target:
-        return max(on_target, key=lambda outcome: outcome.reward)
-    return min(scored, key=lambda outcome: abs(budget.excess(outcome.removed)))
+        return sorted(on_target, key=lambda outcome: -outcome.reward)[:most]
+    return [min(scored, key=lambda outcome: abs(budget.excess(outcome.removed)))]

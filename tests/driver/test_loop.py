@@ -209,3 +209,50 @@ def test_magnitude_needs_scores() -> None:
 def test_problems_that_do_not_add_up_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(SearchError, match=message):
         changed(Chain().problem(), **fields)
+
+
+class Rough:
+    """A score that is off by a fixed amount for each architecture; remembers what it was asked for."""
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain = chain
+        self.calls = 0
+
+    def __call__(self, removed: IntArray) -> Mapping[str, float]:
+        self.calls += 1
+        off = 0.05 * np.random.default_rng(removed).random()
+        return {"accuracy": 0.95 - float((self.chain.sensitivity * (removed / self.chain.units) ** 2).sum()) - off}
+
+
+@pytest.mark.parametrize("evaluations", [None, 40])
+def test_finalists_are_scored_in_full_and_nothing_else(evaluations: int | None) -> None:
+    chain = Chain()
+    rough = Rough(chain)
+    problem = changed(chain.problem(), rough=rough)
+    found = run(problem, SearchConfig(finalists=3, evaluations=evaluations, **SMALL))
+    assert chain.calls == 5  # and the two baselines
+    assert found.evaluations == chain.calls + rough.calls
+    assert evaluations is None or found.evaluations <= evaluations
+    assert found.reward == Chain().score(found.removed)["accuracy"]
+    assert found.baselines["original"].reward == pytest.approx(0.95)
+    roughly = sorted((c["reward"] for record in found.history for c in record["candidates"] if c["on_target"]), reverse=True)
+    assert rough(found.removed)["accuracy"] in roughly[:3]
+
+
+def test_without_finalists_the_rough_score_is_not_asked() -> None:
+    chain = Chain()
+    rough = Rough(chain)
+    run(changed(chain.problem(), rough=rough), SearchConfig(**SMALL))
+    assert rough.calls == 0
+
+
+def test_likeness_stands_for_accuracy_where_it_is_scored() -> None:
+    chain = Chain()
+
+    def score(removed: IntArray) -> Mapping[str, float]:
+        return {**chain.score(removed), "likeness": 0.5}
+
+    found = run(changed(chain.problem(), score=score), SearchConfig(likeness=0.25, **SMALL))
+    assert found.reward == pytest.approx(0.75 * found.metrics["accuracy"] + 0.25 * 0.5)
+    plain = run(chain.problem(), SearchConfig(likeness=0.25, **SMALL))
+    assert plain.reward == plain.metrics["accuracy"]

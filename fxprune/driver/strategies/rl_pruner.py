@@ -19,6 +19,7 @@ from fxprune.driver.qvalue import q_values
 from fxprune.driver.strategies.base import Outcome, Strategy
 from fxprune.driver.strategies.magnitude import global_ranking
 from fxprune.driver.update import updated
+from fxprune.driver.value import ValueModel
 
 
 class RLPruner(Strategy):
@@ -35,6 +36,7 @@ class RLPruner(Strategy):
         self.before_reset: Entry | None = None  # what the step came to before a sharp drop had it redone
         self.closed = False
         self.nodes: list[sampler.Node] = []
+        self.value = ValueModel(space.units)
         total = int(self.budget.uniform().sum() - self.at.sum())
         share = max(1, round(config.step_ratio * int(space.units.sum())))
         self.planned = max(1, config.steps or math.ceil(total / share))
@@ -60,6 +62,8 @@ class RLPruner(Strategy):
             noise=self.noise,
             floor=config.floor,
             rng=self.rng,
+            draws=config.screen if len(self.value) > config.samples else 1,
+            choose=self._most_promising,
         )
         return [node.removed for node in self.nodes]
 
@@ -68,6 +72,8 @@ class RLPruner(Strategy):
             self.accuracy = outcomes[0].accuracy
             return
         config = self.config
+        for outcome in outcomes if config.screen > 1 else ():
+            self.value.add(outcome.removed, outcome.reward)
         values = q_values(self.nodes, [outcome.reward for outcome in outcomes], config.discount, config.depth)
         for node, value, outcome in zip(self.nodes, values, outcomes, strict=True):
             if node.parent < 0:
@@ -94,6 +100,7 @@ class RLPruner(Strategy):
 
     def weights_changed(self) -> None:
         self.accuracy = None
+        self.value.clear()
 
     def result(self) -> IntArray:
         if self.budget.fits(self.at):
@@ -114,6 +121,7 @@ class RLPruner(Strategy):
             "stale": self.stale,
             "peak": self.peak if math.isfinite(self.peak) else None,
             "before_reset": self.before_reset.state() if self.before_reset else None,
+            "value": self.value.state(),
         }
 
     def recall(self, memory: dict[str, Any]) -> None:
@@ -124,6 +132,7 @@ class RLPruner(Strategy):
         self.round, self.stale = memory["round"], memory["stale"]
         self.peak = -math.inf if memory["peak"] is None else memory["peak"]
         self.before_reset = Entry.of(memory["before_reset"]) if memory["before_reset"] else None
+        self.value.restore(memory["value"])
 
     def _first_policy(self) -> FloatArray:
         """Proportional to what the groups have left, mixed with the importance ranking's allocation where a warm start is asked for."""
@@ -133,6 +142,14 @@ class RLPruner(Strategy):
             return even
         ranked = global_ranking(self.budget)
         return sampler.on_simplex((1 - weight) * even + weight * ranked / max(int(ranked.sum()), 1), floor)
+
+    def _most_promising(self, drawn: Sequence[IntArray]) -> int:
+        """Of the architectures drawn, the one of highest expected reward (ours; the paper scores what it draws), new ones before known."""
+        if len(drawn) == 1:
+            return 0
+        expected = self.value.predict(drawn)
+        expected[[removed in self.value for removed in drawn]] -= np.inf
+        return int(np.argmax(expected))
 
     def _epsilon(self) -> float:
         config = self.config
