@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import time
+import warnings
 from collections.abc import Callable, Sequence
 
 from torch import fx
@@ -36,7 +37,9 @@ class GraphPass(PassBase):
         if len(graph_module.graph.nodes) != before:
             raise AssertionError(f"{type(self).__name__} edited its input")
         if result is not graph_module:
-            result.graph.lint()
+            with warnings.catch_warnings():  # older versions of torch wonder about tensors that are plain attributes, as they were
+                warnings.filterwarnings("ignore", ".*does not reference an nn.Module, nn.Parameter, or buffer", UserWarning)
+                result.graph.lint()
         return PassResult(result, result is not graph_module)
 
 

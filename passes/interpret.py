@@ -80,9 +80,10 @@ def _inputs(module: Any, graph: fx.Graph, args: tuple[Any, ...], kwargs: Mapping
     if not isinstance(codegen, _PyTreeCodeGen):
         return iter(flat)
     spec = codegen.pytree_info.in_spec
-    if spec.type is tuple and spec.num_children == 2 and spec.child(0).type is tuple and spec.child(1).type is dict:
-        count = spec.child(0).num_children
-        return iter(fx_pytree.tree_flatten_spec((flat[:count], dict(zip(spec.child(1).context, flat[count:], strict=True))), spec))
+    children = spec.children() if hasattr(spec, "children") else spec.children_specs  # the second is that of older versions of torch
+    if spec.type is tuple and len(children) == 2 and children[0].type is tuple and children[1].type is dict:
+        count = children[0].num_children
+        return iter(fx_pytree.tree_flatten_spec((flat[:count], dict(zip(children[1].context, flat[count:], strict=True))), spec))
     return iter(fx_pytree.tree_flatten_spec(flat, spec))
 
 

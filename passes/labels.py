@@ -93,6 +93,8 @@ class Walk(ParameterLabels):
             for found in values(args):
                 self.pin_all(found, f"it reaches {self._edge('output')}")
             return None
+        if "body" in node.meta:
+            return self._checked(node, self._body(node, env))
         inputs = list(values((args, kwargs)))
         if not inputs and not has_tensor(value):
             return value
@@ -110,6 +112,17 @@ class Walk(ParameterLabels):
             if not has_tensor(value):
                 return value  # a number computed from tensors (a dtype, a device): nothing to carry
         return self.opaque(node, inputs)
+
+    def _body(self, call: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        """What a call gives whose code was traced aside: its labels, carried through that code."""
+        given: list[Any] = []
+        map_arg(call.args, lambda n: given.append(env[n]))
+        inner: dict[fx.Node, Any] = {}
+        *nodes, output = call.meta["body"].nodes
+        for node in nodes:
+            self.node = node
+            inner[node] = given.pop(0) if node.op == "placeholder" else self._step(node, inner)
+        return map_arg(output.args[0], inner.__getitem__)
 
     def _edge(self, what: str, name: str = "") -> str:
         """The network's input or output, or that of the part of it that the walk is in."""

@@ -12,6 +12,7 @@ import torch
 from torch.fx import _symbolic_trace as symbolic
 from torch.fx._symbolic_trace import _find_proxy
 
+from fxprune.passes.autograd import traced_call
 from fxprune.passes.proxies import ShapeAttribute, ShapeProxy
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ _isinstance = builtins.isinstance
 # while tracing would be the same at every call.
 FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "tensor", "as_tensor", "tril_indices", "triu_indices")
 RANDOM_FACTORIES = ("rand", "randn", "randint", "randperm", "normal")
+# Older versions of torch look at ``dtype`` before they look for a proxy, and refuse one in its place.
+LIKE = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
 
 
 @contextlib.contextmanager
@@ -30,7 +33,7 @@ def patched(tracer: ShapeTracer) -> Iterator[None]:
     # Torch imports parts of itself on their first use. One that is imported within the block would keep the patched functions for
     # good, and torch.compile and exporters would later not know them.
     importlib.import_module("torch._dynamo")
-    saved = {name: getattr(torch, name) for name in FACTORIES + RANDOM_FACTORIES}
+    saved = {name: getattr(torch, name) for name in FACTORIES + RANDOM_FACTORIES + LIKE}
 
     def recorder(original: Any) -> Any:
         def record(*args: Any, **kwargs: Any) -> Any:
@@ -60,6 +63,14 @@ def patched(tracer: ShapeTracer) -> Iterator[None]:
 
         return enter
 
+    def apply(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if tracer.busy or _find_proxy(args, kwargs) is None:
+            return own_apply.__get__(None, function)(*args, **kwargs)
+        return traced_call(tracer, function, args)
+
+    autograd: Any = torch.autograd.Function
+    own_apply = autograd.__dict__["apply"]
+    autograd.apply = classmethod(apply)
     blocks: list[tuple[Any, str]] = [(torch.no_grad, "no_grad"), (torch.enable_grad, "enable_grad"), (torch.autocast, "autocast")]
     entered = [(cls, cls.__enter__) for cls, _ in blocks]
     for cls, what in blocks:
@@ -76,6 +87,7 @@ def patched(tracer: ShapeTracer) -> Iterator[None]:
         yield
     finally:
         builtins.isinstance = _isinstance
+        autograd.apply = own_apply
         for cls, enter in entered:
             cls.__enter__ = enter
         fx_tracing._create_wrapped_func = wrapper

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 
 from fxprune import errors
 from fxprune.errors import InputError, TraceError
@@ -120,6 +120,24 @@ class ShapeTracer(fx.Tracer):
                 self.stack.pop()
                 return result
         return super().create_proxy(kind, target, args, kwargs, *rest, **named)
+
+    def aside(self, function: Callable[..., Any], args: tuple[Any, ...]) -> fx.Graph:
+        """``function(*args)`` traced into a graph of its own, with an input for every proxy in the order in which fx meets them."""
+        outer = self.graph, self._shapes, self._attributes
+        self.graph, self._shapes, self._attributes = fx.Graph(), {}, {}
+
+        def given(value: Any) -> Any:
+            if not _isinstance(value, ShapeProxy):
+                return value
+            made = self.create_proxy("placeholder", f"input_{len(self.graph.nodes)}", (), {})
+            made.node.meta["val"] = value.value
+            return made
+
+        try:
+            self.graph.output(self.create_arg(function(*map_aggregate(args, given))))
+            return self.graph
+        finally:
+            self.graph, self._shapes, self._attributes = outer
 
     def _is_wrapped(self, target: Any) -> bool:
         """A library's Python function that it hid from fx: it is traced into, unless it has a rule or that failed before."""

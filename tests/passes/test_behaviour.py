@@ -163,7 +163,7 @@ def test_state_dicts_keep_their_keys() -> None:
         buffer = io.BytesIO()
         torch.save(slim.state_dict(), buffer)
         buffer.seek(0)
-        assert slim.load_state_dict(torch.load(buffer)).missing_keys == []
+        assert slim.load_state_dict(torch.load(buffer, weights_only=True)).missing_keys == []
 
 
 def test_tied_parameters_stay_tied() -> None:

@@ -1,0 +1,136 @@
+"""Functions with a backward of their own: the slim module trains as the original does."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fxprune
+from tests.passes.helpers import zeroed
+
+
+class Rounded(torch.autograd.Function):
+    """A straight-through estimator: its own backward is all the gradient there is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.scale = scale
+        return torch.round(x * scale) / scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return gradient * (x.abs() < 3), None
+
+
+class Reversed(torch.autograd.Function):
+    """Gradient reversal, by the newer form with a ``setup_context``; two results."""
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x * y, x + y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, a: Tensor, b: Tensor) -> Any:
+        x, y = ctx.saved_tensors
+        return -a * y - b, -a * x - b
+
+
+class Mirrored(torch.autograd.Function):
+    """The number of channels stands in the code, so the call cannot stay when they go."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view(-1, 2, 6).flip(1).reshape(-1, 12)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient.view(-1, 2, 6).flip(1).reshape(-1, 12)
+
+
+class Net(nn.Module):
+    def __init__(self, middle: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 12), nn.Linear(12, 3)
+        self.middle = middle
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(self.middle(self.first(x)))
+
+
+def rounded(x: Tensor) -> Any:
+    return Rounded.apply(x, 4.0)  # type: ignore[no-untyped-call]
+
+
+def reversed_(x: Tensor) -> Any:
+    a, b = Reversed.apply(torch.tanh(x), x)  # type: ignore[no-untyped-call]
+    return a - b
+
+
+def mirrored(x: Tensor) -> Any:
+    return Mirrored.apply(x)  # type: ignore[no-untyped-call]
+
+
+def recomputed(x: Tensor) -> Any:
+    return checkpoint(torch.sigmoid, x, use_reentrant=True)
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+@pytest.mark.parametrize("middle", [rounded, reversed_])
+def test_gradients_are_those_of_its_own_backward(middle: Any, sparsity: float) -> None:
+    torch.manual_seed(0)
+    model, x = Net(middle).eval(), torch.randn(4, 5)
+    slim = fxprune.compress(model, sparsity, x, verify=True)
+    kept = fxprune.record(slim).kept
+    assert len(kept) == (3 if sparsity else 0)
+    wanted = gradients(zeroed(model, kept), x)
+    for name, found in gradients(slim, x).items():
+        want = wanted[name]
+        for dim, indices in kept.get(name, {}).items():
+            want = want.index_select(dim, indices)
+        torch.testing.assert_close(found, want)
+    assert not fxprune.record(slim).notes
+
+
+def test_copies_pickles_and_compiles() -> None:
+    model, x = Net(rounded).eval(), torch.randn(4, 5)
+    slim = fxprune.compress(model, 0.5, x)
+    for twin in (copy.deepcopy(slim), pickle.loads(pickle.dumps(slim)), fxprune.compress(slim, 0.0, x)):
+        assert gradients(twin, x)["first.weight"].count_nonzero()
+        assert torch.equal(twin(x), slim(x))
+
+
+def test_one_that_depends_on_channels_is_traced_into_and_says_so() -> None:
+    model, x = Net(mirrored).eval(), torch.randn(4, 5)
+    slim = fxprune.compress(model, 0.5, x, verify=True)
+    assert fxprune.record(slim).removed_units
+    (note,) = fxprune.record(slim).notes
+    assert "the forward of Mirrored without its backward" in note and "test_autograd.py" in note
+
+
+def test_reentrant_checkpoints_train() -> None:
+    torch.manual_seed(0)
+    model, x = Net(recomputed).train(), torch.randn(4, 5)
+    slim = fxprune.compress(model, 0.0, x)
+    wanted = gradients(model, x)
+    assert wanted["first.weight"].count_nonzero()
+    for name, found in gradients(slim, x).items():
+        torch.testing.assert_close(found, wanted[name])
