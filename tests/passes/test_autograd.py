@@ -71,16 +71,16 @@ class Net(nn.Module):
 
 
 def rounded(x: Tensor) -> Any:
-    return Rounded.apply(x, 4.0)  # type: ignore[no-untyped-call]
+    return Rounded.apply(x, 4.0)
 
 
 def reversed_(x: Tensor) -> Any:
-    a, b = Reversed.apply(torch.tanh(x), x)  # type: ignore[no-untyped-call]
+    a, b = Reversed.apply(torch.tanh(x), x)
     return a - b
 
 
 def mirrored(x: Tensor) -> Any:
-    return Mirrored.apply(x)  # type: ignore[no-untyped-call]
+    return Mirrored.apply(x)
 
 
 def recomputed(x: Tensor) -> Any:
