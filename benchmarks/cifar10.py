@@ -34,6 +34,7 @@ from fxprune.searching import Candidates, make_problem, mended
 from fxprune.sources import load_model
 
 OURS = ("uniform", "magnitude", "random", "optuna:TPESampler", "rl-pruner")
+BY_HAND = "<!-- What follows is written by hand. -->"
 THEIRS = ("tp-l2-uniform", "tp-l2-global", "tp-taylor-uniform", "tp-bnscale-global", "tp-lamp-global")
 
 
@@ -179,14 +180,17 @@ def page(cells: Sequence[Mapping[str, Any]], original: float, command: str, opti
             found = [c[key] for c in mine if c[key] is not None]
             return form(statistics.mean(found)) if found else "not run"
 
-        spread = f" ({100 * min(c['before'] for c in mine):.1f} to {100 * max(c['before'] for c in mine):.1f})" if len(mine) > 1 else ""
+        def ranged(key: str, mine: list[Mapping[str, Any]] = mine) -> str:
+            found = [100 * c[key] for c in mine if c[key] is not None]
+            return f" ({min(found):.1f} to {max(found):.1f})" if len(found) > 1 else ""
+
         share, whole = "{:.1%}".format, "{:.0f}".format
-        figures = [mean("after", share), mean("macs", share), mean("params", share), mean("latency", share)]
+        figures = [mean("after", share) + ranged("after"), mean("macs", share), mean("params", share), mean("latency", share)]
         counts = [mean("evaluations", whole), mean("seconds", whole), mean("cpu_seconds", whole), str(len(mine))]
-        rows.append("| " + " | ".join([method, mean("before", share) + spread, *figures, *counts]) + " |")
-    trained = (
-        f"{options.epochs} epochs of distillation on {options.train_images or 'all'} training images" if options.epochs else "no training"
-    )
+        rows.append("| " + " | ".join([method, mean("before", share) + ranged("before"), *figures, *counts]) + " |")
+    images = f"{options.train_images} training images, drawn once a seed" if options.train_images else "all training images"
+    precision = "" if options.precision == "no" else f", in {options.precision} mixed precision"
+    trained = f"{options.epochs} epochs of distillation on {images}{precision}" if options.epochs else "no training"
     head = "| method | top-1 before training | after | MACs | parameters | latency | evaluations | seconds | CPU seconds | seeds |"
     return "\n".join(
         [
@@ -198,17 +202,25 @@ def page(cells: Sequence[Mapping[str, Any]], original: float, command: str, opti
             "",
             f"Original: {original:.2%} top-1. Candidates are scored on {options.score_images} held-out training images,"
             f" {'as they are' if options.as_they_are else 'augmented as in training'},"
-            f" by the mean of accuracy and likeness to the original's probabilities, after repair"
-            f" ({options.repair}) on {options.calibration_images} training images; what is found is repaired once more on"
-            f" {options.repair_images}. Torch-Pruning's networks have BatchNorm re-estimated on the same {options.repair_images}."
+            f" by likeness to the original's class scores, after repair ({options.repair}) on {options.calibration_images} training images;"
+            f" what is found is repaired once more on {options.repair_images}."
+            f" Torch-Pruning's networks have BatchNorm re-estimated on {options.repair_images} training images as they are."
             f" The column *after*: {trained}. MACs, parameters and latency (batch of 32, one thread) are shares of the original's.",
             "",
             head,
             "|" + "---|" * 10,
             *rows,
             "",
+            BY_HAND,
+            "",
         ]
     )
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write the page anew, but for what stands below the line ``BY_HAND``."""
+    below = path.read_text().partition(BY_HAND + "\n\n")[2] if path.exists() else ""
+    path.write_text(text + below)
 
 
 def main() -> None:
@@ -238,6 +250,13 @@ def main() -> None:
         original = {"method": "original", "seed": 0, "before": evaluate_accuracy(bench.model, bench.data.batches("test", 64))}
         cells.append(original)
         _append(options.out, original)
+    original_accuracy = next(c["before"] for c in cells if c["method"] == "original")
+
+    def show() -> None:
+        if options.page is not None:
+            shown = [c for c in cells if c["method"] != "original"]
+            write_page(options.page, page(shown, original_accuracy, "python " + " ".join(sys.argv), options))
+
     for seed in map(int, options.seeds.split(",")):
         for method in options.methods.split(","):
             if any(c["method"] == method and c["seed"] == seed for c in cells):
@@ -246,10 +265,8 @@ def main() -> None:
             print(json.dumps(cell), flush=True)
             cells.append(cell)
             _append(options.out, cell)
-            if options.page is not None:
-                original_accuracy = next(c["before"] for c in cells if c["method"] == "original")
-                shown = [c for c in cells if c["method"] != "original"]
-                options.page.write_text(page(shown, original_accuracy, "python " + " ".join(sys.argv), options))
+            show()
+    show()
 
 
 def _append(path: Path, cell: Mapping[str, Any]) -> None:

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from benchmarks import cifar10, studies
 from benchmarks.coverage import main
 from benchmarks.coverage_page import BEGIN, write_page
 from benchmarks.networks import cases
@@ -88,3 +90,34 @@ def test_the_page_keeps_what_is_written_by_hand(tmp_path: Path) -> None:
     write_page(page, {("fxprune", "timm", "a"): row | {"why": "another"}})
     text = page.read_text()
     assert "By hand." in text and text.endswith("The end.\n") and "another" in text and "no reason" not in text
+
+
+def test_a_teacher_that_remembers_answers_alike_and_runs_once_a_batch() -> None:
+    calls: list[int] = []
+
+    class Teacher(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            calls.append(len(x))
+            return x.mean((2, 3))
+
+    torch.manual_seed(0)
+    teacher, batches = cifar10.Remembering(Teacher()), [torch.randn(4, 3, 16, 16) for _ in range(3)]
+    first = [teacher(one) for one in batches]
+    again = [teacher(one.clone()) for one in batches]
+    assert calls == [4, 4, 4]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(teacher(batches[0].flip(0)), first[0])
+
+
+def test_the_page_of_cifar10_keeps_what_is_written_by_hand(tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    cifar10.write_page(path, f"table 1\n\n{cifar10.BY_HAND}\n\n")
+    path.write_text(path.read_text() + "By hand.\n")
+    cifar10.write_page(path, f"table 2\n\n{cifar10.BY_HAND}\n\n")
+    assert path.read_text() == f"table 2\n\n{cifar10.BY_HAND}\n\nBy hand.\n"
+
+
+def test_bars_are_as_long_as_the_shares() -> None:
+    drawn = studies.bars(["a", "b"], np.array([[1.0, 0.5], [0.25, 0.0]]))
+    assert [part.split('"')[0] for part in drawn.split('width="')[1:] if 'fill="#4c6ef5"' in part] == ["360.0", "90.0", "180.0", "0.0"]
+    assert drawn.count("</text>") == 2

@@ -203,3 +203,19 @@ def test_paper_preset_reaches_the_sparsity_in_unit_steps() -> None:
     assert found.metrics["sparsity"] == pytest.approx(0.3, rel=0.01)
     assert len(found.history) == 6
     assert math.isclose(found.history[0]["epsilon"], 0.0, abs_tol=0.5)
+
+
+def test_a_measured_target_is_not_looked_up_for_draws_that_are_not_scored() -> None:
+    looked_up: list[int] = []
+
+    class Timed(Chain):
+        def cost(self, removed: IntArray) -> dict[str, float]:
+            looked_up.append(1)
+            return super().cost(removed)
+
+    counts = {}
+    for target in ("latency=0.6", "macs=0.5"):
+        looked_up.clear()
+        run(Timed().problem(), SearchConfig(targets=target, samples=2, rounds=6))
+        counts[target] = len(looked_up)
+    assert counts["latency=0.6"] < counts["macs=0.5"] / 4

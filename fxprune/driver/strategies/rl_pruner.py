@@ -37,6 +37,8 @@ class RLPruner(Strategy):
         self.closed = False
         self.nodes: list[sampler.Node] = []
         self.value = ValueModel(space.units)
+        # To bring a draw onto a measured target costs more than to score it: then there is nothing to screen.
+        self.draws = 1 if any(target.metric == "latency" for target in self.budget.targets) else config.screen
         total = int(self.budget.uniform().sum() - self.at.sum())
         share = max(1, round(config.step_ratio * int(space.units.sum())))
         self.planned = max(1, config.steps or math.ceil(total / share))
@@ -62,7 +64,7 @@ class RLPruner(Strategy):
             noise=self.noise,
             floor=config.floor,
             rng=self.rng,
-            draws=config.screen if len(self.value) > config.samples else 1,
+            draws=self.draws if len(self.value) > config.samples else 1,
             choose=self._most_promising,
         )
         return [node.removed for node in self.nodes]
@@ -72,7 +74,7 @@ class RLPruner(Strategy):
             self.accuracy = outcomes[0].accuracy
             return
         config = self.config
-        for outcome in outcomes if config.screen > 1 else ():
+        for outcome in outcomes if self.draws > 1 else ():
             self.value.add(outcome.removed, outcome.reward)
         values = q_values(self.nodes, [outcome.reward for outcome in outcomes], config.discount, config.depth)
         for node, value, outcome in zip(self.nodes, values, outcomes, strict=True):
