@@ -79,6 +79,7 @@ class Walk(ParameterLabels):
                 self.node = node
                 env[node] = self._step(node, env)
         self.node = None
+        self._real.clear()  # masks and tables; the few that a rewrite asks for are made again
         return self
 
     def _step(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:

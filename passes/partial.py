@@ -12,14 +12,19 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.errors import InputError, TraceError
 from fxprune.evaluation import set_training
 from fxprune.inputs import call_form
+from fxprune.passes.execute import to_meta
+from fxprune.passes.rules.values import tensors
 from fxprune.passes.skeleton import Skeleton
 from fxprune.passes.trace import TracedModel, add_traced
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+Calls = dict[str, tuple[Call, torch.device | None]]
+Callers = dict[str, list[frozenset[str]]]
 
 
 def trace_parts(
@@ -43,7 +48,7 @@ def trace_parts(
         own = path in calls and all(path in stack for inner in _inside(callers, path) for stack in callers[inner])
         if own and not is_known(module):
             try:
-                add_traced(traced, path, calls[path], is_known, has_rule)
+                add_traced(traced, path, calls[path][0], is_known, has_rule, calls[path][1])
                 traced.parts.append(path)
                 continue
             except TraceError:
@@ -68,21 +73,37 @@ def _road(model: nn.Module, example: Any) -> str:
     return f"; torch.export may take it whole: fxprune.compress(torch.export.export(model, {inputs}).module(), ...)"
 
 
-def _inside(callers: dict[str, list[frozenset[str]]], path: str) -> list[str]:
+def _inside(callers: Callers, path: str) -> list[str]:
     return [p for p in callers if p.startswith(f"{path}.")]
 
 
-def _watched(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Call], dict[str, list[frozenset[str]]]]:
-    """For every submodule: what its first call was given, and for every call which modules were running."""
-    twin = copy.deepcopy(model)
+def _watched(model: nn.Module, example_inputs: Any) -> tuple[Calls, Callers]:
+    """For every submodule: what its first call was given (on the meta device, and where it was), and for every call which modules ran.
+
+    The copy that runs shares the weights, unless its code writes into them.
+    """
+    guard = _Unwritten(model)
+    shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters() if type(p) is nn.Parameter}
+    try:
+        with guard:
+            found = _run(copy.deepcopy(model, shared), example_inputs)
+        if not guard.written:
+            return found
+    except Exception:  # noqa: BLE001 - the guard's, wrapped maybe; or the user's, and then it comes again
+        pass
+    return _run(copy.deepcopy(model), example_inputs)
+
+
+def _run(twin: nn.Module, example_inputs: Any) -> tuple[Calls, Callers]:
     set_training(twin, False)
-    calls: dict[str, Call] = {}
-    callers: dict[str, list[frozenset[str]]] = {}
+    calls: Calls = {}
+    callers: Callers = {}
     stack: list[str] = []
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            calls.setdefault(name, (args, kwargs))
+            if name not in calls:
+                calls[name] = to_meta((args, kwargs)), next((t.device for t in tensors((args, kwargs))), None)
             callers.setdefault(name, []).append(frozenset(stack))
             stack.append(name)
 
@@ -99,3 +120,23 @@ def _watched(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Call], di
     with torch.no_grad():
         twin(*args, **kwargs)
     return calls, callers
+
+
+class _Unwritten(TorchDispatchMode):
+    """Stops every operation that would write into the parameters of ``model``. ``written``: whether there was one, caught or not."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.written = False
+        self._kept = {p.untyped_storage().data_ptr() for p in model.parameters() if type(p) is nn.Parameter}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            given = [*zip(func._schema.arguments, args, strict=False)]
+            given += [(one, kwargs[one.name]) for one in func._schema.arguments if one.name in kwargs]
+            targets = [value for one, value in given if one.alias_info is not None and one.alias_info.is_write]
+            if any(t.untyped_storage().data_ptr() in self._kept for t in tensors(targets)):
+                self.written = True
+                raise RuntimeError("code writes into weights that are not its own")
+        return func(*args, **kwargs)

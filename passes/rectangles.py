@@ -27,7 +27,7 @@ def rectangle(walk: Walk, node: fx.Node, labels: torch.Tensor) -> tuple[int, Vec
                 squeezed = head
     varying = [a for a in range(labels.ndim) if squeezed.shape[a] > 1]
     if len(varying) == 1:
-        return varying[0], np.ascontiguousarray(squeezed.reshape(-1).numpy())
+        return varying[0], squeezed.reshape(-1).numpy().copy()  # of its own: it may be a row of something large
     if not varying:
         longer = [a for a in range(labels.ndim) if labels.shape[a] > 1]
         if labels.numel() and longer:
@@ -36,7 +36,7 @@ def rectangle(walk: Walk, node: fx.Node, labels: torch.Tensor) -> tuple[int, Vec
         return None
     axis = _choose(walk, node, squeezed, varying)
     across = squeezed.movedim(axis, 0).reshape(squeezed.shape[axis], -1).numpy()
-    first = np.ascontiguousarray(across[:, 0])
+    first = across[:, 0].copy()
     walk.labels.unite(np.repeat(first, across.shape[1]), across.reshape(-1))
     return axis, first
 

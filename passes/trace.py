@@ -64,10 +64,14 @@ def add_traced(
     example: tuple[tuple[Any, ...], dict[str, Any]],
     is_known: Callable[[nn.Module], bool],
     has_rule: Callable[[Any], bool],
+    device: torch.device | None = None,
 ) -> None:
-    """Trace the module at ``path`` and add its graphs, "eval" and where it differs "train", under ``path:`` for a part of the model."""
+    """Trace the module at ``path`` and add its graphs, "eval" and where it differs "train", under ``path:`` for a part of the model.
+
+    ``device``: where the inputs are, if the example only stands for them.
+    """
     skeleton = traced.skeleton
-    device = next((t.device for t in _tensors(example)), torch.device("cpu"))
+    device = device or next((t.device for t in _tensors(example)), torch.device("cpu"))
     blocked: dict[str, str] = {}
     prefix = f"{path}:" if path else ""
 

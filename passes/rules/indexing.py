@@ -36,7 +36,19 @@ def getitem(walk: Walk, node: fx.Node, input: Any, index: Any) -> Any:
     indexed = _resolved(walk, node, input, index, raw)
     if indexed is None:
         return walk.opaque(node, [input, *values(index)], "it is indexed by values the graph computes")
-    return walk.move(node, input, lambda labels: labels[indexed])
+    return walk.move(node, input, lambda labels: _picked(labels, indexed))
+
+
+def _picked(labels: torch.Tensor, index: Any) -> torch.Tensor:
+    """``labels[index]``. Rows of a table that are picked are not laid out in full: a window of tokens has one for each pair of tokens."""
+    if not isinstance(index, torch.Tensor) or index.dtype != torch.int64:
+        return labels[index]
+    # Labels are the same along an expanded axis, so its first index stands for all.
+    where = (slice(None), *(0 if stride == 0 else slice(None) for stride in labels.stride()[1:]))
+    rows = labels[where]
+    thin = rows[:1].expand(index.numel(), *rows.shape[1:]) if labels.stride(0) == 0 else rows[index.reshape(-1)]
+    shape = [1 if stride == 0 else size for size, stride in zip(labels.shape[1:], labels.stride()[1:], strict=True)]
+    return thin.reshape(*index.shape, *shape).expand(*index.shape, *labels.shape[1:])
 
 
 def _resolved(walk: Walk, node: fx.Node, x: Value, index: Any, raw: Sequence[Any]) -> Any:
