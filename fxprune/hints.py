@@ -92,6 +92,8 @@ class Hints:
                 for module, training in modes:
                     module.train(training)
             theirs = self.teacher(inputs)[1]
+        # Once, rather than from main memory at every step.
+        self.kept = [{axis: one.to(b.device) for axis, one in kept.items()} for kept, b in zip(self.kept, theirs, strict=True)]
         axes = []
         for hint, kept, a, b in zip(self.hints, self.kept, ours, theirs, strict=True):
             wanted = hint.kind == "features" and hint.match == "adapter"
@@ -121,7 +123,7 @@ class Hints:
             return hint.weight * (ours - theirs).square().sum(1).mean()
         if hint.match == "select" and ours.shape != theirs.shape:
             for axis, indices in kept.items():
-                theirs = theirs.index_select(axis, indices.to(theirs.device))
+                theirs = theirs.index_select(axis, indices)
         _check_shapes(hint, ours, theirs, "features")
         return hint.weight * F.mse_loss(ours, theirs)
 

@@ -19,7 +19,7 @@ from fxprune.checkpoints import check_same, make_folder, read_checkpoint, write_
 from fxprune.errors import EvaluationError, FileError, InputError
 from fxprune.evaluation import evaluating
 from fxprune.optimizers import make_optimizer, make_scheduler
-from fxprune.processes import Part, Shares, agreed
+from fxprune.processes import Part, Shares, agreed, ungraded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -178,7 +178,8 @@ class Run:
         except RuntimeError as error:
             if "find_unused_parameters" not in str(error):
                 raise
-            raise InputError("some parameters got no gradient, which processes have to know of; set unused_parameters=True") from error
+            which = ungraded(error, self.learner)
+            raise InputError(f"some parameters got no gradient{which}, and processes must know; set unused_parameters=True") from error
         with self.accelerator.autocast():
             loss = self.objective.loss(outcome, part.batch, number)
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -103,6 +104,15 @@ def agreed(value: float, device: torch.device) -> float:
     said = torch.tensor([value], dtype=torch.float64, device=device)
     torch.distributed.broadcast(said, 0)
     return float(said)
+
+
+def ungraded(error: Exception, learner: nn.Module) -> str:
+    """Names of the parameters that DistributedDataParallel's error knows by number, in brackets; nothing where it tells none."""
+    told = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+    learned = [name for name, parameter in learner.named_parameters() if parameter.requires_grad]
+    names = [name.removeprefix("student.").removeprefix("model.") for name in learned]
+    idle = [names[int(number)] for number in told.group(1).split() if int(number) < len(names)] if told else []
+    return f" ({', '.join(idle[:5])}{' ...' if len(idle) > 5 else ''})" if idle else ""
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,12 @@ def _write_torch_int8(job: Job, path: Path) -> None:
     steps = importlib.import_module("torchao.quantization.pt2e.quantize_pt2e")
     x86 = importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
-    watched = steps.prepare_pt2e(job.program().module(), quantizer)
+    module = job.program().module()
+    for node in module.graph.nodes:
+        # The quantizer takes all calls of a module, as of a ReLU that a block calls twice, for one; the keys tell calls apart.
+        calls = node.meta.get("nn_module_stack", {})
+        node.meta["nn_module_stack"] = {key: (key, kind) for key, (_, kind) in calls.items()}
+    watched = steps.prepare_pt2e(module, quantizer)
     with torch.no_grad():
         for inputs in job.calibration:
             args, kwargs = call_form(inputs)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor, nn
 
 import fxprune
@@ -208,70 +206,3 @@ def test_what_cannot_be_exported(small: nn.Module, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="torch-int8 needs calibration data"):
             fxprune.export(small, tmp_path / "a.int8.pt2")
     assert exporting._relative(torch.zeros(0), torch.zeros(0)) == 0.0
-
-
-# -- the large networks -----------------------------------------------------------------------------------------------------------
-
-
-def vit() -> nn.Module:
-    """ViT-B/16 at a reduced size; torchvision's starts with a head of zeros, which would hide every difference."""
-    model: nn.Module = torchvision.models.VisionTransformer(
-        image_size=64, patch_size=16, num_layers=6, num_heads=6, hidden_dim=384, mlp_dim=1536, num_classes=100
-    )
-    nn.init.normal_(model.get_parameter("heads.head.weight"))
-    return model
-
-
-def named(name: str) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        model: nn.Module = torchvision.models.get_model(name, weights=None)
-        return model
-
-    return make
-
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    **{name: named(name) for name in ("resnet18", "resnet50", "mobilenet_v3_large", "efficientnet_b0", "densenet121")},
-    "convnext_tiny": named("convnext_tiny"),
-    "vit": vit,
-    "swin_t": named("swin_t"),
-    "deeplabv3": lambda: torchvision.models.segmentation.deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None),
-}
-_made: dict[str, Any] = {}
-
-
-def network(name: str) -> Any:
-    """The slim network, kept for the next runtime: the tests of one network follow each other."""
-    if name not in _made:
-        _made.clear()
-        torch.manual_seed(0)
-        _made[name] = slimmed(NETWORKS[name](), torch.randn(2, 3, 64, 64))
-    return _made[name]
-
-
-@pytest.mark.export
-@pytest.mark.long
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("runtime", FORMATS)
-def test_network(name: str, runtime: str, tmp_path: Path, record_property: Any) -> None:
-    skip_without(runtime)
-    batches = [torch.randn(8, 3, 64, 64) for _ in range(2)]
-    done = fxprune.export(network(name), tmp_path / f"slim{FORMATS[runtime].suffix}", calibration=batches)
-    record_property("difference", done.difference)
-    assert done.difference is not None and done.difference < (1.0 if FORMATS[runtime].quantized else 1e-4)
-
-
-@pytest.mark.export
-@pytest.mark.long
-@pytest.mark.parametrize("name", NETWORKS)
-def test_network_compiled(name: str) -> None:
-    slim = network(name).eval()
-    torch._dynamo.reset()
-    with torch.no_grad():
-        compiled: Any = torch.compile(slim, dynamic=True)
-        for batch in (2, 5):
-            x = torch.randn(batch, 3, 64, 64)
-            found, wanted = compiled(x), slim(x)
-            if isinstance(wanted, dict):
-                found, wanted = found["out"], wanted["out"]
-            assert float((found - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())

@@ -22,6 +22,7 @@ from fxprune.files import load, rebuild, save
 from fxprune.models import digits_net, resnet20
 
 IMAGE = torch.zeros(2, 3, 16, 16)
+SAVED = Path(__file__).parent / "saved"
 
 
 class Net(nn.Module):
@@ -126,6 +127,15 @@ def test_the_file_reads_as_a_state_dict(tmp_path: Path) -> None:
         nn.init.zeros_(parameter)
     other.load_state_dict(load_file(tmp_path / "s.safetensors"))
     assert all(torch.equal(v, slim.state_dict()[k]) for k, v in other.state_dict().items())
+
+
+@pytest.mark.parametrize("fresh", [Net, lambda: on_meta(Net)], ids=["cpu", "meta"])
+def test_a_file_that_another_torch_wrote(fresh: Callable[[], nn.Module]) -> None:
+    """Made by torch 2.6 and kept: what is in a file, and what is understood by it, may not change."""
+    back = load(SAVED / "torch-2.6.safetensors", fresh()).eval()
+    found = back(torch.linspace(-1, 1, 2 * 3 * 6 * 6).view(2, 3, 6, 6))
+    torch.testing.assert_close(found, torch.tensor(json.loads((SAVED / "torch-2.6.json").read_text())))
+    assert back.get_parameter("stem.weight").is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("fresh", [Net, lambda: on_meta(Net)], ids=["cpu", "meta"])
