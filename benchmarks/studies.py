@@ -137,16 +137,20 @@ def options(settings: Sequence[Setting], evaluations: int, macs: float) -> None:
         "uniform": ({"strategy": "uniform"}, True),
     }
     print(f"original {shown([s.tested(s.model) for s in settings])}\n")
-    print("| search | top-1 before training | evaluations | CPU seconds |\n|---|---|---|---|")
+    print("| search | likeness found | top-1 before training | evaluations | CPU seconds |\n|---|---|---|---|---|")
     for name, (changes, augment) in rows.items():
-        accuracies, counts, seconds = [], [], []
+        accuracies, alike, counts, seconds = [], [], [], []
         for setting in settings:
             begun = time.process_time()
             slim, outcome = setting.found(SearchConfig(**{**base, "seed": setting.seed, **changes}), augment=augment)
             seconds.append(time.process_time() - begun)
             accuracies.append(setting.tested(slim))
+            alike.append(outcome.metrics["likeness"])
             counts.append(outcome.evaluations)
-        print(f"| {name} | {shown(accuracies)} | {statistics.mean(counts):.0f} | {statistics.mean(seconds):.1f} |", flush=True)
+        print(
+            f"| {name} | {shown(alike, '{:.3f}')} | {shown(accuracies)} | {statistics.mean(counts):.0f} | {statistics.mean(seconds):.1f} |",
+            flush=True,
+        )
 
 
 def rewards(settings: Sequence[Setting], evaluations: int) -> None:

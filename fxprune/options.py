@@ -41,7 +41,7 @@ class Options:
     score_images: int = 1000
     rough_images: int = 256
     calibration_images: int = 256
-    repair_images: int = 1024
+    repair_images: int = 2048
     augment: bool = True
     preset: str = "default"
     out: str = "fxprune-out"
