@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -13,11 +12,11 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Protocol
+from typing import Protocol
 
 from fxprune.driver.config import SearchConfig
 from fxprune.driver.problem import IntArray, Metrics, Score
-from fxprune.errors import DependencyError, SearchError
+from fxprune.errors import SearchError
 
 ATTEMPTS = 3  # times that a batch is taken up again after a worker died
 
@@ -92,48 +91,11 @@ class ProcessExecutor:
         return self._pool
 
 
-class RayExecutor:
-    """Scores as Ray tasks, on the cluster that ``RAY_ADDRESS`` or a running Ray names, or on one started here. Needs the `ray` extra.
-
-    ``score`` goes into the object store once; Ray retries a task whose worker or node died.
-    """
-
-    def __init__(self, jobs: int) -> None:
-        try:
-            self.ray: Any = importlib.import_module("ray")
-        except ImportError as error:
-            raise DependencyError("executor ray needs Ray; install it with: pip install 'fxprune[ray]', or use executor local") from error
-        self._own = not self.ray.is_initialized()
-        if self._own:
-            self._connect(jobs)
-        self._task = self.ray.remote(num_cpus=1, max_retries=ATTEMPTS)(_score_as_task)
-        self._score: Any = None
-
-    def _connect(self, jobs: int) -> None:
-        quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "include_dashboard": False}
-        try:
-            self.ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
-        except ConnectionError:  # no cluster is running: start one here
-            self.ray.init(num_cpus=jobs, **quiet)
-
-    def map(self, score: Score, candidates: Sequence[IntArray]) -> list[Metrics]:
-        if self._score is None:
-            self._score = self.ray.put(score)
-        return list(self.ray.get([self._task.remote(self._score, candidate) for candidate in candidates]))
-
-    def reset(self) -> None:
-        self._score = None
-
-    def close(self) -> None:
-        self._score = None
-        if self._own and self.ray.is_initialized():
-            self.ray.shutdown()
-
-
 def make(config: SearchConfig) -> Executor:
     """The executor that a configuration names."""
     if config.executor == "ray":
-        return RayExecutor(config.jobs)
+        ray: Executor = importlib.import_module("fxprune.driver.cluster").RayExecutor(config.jobs)
+        return ray
     if config.executor != "local":
         raise SearchError(f"unknown executor {config.executor!r}; use local or ray")
     return LocalExecutor() if config.jobs == 1 else ProcessExecutor(config.jobs)
@@ -159,7 +121,3 @@ def _end_with_parent() -> None:
 
 def _score_in_worker(candidate: IntArray) -> Metrics:
     return dict(_worker["score"](candidate))
-
-
-def _score_as_task(score: Score, candidate: IntArray) -> Metrics:
-    return dict(score(candidate))

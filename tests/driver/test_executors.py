@@ -73,14 +73,3 @@ def test_missing_ray_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(DependencyError, match=r"pip install 'fxprune\[ray\]'"):
         make(SearchConfig(executor="ray"))
-
-
-@pytest.mark.long
-@pytest.mark.filterwarnings("default")  # Ray's own
-def test_ray_gives_the_same_policy() -> None:
-    pytest.importorskip("ray", reason="the ray extra is not installed")
-    config = SearchConfig(samples=4, rounds=2)
-    alone = run(Chain().problem(), config)
-    shared = run(Chain().problem(), dataclasses.replace(config, executor="ray", jobs=2))
-    assert shared.removed.tolist() == alone.removed.tolist()
-    assert shared.reward == alone.reward
