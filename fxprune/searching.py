@@ -19,7 +19,7 @@ from fxprune.evaluation import device_of, one_thread
 from fxprune.inputs import build
 from fxprune.passes.cost import cost_model
 from fxprune.passes.coupling import CouplingGraph
-from fxprune.passes.plan import Keep, keep_counts
+from fxprune.passes.plan import Keep, Rounding, keep_counts
 from fxprune.passes.slim import Slimmer
 from fxprune.policies import Policy
 from fxprune.profiling import profile
@@ -54,11 +54,25 @@ class Candidates:
         self.graph, self.ranking, self.round_to = graph, ranking, round_to
         self.groups = [g for g in graph.groups if g.prunable]
         self.names = tuple(g.name for g in self.groups)
+        self._rounded: dict[bytes, Any] = {}
+        self._rounding = Rounding(graph, round_to) if round_to > 1 else None
         self.costs = cost_model(graph)
         self._whole = {"macs": self.costs.macs(), "params": self.costs.params(), "memory": self.costs.memory()}
 
     def keep(self, removed: Any) -> Keep:
-        return keep_counts(self.graph, dict(zip(self.names, map(int, removed), strict=True)), self.ranking, self.round_to)
+        return keep_counts(self.graph, self._counts(removed), self.ranking)
+
+    def rounded(self, removed: Any) -> Any:
+        """The removal vector that is left of ``removed`` once channels are kept in multiples of ``round_to``."""
+        key = removed.tobytes()
+        if key not in self._rounded:
+            counts = self._counts(removed)
+            self._rounded[key] = np.array([counts[name] for name in self.names], dtype=np.int64)
+        return self._rounded[key].copy()
+
+    def _counts(self, removed: Any) -> dict[str, int]:
+        counts = dict(zip(self.names, map(int, removed), strict=True))
+        return counts if self._rounding is None else self._rounding(counts)
 
     def slim(self, removed: Any) -> fx.GraphModule:
         return self.made(removed)[0]
@@ -213,6 +227,8 @@ def make_problem(
         rough=None if rough is None else Score(candidates, rough, repairer),
         fixed_channels=fixed,
         unit_scores=[np.sort(candidates.ranking[n]) for n in candidates.names],
+        rounding=candidates.rounded if round_to > 1 else None,
+        grain=round_to,
     )
     return problem, candidates
 

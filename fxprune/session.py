@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import statistics
+import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from torch import fx, nn
 
 from fxprune import driver, outputs
 from fxprune.api import analyze, compress
+from fxprune.checkpoints import NAME as TRAINING
 from fxprune.data import Data, load_data
 from fxprune.distillation import DistillConfig, distill
 from fxprune.driver import checkpoint
@@ -77,7 +80,8 @@ def begin(options: Options, command: str) -> Session:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # The configuration goes first and comes back last: without it a folder is no run, rather than a mixture of two.
-        for path in [folder / "session.json", *folder.glob("*.safetensors"), folder / "result.json", *folder.glob("search/*")]:
+        cut = [*folder.glob("*.safetensors"), *folder.glob("search/*"), *folder.glob(f"*/{TRAINING}*")]
+        for path in [folder / "session.json", folder / "result.json", *cut]:
             path.unlink(missing_ok=True)
     except OSError as error:
         raise SearchError(f"cannot write to --out {options.out}: {error.strerror}; choose a folder that can be written") from error
@@ -179,9 +183,12 @@ class Session:
                 seed=o.search.seed,
                 validate=self.validation,
                 on_step=watcher.trained,
+                checkpoint_dir=self.folder / "training",
+                resume=True,
             )
             train(model, self.training, config=config)
         write_weights(model, self.weights)
+        self._forget("training")
 
     def search(self, original: nn.Module, watcher: Watcher) -> tuple[driver.SearchOutcome, Candidates, str]:
         """The outcome, what makes its networks, and why the target was not met (then the outcome is the nearest), or an empty text."""
@@ -202,7 +209,7 @@ class Session:
             rough=scored.first(self.options.rough_images),
         )
         if config.recover_every:
-            problem = Recovery(candidates, working, lambda slim: self.train_by(original, slim, watcher)).attached(problem)
+            problem = Recovery(candidates, working, lambda slim: self.recover(original, slim, watcher)).attached(problem)
         folder = self.folder / "search"
         resumed = checkpoint.exists(folder)
         try:
@@ -237,12 +244,25 @@ class Session:
         else:
             if self.options.distillation_epochs:
                 watcher.stage(f"distilling {name} for {self.options.distillation_epochs} epochs")
-                self.train_by(teacher, model, watcher)
+                self.train_by(teacher, model, watcher, f"distilling-{name}")
             write_weights(model, kept)
+        self._forget(f"distilling-{name}")
         model.eval()
 
-    def train_by(self, teacher: nn.Module, student: nn.Module, watcher: Watcher) -> None:
-        """Distillation of the original's responses, best weights kept by the held-out images."""
+    def recover(self, teacher: nn.Module, student: nn.Module, watcher: Watcher) -> None:
+        """Distil between prune steps. A search that was cut redoes its last round and so comes to the recovery that was cut with it,
+        unless latency, measured anew, leads it to another network: what was begun belongs to one of these shapes only."""
+        shapes = [tuple(parameter.shape) for parameter in student.parameters()]
+        stage = f"recovering-{zlib.crc32(repr(shapes).encode()):08x}"
+        self.train_by(teacher, student, watcher, stage)
+        self._forget(stage)
+
+    def _forget(self, stage: str) -> None:
+        """Remove the checkpoint of a training whose weights are kept elsewhere."""
+        shutil.rmtree(self.folder / stage, ignore_errors=True)
+
+    def train_by(self, teacher: nn.Module, student: nn.Module, watcher: Watcher, stage: str) -> None:
+        """Distillation of the original's responses, best weights kept by the held-out images; its checkpoint lies in ``stage``."""
         o = self.options
         config = DistillConfig(
             epochs=o.distillation_epochs,
@@ -251,6 +271,8 @@ class Session:
             seed=o.search.seed,
             validate=self.validation,
             on_step=watcher.trained,
+            checkpoint_dir=self.folder / stage,
+            resume=True,
         )
         distill(student, teacher, self.training, config=config)
 

@@ -50,7 +50,7 @@ def keep_counts(graph: CouplingGraph, removed: Mapping[str, int], scores: Mappin
     keep = np.ones(int(graph.starts[-1]) if len(graph.starts) else 0, dtype=bool)
     counts = {name: min(n, graph.by_name[name].size - 1) for name, n in removed.items()}
     if round_to > 1:
-        counts = _rounded(graph, counts, round_to)
+        counts = Rounding(graph, round_to)(counts)
     for name, count in counts.items():
         if count <= 0:
             continue
@@ -60,29 +60,34 @@ def keep_counts(graph: CouplingGraph, removed: Mapping[str, int], scores: Mappin
     return keep
 
 
-def _rounded(graph: CouplingGraph, removed: Mapping[str, int], multiple: int) -> dict[str, int]:
-    """Give units back until every pruned dimension keeps a multiple of ``multiple`` channels (or all); only ever gives back, so it ends."""
-    counts = dict(removed)
-    numbers = {graph.by_name[n].number: n for n, c in counts.items() if c}
-    dims: list[tuple[int, dict[str, int]]] = []
-    for key in graph.keys:
-        units = graph.unit_of[key]
-        owners, per = np.unique(graph.group_of_unit[units], return_counts=True)
-        inside = {
-            numbers[g]: int(n) // graph.by_name[numbers[g]].size for g, n in zip(owners.tolist(), per.tolist(), strict=True) if g in numbers
-        }
-        if inside:
-            dims.append((len(units), inside))
-    changed = True
-    while changed:
-        changed = False
-        for size, inside in dims:
-            gone = sum(counts[n] * times for n, times in inside.items())
-            if gone == 0 or (size - gone) % multiple == 0:
-                continue
-            changed = True
-            name = max(inside, key=lambda n: (counts[n] * inside[n], n))
-            times = inside[name]
-            give = next((d for d in range(1, counts[name] + 1) if (size - gone + d * times) % multiple == 0), counts[name])
-            counts[name] -= give
-    return counts
+class Rounding:
+    """Units to remove by group name -> fewer of them, so that every pruned dimension keeps a multiple of ``multiple`` channels, or all."""
+
+    def __init__(self, graph: CouplingGraph, multiple: int) -> None:
+        self.multiple = multiple
+        dims: dict[tuple[int, tuple[tuple[str, int], ...]], None] = {}  # their size, and how often each group's units occur; each kind once
+        for key in graph.keys:
+            units = graph.unit_of[key]
+            numbers, per = np.unique(graph.group_of_unit[units], return_counts=True)
+            owners = [(graph.by_number[g], n) for g, n in zip(numbers.tolist(), per.tolist(), strict=True) if g in graph.by_number]
+            inside = tuple((group.name, n // group.size) for group, n in owners if group.prunable)
+            if inside:
+                dims[len(units), inside] = None
+        self.dims = list(dims)
+
+    def __call__(self, removed: Mapping[str, int]) -> dict[str, int]:
+        """Only ever gives back, so it ends."""
+        counts, multiple = dict(removed), self.multiple
+        changed = True
+        while changed:
+            changed = False
+            for size, groups in self.dims:
+                inside = [(name, times) for name, times in groups if counts.get(name)]
+                gone = sum(counts[name] * times for name, times in inside)
+                if gone == 0 or (size - gone) % multiple == 0:
+                    continue
+                changed = True
+                name, times = max(inside, key=lambda one: (counts[one[0]] * one[1], one[0]))
+                give = next((d for d in range(1, counts[name] + 1) if (size - gone + d * times) % multiple == 0), counts[name])
+                counts[name] -= give
+        return counts

@@ -85,6 +85,18 @@ def test_costs_are_those_of_the_slim_networks(model: nn.Module) -> None:
     assert problem.cost(removed)["latency"] > 0
 
 
+def test_round_to_holds_and_what_it_gives_back_is_not_counted_as_gone(model: nn.Module) -> None:
+    found = fxprune.search(model, INPUTS, weight_left, config=config(targets="params=0.45", round_to=4, tolerance=0.05))
+    widths = {name: len(dims[0]) for name, dims in fxprune.record(found.model).kept.items() if 0 in dims}
+    assert widths and all(width % 4 == 0 for width in widths.values())
+    problem, candidates = make_problem(fxprune.analyze(model, INPUTS), weight_left, importance="l2", round_to=4)
+    removed = np.full(len(problem.units), 5)
+    left = problem.space.rounded(removed)
+    assert (left < removed).all() and (left % 4 == 0).all()
+    assert problem.space.sparsity(removed) == problem.space.sparsity(left)
+    assert problem.cost(removed)["params"] == problem.cost(left)["params"]
+
+
 def test_a_score_is_the_same_after_a_pickle(model: nn.Module) -> None:
     graph = fxprune.analyze(model, INPUTS)
     candidates = Candidates(graph, scores(graph, "l1"), 2)

@@ -12,7 +12,8 @@ from fxprune.driver.targets import Point
 from fxprune.errors import SearchError
 
 FINE = 0.25  # projections are refined until the slack is within this share of the tolerance
-SWAPS = 5000  # pairs of groups tried at most in one exchange of units; large networks never need one
+UNFIT = 1e6  # what is worse than any slack
+DEPTH, WIDTH = 8, 32  # how far, and from how many vectors at a time, one that meets the targets is looked for; coarse networks need it
 
 
 class Budget:
@@ -115,35 +116,54 @@ class Budget:
         return self.project(self.space.zeros(), self.space.units / self.space.units.sum())
 
     def refined(self, removed: IntArray, base: IntArray) -> IntArray:
-        """Give single units back, and where that is not fine enough exchange units of two groups, until the slack is small."""
-        enough = FINE * self.tolerance
-        best, badness = removed, self._badness(removed)
-        while badness > enough:
-            moves = self._returns(best, base)
-            better = min(moves, key=self._badness, default=best)
-            if self._badness(better) >= badness and badness > self.tolerance:
-                better = min(self._exchanges(best, base), key=self._badness, default=best)
+        """Give units back until the slack is small; where that is not fine enough, look further around. By single units, or by as many as
+        make a difference where channels are kept in multiples."""
+        best = self.space.rounded(removed)
+        badness = self._badness(best)
+        while badness > FINE * self.tolerance:
+            better = min(self._returns(best, base), key=self._badness, default=best)
             if self._badness(better) >= badness:
-                return best
+                break
             best, badness = better, self._badness(better)
+        return best if badness <= self.tolerance else self._around(best, base)
+
+    def _around(self, removed: IntArray, base: IntArray) -> IntArray:
+        """What meets the targets at a few moves' distance, each of them a unit given back or taken; else what comes closest there."""
+        best, beam, seen = removed, [removed], {removed.tobytes()}
+        for _ in range(DEPTH):
+            found = []
+            for moved in (moved for one in beam for moved in (*self._returns(one, base), *self._takes(one))):
+                if moved.tobytes() not in seen:
+                    seen.add(moved.tobytes())
+                    found.append(moved)
+            beam = sorted(found, key=lambda one: abs(self.excess(one)))[:WIDTH]
+            best = min([best, *beam], key=self._badness)
+            if self._badness(best) <= self.tolerance:
+                break
         return best
 
     def _badness(self, removed: IntArray) -> float:
-        """Slack below the bounds; above them the excess, after everything that is below by less than the tolerance."""
+        """Slack below the bounds; then what is above them within the tolerance; then, worst, all that does not fit."""
         excess = self.excess(removed)
-        return -excess if excess <= 0 else excess + self.tolerance
+        return -excess if excess <= 0 else excess + (self.tolerance if excess <= self.tolerance else UNFIT)
 
     def _returns(self, removed: IntArray, base: IntArray) -> Iterator[IntArray]:
         for i in np.flatnonzero(removed > base):
             moved = removed.copy()
             moved[i] -= 1
-            yield moved
+            yield self.space.rounded(moved)
 
-    def _exchanges(self, removed: IntArray, base: IntArray) -> Iterator[IntArray]:
-        givers, takers = np.flatnonzero(removed > base), np.flatnonzero(removed < self.space.room)
-        pairs = [(i, j) for i in givers for j in takers if i != j]
-        for i, j in pairs[:SWAPS]:
+    def _takes(self, removed: IntArray) -> Iterator[IntArray]:
+        for i in np.flatnonzero(removed < self.space.room):
+            yield self._with_more(removed, int(i))
+
+    def _with_more(self, removed: IntArray, group: int) -> IntArray:
+        """The next larger removal from ``group``: one unit more, or as many as make a difference."""
+        room = int(self.space.room[group] - removed[group])
+        for count in range(1, min(self.space.grain, room) + 1):
             moved = removed.copy()
-            moved[i] -= 1
-            moved[j] += 1
-            yield moved
+            moved[group] += count
+            found = self.space.rounded(moved)
+            if found[group] > removed[group]:
+                return found
+        return removed

@@ -109,7 +109,9 @@ class _Search:
             self.close_step(strategy, chosen)
         self.tell_progress("end", strategy, chosen)
         if not budget.met(chosen.removed):
-            raise self.unmet(budget, chosen, "was not met: units are too coarse to come closer; the nearest found:")
+            grain = budget.space.grain
+            coarse = "units are" if grain == 1 else f"channels in multiples of {grain} are"
+            raise self.unmet(budget, chosen, f"was not met: {coarse} too coarse to come closer; the nearest found:")
         return self.outcome(budget, chosen)
 
     def final(self, strategy: Strategy) -> Outcome:

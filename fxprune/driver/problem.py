@@ -17,6 +17,7 @@ FloatArray = npt.NDArray[np.float64]
 Metrics = Mapping[str, float]
 Cost = Callable[[IntArray], Metrics]
 Score = Callable[[IntArray], Metrics]
+Rounding = Callable[[IntArray], IntArray]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Space:
     ``cost``: removal vector -> what is left, as a share of the original from 0 to 1: "macs", "params", and "latency" and "memory" where
         they are asked for. Only the names that a search needs are looked up, so a mapping may measure on lookup.
     ``unit_scores``: for each group the importance of its units in ascending order, float64, shape ``(units,)``; None if there is none.
+    ``rounding``: removal vector -> the one that it comes to, nowhere more, where channels are kept in multiples of ``grain``; None: itself.
     """
 
     names: tuple[str, ...]
@@ -40,6 +42,8 @@ class Space:
     cost: Cost
     fixed_channels: int = 0
     unit_scores: tuple[FloatArray, ...] | None = None
+    rounding: Rounding | None = None
+    grain: int = 1
 
     @property
     def room(self) -> IntArray:
@@ -53,7 +57,11 @@ class Space:
     def sparsity(self, removed: IntArray) -> float:
         """Share of all output channels that are gone, as the paper counts (Wang 2024, sec. 4)."""
         total = int((self.units * self.channels).sum()) + self.fixed_channels
-        return float((removed * self.channels).sum() / max(total, 1))
+        return float((self.rounded(removed) * self.channels).sum() / max(total, 1))
+
+    def rounded(self, removed: IntArray) -> IntArray:
+        """What ``removed`` comes to once channels are kept in multiples of ``grain``."""
+        return removed if self.rounding is None else self.rounding(removed)
 
     def checked(self, removed: Any, where: str) -> IntArray:
         """Return ``removed`` as a fresh removal vector; raise ``SearchError`` naming ``where`` if it is none of this space."""
@@ -92,6 +100,8 @@ class Problem:
     recover: Callable[[IntArray], None] | None = None
     save_weights: Callable[[Path], None] | None = None
     load_weights: Callable[[Path], None] | None = None
+    rounding: Rounding | None = None
+    grain: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(self.names))
@@ -111,4 +121,4 @@ class Problem:
     def space(self) -> Space:
         """The part of the problem that strategies may see."""
         scores = None if self.unit_scores is None else tuple(np.asarray(s, dtype=np.float64) for s in self.unit_scores)
-        return Space(self.names, self.units, self.channels, self.cost, self.fixed_channels, scores)
+        return Space(self.names, self.units, self.channels, self.cost, self.fixed_channels, scores, self.rounding, self.grain)

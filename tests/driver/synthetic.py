@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -38,6 +39,23 @@ class Chain:
 
     def unit_scores(self) -> list[FloatArray]:
         return [np.linspace(0.1, 1.0, n) for n in self.units]
+
+    def rounded(self, removed: IntArray, grain: int) -> IntArray:
+        """Kept units are rounded up to a multiple of ``grain``, never above the original."""
+        kept = self.units - removed
+        return self.units - np.minimum(self.units, -(-kept // grain) * grain)
+
+    def coarse(self, grain: int) -> Problem:
+        """The problem where channels are kept in multiples of ``grain``."""
+        problem = self.problem()
+
+        def cost(removed: IntArray) -> dict[str, float]:
+            return self.cost(self.rounded(removed, grain))
+
+        def score(removed: IntArray) -> Mapping[str, float]:
+            return self.score(self.rounded(removed, grain))
+
+        return dataclasses.replace(problem, cost=cost, score=score, rounding=lambda one: self.rounded(one, grain), grain=grain)
 
     def problem(self) -> Problem:
         names = tuple(f"layer{i}" for i in range(len(self.units)))

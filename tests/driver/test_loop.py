@@ -95,6 +95,14 @@ def test_units_too_coarse_for_the_target() -> None:
     assert abs(caught.value.nearest.metrics["macs"] - 0.55) < 0.1
 
 
+@pytest.mark.parametrize("strategy", ["rl-pruner", "uniform", "random", "magnitude"])
+def test_channels_in_multiples_that_never_meet_the_target_end_and_say_so(strategy: str) -> None:
+    chain = Chain((16, 16, 16, 16, 16, 16))
+    with pytest.raises(TargetError, match="channels in multiples of 8 are too coarse") as caught:
+        run(chain.coarse(8), SearchConfig(targets="macs=0.94", strategy=strategy, **SMALL))
+    assert caught.value.nearest.metrics["macs"] == pytest.approx(0.898, abs=0.001)
+
+
 def test_progress_is_told() -> None:
     seen: list[Progress] = []
     run(Chain().problem(), SearchConfig(steps=2, **SMALL), on_event=seen.append)

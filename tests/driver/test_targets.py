@@ -100,6 +100,32 @@ def test_coarse_units_are_exchanged_to_come_within_the_tolerance() -> None:
         assert goal.met(goal.project(goal.space.zeros(), action))
 
 
+@pytest.mark.parametrize("target", ["macs=0.5", "macs=0.3", "params=0.4", "sparsity=0.25"])
+def test_channels_in_multiples_meet_the_target_where_some_of_them_do(target: str) -> None:
+    chain = Chain((24, 32, 48, 48, 40, 30))
+    (point,) = parse(target)
+    goal = Budget(chain.coarse(8).space, point)
+    drawn = np.random.default_rng(0)
+    for _ in range(10):
+        action = drawn.random(6)
+        removed = goal.project(goal.space.zeros(), action / action.sum())
+        assert goal.met(removed) and removed.tolist() == chain.rounded(removed, 8).tolist()
+
+
+def test_sparsity_counts_what_rounding_leaves_of_a_removal() -> None:
+    chain = Chain((16, 16, 16, 16, 16, 16))
+    assert chain.coarse(8).space.sparsity(np.full(6, 7)) == 0
+    assert chain.coarse(8).space.sparsity(np.full(6, 9)) == pytest.approx(0.5)
+
+
+def test_a_projection_fits_even_where_no_vector_is_on_target() -> None:
+    chain = Chain((16, 16, 16, 16, 16, 16))
+    (point,) = parse("macs=0.95")
+    goal = Budget(chain.coarse(8).space, point)
+    removed = goal.project(goal.space.zeros(), np.full(6, 1 / 6))
+    assert goal.fits(removed) and not goal.met(removed)
+
+
 def test_uniform_takes_the_same_share_everywhere() -> None:
     goal = budget("macs=0.5")
     removed = goal.uniform()
