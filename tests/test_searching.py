@@ -156,7 +156,7 @@ def test_a_rough_evaluation_judges_all_but_the_finalists(model: nn.Module) -> No
 
     options = config(tolerance=0.05, rounds=4, finalists=2)
     found = fxprune.search(model, INPUTS, counting("full"), config=options, rough=counting("rough"))
-    assert asked["full"] == 4  # the two baselines, and the finalists
+    assert 3 <= asked["full"] <= 4  # the two baselines and the finalists, one of which the uniform allocation may be
     assert found.evaluations == sum(asked.values())
     asked.update(rough=0, full=0)
     fxprune.search(model, INPUTS, counting("full"), config=config(tolerance=0.05), rough=counting("rough"))
