@@ -34,6 +34,7 @@ HELP = {
     "augment": "score and repair on images moved and mirrored as in training",
     "out": "folder for the results",
     "export": "formats to write the result in too, with commas: torch, onnx, openvino, executorch, torch-int8, onnx-int8, openvino-int8",
+    "tensorboard": "write the figures of each round to OUT/tensorboard too",
     "targets": "macs|params|latency|memory=SHARE that is left, or sparsity=SHARE that goes; repeat it for several at once, "
     "commas for a Pareto run",
     "strategy": f"{', '.join(STRATEGIES)}, optuna:SAMPLER or module:Class",

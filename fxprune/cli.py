@@ -21,9 +21,10 @@ from fxprune.arguments import Request
 from fxprune.driver import Progress as SearchProgress
 from fxprune.errors import FxPruneError
 from fxprune.explaining import explain
+from fxprune.measuring import LATENCY_BATCH
 from fxprune.outputs import Finished
 from fxprune.report import result_table, search_line, training_line
-from fxprune.session import LATENCY_BATCH, Session
+from fxprune.session import Session
 from fxprune.training import Progress as TrainingProgress
 
 DONE, BAD_INPUT, UNMET, INTERRUPTED = 0, 2, 3, 130

@@ -18,7 +18,24 @@ Messages are one line: what is wrong, where in the user's code, what to do next.
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
 from typing import Any
+
+# What a function of the user's may raise by mistake; interrupts and errors of fxprune's own are none of these.
+FAULTS = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError),
+    *(TypeError, ValueError),
+)
+
+
+def in_a_line(error: BaseException) -> str:
+    """An error of the user's code in one line: its type, what it says, and the last line outside installed packages it went through."""
+    said = (str(error).strip() or "no message").splitlines()[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((one for one in reversed(frames) if "site-packages" not in one.filename), frames[-1] if frames else None)
+    where = "" if frame is None else f" ({Path(frame.filename).name}:{frame.lineno})"
+    return f"{type(error).__name__}: {said}{where}"
 
 
 class FxPruneError(Exception):

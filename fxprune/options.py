@@ -24,6 +24,7 @@ class Options:
     importance and for the repair of a candidate before it is scored. ``repair_images``: training images for the repair of the result.
     ``rough_images``: as many of the score images judge all but the finalists, where ``search.finalists`` are asked for.
     ``augment``: whether all these images are moved and mirrored as in training.
+    ``tensorboard``: whether each round's figures go to ``out/tensorboard`` too.
     ``export``: formats of other runtimes (``fxprune.export``) that the result is written in too.
     """
 
@@ -46,6 +47,7 @@ class Options:
     preset: str = "default"
     out: str = "fxprune-out"
     export: tuple[str, ...] = ()
+    tensorboard: bool = False
     search: SearchConfig = field(default_factory=SearchConfig)
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from fxprune.api import record as recorded
+from fxprune.checkpoints import NAME as TRAINING
 from fxprune.driver import SearchOutcome
 from fxprune.driver.checkpoint import replace_text
 from fxprune.errors import SearchError
@@ -23,7 +24,7 @@ from fxprune.results import Row, duration_text
 from fxprune.search_page import search_page
 from fxprune.searching import Candidates, SearchResult
 
-RESULT = "result.json"
+RESULT, SESSION = "result.json", "session.json"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,21 @@ class Finished:
         """From what ``result.json`` holds."""
         rows = tuple(Row(**row) for row in result["rows"])
         return cls(rows, result["unmet"], result["load"], result["summary"], tuple(result["exports"]))
+
+
+def begin(out: Path, described: Mapping[str, Any]) -> None:
+    """Make a run's folder, emptied of an earlier run's checkpoint, and write down what is to be done, ``described``, before it is done."""
+    folder = out / "checkpoint"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The configuration goes first and comes back last: without it a folder is no run, rather than a mixture of two.
+        cut = [*folder.glob("*.safetensors"), *folder.glob("search/*"), *folder.glob(f"*/{TRAINING}*")]
+        cut += (out / "tensorboard").glob("events.out.tfevents*")
+        for path in [folder / SESSION, folder / RESULT, *cut]:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise SearchError(f"cannot write to --out {out}: {error.strerror}; choose a folder that can be written") from error
+    replace_text(folder / SESSION, json.dumps(described, indent=2) + "\n")
 
 
 def finished(folder: Path) -> Finished | None:

@@ -14,7 +14,7 @@ from torch import fx, nn
 from fxprune.api import analyze, compress, record
 from fxprune.driver import Problem, SearchConfig, SearchOutcome, run
 from fxprune.encoding import ranges
-from fxprune.errors import EvaluationError
+from fxprune.errors import FAULTS, EvaluationError, in_a_line
 from fxprune.evaluation import device_of, one_thread
 from fxprune.inputs import build
 from fxprune.passes.cost import cost_model
@@ -117,7 +117,14 @@ class Score:
             slim, slimmer = self.candidates.made(removed)
             self.repairer(slim.eval(), slimmer)
             with torch.no_grad():
-                return metrics_of(self.evaluate(slim))
+                return metrics_of(self._evaluated(slim, removed))
+
+    def _evaluated(self, slim: nn.Module, removed: Any) -> Any:
+        try:
+            return self.evaluate(slim)
+        except FAULTS as error:
+            gone = int(np.sum(removed))
+            raise EvaluationError(f"evaluate raised {in_a_line(error)} on the network without {gone} of its units") from error
 
     def __getstate__(self) -> dict[str, Any]:
         graph = self.candidates.graph
@@ -149,7 +156,10 @@ class Score:
 def metrics_of(found: Any) -> Mapping[str, float]:
     """What ``evaluate`` returned as a mapping with an "accuracy": a number is the accuracy, a mapping's first entry stands in for it."""
     if isinstance(found, Mapping):
-        metrics = {str(k): float(v) for k, v in found.items()}
+        try:
+            metrics = {str(k): float(v) for k, v in found.items()}
+        except (TypeError, ValueError) as error:
+            raise EvaluationError(f"evaluate returned a mapping with a value that is no number ({error}); metrics are numbers") from error
         if not metrics:
             raise EvaluationError("evaluate returned an empty mapping; return a number or a mapping of metrics, larger is better")
         metrics.setdefault("accuracy", next(iter(metrics.values())))

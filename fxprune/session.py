@@ -6,11 +6,9 @@ A run can be killed at any moment: taken up again from its folder, it redoes at 
 from __future__ import annotations
 
 import copy
-import json
 import shutil
-import statistics
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +20,6 @@ from torch import fx, nn
 
 from fxprune import driver, outputs
 from fxprune.api import analyze, compress
-from fxprune.checkpoints import NAME as TRAINING
 from fxprune.data import Data, load_data
 from fxprune.distillation import DistillConfig, distill
 from fxprune.driver import checkpoint
@@ -31,6 +28,7 @@ from fxprune.evaluation import call, evaluate_accuracy, evaluating, logits_of, o
 from fxprune.exporting import export
 from fxprune.images import Batches
 from fxprune.likeness import Likeness
+from fxprune.measuring import in_turns
 from fxprune.options import Options
 from fxprune.outputs import Finished
 from fxprune.passes.coupling import CouplingGraph
@@ -39,12 +37,12 @@ from fxprune.recovery import Recovery, read_weights, write_weights
 from fxprune.repairs import Repairer
 from fxprune.results import Row
 from fxprune.runtimes import FORMATS, require
+from fxprune.scalars import Scalars, writer_class
 from fxprune.searching import Candidates, SearchResult, make_problem, mended, result_of
 from fxprune.sources import load_model
 from fxprune.training import Progress, TrainConfig, resolve_device, train
 
 FORMAT = "fxprune-session/1"
-LATENCY_BATCH, LATENCY_RUNS, LATENCY_TURNS = 32, 5, 7
 SMALL_STEP = 10**9  # multiply-accumulates of a training batch below which a second thread costs more than it brings
 
 
@@ -75,17 +73,10 @@ def begin(options: Options, command: str) -> Session:
     """Start a run: its folder, emptied of an earlier run's checkpoint, gets the whole configuration before any work."""
     for name in options.export:
         require(name)
-    folder = Path(options.out) / "checkpoint"
+    if options.tensorboard:
+        writer_class()
     described = {"format": FORMAT, "command": command, "options": options.state()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # The configuration goes first and comes back last: without it a folder is no run, rather than a mixture of two.
-        cut = [*folder.glob("*.safetensors"), *folder.glob("search/*"), *folder.glob(f"*/{TRAINING}*")]
-        for path in [folder / "session.json", folder / "result.json", *cut]:
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        raise SearchError(f"cannot write to --out {options.out}: {error.strerror}; choose a folder that can be written") from error
-    checkpoint.replace_text(folder / "session.json", json.dumps(described, indent=2) + "\n")
+    outputs.begin(Path(options.out), described)
     return Session(options, command)
 
 
@@ -130,7 +121,7 @@ class Session:
         for name in list(models)[1:]:
             self.distil(name, models[name], original, watcher)
         watcher.stage("measuring on the test part")
-        latencies = self.latencies(list(models.values()))
+        latencies = in_turns(list(models.values()), self.example)
         rows = [self.measured(name, model, latency) for (name, model), latency in zip(models.items(), latencies, strict=True)]
         exports = self.exported(found, watcher)
         return outputs.write(self.options, self.command, outcome, candidates, found, rows, unmet, self.data.num_classes, exports)
@@ -212,10 +203,20 @@ class Session:
             problem = Recovery(candidates, working, lambda slim: self.recover(original, slim, watcher)).attached(problem)
         folder = self.folder / "search"
         resumed = checkpoint.exists(folder)
+        scalars = Scalars(Path(self.options.out) / "tensorboard") if self.options.tensorboard else None
+
+        def told(progress: driver.Progress) -> None:
+            if scalars is not None:
+                scalars(progress)
+            watcher.searched(progress)
+
         try:
-            return driver.run(problem, config, checkpoint_dir=folder, on_event=watcher.searched, resume=resumed), candidates, ""
+            return driver.run(problem, config, checkpoint_dir=folder, on_event=told, resume=resumed), candidates, ""
         except TargetError as error:
             return error.nearest, candidates, str(error)
+        finally:
+            if scalars is not None:
+                scalars.close()
 
     def reference(self, original: nn.Module, graph: CouplingGraph) -> CouplingGraph | None:
         """The original, analysed, where training between prune steps changes the weights that ``graph`` slices."""
@@ -275,13 +276,6 @@ class Session:
             resume=True,
         )
         distill(student, teacher, self.training, config=config)
-
-    def latencies(self, models: Sequence[nn.Module]) -> list[float]:
-        """Median seconds for a batch, on one thread; the networks take turns, so that what else the machine does falls on all."""
-        profiles = [profile(model, torch.cat([self.example] * LATENCY_BATCH)) for model in models]
-        with one_thread():
-            turns = [[one.latency(LATENCY_RUNS) for one in profiles] for _ in range(LATENCY_TURNS)]
-        return [statistics.median(times) for times in zip(*turns, strict=True)]
 
     def measured(self, name: str, model: nn.Module, latency: float) -> Row:
         """A network's figures; the only place where the test part is used."""

@@ -25,7 +25,7 @@ LAYERS = (
         *("searching", "recovery", "shrinking", "explaining"),
     ),
     ("results", "colours", "members", "lanes", "lane_svg", "figures", "lane_figure", "webpage", "search_page", "report"),
-    ("display", "options", "arguments", "outputs", "session", "cli", "__main__"),
+    ("display", "options", "scalars", "measuring", "arguments", "outputs", "session", "cli", "__main__"),
 )
 # Beside the layers: what each of these may import, apart from itself.
 ASIDE = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,6 +104,31 @@ def test_a_score_is_the_same_after_a_pickle(model: nn.Module) -> None:
     score = Score(candidates, weight_left, Repairer(graph, [INPUTS], "lstsq"))
     removed = np.array([4] * len(candidates.names))
     assert pickle.loads(pickle.dumps(score))(removed) == score(removed)
+
+
+def test_what_is_wrong_with_evaluate_is_said_in_a_line(model: nn.Module) -> None:
+    def raising(module: nn.Module) -> float:
+        return 1 / 0
+
+    def interrupted(module: nn.Module) -> float:
+        raise KeyboardInterrupt
+
+    def wrong_shape(module: nn.Module) -> float:
+        return float(module(INPUTS[:, :2]).sum())
+
+    cases: list[tuple[Any, str]] = [
+        (raising, r"evaluate raised ZeroDivisionError: division by zero \(test_searching.py:\d+\) on the network without 0 of its units"),
+        (wrong_shape, "evaluate raised RuntimeError: .*channels"),
+        (lambda module: float("nan"), "'accuracy' of a network without 0 of its units is nan"),
+        (lambda module: {"iou": "high"}, "no number"),
+        (lambda module: None, "returned a NoneType"),
+    ]
+    for evaluate, message in cases:
+        with pytest.raises(EvaluationError, match=message) as caught:
+            fxprune.search(model, INPUTS, evaluate, config=config())
+        assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(KeyboardInterrupt):
+        fxprune.search(model, INPUTS, interrupted, config=config())
 
 
 def test_what_evaluate_returns_becomes_metrics() -> None:

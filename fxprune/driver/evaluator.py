@@ -11,7 +11,7 @@ from fxprune.driver.executors import Executor
 from fxprune.driver.problem import IntArray, Metrics, Problem
 from fxprune.driver.qvalue import Memo
 from fxprune.driver.strategies.base import Outcome
-from fxprune.errors import EvaluationError, SearchError
+from fxprune.errors import FAULTS, EvaluationError, SearchError, in_a_line
 
 
 class Evaluator:
@@ -62,6 +62,8 @@ class Evaluator:
             value = self.reward(metrics)
         except KeyError as error:
             raise SearchError(f"the reward function asks for a metric that there is not: {error.args[0]}") from error
+        except FAULTS as error:
+            raise EvaluationError(f"the reward function raised {in_a_line(error)}") from error
         if not math.isfinite(value):
             raise EvaluationError(f"the reward of removing {int(vector.sum())} units came out as {value}; check the reward function")
         return Outcome(vector, float(value), metrics.found)

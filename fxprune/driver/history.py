@@ -58,6 +58,11 @@ class History:
         """Enter the time of the recovery after the last step."""
         self.records[-1]["recover_seconds"] = round(seconds, 3)
 
+    @property
+    def total(self) -> int:
+        """Rounds entered so far."""
+        return sum(len(record["rounds"]) for record in self.records) + len(self.rounds)
+
     def state(self) -> dict[str, Any]:
         """The history as JSON."""
         return {"records": self.records, "rounds": self.rounds, "candidates": self.candidates, "best": self.best}

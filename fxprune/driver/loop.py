@@ -203,6 +203,8 @@ class _Search:
                 done=done,
                 seconds=self.seconds,
                 left=self.seconds * (1 - done) / done if done > 0 else None,
+                rounds=sum(len(record["rounds"]) for point in self.points for record in point.history) + self.history.total,
+                figures={**outcome.metrics, **strategy.figures()},
             )
         )
 

@@ -85,6 +85,8 @@ class Progress:
     ``done``: how much of the search's work is done, 0 to 1.
     ``best``: the best reward on target so far, or None.
     ``left``: seconds to the end, estimated from the rounds so far; None before the first.
+    ``rounds``: rounds so far, of all points and across resumptions.
+    ``figures``: metrics and remaining shares of the candidate at hand, the best of a round, and what the strategy says of itself.
     """
 
     kind: str
@@ -100,3 +102,5 @@ class Progress:
     done: float
     seconds: float
     left: float | None
+    rounds: int
+    figures: Mapping[str, float]

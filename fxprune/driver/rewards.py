@@ -79,6 +79,10 @@ def _as_reward(function: Any) -> Reward:
         raise SearchError(f"reward {function!r} is no function; give a function of a metrics mapping that returns a number")
 
     def reward(metrics: Mapping[str, float]) -> float:
-        return float(function(metrics))
+        found = function(metrics)
+        try:
+            return float(found)
+        except (TypeError, ValueError) as error:
+            raise SearchError(f"the reward function returned a {type(found).__name__}; it must return a number") from error
 
     return reward

@@ -71,6 +71,17 @@ def test_own_reward_function_may_ask_for_any_cost() -> None:
         run(Chain().problem(), SearchConfig(reward=lambda metrics: metrics["joules"]))
 
 
+def test_what_is_wrong_with_a_reward_function_is_said_in_a_line() -> None:
+    wrong: list[tuple[Any, str]] = [
+        (lambda metrics: metrics["accuracy"] / 0, r"raised ZeroDivisionError: .* \(test_loop.py:\d+\)"),
+        (lambda metrics: None, "returned a NoneType; it must return a number"),
+        (lambda metrics: float("nan"), "came out as nan; check the reward function"),
+    ]
+    for reward, message in wrong:
+        with pytest.raises((EvaluationError, SearchError), match=message):
+            run(Chain().problem(), SearchConfig(reward=reward, **SMALL))
+
+
 def test_evaluations_are_bounded() -> None:
     for limit in (5, 23, 60):
         chain = Chain()

@@ -82,6 +82,10 @@ class Strategy(ABC):
         """What the history's record of a step should say of the strategy; JSON."""
         return {}
 
+    def figures(self) -> dict[str, float]:
+        """Numbers that tell how the strategy is doing, for those who watch it round by round."""
+        return {}
+
     def memory(self) -> dict[str, Any]:
         """What the strategy remembers between rounds, as JSON."""
         return {}

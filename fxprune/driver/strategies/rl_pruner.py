@@ -113,6 +113,9 @@ class RLPruner(Strategy):
     def notes(self) -> dict[str, Any]:
         return {"policy": [round(float(p), 6) for p in self.policy], "epsilon": self._epsilon(), "redone": self.before_reset is not None}
 
+    def figures(self) -> dict[str, float]:
+        return {"epsilon": self._epsilon(), "policy_entropy": -float((self.policy * np.log(self.policy)).sum())}
+
     def memory(self) -> dict[str, Any]:
         return {
             "at": self.at.tolist(),
