@@ -43,7 +43,8 @@ class Chain:
     def rounded(self, removed: IntArray, grain: int) -> IntArray:
         """Kept units are rounded up to a multiple of ``grain``, never above the original."""
         kept = self.units - removed
-        return self.units - np.minimum(self.units, -(-kept // grain) * grain)
+        rounded: IntArray = self.units - np.minimum(self.units, -(-kept // grain) * grain)
+        return rounded
 
     def coarse(self, grain: int) -> Problem:
         """The problem where channels are kept in multiples of ``grain``."""
