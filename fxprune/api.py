@@ -198,7 +198,7 @@ def made_record(graph: CouplingGraph, slimmer: Slimmer, keep: Any, policy: Polic
     kept: dict[str, dict[int, torch.Tensor]] = {}
     for name in skeleton.names:
         dims = slimmer.kept_dims(name)
-        if dims and skeleton.tensor(name).is_floating_point():
+        if dims:
             for alias in skeleton.aliases[name]:
                 kept[alias] = dims
     removed = {}

@@ -35,7 +35,7 @@ def rebuilt(model: nn.Module, record: PruningRecord) -> nn.Module:
     for name in names.values():
         made, wanted = slimmer.kept_dims(name), record.kept.get(name, {})
         differing = [dim for dim in {*made, *wanted} if dim not in made or dim not in wanted or made[dim].tolist() != wanted[dim].tolist()]
-        if differing and graph.walk.traced.skeleton.tensor(name).is_floating_point():
+        if differing:
             raise FileError(f"it does not fit this model: dimension {min(differing)} of {name!r} is coupled to other channels here")
     slim: nn.Module = kept_class(slimmer) if record.keep_class else slimmer.run()
     return FoldBatchNorm().run(slim) if record.folded and isinstance(slim, fx.GraphModule) else slim

@@ -9,14 +9,16 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from fxprune.passes.aliases import is_rewritten, written
+
 _MADE = frozenset({"arange", "zeros", "ones", "full", "eye", "linspace", "tensor", "as_tensor", "tril_indices", "triu_indices"})
 
 
 def evaluate(node: fx.Node, named: Callable[[str], torch.Tensor | None], memo: dict[fx.Node, torch.Tensor | None]) -> torch.Tensor | None:
-    """The tensor ``node`` stands for, or None where it depends on the inputs. ``named`` gives the tensor of a ``get_attr``."""
+    """The tensor ``node`` stands for, or None where it depends on the inputs or is written into. ``named`` finds that of a ``get_attr``."""
     if node not in memo:
-        memo[node] = None  # a cycle cannot be; this marks what is being looked at
-        memo[node] = _evaluate(node, named, memo)
+        changes = written(node) is not None or is_rewritten(node)
+        memo[node] = None if changes else _evaluate(node, named, memo)
     return memo[node]
 
 

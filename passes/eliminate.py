@@ -8,33 +8,16 @@ from typing import Any
 import torch
 from torch import fx
 
-INPLACE = {
-    operator.iadd,
-    operator.isub,
-    operator.imul,
-    operator.itruediv,
-    operator.ifloordiv,
-    operator.imod,
-    operator.ipow,
-    operator.iand,
-    operator.ior,
-}
+from fxprune.passes.aliases import AUGMENTED, written
 
 
 def impure(node: fx.Node) -> bool:
     """Whether a node must stay though nothing uses its result: it writes into a tensor, checks something, or is an edge."""
     if node.op in ("placeholder", "output"):
         return True
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.op == "call_module":
+    if node.op == "call_module" or getattr(node.target, "__name__", "") in ("_assert", "_assert_async"):
         return True
-    name = getattr(node.target, "__name__", "")
-    if node.target is operator.setitem or name in ("_assert", "_assert_async") or node.kwargs.get("out") is not None:
-        return True
-    if name.endswith("_") and not name.endswith("__"):
-        return True
-    return node.kwargs.get("inplace") is True or (node.target in INPLACE and bool(node.args) and isinstance(node.args[0], fx.Node))
+    return written(node) is not None
 
 
 def eliminate(graph: fx.Graph) -> bool:
@@ -43,7 +26,7 @@ def eliminate(graph: fx.Graph) -> bool:
     for node in reversed(list(graph.nodes)):
         if node.users:
             continue
-        if impure(node) and not (node.target in INPLACE and not isinstance(node.args[0].meta.get("val"), torch.Tensor)):
+        if impure(node) and not (node.target in AUGMENTED and not isinstance(node.args[0].meta.get("val"), torch.Tensor)):
             continue
         graph.erase_node(node)
         changed = True

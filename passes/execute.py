@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
 from fxprune.passes import shapes
 from fxprune.passes.patching import FACTORIES, RANDOM_FACTORIES
+from fxprune.passes.rules.values import packed
 from fxprune.passes.skeleton import Skeleton
 
 _isinstance = builtins.isinstance  # the real one: it is patched while tracing
@@ -23,6 +25,8 @@ def execute(node: fx.Node, args: Any, kwargs: Any, skeleton: Skeleton) -> Any:
         module = skeleton.module(target)
         found: Any = None if kwargs else _quickly(module, args)
         return module.forward(*args, **kwargs) if found is None else found
+    if target is PackedSequence:
+        return packed(*args)
     quick = shapes.quick_function(target, args, kwargs)
     if quick is not None:
         return quick

@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from torch import fx
 from torch.fx.node import map_arg
+from torch.nn.utils.rnn import PackedSequence
 
+from fxprune.passes.aliases import memory, written
 from fxprune.passes.constants import evaluate
 from fxprune.passes.parameters import ParameterLabels, op_name
 from fxprune.passes.rectangles import rectangle
 from fxprune.passes.rules import registry
-from fxprune.passes.rules.values import Value, Vector, has_tensor, lift, tensors, values
+from fxprune.passes.rules.values import Value, Vector, has_tensor, lift, packed, tensors, values
 from fxprune.passes.trace import TracedModel
 
 
@@ -77,7 +79,10 @@ class Walk(ParameterLabels):
             self.costs[mode] = []
             for node in graph.nodes:
                 self.node = node
-                env[node] = self._step(node, env)
+                env[node] = result = self._step(node, env)
+                target = written(node, self.traced.skeleton.module)
+                if target is not None and isinstance(result, Value):
+                    self.overwritten(target, result.zero)
         self.node = None
         self._real.clear()  # masks and tables; the few that a rewrite asks for are made again
         return self
@@ -100,7 +105,7 @@ class Walk(ParameterLabels):
         if not inputs and not has_tensor(value):
             return value
         if isinstance(node.target, type):  # a named tuple or a dataclass is built
-            return node.target(*args, **kwargs)
+            return packed(*args) if node.target is PackedSequence else node.target(*args, **kwargs)
         if node.op == "call_module":
             module = self.traced.skeleton.module(str(node.target))
             rule = registry.module_rule(module) if str(node.target) not in self.traced.opaque else None
@@ -297,6 +302,31 @@ class Walk(ParameterLabels):
                     zeros[i].add(where)
         made = [self.make(node, axes[i], zeros[i], x.why, None if single else i) for i in range(len(outs))]
         return made[0] if single else tuple(made)
+
+    def region(self, node: fx.Node, x: Value, run: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Value, dict[int, int]]:
+        """The part of ``x`` that ``run`` picks, and for each of its labelled axes that of ``x``; one channel alone is pinned."""
+        axes, back = {}, {}
+        shape = tuple(run(torch.zeros(()).expand(x.shape)).shape)
+        for axis, vector in x.axes.items():
+            along = [1] * x.ndim
+            along[axis] = len(vector)
+            placed = rectangle(self, node, run(torch.from_numpy(self.labels.find(vector)).view(along).expand(x.shape)))
+            if placed is not None:
+                axes[placed[0]], back[placed[0]] = placed[1], axis
+        return Value(shape, axes, frozenset(), x.why), back
+
+    def overwritten(self, target: Any, zero: Iterable[int]) -> None:
+        """Something is written into the tensor of node ``target``: of its removed slices those along ``zero`` alone still hold zeros,
+        and so for every other node that holds the same memory."""
+        env, left = self.env[self.mode], frozenset(zero)
+        before = env.get(target)
+        if not isinstance(before, Value) or before.zero <= left:
+            return
+        meta = target.meta["val"]
+        for node, value in env.items():
+            if isinstance(value, Value) and value.zero and memory(node) == memory(target):
+                same = node.meta["val"].shape == meta.shape and node.meta["val"].stride() == meta.stride()
+                env[node] = Value(value.shape, value.axes, value.zero & left if same else frozenset(), value.why)
 
     def _same_axis(self, a: Vector, b: Vector) -> Vector:
         """Two sets of labels came to lie on one axis. An index goes if either of its labels does, which two sparsities cannot both

@@ -46,8 +46,8 @@ class ParameterLabels:
             tensor = self.traced.skeleton.tensor(name)
         shape = tuple(tensor.shape)
         floating = tensor.is_floating_point()
-        axes = {d: self.parameter(name, d, n) for d, n in enumerate(shape) if n > 1} if floating else {}
-        return Value(shape, axes, frozenset(axes), f"it comes from {name!r}")
+        axes = {d: self.parameter(name, d, n) for d, n in enumerate(shape) if n > 1} if floating or tensor.is_complex() else {}
+        return Value(shape, axes, frozenset(axes) if floating else frozenset(), f"it comes from {name!r}")
 
     def parameter(self, name: str, dim: int, size: int) -> Vector:
         """The labels of dimension ``dim`` of a parameter; made the first time it is asked for."""

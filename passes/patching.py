@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._functorch import apis
 from torch.fx import _symbolic_trace as symbolic
 from torch.fx._symbolic_trace import _find_proxy
 
+from fxprune.passes import openers
 from fxprune.passes.autograd import traced_call
 from fxprune.passes.proxies import ShapeAttribute, ShapeProxy
 
@@ -54,6 +56,24 @@ def patched(tracer: ShapeTracer) -> Iterator[None]:
 
         return call
 
+    def limits(original: Any) -> Any:
+        def of(*args: Any) -> Any:
+            return tracer.create_proxy("call_function", original, args, {}) if _find_proxy(args, {}) is not None else original(*args)
+
+        return of
+
+    def scripted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """TorchScript takes tensors alone; the Python function that was scripted or traced takes proxies as well."""
+        body = getattr(self, "_torchdynamo_inline", None)
+        if body is None or tracer.busy or _find_proxy(args, kwargs) is None:
+            return run_script(self, *args, **kwargs)
+        return body(*args, **kwargs)
+
+    def mapped(func: Any, in_dims: Any, out_dims: Any, randomness: str, chunk_size: Any, *args: Any, **kwargs: Any) -> Any:
+        if tracer.busy or _find_proxy(args, {}) is None:
+            return map_(func, in_dims, out_dims, randomness, chunk_size, *args, **kwargs)
+        return openers.unrolled_vmap(func, in_dims, out_dims, *args, **kwargs)
+
     def noted(original: Any, what: str) -> Any:
         def enter(context: Any) -> Any:
             if not tracer.busy:
@@ -78,6 +98,13 @@ def patched(tracer: ShapeTracer) -> Iterator[None]:
     # fx's own wrapper expects one proxy back; a function that is traced into may return anything.
     fx_tracing: Any = symbolic
     wrapper, fx_tracing._create_wrapped_func = fx_tracing._create_wrapped_func, wrapped
+    mapping: Any = apis
+    map_, mapping.vmap_impl = mapping.vmap_impl, mapped
+    script: Any = torch._C.ScriptFunction
+    run_script, script.__call__ = script.__call__, scripted
+    ranges = {name: getattr(torch, name) for name in ("finfo", "iinfo")}
+    for name, original in ranges.items():
+        setattr(torch, name, limits(original))
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     for name, original in saved.items():
@@ -91,6 +118,7 @@ def patched(tracer: ShapeTracer) -> Iterator[None]:
         for cls, enter in entered:
             cls.__enter__ = enter
         fx_tracing._create_wrapped_func = wrapper
-        for name, original in saved.items():
+        mapping.vmap_impl, script.__call__ = map_, run_script
+        for name, original in (*saved.items(), *ranges.items()):
             setattr(torch, name, original)
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -76,6 +76,8 @@ class ShapeProxy(fx.Proxy):
         elif _isinstance(value, dict) and name in ("keys", "items", "values", "get"):
             known = {k: self[k] for k in value}
             return getattr(known, name)
+        elif _isinstance(value, tuple) and name in getattr(value, "_fields", ()) and getattr(value, name) is None:
+            return None
         elif _isinstance(value, (torch.device, torch.dtype)):
             return getattr(value, name)
         elif not hasattr(value, name):
@@ -87,18 +89,19 @@ class ShapeProxy(fx.Proxy):
         if _isinstance(value, torch.Tensor):
             if value.ndim == 0:
                 raise TypeError("iteration over a 0-d tensor")
-            self.tracer.specialised(self, f"loop over a dimension of {value.shape[0]}")
+            self.tracer.unrolled(self)
             return iter([self[i] for i in range(value.shape[0])])
         if _isinstance(value, dict):
             return iter(list(value))
         if not _isinstance(value, (tuple, list)):
             raise TypeError(f"{type(value).__name__!r} object is not iterable")
+        self.tracer.unrolled(self)
         return iter([self[i] for i in range(len(value))])
 
     def __len__(self) -> int:
         value = self.value
         if _isinstance(value, torch.Tensor):
-            self.tracer.specialised(self, f"len() is {value.shape[0]}")
+            self.tracer.unrolled(self)
             return int(value.shape[0])
         return len(value)
 

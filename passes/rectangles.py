@@ -43,6 +43,8 @@ def rectangle(walk: Walk, node: fx.Node, labels: torch.Tensor) -> tuple[int, Vec
 
 def _choose(walk: Walk, node: fx.Node, labels: torch.Tensor, varying: list[int]) -> int:
     """The axis with the most units; for attention the axis the policy names (Wang 2024 prunes neither: the axis is ours)."""
+    if any(_name(user) == "view_as_complex" for user in node.users):  # the last axis is a real and an imaginary part
+        varying = [a for a in varying if a != labels.ndim - 1] or varying
     counts = {axis: _units_along(labels, axis) for axis in varying}
     best = max(varying, key=lambda a: (counts[a], a))
     distinct = [a for a in varying if counts[a] > 1]
@@ -80,9 +82,13 @@ def feeds_attention(node: fx.Node) -> bool:
         if user in seen:
             continue
         seen.add(user)
-        name = str(user.target) if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+        name = _name(user)
         if name in ("matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention", "__matmul__"):
             return True
         if user.op in ("call_function", "call_method") and name not in ("linear", "conv1d", "conv2d", "conv3d", "size"):
             todo.extend(user.users)
     return False
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fxprune.passes.rules import pointwise
+from fxprune.passes.rules.values import packed
 
 _SAME = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []))
 _SAME_EXACT = frozenset(pointwise.KEEP_ZERO_MODULES) | frozenset(pointwise.MOVE_ZERO_MODULES)
@@ -41,9 +43,15 @@ def quick(module: Any, args: tuple[Any, ...]) -> torch.Tensor | None:
     return None
 
 
-def recurrent(module: Any, args: tuple[Any, ...]) -> tuple[torch.Tensor, Any] | None:
-    """What a recurrent layer gives on a plain tensor, from one step: on meta torch unrolls every step in Python. None for other calls."""
+def recurrent(module: Any, args: tuple[Any, ...]) -> tuple[Any, Any] | None:
+    """What a recurrent layer gives, from one step: on meta torch unrolls every step in Python. None for other calls."""
     x = args[0] if args else None
+    if isinstance(module, nn.RNNBase) and isinstance(x, PackedSequence):
+        out, state = module.forward(x.data.unsqueeze(0 if module.batch_first else 1)[:1, :1])
+        sequences = x.data.shape[0] // x.batch_sizes.shape[0]
+        states = [s.new_empty(s.shape[0], sequences, s.shape[2]) for s in (state if isinstance(state, tuple) else (state,))]
+        made = packed(x.data.new_empty(x.data.shape[0], out.shape[-1]), *x[1:])
+        return made, tuple(states) if isinstance(state, tuple) else states[0]
     if not isinstance(module, nn.RNNBase) or not isinstance(x, torch.Tensor) or x.ndim not in (2, 3):
         return None
     time = 1 if module.batch_first and x.ndim == 3 else 0
@@ -66,10 +74,29 @@ def _convolved(module: Any, x: torch.Tensor) -> torch.Tensor | None:
     return torch.empty((x.shape[0], module.out_channels, *space), dtype=module.weight.dtype, device="meta")
 
 
-def quick_function(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+def _pack(x: torch.Tensor, lengths: Any, batch_first: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """As long as it can be: the lengths are values, and those of the example say nothing about the next."""
+    steps = x.shape[1 if batch_first else 0]
+    return x.new_empty(x.shape[0] * x.shape[1], *x.shape[2:]), x.new_empty(steps, dtype=torch.int64)
+
+
+def _unpack(
+    data: torch.Tensor, batch_sizes: torch.Tensor, batch_first: bool, padding: float, steps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    sequences = data.shape[0] // batch_sizes.shape[0]
+    shape = (sequences, steps) if batch_first else (steps, sequences)
+    return data.new_empty(*shape, *data.shape[1:]), data.new_empty(sequences, dtype=torch.int64)
+
+
+_PACKING: dict[Any, Any] = {torch._VF._pack_padded_sequence: _pack, torch._VF._pad_packed_sequence: _unpack}
+
+
+def quick_function(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a function or a method (by name) would give, as a meta tensor; None where it has to be run to be known."""
     if target is torch.cat:
         return _joined(args, kwargs)
+    if target in _PACKING:
+        return _PACKING[target](*args)
     if not args or not isinstance(args[0], torch.Tensor) or args[0].dtype not in _FLOATS:
         return None
     x = args[0]

@@ -7,7 +7,7 @@ that ``C ** -0.5`` stays what it was), and where a number becomes a shape it is 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -216,8 +216,9 @@ class Slimmer:
         if self._asserts_channels(old, found):
             return True
         reads = old.op == "call_method" and old.target == "size"
-        if not reads and self._rewrite_of(old) is None:
-            return False
+        rule = self._rule_of(old)
+        if not reads and (rule is None or rule.rewrite is None or rule.always):
+            return rule is not None and rule.always
         met = values((found.get(old), map_arg((old.args, old.kwargs), found.get)))
         return any(self.graph.may_lose(v) for value in met for v in value.axes.values())
 
@@ -241,24 +242,24 @@ class Slimmer:
             if self._asserts_channels(old, values):
                 self.new.erase_node(node)
                 continue
-            rewrite = self._rewrite_of(old)
-            if rewrite is not None and (self.touched(value) or self.touched(map_arg((old.args, old.kwargs), values.get))):
+            rule = self._rule_of(old)
+            if rule is not None and rule.rewrite is not None and self._needs_rewrite(rule, old, values):
                 with self.new.inserting_before(node):
-                    rewrite(self, node)
+                    rule.rewrite(self, node)
         self._sweep()
         for node in self.new.nodes:
             node.meta = {key: node.meta[key] for key in ("where", "owner") if node.meta.get(key)}
         return self.new
 
-    def _rewrite_of(self, old: fx.Node) -> Callable[..., None] | None:
-        rule = (
-            registry.METHODS.get(str(old.target))
-            if old.op == "call_method"
-            else registry.function_rule(old.target)
-            if old.op == "call_function"
-            else None
-        )
-        return rule.rewrite if rule else None
+    def _needs_rewrite(self, rule: registry.Rule, old: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
+        if rule.always:
+            return not self._keep.all()
+        return self.touched(values.get(old)) or self.touched(map_arg((old.args, old.kwargs), values.get))
+
+    def _rule_of(self, old: fx.Node) -> registry.Rule | None:
+        if old.op == "call_method":
+            return registry.METHODS.get(str(old.target))
+        return registry.function_rule(old.target) if old.op == "call_function" else None
 
     def _size_read(self, old: fx.Node, values: Mapping[fx.Node, Any], made: dict[fx.Node, Any]) -> Any:
         """The original size in place of a read of a pruned one, and numbers computed from such sizes."""
@@ -285,11 +286,8 @@ class Slimmer:
 
     def _sweep(self) -> None:
         for node in reversed(list(self.new.nodes)):
-            if not node.users and (
-                node.op == "get_attr"
-                or (node.target in _ARITHMETIC and "number" in node.meta)
-                or (node.op == "call_method" and node.target == "size")
-            ):
+            counts = (node.target in _ARITHMETIC and "number" in node.meta) or (node.op == "call_method" and node.target == "size")
+            if not node.users and (node.op == "get_attr" or counts):
                 self.new.erase_node(node)
         for node in reversed(list(self.new.nodes)):
             old = node.meta.get("old")

@@ -71,7 +71,7 @@ def add_traced(
     ``device``: where the inputs are, if the example only stands for them.
     """
     skeleton = traced.skeleton
-    device = device or next((t.device for t in _tensors(example)), torch.device("cpu"))
+    device = device or next((t.device for t in _tensors(example) if t.device.type != "meta"), torch.device("cpu"))
     blocked: dict[str, str] = {}
     prefix = f"{path}:" if path else ""
 

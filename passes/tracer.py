@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate, map_arg
+from torch.nn.utils.rnn import PackedSequence
 
 from fxprune import errors
 from fxprune.errors import InputError, TraceError
-from fxprune.passes import aten, openers
+from fxprune.passes import aten, extents, openers
 from fxprune.passes.constants import evaluate
 from fxprune.passes.execute import execute, run_for_real, to_meta
 from fxprune.passes.interpret import graph_of, interpret, origin
@@ -90,7 +91,7 @@ class ShapeTracer(fx.Tracer):
         if self.busy:
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
-        if self.is_leaf_module(m, name):
+        if self.is_leaf_module(m, name) and not any(_isinstance(t, fx.Proxy) for t in (*m._parameters.values(), *m._buffers.values())):
             return self.create_proxy("call_module", name, args, kwargs)
         self.stack.append(name)
         graph = graph_of(m)
@@ -153,6 +154,8 @@ class ShapeTracer(fx.Tracer):
         if _isinstance(a, torch.Tensor):
             name = self.skeleton.tensor_names.get(id(a)) or self._constant(a)
             return self.create_node("get_attr", name, (), {})
+        if _isinstance(a, PackedSequence):  # its constructor looks at its parts, so no node may hold one in its arguments
+            return self.create_node("call_function", PackedSequence, tuple(self.create_arg(part) for part in a), {})
         if type(a) is OrderedDict:
             return self.create_node("call_function", OrderedDict, ([(k, self.create_arg(v)) for k, v in a.items()],), {})
         if _isinstance(a, dict) and type(a) not in (dict, fx.immutable_collections.immutable_dict):
@@ -172,9 +175,7 @@ class ShapeTracer(fx.Tracer):
         return next((n for n in (own, *reversed(self.stack)) if self.skeleton.module_or_none(n) is not None), "")
 
     def _absent(self, name: str, last: bool) -> Any:
-        """None, for an input that is. Code around a part of the model goes on passing it, so the part takes it, and no other value."""
-        if not self.path:
-            return None
+        """None, for an input that is. Callers go on passing it, so the graph takes it, and no other value."""
         given = self.graph.create_node("placeholder", name, (None,) if last else (), {})
         none = self.graph.call_function(operator.is_, (given, None))
         check = self.graph.call_function(torch._assert, (none, f"{name} was None when the module was traced"))
@@ -220,8 +221,12 @@ class ShapeTracer(fx.Tracer):
         module = self.module
         graph = graph_of(module)
 
+        around = bool(module._forward_hooks or module._forward_pre_hooks) or type(module).__call__ is not nn.Module.__call__
+
         def call(*_: Any) -> Any:
-            return module.forward(*pos, **named) if graph is None else interpret(self, module, graph, tuple(pos), named)
+            if graph is not None:
+                return interpret(self, module, graph, tuple(pos), named)
+            return module(*pos, **named) if around else module.forward(*pos, **named)
 
         return call, flat
 
@@ -309,18 +314,15 @@ class ShapeTracer(fx.Tracer):
         return name
 
     def specialised(self, proxy: ShapeProxy, what: str) -> None:
-        node = proxy.node
-        seen: set[fx.Node] = set()
-        todo = [node]
-        while todo:  # a fact about channels or literals alone is no loss: only a size of an input's own dimension is
-            n = todo.pop()
-            if n in seen:
-                continue
-            seen.add(n)
-            if n.op == "call_method" and n.target == "size":
-                self.notes[f"{self.here()}: {what} was specialised to the example inputs"] = None
-                return
-            todo.extend(n.all_input_nodes)
+        """Code asked for a number: it is reported if a size of an input's own dimension is in it; channels and literals are no loss."""
+        if extents.depends(proxy.node, self.skeleton.module) is not None:
+            self.notes[f"{self.here()}: {what} was specialised to the example inputs"] = None
+
+    def unrolled(self, proxy: ShapeProxy) -> None:
+        """Code loops over a tensor, or over the parts of one."""
+        count = extents.loop(proxy.node, self.skeleton.module)
+        if count is not None:
+            self.notes[f"{self.here()}: loop over a dimension of {count} was specialised to the example inputs"] = None
 
     def here(self) -> str:
         known = origin(self.source, is_skipped)[0] if self.source is not None else ""

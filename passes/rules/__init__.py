@@ -6,6 +6,7 @@ import importlib
 import sys
 
 from fxprune.passes.rules import (
+    assign,
     contract,
     conv,
     factory,
@@ -24,6 +25,7 @@ from fxprune.passes.rules import (
 from fxprune.passes.rules.registry import is_known, register_op
 
 __all__ = [
+    "assign",
     "contract",
     "complete",
     "conv",

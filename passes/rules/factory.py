@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import operator
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx
@@ -37,18 +38,39 @@ for _name in ("new_zeros", "new_ones", "new_empty", "new_full"):
     named(_name, rewrite=_factory_sizes, inplace=False)(lambda walk, node, *args, **kwargs: factory(walk, node))
 
 
-@functions(
-    torch.arange,
-    torch.scalar_tensor,
-    torch.linspace,
-    torch.eye,
-    torch.randint,
-    torch.randperm,
-    torch.tensor,
-    torch.tril_indices,
-    torch.triu_indices,
-    torch.normal,
-)
+def _picked(slim: Any, node: fx.Node) -> None:
+    """The values stand where the original has them; those of removed channels are left out."""
+    value = slim.value(node)
+    for axis in sorted(value.axes):
+        kept = slim.kept(value, axis)
+        if kept is not None:
+            made = slim.new.create_node(node.op, node.target, node.args, node.kwargs)
+            node.target, node.args, node.kwargs = operator.getitem, (made, (*[slice(None)] * axis, kept.tolist())), {}
+
+
+@functions(torch.arange, torch.linspace, torch.logspace, torch.eye, torch.tensor, torch.as_tensor, rewrite=_picked)
+def counted(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
+    """Numbers made of literals and channel counts alone, one for each channel maybe (the frequencies of a positional encoding)."""
+    static = all(_is_static(walk, source) for source in node.all_input_nodes)
+    axes = {a: walk.fresh("factory", n, soft=True) for a, n in enumerate(node.meta["val"].shape) if n > 1 and static}
+    made: Value = walk.make(node, axes, (), f"it is made by {walk.op_name()}")
+    return made
+
+
+def _is_static(walk: Walk, node: fx.Node) -> bool:
+    """Whether a number is the same for every input: channel counts, and what is computed of them."""
+    if node.op == "call_method" and node.target == "size":
+        source, axis = cast(tuple[fx.Node, int], node.args)
+        value = walk.env[walk.mode][source]
+        return isinstance(value, Value) and axis % value.ndim in value.axes
+    if node.op == "placeholder" or isinstance(node.meta.get("val"), torch.Tensor):
+        return False
+    if node.target is getattr and node.args[1] in ("device", "dtype"):
+        return True
+    return all(_is_static(walk, source) for source in node.all_input_nodes)
+
+
+@functions(torch.scalar_tensor, torch.randint, torch.randperm, torch.tril_indices, torch.triu_indices, torch.normal)
 def positions(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
     """Their values depend on where they stand, so their sizes stay."""
     return walk.make(node, {}, (), f"it is made by {walk.op_name()}")

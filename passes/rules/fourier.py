@@ -41,7 +41,12 @@ def many(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> 
     return _along(walk, node, input, range(input.ndim) if dim is None else dim if isinstance(dim, (tuple, list)) else (dim,))
 
 
-@named("view_as_complex", inplace=False)
+def _whole(slim: Any, node: fx.Node) -> None:
+    """Pairs have to lie together at an even offset; a part of a tensor that lost an odd number of channels may not."""
+    node.args = (slim.new.call_method("clone", (node.args[0],), {"memory_format": torch.contiguous_format}),)
+
+
+@named("view_as_complex", rewrite=_whole, inplace=False, always=True)
 def view_as_complex(walk: Walk, node: fx.Node, input: Value) -> Any:
     """The last axis (real, imaginary) goes; others stay."""
     last = input.ndim - 1

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fxprune.passes.labels import Walk
 
 
-def _entries(index: Any, ndim: int) -> list[Any]:
+def entries_of(index: Any, ndim: int) -> list[Any]:
     """The index as a list with the ellipsis written out: one entry per axis of the tensor, and a None per new axis."""
     parts = list(index) if isinstance(index, tuple) else [index]
     used = sum(1 for p in parts if p is not None and p is not Ellipsis)
@@ -33,7 +33,7 @@ def getitem(walk: Walk, node: fx.Node, input: Any, index: Any) -> Any:
     if not isinstance(input, Value):
         return input[index]
     raw = list(node.args[1]) if isinstance(node.args[1], (tuple, list)) and isinstance(index, (tuple, list)) else [node.args[1]]
-    indexed = _resolved(walk, node, input, index, raw)
+    indexed = resolved(walk, node, input, index, raw)
     if indexed is None:
         return walk.opaque(node, [input, *values(index)], "it is indexed by values the graph computes")
     return walk.move(node, input, lambda labels: _picked(labels, indexed))
@@ -51,7 +51,7 @@ def _picked(labels: torch.Tensor, index: Any) -> torch.Tensor:
     return thin.reshape(*index.shape, *shape).expand(*index.shape, *labels.shape[1:])
 
 
-def _resolved(walk: Walk, node: fx.Node, x: Value, index: Any, raw: Sequence[Any]) -> Any:
+def resolved(walk: Walk, node: fx.Node, x: Value, index: Any, raw: Sequence[Any]) -> Any:
     """The index with every tensor in it replaced by its actual values, or by zeros where it picks along an axis without labels."""
     parts = (
         list(index)
@@ -79,7 +79,7 @@ def _resolved(walk: Walk, node: fx.Node, x: Value, index: Any, raw: Sequence[Any
         elif part is not None:
             axis += 1
         done.append(part)
-    return tuple(done) if isinstance(index, tuple) or len(done) > 1 else done[0]
+    return tuple(done)
 
 
 def rewrite_getitem(slim: Any, node: fx.Node) -> None:
@@ -88,7 +88,7 @@ def rewrite_getitem(slim: Any, node: fx.Node) -> None:
         return
     index = node.args[1]
     many = isinstance(index, tuple)
-    entries = _entries(index if many else (index,), x.ndim)
+    entries = entries_of(index if many else (index,), x.ndim)
     axis = -1
     for i, entry in enumerate(entries):
         if entry is None:
@@ -98,13 +98,21 @@ def rewrite_getitem(slim: Any, node: fx.Node) -> None:
         if kept is None or (isinstance(entry, slice) and entry == slice(None)):
             continue
         entries[i] = _kept_entry(slim, node, entry, kept, x.shape[axis])
+        if isinstance(entry, slice) and isinstance(entries[i], list) and any(_is_list(e) for e in entries if e is not entries[i]):
+            # Two lists would be taken together: this one picks before.
+            picked = slim.new.call_function(operator.getitem, (node.args[0], (*[slice(None)] * axis, entries[i])))
+            node.args, entries[i] = (picked, *node.args[1:]), slice(None)
     while entries and isinstance(entries[-1], slice) and entries[-1] == slice(None) and len(entries) > 1:
         entries.pop()
-    node.args = (node.args[0], tuple(entries))
+    node.args = (node.args[0], tuple(entries), *node.args[2:])
 
 
 named("__getitem__", rewrite=rewrite_getitem, inplace=False)(getitem)
 functions(operator.getitem, rewrite=rewrite_getitem)(getitem)
+
+
+def _is_list(entry: Any) -> bool:
+    return isinstance(entry, list) or (isinstance(entry, fx.Node) and "number" not in entry.meta)
 
 
 def _kept_entry(slim: Any, node: fx.Node, entry: Any, kept: Vector, size: int) -> Any:
@@ -117,8 +125,8 @@ def _kept_entry(slim: Any, node: fx.Node, entry: Any, kept: Vector, size: int) -
             return slice(low or None, None if stop >= size else int((kept < max(start, stop)).sum()))
         chosen = np.arange(size)[bounds]
         return np.searchsorted(kept, chosen[np.isin(chosen, kept)]).tolist()
-    if isinstance(entry, int):
-        return int((kept < entry % size).sum())
+    if isinstance(entry, int) or (isinstance(entry, fx.Node) and "number" in entry.meta):
+        return int((kept < slim.number(entry) % size).sum())
     if isinstance(entry, (list, tuple)):
         chosen = np.asarray(entry) % size
         return np.searchsorted(kept, chosen[np.isin(chosen, kept)]).tolist()
@@ -143,26 +151,3 @@ def index_select(walk: Walk, node: fx.Node, input: Value, dim: int, index: Value
     if actual is None:
         return walk.opaque(node, [input, index], "it is indexed by values the graph computes")
     return walk.move(node, input, lambda labels: labels.index_select(axis, actual.cpu()))
-
-
-@named("gather", "take_along_dim", inplace=False)
-def gather(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    return walk.opaque(node, [input, *values((args, kwargs))], "it is gathered by values the graph computes")
-
-
-@functions(operator.setitem)
-def setitem(walk: Walk, node: fx.Node, target: Value, index: Any, value: Any) -> Any:
-    """``target[index] = value``: sound where the index leaves every labelled axis whole; otherwise the channels stay."""
-    entries = _entries(index if isinstance(index, tuple) else (index,), target.ndim)
-    written = values((index, value))
-    plain = all(isinstance(e, (slice, int)) for e in entries)
-    touched = [e for a, e in enumerate(entries) if a in target.axes] if plain else []
-    if plain and all(isinstance(e, slice) and e == slice(None) for e in touched):
-        gone = [a for a, e in enumerate(entries) if isinstance(e, int)]
-        inner = {a - sum(g < a for g in gone): v for a, v in target.axes.items()}
-        shape = tuple(len(range(n)[e]) for n, e in zip(target.shape, entries, strict=True) if isinstance(e, slice))
-        walk.combine(shape, [Value(shape, inner, frozenset(), target.why), *(v for v in (value,) if isinstance(v, Value))])
-        return None
-    for found in (target, *written):
-        walk.pin_all(found, "a part of it is assigned to")
-    return None

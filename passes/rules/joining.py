@@ -48,7 +48,7 @@ def _joined(walk: Walk, node: fx.Node, parts: Sequence[Value], dim: int) -> Valu
                 walk.pin(piece, f"it is a part of fixed size ({part.why})")
             pieces.append(piece)
         axes[dim] = np.concatenate(pieces)
-        if all(dim in p.zero for p in parts):
+        if all(dim in p.zero or dim not in p.axes for p in parts):  # a part of fixed size loses nothing
             zero.add(dim)
     return walk.make(node, axes, zero, parts[0].why)
 

@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fxprune.passes.rules.registry import functions, modules
-from fxprune.passes.rules.values import Value, Vector
+from fxprune.passes.rules.values import Value, Vector, packed
 
 if TYPE_CHECKING:
     from fxprune.passes.labels import Walk
 
 
 @modules(nn.LSTM, nn.GRU, nn.RNN)
-def recurrent(walk: Walk, node: fx.Node, module: Any, input: Value, hx: Any = None) -> Any:
-    """``input`` (..., features); weight_ih (gates * hidden, in), weight_hh (gates * hidden, hidden or projection)."""
+def recurrent(walk: Walk, node: fx.Node, module: Any, input: Any, hx: Any = None) -> Any:
+    """``input`` (..., features), maybe packed; weight_ih (gates * hidden, in), weight_hh (gates * hidden, hidden or projection)."""
+    given, input = input, input.data if isinstance(input, PackedSequence) else input
     gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
     hidden, projection = module.hidden_size, module.proj_size
     directions = 2 if module.bidirectional else 1
@@ -49,11 +51,34 @@ def recurrent(walk: Walk, node: fx.Node, module: Any, input: Value, hx: Any = No
                 weight = walk.weight(node, name + suffix)
                 assert weight is not None
                 walk.cost(str(node.target), steps * weight.shape[0] * weight.shape[1], *weight.axes.values())
-    out = walk.make(node, {input.ndim - 1: np.tile(seen, directions)}, [input.ndim - 1] if hx is None else [], "", 0)
-    last = node.meta["val"][1]
+    last = input.ndim - 1
+    units = np.tile(seen, directions)
+    axes = {last: units} if len(units) > 1 else {}
+    out: Any = Value((*input.shape[:-1], len(units)), axes, frozenset(axes if hx is None else ()), f"it comes from {walk.op_name()}")
+    why, state_of = out.why, node.meta["val"][1]
+    if isinstance(given, PackedSequence):
+        out = packed(out, *given[1:])
     if module.mode != "LSTM":
-        return out, Value(tuple(last.shape), {last.ndim - 1: seen}, frozenset(), out.why)
-    return out, tuple(Value(tuple(t.shape), {t.ndim - 1: u}, frozenset(), out.why) for t, u in zip(last, (seen, cell), strict=True))
+        return out, Value(tuple(state_of.shape), {state_of.ndim - 1: seen}, frozenset(), why)
+    return out, tuple(Value(tuple(t.shape), {t.ndim - 1: u}, frozenset(), why) for t, u in zip(state_of, (seen, cell), strict=True))
+
+
+@functions(torch._VF._pack_padded_sequence)
+def pack(walk: Walk, node: fx.Node, input: Value, lengths: Any, batch_first: bool) -> Any:
+    """``input`` (batch, time, channels) or (time, batch, channels) to (batch * time, channels)."""
+    return _repacked(walk, node, input, (0, 1), input.ndim - 2, True)
+
+
+@functions(torch._VF._pad_packed_sequence)
+def unpack(walk: Walk, node: fx.Node, data: Value, batch_sizes: Value, batch_first: bool, padding: float, steps: Any) -> Any:
+    return _repacked(walk, node, data, (0,), data.ndim, padding == 0)
+
+
+def _repacked(walk: Walk, node: fx.Node, x: Value, ragged: tuple[int, ...], last: int, zero: bool) -> Any:
+    for axis in ragged:
+        walk.pin(x.axes.get(axis), "a recurrent layer runs along it")
+    axes = {last: x.axes[x.ndim - 1]} if x.ndim - 1 in x.axes else {}
+    return walk.make(node, axes, [last] if zero and x.ndim - 1 in x.zero else [], x.why, 0), walk.make(node, {}, (), "", 1)
 
 
 @functions(torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell)

@@ -21,10 +21,12 @@ Rewrite = Callable[..., None]
 
 @dataclass(frozen=True)
 class Rule:
-    """``infer`` says what happens to labels; ``rewrite`` (if any) mends arguments when a touched axis lost channels."""
+    """``infer`` says what happens to labels; ``rewrite`` (if any) mends arguments when a touched axis lost channels, or, with ``always``,
+    when anything did."""
 
     infer: Infer
     rewrite: Rewrite | None = None
+    always: bool = False
 
 
 FUNCTIONS: dict[Any, Rule] = {}
@@ -56,11 +58,11 @@ def register_op(target: Any, *, rewrite: Rewrite | None = None) -> Callable[[Inf
     return add
 
 
-def named(*names: str, rewrite: Rewrite | None = None, inplace: bool = True) -> Callable[[Infer], Infer]:
+def named(*names: str, rewrite: Rewrite | None = None, inplace: bool = True, always: bool = False) -> Callable[[Infer], Infer]:
     """Register one rule for a name in ``torch``, its functional, special and linalg modules, and as a method; in-place forms too."""
 
     def add(infer: Infer) -> Infer:
-        rule = Rule(infer, rewrite)
+        rule = Rule(infer, rewrite, always)
         for name in names:
             for form in (name, f"{name}_") if inplace else (name,):
                 for home in (torch, F, torch.special, torch.linalg, torch._C._nn):
@@ -114,5 +116,7 @@ def module_rule(module: nn.Module) -> Rule | None:
 def is_known(module: nn.Module) -> bool:
     """Whether the tracer keeps ``module`` whole: it has a rule, and no hook or parametrization computes its weights."""
     if module._forward_hooks or module._forward_pre_hooks or "parametrizations" in module._modules or "forward" in module.__dict__:
+        return False
+    if type(module).__call__ is not nn.Module.__call__:
         return False
     return module_rule(module) is not None

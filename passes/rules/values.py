@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 Vector = npt.NDArray[np.int64]
 
@@ -88,6 +89,11 @@ def lift(value: Any, why: str) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)([lift(v, why) for v in value]) if not isinstance(value, torch.Size) else value
     return value
+
+
+def packed(data: Any, batch_sizes: Any, sorted_indices: Any = None, unsorted_indices: Any = None) -> Any:
+    """A ``PackedSequence`` of anything; its own constructor wants lengths on the CPU."""
+    return tuple.__new__(PackedSequence, (data, batch_sizes, sorted_indices, unsorted_indices))
 
 
 def values(nested: Any) -> list[Value]:

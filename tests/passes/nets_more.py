@@ -60,7 +60,7 @@ class OptionAMul(Body):
 
 @add("slice_in_place")
 class SliceInPlace(Body):
-    """``x[:, :5] += y``: a part of the channels is written; all stay."""
+    """``x[:, :5] += y``: a part of the channels goes with those that are added to it."""
 
     def build(self) -> None:
         self.a, self.b = conv_bn(12, 5), conv_bn(12, 9)

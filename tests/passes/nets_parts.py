@@ -159,7 +159,7 @@ class SetitemSpace(Body):
 
 @add("setitem_channels")
 class SetitemChannels(Body):
-    """Assigning to some of the channels keeps them all; what follows can still be pruned."""
+    """Some of the channels are set; they go like the others."""
 
     def mix(self, x: Tensor) -> Any:
         x = x.clone()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from tests.passes import (
     nets_attention,
+    nets_calls,
     nets_conv,
     nets_forms,
     nets_more,
     nets_norm,
     nets_parts,
     nets_scripted,
+    nets_sequence,
     nets_shape,
     nets_transformer,
+    nets_writes,
 )
 from tests.passes.catalogue import ZOO, Network
 
@@ -19,12 +22,15 @@ __all__ = [
     "ZOO",
     "Network",
     "nets_attention",
+    "nets_calls",
     "nets_conv",
     "nets_forms",
     "nets_more",
     "nets_norm",
     "nets_parts",
     "nets_scripted",
+    "nets_sequence",
     "nets_shape",
     "nets_transformer",
+    "nets_writes",
 ]

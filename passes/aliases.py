@@ -1,0 +1,59 @@
+"""Writes in place: which tensor a node writes into, and which other nodes hold the same memory."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import fx, nn
+
+AUGMENTED = frozenset(
+    {
+        operator.iadd,
+        operator.isub,
+        operator.imul,
+        operator.itruediv,
+        operator.ifloordiv,
+        operator.imod,
+        operator.ipow,
+        operator.iand,
+        operator.ior,
+    }
+)
+
+_written: WeakKeyDictionary[fx.Graph, tuple[int, frozenset[int | None]]] = WeakKeyDictionary()
+
+
+def written(node: fx.Node, module: Callable[[str], nn.Module] | None = None) -> fx.Node | None:
+    """The node whose tensor ``node`` writes into, or None. ``module`` finds the modules that are called, which may work in place."""
+    first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    if node.op == "call_module":
+        return first if module is not None and getattr(module(str(node.target)), "inplace", False) is True else None
+    if node.op not in ("call_function", "call_method"):
+        return None
+    out = node.kwargs.get("out")
+    if isinstance(out, fx.Node):
+        return out
+    if node.target is operator.setitem or node.target in AUGMENTED or node.kwargs.get("inplace") is True:
+        return first
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return first if name.endswith("_") and not name.endswith("__") else None
+
+
+def memory(node: fx.Node) -> int | None:
+    """What tells one tensor's memory from another's: equal for a tensor and its views, None for what is no tensor."""
+    value: Any = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
+def is_rewritten(node: fx.Node) -> bool:
+    """Whether anything in the graph of ``node`` writes into its tensor, or into one that shares its memory."""
+    graph = node.graph
+    count, found = _written.get(graph, (-1, frozenset()))
+    if count != len(graph.nodes):
+        found = frozenset(memory(target) for target in map(written, graph.nodes) if target is not None)
+        _written[graph] = (len(graph.nodes), found)
+    return memory(node) in found

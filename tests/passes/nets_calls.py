@@ -1,0 +1,84 @@
+"""Modules that are called in other ways than by their own forward: hooks, an overridden call, other weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.passes.catalogue import add, tokens
+
+
+class Between(nn.Module):
+    """A layer in front of ``inner`` and one behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.inner, self.head = nn.Linear(12, 14), nn.Linear(14, 10), nn.Linear(10, 3)
+        self.build()
+
+    def build(self) -> None:
+        """Change ``inner``."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.inner(F.relu(self.front(x))))
+
+
+def doubled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output * 2 + 1
+
+
+def squared(module: nn.Module, args: Any) -> Any:
+    return (args[0] ** 2,)
+
+
+@add("hook_on_the_network", tokens())
+class HookOnTheNetwork(Between):
+    def build(self) -> None:
+        self.register_forward_pre_hook(squared)
+        self.register_forward_hook(doubled)
+
+
+@add("hook_on_a_layer", tokens())
+class HookOnALayer(Between):
+    def build(self) -> None:
+        self.inner.register_forward_pre_hook(squared)
+        self.inner.register_forward_hook(doubled)
+
+
+class Louder(nn.Linear):
+    def __call__(self, x: Tensor) -> Any:
+        return super().__call__(x).relu() * 3
+
+
+@add("call_overridden", tokens())
+class CallOverridden(Between):
+    def build(self) -> None:
+        self.inner = Louder(14, 10)
+
+
+@add("called_with_other_weights", tokens())
+class OtherWeights(Between):
+    """A layer is run with weights that are computed of its own."""
+
+    def build(self) -> None:
+        self.gain = nn.Parameter(torch.randn(10, 1))
+
+    def forward(self, x: Tensor) -> Any:
+        weight = self.inner.weight * self.gain
+        return self.head(torch.func.functional_call(self.inner, {"weight": weight}, (F.relu(self.front(x)),)))
+
+
+@add("vmap_over_gains", tokens())
+class VmapOverGains(Between):
+    """The same small computation with three sets of weights; written out call by call."""
+
+    def build(self) -> None:
+        self.gains = nn.Parameter(torch.randn(3, 10))
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.inner(F.relu(self.front(x)))
+        first, second = torch.vmap(lambda gain, of: (torch.tanh(of * gain), of + gain), in_dims=(0, None), out_dims=(0, -1))(self.gains, y)
+        return self.head(first.sum(0) + second.prod(-1))
