@@ -1,4 +1,4 @@
-"""How long analysis and rewriting take, beside Torch-Pruning, both in one run: ``python benchmarks/analysis.py``.
+"""How long analysis and rewriting take, beside Torch-Pruning, both in one run: ``python -m benchmarks.analysis``.
 
 Every figure is CPU time of one thread in milliseconds, the least of several repeats, the two tools taking turns on the same model: a
 busy machine makes both slower, so read the ratios. Torch-Pruning 1.6.1 comes with the extra ``bench``; ``--alone`` leaves it out.
@@ -8,7 +8,8 @@ busy machine makes both slower, so read the ratios. Torch-Pruning 1.6.1 comes wi
   way, since their pruner edits the model that it was built for.
 - *stages*: what compress spends its time on, and a floor: a plain symbolic trace by torch.fx, and a copy of half of every parameter.
 - *growth*: chains of residual blocks; the time per block must not grow.
-- *memory*: most that the process grew while one model was analysed, in MiB beyond the model, each in a process of its own.
+- *memory*: most that the process grew while one model was analysed, in MiB beyond the model, each in a process of its own;
+  ``--memory '*'`` asks that of every torchvision model that fits a glob, on the inputs of ``benchmarks/networks.py``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import math
 import multiprocessing
 import platform
 import resource
+import shlex
 import sys
 import time
 import warnings
@@ -33,6 +35,7 @@ import torchvision
 from torch import fx, nn
 
 import fxprune
+from benchmarks.networks import cases
 from fxprune.passes import rules
 from fxprune.passes.cost import cost_model
 from fxprune.passes.coupling import CouplingGraph
@@ -163,15 +166,29 @@ def growth(counts: tuple[int, ...]) -> list[tuple[int, float]]:
     return rows
 
 
-def grown(name: str) -> float:
-    """MiB that analysing a model adds at most to the process that holds it."""
+def grown(name: str, as_covered: bool = False) -> float:
+    """MiB that analysing a model adds at most to the process that holds it. ``as_covered``: the model and input of the coverage table."""
     torch.set_num_threads(1)
+    for function in (n for n in dir(nn.init) if n.endswith("_")):  # values are nothing to analysis, and take long to draw
+        setattr(nn.init, function, lambda tensor, *_, **__: tensor)
     fxprune.analyze(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), torch.randn(1, 3, 8, 8))  # what the first use of anything loads
-    model, x = build(name), torch.randn(1, 3, 224, 224)
+    if as_covered:
+        case = next(cases((name,), ("torchvision",)))
+        model, x = case.build().eval(), case.inputs[0]()
+    else:
+        model, x = build(name), (torch.randn(1, 3, 224, 224),)
     reset()
     before = peak()
     fxprune.analyze(model, x)
     return peak() - before
+
+
+def in_its_own(name: str, as_covered: bool = False) -> float:
+    """``grown`` in a process of its own, forked from one that has done nothing but import."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fxprune", "torchvision", "benchmarks.networks"])
+    with context.Pool(1) as pool:
+        return pool.apply(grown, (name, as_covered))
 
 
 def reset() -> None:
@@ -197,6 +214,7 @@ def page(
     chains: list[tuple[int, float]],
     memory: dict[str, float],
     parts: dict[str, dict[str, float]],
+    everywhere: dict[str, float],
     command: str,
 ) -> str:
     """The markdown page."""
@@ -225,6 +243,10 @@ def page(
         lines += ["", "Where the time goes; the last two columns are the floor.", ""]
         lines += [f"| model | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
         lines += [f"| {name} | {' | '.join(f'{1000 * t:.0f}' for t in found.values())} |" for name, found in parts.items()]
+    if everywhere:
+        most = sorted(everywhere.items(), key=lambda item: -item[1])[:8]
+        lines += ["", f"Memory, on {len(everywhere)} torchvision models with the inputs of the coverage table: the most are", ""]
+        lines += ["| model | MiB |", "|---|---:|", *(f"| {name} | {size:.0f} |" for name, size in most)]
     lines += [
         "",
         "Growth, on chains of residual blocks (two convolutions and a norm each):",
@@ -241,21 +263,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="*", default=MODELS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--chains", type=int, nargs="*", default=(25, 50, 100, 200, 400, 800))
+    parser.add_argument("--memory", nargs="*", default=(), metavar="GLOB", help="torchvision models whose analysis' memory is measured")
     parser.add_argument("--alone", action="store_true", help="fxprune only")
     parser.add_argument("--out", type=Path, help="the page to write; printed otherwise")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     rows, memory, parts = {}, {}, {}
-    fresh = multiprocessing.get_context("spawn")
     for name in options.models:
-        with fresh.Pool(1) as pool:
-            memory[name] = pool.apply(grown, (name,))
+        memory[name] = in_its_own(name)
         rows[name] = measure(name, options.repeats, options.alone)
         parts[name] = stages(name, options.repeats)
         print(name, {k: round(1000 * v) for k, v in rows[name].items()}, f"{memory[name]:.0f} MiB", file=sys.stderr, flush=True)
-    given = " ".join(sys.argv[1:] if arguments is None else arguments)
-    text = page(rows, growth(tuple(options.chains)), memory, parts, f"python benchmarks/analysis.py {given}".strip())
+    everywhere = {}
+    for case in cases(tuple(options.memory), ("torchvision",)) if options.memory else ():
+        everywhere[case.name] = in_its_own(case.name, as_covered=True)
+        print(case.name, f"{everywhere[case.name]:.0f} MiB", file=sys.stderr, flush=True)
+    given = shlex.join(sys.argv[1:] if arguments is None else arguments)
+    chains = growth(tuple(options.chains))
+    text = page(rows, chains, memory, parts, everywhere, f"python -m benchmarks.analysis {given}".strip())
     if options.out is None:
         print(text)
     else:

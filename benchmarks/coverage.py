@@ -6,7 +6,9 @@
     python -m benchmarks.coverage --render                         # only the page, from the results
 
 Each network runs in a process of its own under a memory and a time cap. A result is appended to a JSON-lines file as soon as it is there,
-and what stands there is not run again, so the command may be stopped at any moment. ``pip install '.[bench]'`` brings what it needs.
+and what stands there is not run again, so the command may be stopped at any moment. The file is kept in the repository, what the page shows
+of each row and no more; rows marked ``page`` were read back from an older page, so their shares are rounded. ``pip install '.[bench]'``
+brings what it needs.
 """
 
 from __future__ import annotations
@@ -25,9 +27,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from benchmarks.coverage_page import TOOLS, write_page
-from benchmarks.networks import cases
+from benchmarks.coverage_page import LITTLE, TOOLS, write_page
+from benchmarks.networks import Case, cases
 
+RESULTS = Path(__file__).parent / "results" / "coverage.jsonl"
+SHOWN = frozenset(
+    {"tool", "library", "name", "family", "sparsity", "page", "input", "traced", "parts", "opaque", "prunable", "locked", "settings"}
+    | {"verdict", "why", "params", "macs", "seconds", "spent", "compared", "error", "moved"}
+)
 PATIENCE = 6  # seconds by the clock for each of a process's own
 BAD = ("fails", "wrong", "no time", "died")
 
@@ -81,6 +88,14 @@ def read(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
     return {(row["tool"], row["library"], row["name"]): row for row in rows}
 
 
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """What the page shows of a row. What one tool tells the other is left out: it is found again where it is needed."""
+    found = {key: value for key, value in row.items() if key in SHOWN}
+    if row["tool"] == "fxprune" and row.get("params", 1.0) < LITTLE:
+        found["in_the_way"] = row.get("in_the_way", ())[:3]
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help="names or globs of models, or of timm's modules; all without one")
@@ -91,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=120.0, help="CPU seconds for one network and tool (default: %(default)s)")
     parser.add_argument("--memory", type=float, default=12.0, help="GiB of address space for one process (default: %(default)s)")
     parser.add_argument("--again", choices=("all", "fail"), help="run again what the results hold already")
-    parser.add_argument("--results", type=Path, default=Path("coverage.jsonl"), help="the JSON-lines file (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON-lines file (default: %(default)s)")
     parser.add_argument("--page", type=Path, default=Path("docs/coverage.md"), help="the page (default: %(default)s)")
     parser.add_argument("--render", action="store_true", help="only write the page from the results")
     given = parser.parse_args(argv)
@@ -110,6 +125,22 @@ def main(argv: list[str] | None = None) -> int:
         wanted = {case.library for case in chosen} | ({"torch_pruning"} if "torch-pruning" in tools else set())
         context.set_forkserver_preload(["torch", *sorted(wanted), "benchmarks.networks"])
         given.results.parent.mkdir(parents=True, exist_ok=True)
+
+        def result(tool: str, case: Case, hints: dict[str, Any], note: str) -> dict[str, Any]:
+            job = (given.memory, tool, case.library, case.name, given.sparsity)
+            row = run(context, given.seconds, *job, *((hints, True) if tool == "torch-pruning" else ()))
+            if tool == "torch-pruning" and row["verdict"] in BAD and hints.get("heads", 1):
+                other = run(context, given.seconds, *job, hints, False)
+                row = row if other["verdict"] in BAD else other | {"settings": "without num_heads"}
+            row = {"tool": tool, "library": case.library, "name": case.name, "family": case.family, "sparsity": given.sparsity, **row}
+            with given.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(shown(row)) + "\n")
+            done[tool, case.library, case.name] = row
+            print(f"{note} {tool:13s} {case.name:36s} {summary(row)}", flush=True)
+            if "trace" in row:
+                print(row["trace"], file=sys.stderr, flush=True)
+            return row
+
         for tool in tools:
             if tool == "torch-pruning":  # the quick ones first, as far as is known
                 chosen.sort(key=lambda case: done.get(("fxprune", case.library, case.name), {}).get("spent", math.inf))
@@ -119,16 +150,10 @@ def main(argv: list[str] | None = None) -> int:
                 if key in done and not (given.again == "all" or (given.again == "fail" and bad)):
                     continue
                 hints = done.get(("fxprune", case.library, case.name), {})
-                job = (given.memory, tool, case.library, case.name, given.sparsity)
-                row = run(context, given.seconds, *job, *((hints, True) if tool == "torch-pruning" else ()))
-                if tool == "torch-pruning" and row["verdict"] in BAD and hints.get("heads", 1):
-                    other = run(context, given.seconds, *job, hints, False)
-                    row = row if other["verdict"] in BAD else other | {"settings": "without num_heads"}
-                row = {"tool": tool, "library": case.library, "name": case.name, "family": case.family, "sparsity": given.sparsity, **row}
-                with given.results.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-                done[key] = row
-                print(f"{number:3d}/{len(chosen)} {tool:13s} {case.name:36s} {summary(row)}", flush=True)
+                note = f"{number:3d}/{len(chosen)}"
+                if tool == "torch-pruning" and "outputs" not in hints and hints.get("verdict") not in BAD:
+                    hints = result("fxprune", case, {}, note)
+                result(tool, case, hints, note)
     write_page(given.page, done)
     return 0
 

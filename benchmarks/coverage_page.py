@@ -69,7 +69,9 @@ def _totals(done: Rows) -> str:
         lines[-1] += f"Torch-Pruning {took[TOOLS[1]]} s."
     moved = [row["moved"] for row in done.values() if row["verdict"] in SOUND and "moved" in row]
     many = sum(m > 1e-3 for m in moved)
-    seen = f"In {many} of the {len(moved)} comparisons that passed, zeroing moves the output by more than ten times the oracle's tolerance."
+    older = " (rows read back from an older page aside)" if any(row.get("page") for row in done.values()) else ""
+    seen = f"In {many} of the {len(moved)} comparisons that passed{older}, zeroing moves the output by more than ten times the oracle's "
+    seen += "tolerance."
     return "\n".join(lines) + (f"\n\n{seen}" if moved else "")
 
 

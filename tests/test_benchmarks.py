@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import cifar10, studies
-from benchmarks.coverage import main
+from benchmarks import analysis, cifar10, studies
+from benchmarks.coverage import RESULTS, main, read, shown
 from benchmarks.coverage_page import BEGIN, write_page
 from benchmarks.networks import cases
 from benchmarks.zeroing import judged
@@ -45,6 +45,26 @@ def test_coverage_of_one_network_and_that_it_resumes(tmp_path: Path, capsys: pyt
     assert "squeezenet1_1" in done.stdout
     main([*command, "--results", str(tmp_path / "results.jsonl"), "--page", str(tmp_path / "page.md")])
     assert "squeezenet1_1" not in capsys.readouterr().out, "what stands in the results is not run again"
+
+
+def test_the_results_hold_what_the_page_shows_and_no_more() -> None:
+    row = {"tool": "fxprune", "library": "timm", "name": "a", "family": "b", "sparsity": 0.5, "verdict": "exact", "params": 0.7}
+    more = {"in_the_way": [("reason", 0.1)], "statistics": ["a:in"], "trace": "Traceback"}
+    assert shown(row | more) == row
+    assert shown(row | more | {"params": 0.2})["in_the_way"] == [("reason", 0.1)]
+    kept = read(RESULTS)
+    assert {tool for tool, *_ in kept} == {"fxprune", "torch-pruning"} and RESULTS.stat().st_size < 200_000
+    wanted = {(case.library, case.name) for case in cases()}
+    assert {key[1:] for key in kept} <= wanted
+
+
+def test_the_page_of_analysis_names_what_needs_most_memory() -> None:
+    seconds = {"compress": 0.2, "analyze": 0.1, "candidate": 0.01, "their prune": 1.0, "their candidate": 1.1}
+    text = analysis.page({"net": seconds}, [(25, 0.003)], {"net": 4.0}, {"net": {"trace": 0.05}}, {"a": 3.0, "b": 5.0}, "the command")
+    assert "| net | 200 | 100 | 1000 | 5.0× | 10 | 1100 | 110.0× | 4 |" in text and "| 25 | 3.00 |" in text
+    assert text.index("| b | 5 |") < text.index("| a | 3 |")
+    alone = {k: v for k, v in seconds.items() if "their" not in k}
+    assert "| net | 200 | 100 | – | – | 10 | – | – | 4 |" in analysis.page({"net": alone}, [], {"net": 4.0}, {}, {}, "the command")
 
 
 def test_a_network_that_does_not_fit_its_caps_is_a_result(tmp_path: Path) -> None:
