@@ -40,11 +40,13 @@ def _is_fixed(node: fx.Node, value: torch.Tensor, axis: int, module: Callable[[s
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     given = _listed(node.args[1:])
-    if name in _VIEWS and len(given) == value.ndim and -1 not in given:
-        return _is_number(given[axis], module)
+    if name in _VIEWS and len(given) == value.ndim:
+        return given[axis] != -1 and _is_number(given[axis], module)
     before = source.meta.get("val")
     if not isinstance(before, torch.Tensor):
         return False
+    if name == "getitem" and before.ndim == value.ndim:
+        return _is_whole(node.args[1], axis, value.ndim) and is_fixed(source, axis, module)
     if name == "permute" and len(given) == value.ndim:
         return is_fixed(source, given[axis], module)
     if name in _SWAPS and len(given) == 2:
@@ -55,6 +57,15 @@ def _is_fixed(node: fx.Node, value: torch.Tensor, axis: int, module: Callable[[s
 
 def _listed(args: tuple[Any, ...]) -> list[Any]:
     return list(args[0]) if len(args) == 1 and isinstance(args[0], (tuple, list)) else list(args)
+
+
+def _is_whole(index: Any, axis: int, ndim: int) -> bool:
+    """Whether an index of slices takes all of an axis."""
+    entries = list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis in entries:
+        place = entries.index(Ellipsis)
+        entries[place : place + 1] = [slice(None)] * (ndim - len(entries) + 1)
+    return all(isinstance(e, slice) for e in entries) and (axis >= len(entries) or entries[axis] == slice(None))
 
 
 def _is_number(size: Any, module: Callable[[str], nn.Module]) -> bool:

@@ -296,7 +296,7 @@ class Walk(ParameterLabels):
                     continue
                 where, found = placed
                 if where in axes[i]:
-                    found = self._same_axis(axes[i][where], found)
+                    found = self.same_axis(axes[i][where], found)
                 axes[i][where] = found
                 if axis in x.zero:
                     zeros[i].add(where)
@@ -328,7 +328,7 @@ class Walk(ParameterLabels):
                 same = node.meta["val"].shape == meta.shape and node.meta["val"].stride() == meta.stride()
                 env[node] = Value(value.shape, value.axes, value.zero & left if same else frozenset(), value.why)
 
-    def _same_axis(self, a: Vector, b: Vector) -> Vector:
+    def same_axis(self, a: Vector, b: Vector) -> Vector:
         """Two sets of labels came to lie on one axis. An index goes if either of its labels does, which two sparsities cannot both
         decide: those that an expansion made yield, of others those with fewer units stay."""
         few, many = sorted((a, b), key=lambda v: (not self.is_soft(np.unique(v)), self.labels.units(v)))

@@ -20,7 +20,7 @@ from fxprune.passes.proxies import ShapeAttribute, ShapeProxy
 if TYPE_CHECKING:
     from fxprune.passes.tracer import ShapeTracer
 
-_isinstance = builtins.isinstance
+_isinstance, _len = builtins.isinstance, builtins.len
 # Factories take no tensor, so fx would not see them: a size among their arguments would be turned into a number, and what is drawn
 # while tracing would be the same at every call.
 FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "tensor", "as_tensor", "tril_indices", "triu_indices")
@@ -48,6 +48,11 @@ def patched(tracer: ShapeTracer) -> Iterator[None]:
         if (kind is ShapeProxy or kind is ShapeAttribute) and not _isinstance(obj, cls):
             return _isinstance(obj.value, cls)
         return _isinstance(obj, cls)
+
+    def len_(obj: Any) -> Any:
+        """The length of a tensor stays in the graph, as its size does."""
+        known = type(obj) in (ShapeProxy, ShapeAttribute) and _isinstance(obj.value, torch.Tensor) and obj.value.ndim
+        return tracer.shape_of(obj)[0] if known else _len(obj)
 
     def wrapped(original: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -109,11 +114,11 @@ def patched(tracer: ShapeTracer) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     for name, original in saved.items():
         setattr(torch, name, recorder(original))
-    builtins.isinstance = isinstance_
+    builtins.isinstance, builtins.len = isinstance_, len_
     try:
         yield
     finally:
-        builtins.isinstance = _isinstance
+        builtins.isinstance, builtins.len = _isinstance, _len
         autograd.apply = own_apply
         for cls, enter in entered:
             cls.__enter__ = enter

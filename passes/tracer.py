@@ -80,15 +80,10 @@ class ShapeTracer(fx.Tracer):
         return module_qualified_name in self.opaque or self.is_known(m)
 
     def path_of_module(self, mod: nn.Module) -> str:
-        try:
-            return self.skeleton.module_names[mod]
-        except KeyError:
-            raise TraceError(
-                f"{self.here()}: a {type(mod).__name__} is called that is not registered as a submodule of the model"
-            ) from None
+        return self.skeleton.module_names[mod]
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.busy:
+        if self.busy or m not in self.skeleton.module_names:  # made in forward, or held where torch does not look: its code is seen
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
         if self.is_leaf_module(m, name) and not any(_isinstance(t, fx.Proxy) for t in (*m._parameters.values(), *m._buffers.values())):

@@ -185,6 +185,49 @@ def einsum(walk: Walk, node: fx.Node, equation: str, *operands: Any) -> Any:
     return walk.make(node, axes, zero)
 
 
+@named("tensordot", inplace=False)
+@functions(torch.functional.tensordot)
+def tensordot(walk: Walk, node: fx.Node, a: Value, b: Value, dims: Any = 2, **_: Any) -> Any:
+    """``dims``: how many last axes of ``a`` meet first axes of ``b``, or which of the one meet which of the other."""
+    pairs = (range(a.ndim - dims, a.ndim), range(dims)) if isinstance(dims, int) else dims
+    left, right = list(string.ascii_letters[: a.ndim]), list(string.ascii_letters[a.ndim : a.ndim + b.ndim])
+    for mine, theirs in zip(*pairs, strict=True):
+        right[theirs] = left[mine]
+    out = "".join(c for c in (*left, *right) if (c in left) != (c in right))
+    for value in (a, b):
+        if walk.is_weight(value):
+            walk.read_as_weight(value)
+    axes, zero = contract(walk, [(a, "".join(left)), (b, "".join(right))], out, walk.owner(node))
+    return walk.make(node, axes, zero)
+
+
+@named("cdist", inplace=False)
+@functions(torch.functional.cdist)
+def distance(walk: Walk, node: fx.Node, x1: Value, x2: Value, *_: Any, **__: Any) -> Any:
+    """Distances between rows ``x1`` (..., P, M) and ``x2`` (..., R, M): channels that hold zeros in both add nothing."""
+    batch = string.ascii_lowercase[: max(x1.ndim, x2.ndim) - 2]
+    first, second = (batch[len(batch) - (x.ndim - 2) :] for x in (x1, x2))
+    axes, _zero = contract(walk, [(x1, first + "PM"), (x2, second + "RM")], batch + "PR", walk.owner(node))
+    if not (x1.ndim - 1 in x1.zero and x2.ndim - 1 in x2.zero):
+        walk.inexact(x1.axes.get(x1.ndim - 1), "a distance over channels")
+    made: Value = walk.make(node, axes)
+    return made
+
+
+@named("kron", inplace=False)
+def kron(walk: Walk, node: fx.Node, input: Value, other: Value) -> Any:
+    """Along every axis each index of ``input`` stands before all of ``other``: the one that has more channels there can lose some."""
+    axes: dict[int, Any] = {}
+    for axis in range(-max(input.ndim, other.ndim), 0):
+        sizes = [x.shape[axis] if -axis <= x.ndim else 1 for x in (input, other)]
+        outer, inner = (x.axes.get(axis + x.ndim) for x in (input, other))
+        found = [np.repeat(outer, sizes[1])] if outer is not None else []
+        found += [np.tile(inner, sizes[0])] if inner is not None else []
+        if found:
+            axes[axis + len(node.meta["val"].shape)] = found[0] if len(found) == 1 else walk.same_axis(*found)
+    return walk.make(node, axes)
+
+
 @modules(nn.Embedding)
 def embedding_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
     weight = walk.weight(node, "weight")

@@ -82,3 +82,43 @@ class VmapOverGains(Between):
         y = self.inner(F.relu(self.front(x)))
         first, second = torch.vmap(lambda gain, of: (torch.tanh(of * gain), of + gain), in_dims=(0, None), out_dims=(0, -1))(self.gains, y)
         return self.head(first.sum(0) + second.prod(-1))
+
+
+@add("modules_made_in_forward", tokens())
+class MadeInForward(Between):
+    """Modules that are made on the spot, and one in a plain list; neither has a name in the network."""
+
+    def build(self) -> None:
+        self.outer = nn.Linear(14, 14)
+        self.held = [nn.Sequential(nn.Tanh(), nn.Hardtanh())]
+
+    def forward(self, x: Tensor) -> Any:
+        y = nn.GELU()(self.front(x))
+        y = self.held[0](self.outer(nn.Softmax(dim=1)(y))) + nn.Dropout(0.0)(y)
+        return self.head(self.inner(y))
+
+
+@add("length_of_a_tensor", tokens())
+class LengthOfATensor(Between):
+    """``len(x)`` is the batch, and stays it."""
+
+    def build(self) -> None:
+        self.token = nn.Parameter(torch.randn(14))
+
+    def forward(self, x: Tensor) -> Any:
+        y = torch.cat([self.token.expand(len(x), 1, -1), self.front(x)], 1)
+        return self.head(self.inner(F.relu(y)))[:, 0]
+
+
+@add("products_by_other_names", tokens())
+class OtherProducts(Between):
+    """tensordot, a Kronecker product of two small weights, distances to a codebook."""
+
+    def build(self) -> None:
+        self.left, self.right = nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(7, 5))
+        self.mixed, self.codes = nn.Parameter(torch.randn(15, 12) * 0.2), nn.Parameter(torch.randn(10, 12))
+
+    def forward(self, x: Tensor) -> Any:
+        y = F.relu(self.front(x)) @ torch.kron(self.left, self.right)
+        y = torch.tensordot(torch.tanh(y), self.mixed, dims=([-1], [0]))
+        return self.head(torch.exp(-torch.cdist(y, self.codes[None])))

@@ -81,3 +81,39 @@ def test_loops_over_the_input_are_reported(how: str, count: int) -> None:
 
 def test_loops_over_literals_are_no_loss() -> None:
     assert fxprune.analyze(Steps("not"), torch.randn(2, 5, 6)).notes == ()
+
+
+class Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 6)
+
+    def forward(self, x: Tensor, mask: Tensor | None, gain: Tensor) -> Any:
+        y = torch.relu(self.a(x)) * gain
+        return self.b(y if mask is None else y * mask)
+
+
+class Undecided(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Optional()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.part(x if x.sum() > 0 else -x, None, torch.ones(()))
+
+
+def test_parts_take_the_none_that_the_model_passes() -> None:
+    x = torch.rand(2, 6)
+    slim = fxprune.compress(Undecided().eval(), 0.5, x, verify=True)
+    rec = fxprune.record(slim)
+    assert type(slim).__name__ == "Undecided"
+    assert rec.after.params < 0.6 * rec.before.params
+    assert "torch.export.export(model, (example,)).module()" in rec.notes[0]
+
+
+def test_none_was_traced_and_is_asked_for_again() -> None:
+    x, gain = torch.rand(2, 6), torch.ones(())
+    slim = fxprune.compress(Optional().eval(), 0.5, (x, None, gain))
+    assert slim(x, None, gain).shape == (2, 6)
+    with pytest.raises(AssertionError, match="mask was None when the module was traced"):
+        slim(x, torch.ones(16), gain)
