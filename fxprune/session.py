@@ -286,6 +286,8 @@ class Session:
     def exported(self, found: dict[str, SearchResult], watcher: Watcher) -> list[dict[str, Any]]:
         """The networks in the formats asked for. A format that fails is told of and costs neither the others nor the result."""
         told: list[dict[str, Any]] = []
+        for left in Path(self.options.out).glob(".export-*"):  # by an export that was killed
+            shutil.rmtree(left, ignore_errors=True)
         for stem, name in ((stem, name) for stem in found for name in self.options.export):
             watcher.stage(f"exporting {stem} to {name}")
             path = Path(self.options.out) / f"{stem}{FORMATS[name].suffix}"

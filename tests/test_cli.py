@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fxprune
@@ -149,7 +150,9 @@ def test_shows_before_and_after_and_how_to_load(run: Run, whole: Path) -> None:
     assert isinstance(names["slim"], torch.fx.GraphModule)
 
 
-@pytest.mark.parametrize(("moment", "count"), [("stage:training", 1), ("searched", 3), ("stage:distilling slim", 1)])
+@pytest.mark.parametrize(
+    ("moment", "count"), [("stage:training", 1), ("trained", 15), ("searched", 3), ("trained", 35), ("stage:distilling slim", 1)]
+)
 def test_interrupted_and_resumed_is_uninterrupted(
     run: Run, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, count: int
 ) -> None:
@@ -170,7 +173,26 @@ def test_interrupted_and_resumed_is_uninterrupted(
     assert cut.err.splitlines() == [f"fxprune-search: interrupted; go on with: fxprune-search --resume {tmp_path}"]
     assert not (tmp_path / "policy.json").exists()
     assert run("--resume", tmp_path).status == 0
-    assert (tmp_path / "policy.json").read_bytes() == (whole / "policy.json").read_bytes()
+    for name in ("policy.json", "slim.safetensors"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_training_goes_on_after_its_last_whole_epoch(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, epochs = cli.Display.trained, []
+
+    def interrupting(display: cli.Display, progress: Any) -> None:
+        real(display, progress)
+        epochs.append(progress.epoch)
+        if len(epochs) == 15:  # in the second epoch of ten steps each
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Display, "trained", interrupting)
+    assert run("--out", tmp_path, *QUICKEST, "--train-epochs", "3").status == 130
+    epochs.clear()
+    epochs.extend([0] * 15)
+    assert run("--resume", tmp_path).status == 0
+    assert epochs[15] == 2
+    assert not (tmp_path / "checkpoint" / "training").exists()
 
 
 def test_killed_at_any_moment_goes_on(whole: Path, tmp_path: Path) -> None:
@@ -199,20 +221,53 @@ def test_killed_at_any_moment_goes_on(whole: Path, tmp_path: Path) -> None:
     assert (tmp_path / "policy.json").read_bytes() == (whole / "policy.json").read_bytes()
 
 
+def unharmed(out: Path) -> None:
+    """Every file of a run can be read to its end; what was being written when it was killed goes by another name."""
+    for path in out.rglob("*"):
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".jsonl":
+            assert all(json.loads(line) for line in path.read_text().splitlines())
+        elif path.suffix == ".safetensors":
+            assert load_file(path)
+        elif path.suffix == ".pt":
+            assert torch.load(path, weights_only=True)
+        elif path.suffix == ".html":
+            assert path.read_text().rstrip().endswith("</html>")
+
+
 @pytest.mark.long
-def test_killed_twenty_times(whole: Path, tmp_path: Path) -> None:
-    command, waited = [sys.executable, "-m", "fxprune"], 0.0
-    arguments = ["--out", str(tmp_path), *QUICK]
-    for kill in range(20):
-        started = subprocess.Popen([*command, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
-        waited = 2 + (kill * 0.37) % 5
-        time.sleep(waited)
-        started.kill()
-        started.wait()
-        if (tmp_path / "checkpoint" / "session.json").exists():
-            arguments = ["--resume", str(tmp_path)]
-    subprocess.run([*command, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-    assert (tmp_path / "policy.json").read_bytes() == (whole / "policy.json").read_bytes()
+def test_killed_twenty_times(tmp_path: Path) -> None:
+    """With SIGKILL, at moments drawn over the length of a whole run; runs that end before their moment are followed by new ones."""
+    drawn = random.Random(4)
+    command, env = [sys.executable, "-m", "fxprune"], {**os.environ, "PYTHONHASHSEED": "3"}
+    begun = time.monotonic()
+    subprocess.run([*command, "--out", str(tmp_path / "whole"), *QUICK], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    length = time.monotonic() - begun
+    kills = run_number = 0
+    arguments: list[str] = []
+    while kills < 20 or arguments[:1] == ["--resume"]:
+        out = tmp_path / f"run{run_number}"
+        arguments = ["--resume", str(out)] if (out / "checkpoint" / "session.json").exists() else ["--out", str(out), *QUICK]
+        started = subprocess.Popen([*command, *arguments], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            _, err = started.communicate(timeout=drawn.uniform(0, length) if kills < 20 else None)
+        except subprocess.TimeoutExpired:
+            started.kill()
+            started.communicate()
+            kills += 1
+            arguments = ["--resume"]
+            if out.exists():
+                unharmed(out)
+            continue
+        assert started.returncode == 0, err
+        unharmed(out)
+        for name in ("policy.json", "slim.safetensors"):
+            assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        left = [path.name for path in out.rglob("*") if path.is_file() and (path.suffix == ".part" or path.name.startswith("."))]
+        assert not left
+        run_number, arguments = run_number + 1, []
+    assert run_number >= 1
 
 
 def test_recovery_between_steps_and_resume(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,8 +363,6 @@ def test_weights_from_a_file_and_options_from_yaml(run: Run, tmp_path: Path) -> 
 
 
 def digits_net_of(path: Path) -> Tensor:
-    from safetensors.torch import load_file
-
     return load_file(path)["classifier.weight"]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,24 @@ def test_a_score_is_the_same_after_a_pickle(model: nn.Module) -> None:
     score = Score(candidates, weight_left, Repairer(graph, [INPUTS], "lstsq"))
     removed = np.array([4] * len(candidates.names))
     assert pickle.loads(pickle.dumps(score))(removed) == score(removed)
+
+
+@pytest.mark.parametrize("repair", ["none", "bn", "lstsq"])
+def test_no_candidate_outlives_the_next_ones_score(model: nn.Module, repair: str) -> None:
+    made: list[weakref.ref[nn.Module]] = []
+
+    def evaluate(module: nn.Module) -> float:
+        assert sum(one() is not None for one in made) <= 1
+        made.append(weakref.ref(module))
+        return weight_left(module)
+
+    options = config(targets="sparsity=0.4", strategy="random", rounds=4, samples=3, tolerance=0.05, repair=repair)
+    gc.disable()  # memory must not wait for it
+    try:
+        fxprune.search(model, INPUTS, evaluate, config=options, calibration=[(INPUTS, LABELS)])
+    finally:
+        gc.enable()
+    assert len(made) > 4
 
 
 def test_what_is_wrong_with_evaluate_is_said_in_a_line(model: nn.Module) -> None:

@@ -21,7 +21,8 @@ from fxprune.driver.strategies import find
 from fxprune.errors import SearchError
 from tests.driver.synthetic import Chain
 
-NAMES = ["rl-pruner", "uniform", "random", "magnitude", "tests.driver.test_strategies:Climb", "optuna:TPESampler", "optuna:NSGAIISampler"]
+OPTUNA = ("optuna:TPESampler", "optuna:NSGAIISampler", "optuna:CmaEsSampler")
+NAMES = ["rl-pruner", "uniform", "random", "magnitude", "tests.driver.test_strategies:Climb", *OPTUNA]
 
 
 class Climb(Strategy):
@@ -50,6 +51,8 @@ class Climb(Strategy):
 def made(name: str, **options: Any) -> tuple[Strategy, Chain]:
     if name.startswith("optuna:"):
         pytest.importorskip("optuna", reason="the optuna extra is not installed")
+        if "CmaEs" in name:
+            pytest.importorskip("cmaes", reason="the optuna extra is not installed")
     chain = Chain()
     config = SearchConfig(**{"strategy": name, "samples": 4, "rounds": 3, "steps": 2, "seed": 7, **options})
     return find(name)(Budget(chain.problem().space, config.points[0]), config), chain
@@ -144,10 +147,19 @@ def test_same_trials_in_another_process_with_another_hash_seed() -> None:
 
 def _has_optuna() -> bool:
     try:
+        import cmaes  # noqa: F401
         import optuna  # noqa: F401
     except ImportError:
         return False
     return True
+
+
+def test_a_sampler_whose_package_is_missing_is_told_before_the_search() -> None:
+    pytest.importorskip("optuna", reason="the optuna extra is not installed")
+    hidden = "import sys; sys.modules['cmaes'] = None\n"  # in a process of its own: Optuna keeps what it has loaded
+    code = f"{hidden}from fxprune.driver.strategies import find\nfind('optuna:CmaEsSampler')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1].startswith("fxprune.errors.DependencyError: Optuna's CmaEsSampler needs another package: ")
 
 
 def test_an_optuna_study_is_kept_in_its_storage_and_replayed_there(tmp_path: Path) -> None:

@@ -66,8 +66,15 @@ class OptunaStrategy(Strategy):
 
 
 def named(name: str) -> type[Strategy]:
-    """The strategy class for `optuna:NAME`; raises now if Optuna or the sampler is missing, rather than in the middle of a search."""
-    _sampler(_optuna(), name, 0)
+    """The strategy class for `optuna:NAME`; raises now if Optuna, the sampler or what it needs is missing, not half-way."""
+    optuna = _optuna()
+    study = optuna.create_study(sampler=_sampler(optuna, name, 0))
+    try:
+        for _ in range(2):  # some samplers load what they need when they have seen a trial
+            trial = study.ask()
+            study.tell(trial, trial.suggest_float("a", 0.0, 1.0) + trial.suggest_float("b", 0.0, 1.0))
+    except ImportError as error:
+        raise DependencyError(f"Optuna's {name} needs another package: {error}; install it with pip") from error
     return OptunaStrategy
 
 
