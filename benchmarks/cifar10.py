@@ -107,6 +107,7 @@ class Bench:
             seed=seed,
             evaluations=o.evaluations,
             rounds=o.evaluations,
+            screen=o.screen,
             patience=None,  # all methods use all their evaluations
             repair=o.repair,
         )
@@ -213,6 +214,7 @@ def page(cells: Sequence[Mapping[str, Any]], original: float, command: str, opti
             "",
             BY_HAND,
             "",
+            "",
         ]
     )
 
@@ -234,6 +236,7 @@ def main() -> None:
     parser.add_argument("--repair", default="lstsq")
     parser.add_argument("--evaluations", type=int, default=400)
     parser.add_argument("--as-they-are", action="store_true", help="score and repair on images without augmentation")
+    parser.add_argument("--screen", type=int, default=SearchConfig.screen, help="actions that rl-pruner draws for each one scored")
     parser.add_argument("--score-images", type=int, default=1000)
     parser.add_argument("--calibration-images", type=int, default=256)
     parser.add_argument("--repair-images", type=int, default=1024)

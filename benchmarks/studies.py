@@ -245,6 +245,7 @@ def score(settings: Sequence[Setting], candidates: int, macs: float) -> None:
 def layers(results: Path, picture: Path) -> None:
     """What is left of each group of ResNet-20 by the searches of benchmarks/cifar10.py, drawn as bars, one for each seed."""
     cells = [json.loads(line) for line in results.read_text().splitlines()]
+    both = [(cell["before"], cell["after"]) for cell in cells if cell.get("removed")]
     cells = [cell for cell in cells if cell["method"] == "rl-pruner"]
     graph = fxprune.analyze(resnet20(), torch.zeros(1, 3, 32, 32))
     sizes = {group.name: group.size for group in graph.groups if group.prunable}
@@ -253,6 +254,8 @@ def layers(results: Path, picture: Path) -> None:
     print("| group | units | left, by seed | mean |\n|---|---|---|---|")
     for i, (name, size) in enumerate(sizes.items()):
         print(f"| `{name}` | {size} | {', '.join(f'{share:.0%}' for share in left[:, i])} | {left[:, i].mean():.0%} |")
+    rank = float(spearmanr(*zip(*both, strict=True))[0])
+    print(f"\nRank correlation of top-1 before and after training, over the {len(both)} networks repaired by least squares: {rank:.2f}")
 
 
 def bars(names: Sequence[str], left: np.ndarray[Any, Any]) -> str:
