@@ -47,19 +47,28 @@ def named(name: str) -> Callable[[], nn.Module]:
     return make
 
 
-def resnet50() -> nn.Module:
-    """With branches that add little to what they are added to, as in a trained one: random ones make noise out of any rounding."""
-    model: nn.Module = torchvision.models.resnet50(weights=None)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bn3.weight"):
-            nn.init.constant_(parameter, 0.2)
-    return model
+def calm(name: str) -> Callable[[], nn.Module]:
+    """With branches that add little to what they are added to, as in a trained network: random ones make noise out of any rounding."""
+
+    def make() -> nn.Module:
+        model = named(name)()
+        for module in model.modules():
+            last = getattr(module, "bn3", None)
+            if getattr(module, "use_res_connect", False):
+                last = module.block[-1][1]  # type: ignore[index, union-attr]
+            if isinstance(last, nn.BatchNorm2d):
+                nn.init.constant_(last.weight, 0.2)
+        return model
+
+    return make
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": named("resnet18"),
-    "resnet50": resnet50,
-    **{name: named(name) for name in ("mobilenet_v3_large", "efficientnet_b0", "densenet121", "convnext_tiny", "swin_t")},
+    "resnet50": calm("resnet50"),
+    "mobilenet_v3_large": named("mobilenet_v3_large"),
+    "efficientnet_b0": calm("efficientnet_b0"),
+    **{name: named(name) for name in ("densenet121", "convnext_tiny", "swin_t")},
     "vit_b_16": vit,
     "deeplabv3_mobilenet": lambda: torchvision.models.segmentation.deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None),
 }
