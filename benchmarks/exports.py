@@ -55,7 +55,7 @@ def calm(name: str) -> Callable[[], nn.Module]:
         for module in model.modules():
             last = getattr(module, "bn3", None)
             if getattr(module, "use_res_connect", False):
-                last = module.block[-1][1]  # type: ignore[index, union-attr]
+                last = module.block[-1][1]  # type: ignore[index]
             if isinstance(last, nn.BatchNorm2d):
                 nn.init.constant_(last.weight, 0.2)
         return model
