@@ -29,7 +29,7 @@ $(VENV)/search.stamp: setup.cfg pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/dev.stamp: setup.cfg pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --editable '.[dev,docs,search,onnx,openvino,torchao]'
+	$(BIN)/python -m pip install --editable '.[dev,docs,search,optuna,ray,onnx,openvino,torchao]'
 	touch $(VENV)/search.stamp $@
 
 # ExecuTorch has no wheel for some systems and versions of Python; its tests are skipped there and say so.

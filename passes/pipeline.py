@@ -15,6 +15,7 @@ from fxprune.errors import InputError, TraceError
 from fxprune.inputs import build, describe
 from fxprune.passes import rules
 from fxprune.passes.base import GraphPass
+from fxprune.passes.collector import paused_collector
 from fxprune.passes.coupling import LAYERS, CouplingGraph
 from fxprune.passes.functional import output_dims
 from fxprune.passes.keep_class import kept_class
@@ -154,6 +155,7 @@ class Slim(GraphPass):
     def __init__(self, keep_class: bool = False) -> None:
         self.keep_class = keep_class
 
+    @paused_collector()
     def run(self, module: fx.GraphModule) -> fx.GraphModule:
         graph: CouplingGraph = module.meta["coupling"]
         keep: Keep = module.meta["keep"]
@@ -164,6 +166,7 @@ class Slim(GraphPass):
         return slim if isinstance(slim, SlimModule) and not slim.borrowed else module
 
 
+@paused_collector()
 def analysed(model: nn.Module, example_inputs: Any, ignore: Iterable[Any], attention: str) -> TracedGraph:
     """Trace and couple; the steps every use of a model shares."""
     if attention not in ("auto", "heads", "head_dim"):
