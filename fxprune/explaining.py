@@ -35,6 +35,7 @@ ADVICE = (
     ("weight_norm", "fold it first: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"),
     ("values the graph computes", "where the index does not depend on the inputs, keep it in a buffer"),
     ("assigned to", "join the parts with torch.cat instead of assigning into a slice"),
+    ("written in place", "assign instead (x[:, ::2] = ...), or join the parts with torch.cat"),
     ("one flat row", "roll along a named dimension: torch.roll(x, shift, dims=...)"),
     ("folded into one axis", "the other channels on that axis can be pruned; attention= chooses between heads and head_dim"),
     ("of fixed size", "look at what the brackets name: it fixes the size that these channels meet"),

@@ -57,3 +57,14 @@ def is_rewritten(node: fx.Node) -> bool:
         found = frozenset(memory(target) for target in map(written, graph.nodes) if target is not None)
         _written[graph] = (len(graph.nodes), found)
     return memory(node) in found
+
+
+def is_rewritten_later(node: fx.Node, module: Callable[[str], nn.Module]) -> bool:
+    """Whether something after ``node`` writes into its tensor, or into one that shares its memory: a copy would miss it, or it the copy."""
+    mine, later = memory(node), node.next
+    while later.op != "root":
+        target = written(later, module)
+        if target is not None and memory(target) == mine:
+            return True
+        later = later.next
+    return False

@@ -20,7 +20,7 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.nn.utils.rnn import PackedSequence
 
-from fxprune.passes.aliases import memory, written
+from fxprune.passes.aliases import is_rewritten_later, memory, written
 from fxprune.passes.constants import evaluate
 from fxprune.passes.parameters import ParameterLabels, op_name
 from fxprune.passes.rectangles import rectangle
@@ -306,21 +306,23 @@ class Walk(ParameterLabels):
     def region(self, node: fx.Node, x: Value, run: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Value, dict[int, int]]:
         """The part of ``x`` that ``run`` picks, and for each of its labelled axes that of ``x``; one channel alone is pinned."""
         axes, back = {}, {}
-        shape = tuple(run(torch.zeros(()).expand(x.shape)).shape)
         for axis, vector in x.axes.items():
             along = [1] * x.ndim
             along[axis] = len(vector)
             placed = rectangle(self, node, run(torch.from_numpy(self.labels.find(vector)).view(along).expand(x.shape)))
             if placed is not None:
                 axes[placed[0]], back[placed[0]] = placed[1], axis
-        return Value(shape, axes, frozenset(), x.why), back
+        return Value(tuple(run(torch.zeros(()).expand(x.shape)).shape), axes, frozenset(), x.why), back
+
+    def stays_view(self, node: fx.Node) -> bool:
+        """Whether ``node`` has to share memory with what it is a part of: one of them is written into later."""
+        return is_rewritten_later(node, self.traced.skeleton.module)
 
     def overwritten(self, target: Any, zero: Iterable[int]) -> None:
         """Something is written into the tensor of node ``target``: of its removed slices those along ``zero`` alone still hold zeros,
         and so for every other node that holds the same memory."""
         env, left = self.env[self.mode], frozenset(zero)
-        before = env.get(target)
-        if not isinstance(before, Value) or before.zero <= left:
+        if not isinstance(before := env.get(target), Value) or before.zero <= left:
             return
         meta = target.meta["val"]
         for node, value in env.items():

@@ -36,6 +36,12 @@ def getitem(walk: Walk, node: fx.Node, input: Any, index: Any) -> Any:
     indexed = resolved(walk, node, input, index, raw)
     if indexed is None:
         return walk.opaque(node, [input, *values(index)], "it is indexed by values the graph computes")
+    axis = -1
+    for entry in entries_of(indexed, input.ndim):
+        axis += entry is not None
+        # What is left of every second channel is listed, and a list copies.
+        if isinstance(entry, slice) and entry.step not in (None, 1) and axis in input.axes and walk.stays_view(node):
+            walk.pin(input.axes[axis], "every second or so of its channels is written in place")
     return walk.move(node, input, lambda labels: _picked(labels, indexed))
 
 

@@ -171,3 +171,16 @@ class WrittenBeforeProduct(Tokens):
         q.add_(0.5)
         k[:, :].add_(0.5)
         return (q @ k.mT).softmax(-1) @ self.v(x)
+
+
+@add("stepped_view_written", tokens())
+class SteppedViewWritten(Tokens):
+    """Every second channel is scaled through a view; what is left of a step would be a copy, so those that are written stay."""
+
+    def build(self) -> None:
+        self.a = nn.Linear(24, 24)
+
+    def mix(self, x: Tensor) -> Any:
+        y = self.a(torch.tanh(x))
+        y[..., ::2].mul_(3.0)
+        return y
