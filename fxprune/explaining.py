@@ -32,7 +32,6 @@ ADVICE = (
     ),
     ("a part traced by itself", "parts keep their outer sizes; a model that torch.export takes whole is pruned across them"),
     ("no operation reads it", "the network does not use it: delete it"),
-    ("weight_norm", "fold it first: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"),
     ("values the graph computes", "where the index does not depend on the inputs, keep it in a buffer"),
     ("assigned to", "join the parts with torch.cat instead of assigning into a slice"),
     ("written in place", "assign instead (x[:, ::2] = ...), or join the parts with torch.cat"),

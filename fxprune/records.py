@@ -44,7 +44,7 @@ class Profile:
 class PruningRecord:
     """What a compression did, always in terms of the outermost original model.
 
-    ``kept``: parameter or floating buffer name -> {dimension: LongTensor of kept original indices}, for those that changed.
+    ``kept``: parameter or buffer (floating, or a mask) name -> {dimension: LongTensor of kept original indices}, for those that changed.
     ``removed_units``: group name -> LongTensor of removed unit numbers, 0 to the size of the group.
     ``renumbered``: names of index buffers whose values were renumbered.
     ``repair``: "none", "bn", "bias" or "lstsq": what was done after slicing. After "bias" and "lstsq" parameters are no longer slices of

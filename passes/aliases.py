@@ -56,7 +56,8 @@ def is_rewritten(node: fx.Node) -> bool:
     if count != len(graph.nodes):
         found = frozenset(memory(target) for target in map(written, graph.nodes) if target is not None)
         _written[graph] = (len(graph.nodes), found)
-    return memory(node) in found
+    own = memory(node)
+    return own is not None and own in found
 
 
 def is_rewritten_later(node: fx.Node, module: Callable[[str], nn.Module]) -> bool:

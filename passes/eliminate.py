@@ -13,11 +13,9 @@ from fxprune.passes.aliases import AUGMENTED, written
 
 def impure(node: fx.Node) -> bool:
     """Whether a node must stay though nothing uses its result: it writes into a tensor, checks something, or is an edge."""
-    if node.op in ("placeholder", "output"):
+    if node.op in ("placeholder", "output", "call_module"):
         return True
-    if node.op == "call_module" or getattr(node.target, "__name__", "") in ("_assert", "_assert_async"):
-        return True
-    return written(node) is not None
+    return written(node) is not None or getattr(node.target, "__name__", "") in ("_assert", "_assert_async")
 
 
 def eliminate(graph: fx.Graph) -> bool:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import builtins
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.fx.node import map_arg
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
@@ -64,13 +67,40 @@ def to_meta(value: Any) -> Any:
     return value
 
 
+def hides_structure(node: fx.Node, opaque: set[str], skeleton: Skeleton) -> bool:
+    """A submodule kept whole, or a function of the user's: either may read values, or have no kernel without them."""
+    if node.op == "call_module":
+        return node.target in opaque or not type(skeleton.module(str(node.target))).__module__.startswith("torch.nn")
+    home = getattr(node.target, "__module__", None) or "torch"
+    return _isinstance(node.target, torch._ops.OpOverload) or not home.startswith(("torch", "_operator"))
+
+
+def with_numbers(node: fx.Node, actual: Callable[[fx.Node], Any], skeleton: Skeleton) -> Any:
+    """A call that reads a tensor of one element as a number (``full(size, tensor)``), run on those that ``actual`` knows; None else."""
+    known = {n: actual(n) for n in node.all_input_nodes if _isinstance(n.meta["val"], torch.Tensor) and n.meta["val"].numel() == 1}
+    known = {n: v for n, v in known.items() if v is not None}
+    if not known:
+        return None
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: known.get(n, n.meta["val"]))
+    try:
+        return to_meta(execute(node, args, kwargs, skeleton))
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
 def run_for_real(node: fx.Node, args: Any, kwargs: Any, skeleton: Skeleton) -> Any:
     """Run a call on tensors of ones, on a copy of the user's module: for code that reads values or has no kernel without them."""
 
     def ones(value: Any) -> Any:
-        return torch.ones(value.shape, dtype=value.dtype) if _isinstance(value, torch.Tensor) else value
+        if _isinstance(value, torch.Tensor):
+            return torch.ones(value.shape, dtype=value.dtype)
+        if type(value) is tuple or _isinstance(value, immutable_list):
+            return (tuple if type(value) is tuple else list)(ones(v) for v in value)
+        if _isinstance(value, immutable_dict):  # code may change a list or a dict that it is given, which the graph's own refuse
+            return {k: ones(v) for k, v in value.items()}
+        return value
 
-    args, kwargs = tree_map(ones, (args, kwargs))
+    args, kwargs = tree_map(ones, ones(args)), tree_map(ones, ones(kwargs))
     if node.op == "call_module":
         module = copy.deepcopy(skeleton.original_module(str(node.target))).eval()
         return to_meta(module.forward(*args, **kwargs))

@@ -23,7 +23,8 @@ from torch.nn.utils.rnn import PackedSequence
 from fxprune.passes.aliases import is_rewritten_later, memory, written
 from fxprune.passes.constants import evaluate
 from fxprune.passes.parameters import ParameterLabels, op_name
-from fxprune.passes.rectangles import rectangle
+from fxprune.passes.rectangles import one_axis, rectangle
+from fxprune.passes.resize import called_again
 from fxprune.passes.rules import registry
 from fxprune.passes.rules.values import Value, Vector, has_tensor, lift, packed, tensors, values
 from fxprune.passes.trace import TracedModel
@@ -64,9 +65,11 @@ class Walk(ParameterLabels):
         self.env: dict[str, dict[fx.Node, Any]] = {}
         self.unknown: dict[str, str] = {}
         self.choices: dict[str, Vector] = {}
+        self.whole: set[str] = set()  # grouped convolutions that lose whole groups, where positions within them were possible
         self.clashes: list[tuple[Vector, Vector]] = []
+        self.sized: dict[str, list[tuple[Value, int]]] = {}
         self._soft: list[tuple[int, int]] = []
-        self._real: dict[fx.Node, torch.Tensor | None] = {}
+        self._real: dict[Any, Any] = {}
         self.mode = ""
 
     # -- the walk -----------------------------------------------------------------------------------------------------------
@@ -110,7 +113,9 @@ class Walk(ParameterLabels):
             module = self.traced.skeleton.module(str(node.target))
             rule = registry.module_rule(module) if str(node.target) not in self.traced.opaque else None
             if rule is not None:
-                return self._checked(node, rule.infer(self, node, module, *args, **kwargs))
+                result = self._checked(node, rule.infer(self, node, module, *args, **kwargs))
+                called_again(self, node, module, inputs, values(result))
+                return result
         else:
             rule = registry.METHODS.get(str(node.target)) if node.op == "call_method" else registry.function_rule(node.target)
             if rule is not None:
@@ -330,18 +335,14 @@ class Walk(ParameterLabels):
                 same = node.meta["val"].shape == meta.shape and node.meta["val"].stride() == meta.stride()
                 env[node] = Value(value.shape, value.axes, value.zero & left if same else frozenset(), value.why)
 
-    def same_axis(self, a: Vector, b: Vector) -> Vector:
-        """Two sets of labels came to lie on one axis. An index goes if either of its labels does, which two sparsities cannot both
-        decide: those that an expansion made yield, of others those with fewer units stay."""
-        few, many = sorted((a, b), key=lambda v: (not self.is_soft(np.unique(v)), self.labels.units(v)))
-        self.pin(few, "it is folded into one axis with other channels")
-        return many
+    same_axis = one_axis
 
     # -- constants ----------------------------------------------------------------------------------------------------------
 
     def real(self, node: Any) -> torch.Tensor | None:
         """The actual tensor of a node that depends on constants and buffers alone (an index table), or None."""
-        return evaluate(node, self._named, self._real) if isinstance(node, fx.Node) else None
+        found = evaluate(node, self._named, self._real) if isinstance(node, fx.Node) else None
+        return found if isinstance(found, torch.Tensor) else None
 
     def _named(self, name: str) -> torch.Tensor | None:
         if name in self.traced.constants:

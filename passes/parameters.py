@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxprune.passes.rules.values import Labels, Value, Vector
 from fxprune.passes.trace import TracedModel
@@ -45,9 +45,18 @@ class ParameterLabels:
         if tensor is None:
             tensor = self.traced.skeleton.tensor(name)
         shape = tuple(tensor.shape)
-        floating = tensor.is_floating_point()
-        axes = {d: self.parameter(name, d, n) for d, n in enumerate(shape) if n > 1} if floating or tensor.is_complex() else {}
+        floating, mask = tensor.is_floating_point(), tensor.dtype == torch.bool  # a mask has channels; an index has positions
+        width = self._channels_end(name, len(shape)) if floating or mask or tensor.is_complex() else 0
+        axes = {d: self.parameter(name, d, n) for d, n in enumerate(shape[:width]) if n > 1}
         return Value(shape, axes, frozenset(axes) if floating else frozenset(), f"it comes from {name!r}")
+
+    def _channels_end(self, name: str, ndim: int) -> int:
+        """How many dimensions of a tensor may carry channels: two of a convolution's weight (or mask), whose width is never pruned."""
+        for alias in self.traced.skeleton.aliases.get(name, ()):
+            owner = self.traced.skeleton.original_module(alias.rpartition(".")[0].partition(".parametrizations.")[0])
+            if isinstance(owner, nn.modules.conv._ConvNd) and ndim == len(owner.kernel_size) + 2:
+                return 2
+        return ndim
 
     def parameter(self, name: str, dim: int, size: int) -> Vector:
         """The labels of dimension ``dim`` of a parameter; made the first time it is asked for."""

@@ -18,6 +18,7 @@ from fxprune.errors import InputError, TraceError
 from fxprune.evaluation import set_training
 from fxprune.inputs import call_form
 from fxprune.passes.execute import to_meta
+from fxprune.passes.resize import has_sizes
 from fxprune.passes.rules.values import tensors
 from fxprune.passes.skeleton import Skeleton
 from fxprune.passes.trace import TracedModel, add_traced
@@ -41,11 +42,13 @@ def trace_parts(
         raise InputError(f"the model itself fails on the example inputs: {first} ({cause})") from error
     traced = TracedModel(Skeleton(model, is_known), {}, {}, parts=[])
     todo = [(name, module) for name, module in reversed(list(model.named_children()))]
+    seen: set[nn.Module] = set()
     while todo:
         path, module = todo.pop()
-        if not any(True for _ in module.parameters()):
+        if module in seen or not any(True for _ in module.parameters()):
             continue
-        own = path in calls and all(path in stack for inner in _inside(callers, path) for stack in callers[inner])
+        seen.add(module)
+        own = path in calls and all(path in stack for inner in _changing(module, path) for stack in callers.get(inner, ()))
         if own and not is_known(module):
             try:
                 add_traced(traced, path, calls[path][0], is_known, has_rule, calls[path][1])
@@ -73,8 +76,10 @@ def _road(model: nn.Module, example: Any) -> str:
     return f"; torch.export may take it whole: fxprune.compress(torch.export.export(model, {inputs}).module(), ...)"
 
 
-def _inside(callers: Callers, path: str) -> list[str]:
-    return [p for p in callers if p.startswith(f"{path}.")]
+def _changing(module: nn.Module, path: str) -> list[str]:
+    """What may come out of a pruning changed: the submodules of ``module`` that hold tensors or sizes, themselves or within."""
+    inner = [(p, m) for p, m in module.named_modules(prefix=path, remove_duplicate=False) if m is not module]
+    return [p for p, m in inner if any(True for _ in (*m.parameters(), *m.buffers())) or any(map(has_sizes, m.modules()))]
 
 
 def _watched(model: nn.Module, example_inputs: Any) -> tuple[Calls, Callers]:
@@ -98,23 +103,25 @@ def _run(twin: nn.Module, example_inputs: Any) -> tuple[Calls, Callers]:
     set_training(twin, False)
     calls: Calls = {}
     callers: Callers = {}
-    stack: list[str] = []
+    stack: list[nn.Module] = []
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in twin.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
 
-    def enter(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        running = frozenset(name for outer in stack for name in names[outer])
+        for name in names[module]:
             if name not in calls:
                 calls[name] = to_meta((args, kwargs)), next((t.device for t in tensors((args, kwargs))), None)
-            callers.setdefault(name, []).append(frozenset(stack))
-            stack.append(name)
-
-        return hook
+            callers.setdefault(name, []).append(running)
+        stack.append(module)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         stack.pop()
 
-    for name, module in twin.named_modules():
-        if name:
-            module.register_forward_pre_hook(enter(name), with_kwargs=True)
+    for module in names:
+        if module is not twin:
+            module.register_forward_pre_hook(enter, with_kwargs=True)
             module.register_forward_hook(leave)
     args, kwargs = call_form(example_inputs)
     with torch.no_grad():

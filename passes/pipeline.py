@@ -16,7 +16,7 @@ from fxprune.inputs import build, describe
 from fxprune.passes import rules
 from fxprune.passes.base import GraphPass
 from fxprune.passes.collector import paused_collector
-from fxprune.passes.coupling import LAYERS, CouplingGraph
+from fxprune.passes.coupling import LAYERS, SINGLE, CouplingGraph
 from fxprune.passes.functional import output_dims
 from fxprune.passes.keep_class import kept_class
 from fxprune.passes.labels import Walk
@@ -90,7 +90,8 @@ class Couple(GraphPass):
         fixed = fixed_dimensions(traced.skeleton.original, self.ignore, output_dims(traced) if self.ignore else {})
         walk = _settled(traced, self.attention, fixed)
         names = [n if isinstance(n, str) else _path(traced.skeleton.original, n) for n in self.ignore]
-        module.meta["coupling"] = CouplingGraph(walk, self.inputs, {"attention": self.attention, "ignore": names})
+        graph = CouplingGraph(walk, self.inputs, {"attention": self.attention, "ignore": names})
+        module.meta["coupling"] = _finer(graph, fixed)
         return module
 
 
@@ -117,6 +118,25 @@ def _settled(traced: TracedModel, attention: str, fixed: list[tuple[str, int]]) 
         if len(left) < fewest:
             best, fewest = trial, len(left)
     return best
+
+
+def _finer(graph: CouplingGraph, fixed: list[tuple[str, int]]) -> CouplingGraph:
+    """Whole groups of a grouped convolution may have been chosen for it alone, and tie everything into one unit further on (a channel
+    shuffle between two of them): walk again with positions within the groups, and take what leaves more channels to prune."""
+    keys = set(graph.walk.whole)
+    if not keys or not any(g.reason == SINGLE for g in graph.groups):
+        return graph
+    while True:
+        walk = Walk(graph.walk.traced, graph.walk.attention, fixed, {**graph.walk.forced, **dict.fromkeys(sorted(keys), "within")}).run()
+        if walk.whole <= keys:
+            break
+        keys |= walk.whole
+    other = CouplingGraph(walk, graph.inputs, graph.options)
+    return max(graph, other, key=_channels)  # of equals the first
+
+
+def _channels(graph: CouplingGraph) -> int:
+    return sum(len(indices) for g in graph.groups if g.prunable for _, _, indices in g.members)
 
 
 def _clashing(walk: Walk) -> list[str]:

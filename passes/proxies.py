@@ -13,6 +13,7 @@ from torch import fx
 from torch.fx._symbolic_trace import _find_proxy
 
 from fxprune.errors import TraceError
+from fxprune.passes.constants import held
 
 if TYPE_CHECKING:
     from fxprune.passes.tracer import ShapeTracer
@@ -151,9 +152,27 @@ class ShapeProxy(fx.Proxy):
             actual = self.tracer.actual(self.node)
             if actual is None:
                 raise TraceError(f"{self.tracer.here()}: {use} depends on the values of a tensor, not only on its shape")
+            for name in held(self.node) - self.tracer.constants.keys():
+                self.tracer.notes[f"{self.tracer.here()}: {use} was specialised to the value of {name!r}"] = None
             return getattr(actual, method)()
         self.tracer.specialised(self, f"{use} on the value {value}")
         return value
+
+
+def _augmented(name: str) -> Any:
+    """``x += y`` writes into a tensor, which other names may hold too; a number is another one afterwards. fx knows neither."""
+    operation = getattr(operator, name)
+
+    def method(self: ShapeProxy, other: Any) -> Any:
+        if not _isinstance(self.value, torch.Tensor):
+            return NotImplemented
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return method
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior"):
+    setattr(ShapeProxy, f"__{_name}__", _augmented(_name))
 
 
 class ShapeAttribute(ShapeProxy):

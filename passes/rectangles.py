@@ -41,6 +41,14 @@ def rectangle(walk: Walk, node: fx.Node, labels: torch.Tensor) -> tuple[int, Vec
     return axis, first
 
 
+def one_axis(walk: Walk, a: Vector, b: Vector) -> Vector:
+    """Two sets of labels came to lie on one axis. An index goes if either of its labels does, which two sparsities cannot both
+    decide: those that an expansion made yield, of others those with fewer units stay."""
+    few, many = sorted((a, b), key=lambda v: (not walk.is_soft(np.unique(v)), walk.labels.units(v)))
+    walk.pin(few, "it is folded into one axis with other channels")
+    return many
+
+
 def _choose(walk: Walk, node: fx.Node, labels: torch.Tensor, varying: list[int]) -> int:
     """The axis with the most units; for attention the axis the policy names (Wang 2024 prunes neither: the axis is ours)."""
     if any(_name(user) == "view_as_complex" for user in node.users):  # the last axis is a real and an imaginary part

@@ -20,6 +20,7 @@ _SAME_FUNCTIONS = frozenset(
 )
 _SAME_METHODS = frozenset({"relu", "sigmoid", "tanh", "contiguous"})
 _BINARY = frozenset({operator.add, operator.mul, operator.sub, operator.truediv, torch.add, torch.mul, torch.sub, torch.div})
+_AUGMENTED = frozenset({operator.iadd, operator.isub, operator.imul, operator.itruediv})
 _FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 
 
@@ -105,6 +106,8 @@ def quick_function(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         if not unchanged or target == "contiguous":
             return x if unchanged and x.is_contiguous() else None
         return x if kwargs.get("inplace") is True else _like(x)
+    if target in _AUGMENTED and len(args) == 2 and (isinstance(args[1], (int, float)) or _fits(args[1], x)):
+        return x
     if target in _BINARY and len(args) == 2 and not kwargs:
         other = args[1]
         if isinstance(other, (int, float)):
@@ -112,6 +115,13 @@ def quick_function(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         if isinstance(other, torch.Tensor) and other.dtype == x.dtype and x.ndim == other.ndim:
             return _broadcast(x, other)
     return None
+
+
+def _fits(other: Any, x: torch.Tensor) -> bool:
+    """Whether ``other`` can be worked into ``x`` as it is: no dimension that x lacks, no other dtype."""
+    if not isinstance(other, torch.Tensor) or other.dtype != x.dtype or other.ndim > x.ndim:
+        return False
+    return all(a in (1, b) for a, b in zip(reversed(other.shape), reversed(x.shape), strict=False))
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:

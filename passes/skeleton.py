@@ -105,7 +105,9 @@ class Skeleton:
         if cls not in _watched:
 
             def read(module: Any) -> bool:
-                module.__dict__["_fxprune_skeleton"].training_was_read = True
+                skeleton = module.__dict__.get("_fxprune_skeleton")  # a module made in forward has none
+                if skeleton is not None:
+                    skeleton.training_was_read = True
                 return bool(module.__dict__["training"])
 
             def write(module: Any, value: bool) -> None:
@@ -128,6 +130,11 @@ class Skeleton:
 
     def module_or_none(self, name: str) -> nn.Module | None:
         return self._modules.get(name) if name else None
+
+    def module_aliases(self, name: str) -> list[str]:
+        """All names of the module of that name."""
+        module = self._modules[name]
+        return [n for n, m in self._modules.items() if m is module]
 
     def original_module(self, name: str) -> nn.Module:
         found: nn.Module = self._original_modules[name]

@@ -173,9 +173,17 @@ class Slimmer:
             for graph in own.values():
                 for node in graph.nodes:
                     if node.op in ("call_module", "get_attr"):
-                        node.target = str(node.target).removeprefix(f"{path}.")
+                        node.target = self._inside(node, f"{path}.")
             replace_module(tree, tree.get_submodule(path), SlimModule(tree.get_submodule(path), own))
         return tree
+
+    def _inside(self, node: fx.Node, prefix: str) -> str:
+        """The name that what a part's graph reads has within the part: it may be shared with other parts, and known by theirs."""
+        name = str(node.target)
+        if not name.startswith(prefix):
+            names = self.skeleton.module_aliases(name) if node.op == "call_module" else self.skeleton.aliases[name]
+            name = next(n for n in names if n.startswith(prefix))
+        return name.removeprefix(prefix)
 
     @torch.no_grad()
     def tree(self, own_classes: bool = False) -> nn.Module:

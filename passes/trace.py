@@ -83,7 +83,8 @@ def add_traced(
             except TraceError as error:
                 culprit = tracer.stack[-1] if tracer.stack else ""
                 if not culprit or culprit in blocked:
-                    raise
+                    first = blocked.get(tracer.failed)  # why it was kept whole says more than how running it failed
+                    raise (error if first is None else TraceError(first)) from error.__cause__
                 blocked[culprit] = str(error)
 
     skeleton.training_was_read = False

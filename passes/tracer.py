@@ -27,7 +27,7 @@ from fxprune import errors
 from fxprune.errors import InputError, TraceError
 from fxprune.passes import aten, extents, openers
 from fxprune.passes.constants import evaluate
-from fxprune.passes.execute import execute, run_for_real, to_meta
+from fxprune.passes.execute import execute, hides_structure, run_for_real, to_meta, with_numbers
 from fxprune.passes.interpret import graph_of, interpret, origin
 from fxprune.passes.patching import patched
 from fxprune.passes.proxies import ShapeProxy, ShapeTuple
@@ -66,6 +66,7 @@ class ShapeTracer(fx.Tracer):
         self.graph_is_training = False
         self.busy = False  # running an operation for its shape: nothing is recorded meanwhile
         self.stack: list[str] = []
+        self.failed = ""  # what was kept whole and could not be run either
         self.source: fx.Node | None = None  # the node being traced, where the module is a graph already
         self._shapes: dict[fx.Node, ShapeTuple] = {}
         self._attributes: dict[str, ShapeProxy] = {}
@@ -247,8 +248,10 @@ class ShapeTracer(fx.Tracer):
         except TraceError:
             raise
         except Exception as error:  # whatever the operation raises on the example is the user's to see
-            if self._hides_structure(node):
+            if hides_structure(node, self.opaque, self.skeleton):
                 return self._value_by_running(node, args, kwargs)
+            if (numbers := with_numbers(node, self.actual, self.skeleton)) is not None:
+                return numbers
             what = node.target if _isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
             raise TraceError(
                 f"{node.meta['where']}: {what} failed on the example inputs: {str(error).splitlines()[0] if str(error) else error!r}"
@@ -263,29 +266,21 @@ class ShapeTracer(fx.Tracer):
         if module is not None and not module._modules and module.__dict__["training"] and self.graph_is_training:
             raise TraceError(f"{self.here()}: it computes in a {what} block, which a graph cannot keep")
 
-    def _hides_structure(self, node: fx.Node) -> bool:
-        """A submodule kept whole, or a function of the user's: either may read values, or have no kernel without them."""
-        if node.op == "call_module":
-            return node.target in self.opaque or not type(self.skeleton.module(str(node.target))).__module__.startswith("torch.nn")
-        target = node.target
-        return _isinstance(target, torch._ops.OpOverload) or not (getattr(target, "__module__", None) or "torch").startswith(
-            ("torch", "_operator")
-        )
-
     def _value_by_running(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         try:
             return run_for_real(node, args, kwargs, self.skeleton)
         except Exception as error:  # the user's code again
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.failed = str(node.target)
             raise TraceError(f"{node.meta['where']}: {node.target} failed on tensors of ones of the example's shapes: {first}") from error
 
-    def actual(self, node: fx.Node) -> torch.Tensor | None:
-        """The values of a tensor that does not depend on the inputs, or None."""
-        self.busy = True
+    def actual(self, node: fx.Node) -> Any:
+        """The values of a tensor (or of several) that does not depend on the inputs, or None."""
+        before, self.busy = self.busy, True
         try:
             return evaluate(node, self._named, {})
         finally:
-            self.busy = False
+            self.busy = before
 
     def _named(self, name: str) -> torch.Tensor | None:
         tensor = self.constants.get(name)
@@ -300,7 +295,7 @@ class ShapeTracer(fx.Tracer):
 
     def _constant(self, tensor: torch.Tensor) -> str:
         name = self.skeleton.attribute_names.get(id(tensor))
-        if name is None:
+        if name is None or (self.path and not name.startswith(f"{self.path}.")):
             base = f"{self.path}._tensor_constant" if self.path else "_tensor_constant"
             name = next(n for n in (f"{base}{i}" for i in range(len(self.constants), 1 << 30)) if n not in self.constants)
             self.skeleton.attribute_names[id(tensor)] = name

@@ -133,7 +133,7 @@ def _bilinear(walk: Walk, node: fx.Node, input1: Value, input2: Value, weight: V
     return walk.make(node, axes, zero)
 
 
-@named("matmul", "bmm", "mm", "mv", "dot", inplace=False)
+@named("matmul", "bmm", "mm", "mv", "dot", "vdot", inplace=False)
 @functions(operator.matmul)
 def matmul(walk: Walk, node: fx.Node, input: Value, other: Value, **_: Any) -> Value:
     for value in (input, other):

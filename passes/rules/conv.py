@@ -200,6 +200,9 @@ def _grouped(walk: Walk, x: Value, channel: int, arriving: Vector | None, w: Val
 
 def _whole_groups(walk: Walk, arriving: Vector, groups: int, per_in: int) -> bool:
     """Whether removing whole groups leaves more units than removing positions within them, given what is united already."""
+    key = f"{walk.mode}:{walk.node.name}" if walk.node is not None else ""
+    if walk.forced.get(key) == "within":
+        return False
     _, flat = np.unique(walk.labels.find(arriving), return_inverse=True)
     grid = flat.reshape(groups, per_in)
 
@@ -211,6 +214,8 @@ def _whole_groups(walk: Walk, arriving: Vector, groups: int, per_in: int) -> boo
 
     whole = units(np.repeat(grid[:, :1], per_in, 1), grid)
     within = units(np.repeat(grid[:1], groups, 0), grid)
+    if whole > within:
+        walk.whole.add(key)
     return whole > within
 
 

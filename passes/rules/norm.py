@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils import parametrizations
 
 from fxprune.passes.rules.registry import functions, modules
 from fxprune.passes.rules.values import Value
@@ -85,6 +87,8 @@ def instance_norm(
     *_: Any,
     **__: Any,
 ) -> Value:
+    for axis in range(2, input.ndim):
+        walk.inexact(input.axes.get(axis), "statistics over channels")
     walk.read_as_weight(weight)
     return _per_channel(walk, node, input, 1, [weight, bias, running_mean, running_var])
 
@@ -169,8 +173,8 @@ def group_norm(
 def _group(walk: Walk, node: fx.Node, x: Value, groups: int, weight: Value | None, bias: Value | None) -> Value:
     """``x`` (N, C, *): statistics over each of ``groups`` runs of channels, which must keep equal widths."""
     vector = x.axes.get(1)
+    per = x.shape[1] // groups
     if vector is not None:
-        per = x.shape[1] // groups
         grid = vector.reshape(groups, per)
         if groups > 1 and per > 1:
             if groups > per:
@@ -181,7 +185,9 @@ def _group(walk: Walk, node: fx.Node, x: Value, groups: int, weight: Value | Non
             walk.inexact(vector, "statistics over channels")
     for axis in range(2, x.ndim):
         walk.pin(x.axes.get(axis), "a normalisation averages over it")
-    return _per_channel(walk, node, x, 1, [weight, bias])
+    made = _per_channel(walk, node, x, 1, [weight, bias, None, None])
+    shared = {1} if vector is not None and per > 1 and weight is None else set()  # a removed channel then holds minus the others' mean
+    return walk.make(node, made.axes, made.zero - shared, made.why)
 
 
 @functions(F.local_response_norm)
@@ -206,11 +212,35 @@ def normalize(walk: Walk, node: fx.Node, input: Value, p: float = 2.0, dim: Any 
 
 @functions(*([torch._weight_norm] if hasattr(torch, "_weight_norm") else []))
 def weight_norm(walk: Walk, node: fx.Node, v: Value, g: Value, dim: int = 0) -> Value:
-    """``v * g / ||v||``, the norm over every dimension but ``dim``; removed inputs are zero and add nothing to it.
-
-    Removed outputs would divide zero by zero in the zeroed original, so they stay until the norm is folded into the weight.
-    """
-    why = "weight_norm divides by the norm of its row; fold it first (torch.nn.utils.parametrize.remove_parametrizations)"
-    for vector in (v.axes.get(dim), g.axes.get(dim)):
-        walk.pin(vector, why)
+    """``v * g / ||v||``, the norm over every dimension but ``dim``; removed inputs are zero and add nothing to it."""
+    rows, lengths = v.axes.get(dim), g.axes.get(dim)
+    if rows is not None and lengths is not None:
+        walk.unite(rows, lengths)
+        walk.inexact(rows, "the zeroed original divides zero by zero")
+    elif rows is not None or lengths is not None:
+        walk.pin(rows if lengths is None else lengths, f"its length has a fixed size ({(g if lengths is None else v).why})")
     return walk.make(node, v.axes, v.axes, v.why)
+
+
+@modules(*([parametrizations._SpectralNorm] if hasattr(parametrizations, "_SpectralNorm") else []))
+def spectral_norm_module(walk: Walk, node: fx.Node, module: Any, weight: Value) -> Value:
+    """``weight`` over its largest singular value, as ``_u`` (along ``dim``) and ``_v`` (along the rest, flattened) estimate it.
+
+    Removed rows and columns are zero and add nothing to the product of the three.
+    """
+    if weight.ndim == 1:
+        return walk.through(node, weight)
+    rest = [a for a in range(weight.ndim) if a != module.dim]
+    for axis in [a for a in rest if a in weight.axes][1:]:
+        walk.pin(weight.axes[axis], "it is flattened with other channels")
+    for name, axes in (("_u", [module.dim]), ("_v", rest)):
+        estimate = walk.weight(node, name)
+        labelled = [a for a in axes if a in weight.axes][:1]
+        if estimate is None or 0 not in estimate.axes:
+            continue
+        if not labelled:
+            walk.pin(estimate.axes[0], f"the layer reads channels of fixed size ({weight.why})")
+        for axis in labelled:
+            before, after = (math.prod(weight.shape[a] for a in axes if (a > axis) == later and a != axis) for later in (False, True))
+            walk.unite(np.tile(np.repeat(weight.axes[axis], after), before), estimate.axes[0])
+    return walk.make(node, weight.axes, weight.zero, weight.why)

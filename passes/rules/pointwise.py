@@ -215,6 +215,11 @@ def grid_sample(walk: Walk, node: fx.Node, input: Value, grid: Value, *_: Any, *
     return walk.through(node, input, mixed=range(2, input.ndim))
 
 
+@functions(F.affine_grid)
+def affine_grid(walk: Walk, node: fx.Node, theta: Value, *_: Any, **__: Any) -> Any:
+    return walk.opaque(node, [theta], "it is a map of sampling positions")
+
+
 @named("tril", "triu")
 def triangle(walk: Walk, node: fx.Node, input: Value, *_: Any, **__: Any) -> Value:
     return walk.through(node, input, mixed=(-1, -2))

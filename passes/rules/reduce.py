@@ -160,3 +160,12 @@ def cosine_similarity(walk: Walk, node: fx.Node, x1: Value, x2: Value, dim: int 
     axes, _ = walk.combine(shape, [x1, x2])
     both = Value(shape, axes, frozenset(axes) if len(x1.zero) + len(x2.zero) else frozenset(), x1.why)
     return _reduce(walk, node, both, {dim % len(shape)}, False, exact=True)
+
+
+@functions(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy_with_logits)
+def loss(walk: Walk, node: fx.Node, input: Value, target: Value, *_: Any, **__: Any) -> Any:
+    """Element by element, then the mean (or sum) of all: a network may compute a loss of its own (a codebook's)."""
+    shape = tuple(torch.broadcast_shapes(input.shape, target.shape))
+    axes, _spans = walk.combine(shape, [input, target])
+    both = Value(shape, axes, frozenset(), input.why)
+    return both if node.meta["val"].ndim == len(shape) else _reduce(walk, node, both, set(range(len(shape))), False, exact=False)

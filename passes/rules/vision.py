@@ -31,7 +31,20 @@ def deformable(walk: Walk, node: fx.Node, input: Value, weight: Value, offset: V
     return conv.convolve(walk, node, input, conv.kernel(walk, node, weight), bias, groups, False, walk.owner(node))
 
 
+def regions(walk: Walk, node: fx.Node, input: Value, boxes: Value, *_: Any, **__: Any) -> Any:
+    """Windows of ``input`` (N, C, H, W) around ``boxes`` (K, 5): each channel by itself, and K in place of N."""
+    walk.pin_all(boxes, "it is used as boxes")
+    for axis in (0, 2, 3):
+        walk.pin(input.axes.get(axis), "boxes are cut out along it")
+    kept = Value(input.shape, {a: v for a, v in input.axes.items() if a == 1}, input.zero & {1}, input.why)
+    if isinstance(node.meta["val"], torch.Tensor):
+        return walk.make(node, kept.axes, kept.zero, kept.why)
+    return tuple(walk.make(node, kept.axes, kept.zero, kept.why, i) for i in range(len(node.meta["val"])))
+
+
 # A rule of the user's for one of these may have come first, and stays.
 registry.FUNCTIONS.setdefault(torch.ops.torchvision.deform_conv2d, registry.Rule(deformable, _deformable_groups))
+registry.FUNCTIONS.setdefault(torch.ops.torchvision.roi_align, registry.Rule(regions))
+registry.FUNCTIONS.setdefault(torch.ops.torchvision.roi_pool, registry.Rule(regions))
 registry.FUNCTIONS.setdefault(torchvision.ops.stochastic_depth, registry.Rule(pointwise.keep_zero))
 registry.MODULES.setdefault(torchvision.ops.StochasticDepth, registry.Rule(pointwise.keep_zero_module))

@@ -257,7 +257,7 @@ class FunctionalWeights(nn.Module):
         return F.relu(F.linear(x.mean((2, 3)), self.matrix, self.bias)) @ self.last
 
 
-@add("weight_norm_hook", locked=False)
+@add("weight_norm_hook", exact=False)
 class WeightNormHook(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ class WeightNormHook(nn.Module):
         return self.d(F.relu(self.c(F.relu(self.b(F.relu(self.a(x)))))))
 
 
-@add("weight_norm_parametrized")
+@add("weight_norm_parametrized", exact=False)
 class WeightNormParametrized(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ class WeightNormParametrized(nn.Module):
 
 @add("spectral_norm")
 class SpectralNorm(nn.Module):
-    """The largest singular value is one number for the whole weight: that layer stays, its neighbours do not."""
+    """The largest singular value is one number for the whole weight, estimated by two vectors that are cut with it."""
 
     def __init__(self) -> None:
         super().__init__()

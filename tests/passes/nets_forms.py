@@ -118,7 +118,7 @@ class InPlace(Body):
         self.a, self.act = nn.Conv2d(12, 12, 3, padding=1), nn.LeakyReLU(0.1, inplace=True)
 
     def mix(self, x: Tensor) -> Any:
-        y = self.act(self.a(x))
+        y = self.act(self.a(x)) * 1.5
         y += x
         y.mul_(0.5).add_(x, alpha=2)
         F.relu_(y)

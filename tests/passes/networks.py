@@ -14,6 +14,7 @@ from tests.passes import (
     nets_sequence,
     nets_shape,
     nets_transformer,
+    nets_vision,
     nets_writes,
 )
 from tests.passes.catalogue import ZOO, Network
@@ -32,5 +33,6 @@ __all__ = [
     "nets_sequence",
     "nets_shape",
     "nets_transformer",
+    "nets_vision",
     "nets_writes",
 ]

@@ -1,0 +1,108 @@
+"""Values that tracing may rely on: those of tensors that nothing writes into; what it relied on is reported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from tests.passes.helpers import gap, zeroed
+
+
+class Picked(nn.Module):
+    """Channels are picked by an index that ``forward`` fills in place."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.a, self.b = how, nn.Conv2d(3, 8, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        index = torch.zeros(4, dtype=torch.long)
+        if self.how == "setitem":
+            index[1], index[2], index[3] = 3, 5, 7
+        elif self.how == "view":
+            index[1:].add_(4)
+        else:
+            torch.arange(4, out=index)
+        return self.b(self.a(x)[:, index])
+
+
+@pytest.mark.parametrize("how", ["setitem", "view", "out"])
+def test_an_index_that_is_written_into_is_not_taken_as_it_was_made(how: str) -> None:
+    model, x = Picked(how).eval(), torch.randn(2, 3, 4, 4)
+    graph = fxprune.analyze(model, x)
+    assert all("indexed by values the graph computes" in g.reason for g in graph.groups if g.name == "a"), graph.groups
+    assert torch.equal(fxprune.compress(model, 0.5, x)(x), model(x))
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer and asks for the count."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls.add_(1)
+        x = self.a(x)
+        return self.b(x * 2 if bool(self.calls > 1) else x)
+
+
+def test_a_buffer_that_is_written_into_stays_as_it_was() -> None:
+    """Asking for its value must not run the write on the user's tensor: the root is then traced in parts, here none."""
+    model = Counting().eval()
+    with pytest.raises(fxprune.FxPruneError, match="a condition depends on the values of a tensor"):
+        fxprune.compress(model, 0.5, torch.randn(2, 4))
+    assert model.calls.item() == 0
+
+
+class Switched(nn.Module):
+    """Takes a branch by the value of a buffer."""
+
+    ready: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.register_buffer("ready", torch.tensor(True))
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.a(x)
+        return self.b(x.relu() if self.ready else x)
+
+
+def test_a_branch_on_a_buffer_is_reported() -> None:
+    model, x = Switched().eval(), torch.randn(2, 4)
+    slim = fxprune.compress(model, 0.5, x)
+    rec = fxprune.record(slim)
+    assert any("'ready'" in note for note in rec.notes), rec.notes
+    assert gap(zeroed(model, rec.kept)(x), slim(x)) < 1e-5
+
+
+class Filled(nn.Module):
+    """Sizes and elements of a plain tensor are read as numbers; a size that is made a tensor first is one all the same."""
+
+    strides = torch.tensor([2.0, 4.0])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.b(self.a(x))
+        scale = torch.cat([torch.full((x.shape[2], 1), s) for s in self.strides])
+        width: Any = torch.tensor(x.shape[3]).float().sqrt()
+        return x.flatten(2) * scale.mean() / torch.full((1,), width)
+
+
+def test_elements_of_a_plain_tensor_are_numbers() -> None:
+    model = Filled().eval()
+    slim = fxprune.compress(model, 0.5, torch.randn(2, 3, 4, 4))
+    other = torch.randn(1, 3, 6, 9)
+    assert gap(zeroed(model, fxprune.record(slim).kept)(other), slim(other)) < 1e-5
