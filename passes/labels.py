@@ -324,8 +324,7 @@ class Walk(ParameterLabels):
         return is_rewritten_later(node, self.traced.skeleton.module)
 
     def overwritten(self, target: Any, zero: Iterable[int]) -> None:
-        """Something is written into the tensor of node ``target``: of its removed slices those along ``zero`` alone still hold zeros,
-        and so for every other node that holds the same memory."""
+        """Something is written into ``target``: only along ``zero`` removed slices still hold zeros, in all that hold the same memory."""
         env, left = self.env[self.mode], frozenset(zero)
         if not isinstance(before := env.get(target), Value) or before.zero <= left:
             return
