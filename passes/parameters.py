@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -129,4 +131,12 @@ def op_name(node: fx.Node, traced: TracedModel) -> str:
     """A readable name of what a node does: the module's path and type, or the function's name."""
     if node.op == "call_module":
         return f"{node.target} ({type(traced.skeleton.module(str(node.target))).__name__})"
+    if node.target in _IN_PLACE:
+        return _IN_PLACE[node.target]
     return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+# ``x += y`` by the name that people know.
+_IN_PLACE: dict[Any, str] = {
+    getattr(operator, f"i{name}"): name for name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+}

@@ -17,6 +17,7 @@ from fxprune.errors import InputError, TraceError
 from fxprune.inputs import call_form
 from fxprune.passes.eliminate import eliminate
 from fxprune.passes.skeleton import Skeleton
+from fxprune.passes.state import keep_state
 from fxprune.passes.tracer import ShapeTracer, is_skipped
 
 
@@ -111,6 +112,7 @@ def _one(tracer: ShapeTracer, example: Any, training: bool) -> fx.Graph:
     before = tracer.skeleton.snapshot()
     try:
         graph = tracer.run(example)
+        keep_state(tracer, graph, before)
     except (TraceError, InputError):
         raise
     except Exception as error:  # the user's forward may raise anything when it meets a proxy

@@ -1,0 +1,80 @@
+"""Buffers that forward binds anew, and what else it keeps on its modules."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from tests.passes.helpers import zeroed
+
+
+class Counting(nn.Module):
+    """In training, a running mean and a count are bound anew after they were read; two buffers change places."""
+
+    mean: Tensor
+    steps: Tensor
+    old: Tensor
+    new: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 12), nn.Linear(12, 3)
+        self.register_buffer("mean", torch.rand(12))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("old", torch.tensor(1.0))
+        self.register_buffer("new", torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        y = self.last(torch.relu(h * self.mean)) * self.old
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
+            self.steps = self.steps + 1
+            self.old, self.new = self.new, self.old
+        assert isinstance(y, Tensor)
+        return y
+
+
+class Caching(Counting):
+    """What is no buffer, and one of another shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        self.seen = [x.mean(1)]
+        self.steps = x.sum(1)
+        return super().forward(x)
+
+
+def test_buffers_bound_anew_are_written() -> None:
+    torch.manual_seed(0)
+    model, inputs = Counting().eval(), [torch.randn(4, 5) for _ in range(3)]
+    slim = fxprune.compress(model, 0.5, inputs[0], verify=True)
+    record = fxprune.record(slim)
+    assert not record.notes and "mean" in record.kept
+    twin = zeroed(model, record.kept).train()
+    slim = copy.deepcopy(slim).train()
+    for x in inputs:
+        for module in (twin, slim):
+            module.zero_grad()
+        wanted, found = twin(x), slim(x)
+        torch.testing.assert_close(found, wanted)
+        wanted.sum().backward()
+        found.sum().backward()
+    left = dict(twin.named_buffers())
+    for name, value in slim.named_buffers():
+        want = left[name] if name != "mean" else left[name][record.kept["mean"][0]]
+        torch.testing.assert_close(value, want)
+    assert int(slim.get_buffer("steps")) == 3 and float(slim.get_buffer("old")) == 2.0
+    torch.testing.assert_close(slim.get_parameter("last.bias").grad, twin.get_parameter("last.bias").grad)
+
+
+def test_what_a_graph_cannot_keep_is_named() -> None:
+    slim = fxprune.compress(Caching().eval(), 0.5, torch.randn(4, 5))
+    notes = fxprune.record(slim).notes
+    assert {note.rpartition(": ")[2] for note in notes} == {
+        f"forward sets {name!r}, which the slim module does not do" for name in ("steps", "calls", "seen")
+    }
+    assert all("test_state.py" in note for note in notes if "calls" not in note)
