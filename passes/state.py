@@ -46,7 +46,7 @@ def _write(tracer: ShapeTracer, graph: fx.Graph, bound: dict[str, ShapeProxy]) -
     for read in [n for n in graph.nodes if n.op == "get_attr" and n.target in bound]:
         with graph.inserting_after(read):
             copies[read] = _made(tracer, "clone", (read,), read)
-        read.replace_all_uses_with(copies[read], lambda user, made=copies[read]: user is not made)  # type: ignore[misc]
+        read.replace_all_uses_with(copies[read], lambda user, made=copies[read]: user is not made)
     with graph.inserting_before(next(iter(reversed(graph.nodes)))):
         for name, proxy in bound.items():
             buffer = tracer.create_node("get_attr", name, (), {})
