@@ -14,10 +14,6 @@ from benchmarks import exports
 from benchmarks.exports import LIMITS, NETWORKS, RUNTIMES, backend_of, made, outcome
 from fxprune.runtimes import FORMATS
 
-# Combinations that nobody has run yet: they may fail without failing the run, and leave this list once they were seen to pass.
-UNTRIED = {
-    *((name, "compile") for name in ("resnet50", "efficientnet_b0", "densenet121", "convnext_tiny", "swin_t")),
-}
 _made: dict[str, nn.Module] = {}
 
 
@@ -33,13 +29,11 @@ def network(name: str) -> nn.Module:
 @pytest.mark.long
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_network(name: str, runtime: str, tmp_path: Path, record_property: Any, request: pytest.FixtureRequest) -> None:
+def test_network(name: str, runtime: str, tmp_path: Path, record_property: Any) -> None:
     for package in () if runtime == "compile" else (*FORMATS[runtime].writes, *FORMATS[runtime].runs):
         pytest.importorskip(package.split(".")[0], reason=f"the {FORMATS[runtime].extra} extra is not installed")
     if (name, runtime) in LIMITS:
         pytest.skip(LIMITS[name, runtime])
-    if (name, runtime) in UNTRIED:
-        request.applymarker(pytest.mark.xfail(reason="not run before", strict=False))
     found = outcome(network(name), runtime, tmp_path, backend_of(name))
     record_property("difference", found)
     quantized = runtime != "compile" and FORMATS[runtime].quantized
