@@ -10,6 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx, nn
 
+from fxprune.passes.rules.registry import target_name
+
 AUGMENTED = frozenset(
     {
         operator.iadd,
@@ -39,7 +41,7 @@ def written(node: fx.Node, module: Callable[[str], nn.Module] | None = None) -> 
         return out
     if node.target is operator.setitem or node.target in AUGMENTED or node.kwargs.get("inplace") is True:
         return first
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = target_name(node)
     return first if name.endswith("_") and not name.endswith("__") else None
 
 

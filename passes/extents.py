@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxprune.passes.rules.registry import target_name
+
 _VIEWS = frozenset({"view", "reshape"})
 _SWAPS = frozenset({"transpose", "swapaxes", "swapdims"})
 _LAST = (nn.Linear, nn.Embedding, nn.LSTM, nn.GRU, nn.RNN)
@@ -38,7 +40,7 @@ def _is_fixed(node: fx.Node, value: torch.Tensor, axis: int, module: Callable[[s
     source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     if source is None or node.op == "placeholder":
         return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = target_name(node)
     given = _listed(node.args[1:])
     if name in _VIEWS and len(given) == value.ndim:
         return given[axis] != -1 and _is_number(given[axis], module)
@@ -95,7 +97,7 @@ def loop(node: fx.Node, module: Callable[[str], nn.Module]) -> int | None:
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
         return None if is_fixed(node, 0, module) else int(value.shape[0])
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = target_name(node)
     source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     given = _listed(node.args[1:])
     if source is None or name not in ("unbind", "split"):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from fxprune.passes.rules.registry import target_name
 from fxprune.passes.trace import TracedModel
 
 # Where the weight stands among the arguments, for functions whose weight has its outputs along dimension 0.
@@ -68,7 +69,7 @@ def _argument(node: fx.Node, position: int, name: str) -> Any:
 def _moved(source: fx.Node, node: fx.Node, dims: Sequence[int]) -> Sequence[int] | None:
     """The dimensions after a transposition, a split, an operation that keeps the shape (a norm of the weight), or one that puts more in
     front (a weight expanded over a batch); None after anything else."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = target_name(node)
     before, after = source.meta.get("val"), node.meta.get("val")
     if name == "getitem" and not isinstance(before, torch.Tensor):
         return dims

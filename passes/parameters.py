@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx, nn
 
+from fxprune.passes.aliases import AUGMENTED
+from fxprune.passes.rules.registry import target_name
 from fxprune.passes.rules.values import Labels, Value, Vector
 from fxprune.passes.trace import TracedModel
 
@@ -131,12 +131,5 @@ def op_name(node: fx.Node, traced: TracedModel) -> str:
     """A readable name of what a node does: the module's path and type, or the function's name."""
     if node.op == "call_module":
         return f"{node.target} ({type(traced.skeleton.module(str(node.target))).__name__})"
-    if node.target in _IN_PLACE:
-        return _IN_PLACE[node.target]
-    return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-
-
-# ``x += y`` by the name that people know.
-_IN_PLACE: dict[Any, str] = {
-    getattr(operator, f"i{name}"): name for name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
-}
+    name = target_name(node) or str(node.target)
+    return name[1:] if node.target in AUGMENTED else name  # ``x += y`` is an addition to its readers

@@ -13,6 +13,7 @@ from torch import fx
 from torch.fx._symbolic_trace import _find_proxy
 
 from fxprune.errors import TraceError
+from fxprune.passes.aliases import AUGMENTED
 from fxprune.passes.constants import held
 
 if TYPE_CHECKING:
@@ -159,9 +160,8 @@ class ShapeProxy(fx.Proxy):
         return value
 
 
-def _augmented(name: str) -> Any:
+def _augmented(operation: Any) -> Any:
     """``x += y`` writes into a tensor, which other names may hold too; a number is another one afterwards. fx knows neither."""
-    operation = getattr(operator, name)
 
     def method(self: ShapeProxy, other: Any) -> Any:
         if not _isinstance(self.value, torch.Tensor):
@@ -171,8 +171,8 @@ def _augmented(name: str) -> Any:
     return method
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior"):
-    setattr(ShapeProxy, f"__{_name}__", _augmented(_name))
+for _operation in AUGMENTED:
+    setattr(ShapeProxy, f"__{_operation.__name__}__", _augmented(_operation))
 
 
 class ShapeAttribute(ShapeProxy):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from fxprune.passes.rules.registry import target_name
 from fxprune.passes.rules.values import Labels, Vector
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def one_axis(walk: Walk, a: Vector, b: Vector) -> Vector:
 
 def _choose(walk: Walk, node: fx.Node, labels: torch.Tensor, varying: list[int]) -> int:
     """The axis with the most units; for attention the axis the policy names (Wang 2024 prunes neither: the axis is ours)."""
-    if any(_name(user) == "view_as_complex" for user in node.users):  # the last axis is a real and an imaginary part
+    if any(target_name(user) == "view_as_complex" for user in node.users):  # the last axis is a real and an imaginary part
         varying = [a for a in varying if a != labels.ndim - 1] or varying
     counts = {axis: _units_along(labels, axis) for axis in varying}
     best = max(varying, key=lambda a: (counts[a], a))
@@ -90,13 +91,9 @@ def feeds_attention(node: fx.Node) -> bool:
         if user in seen:
             continue
         seen.add(user)
-        name = _name(user)
+        name = target_name(user)
         if name in ("matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention", "__matmul__"):
             return True
         if user.op in ("call_function", "call_method") and name not in ("linear", "conv1d", "conv2d", "conv3d", "size"):
             todo.extend(user.users)
     return False
-
-
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 Infer = Callable[..., Any]
 Rewrite = Callable[..., None]
@@ -94,6 +94,11 @@ def modules(*types: type, rewrite: Rewrite | None = None) -> Callable[[Infer], I
         return infer
 
     return add
+
+
+def target_name(node: fx.Node) -> str:
+    """The name of the method or function that a node calls, empty where it has none."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def function_rule(target: Any) -> Rule | None:
