@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from fxprune.passes.rules.registry import target_name
 
@@ -36,6 +37,8 @@ def written(node: fx.Node, module: Callable[[str], nn.Module] | None = None) -> 
         return first if module is not None and getattr(module(str(node.target)), "inplace", False) is True else None
     if node.op not in ("call_function", "call_method"):
         return None
+    if "body" in node.meta:
+        return _written_within(node)
     out = node.kwargs.get("out")
     if isinstance(out, fx.Node):
         return out
@@ -43,6 +46,16 @@ def written(node: fx.Node, module: Callable[[str], nn.Module] | None = None) -> 
         return first
     name = target_name(node)
     return first if name.endswith("_") and not name.endswith("__") else None
+
+
+def _written_within(call: fx.Node) -> fx.Node | None:
+    """The argument that the code of a call, which was traced aside, writes into."""
+    nodes = call.meta["body"].nodes
+    targets = {memory(target) for target in map(written, nodes) if target is not None} - {None}
+    given: list[fx.Node] = []
+    map_arg(call.args, given.append)
+    inputs = [n for n in nodes if n.op == "placeholder"]
+    return next((arg for arg, inner in zip(given, inputs, strict=True) if memory(inner) in targets), None)
 
 
 def memory(node: fx.Node) -> int | None:

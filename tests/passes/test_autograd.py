@@ -60,6 +60,19 @@ class Mirrored(torch.autograd.Function):
         return gradient.view(-1, 2, 6).flip(1).reshape(-1, 12)
 
 
+class Doubled(torch.autograd.Function):
+    """It works in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return 3 * gradient
+
+
 class Net(nn.Module):
     def __init__(self, middle: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -79,6 +92,12 @@ def reversed_(x: Tensor) -> Any:
     return a - b
 
 
+def doubled(x: Tensor) -> Any:
+    y = x + 1
+    Doubled.apply(y)
+    return y
+
+
 def mirrored(x: Tensor) -> Any:
     return Mirrored.apply(x)
 
@@ -94,7 +113,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
-@pytest.mark.parametrize("middle", [rounded, reversed_])
+@pytest.mark.parametrize("middle", [rounded, reversed_, doubled])
 def test_gradients_are_those_of_its_own_backward(middle: Any, sparsity: float) -> None:
     torch.manual_seed(0)
     model, x = Net(middle).eval(), torch.randn(4, 5)
