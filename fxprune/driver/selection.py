@@ -6,17 +6,12 @@ from fxprune.driver.evaluator import Evaluator
 from fxprune.driver.strategies.base import Outcome, Strategy
 
 
-def chosen_by(strategy: Strategy, evaluator: Evaluator, *, keep_best: bool) -> Outcome:
-    """The best candidate on target of all that were scored with the present weights, the uniform baseline among them.
+def best_of(strategy: Strategy, evaluator: Evaluator, most: int, *, keep_best: bool) -> list[Outcome]:
+    """The candidates that a search may end with, the best first, at most ``most``; at least one: with ``keep_best`` those on target.
 
     Without ``keep_best`` it is the architecture that the strategy ends on, as in the paper. Where nothing is on target it is what comes
     closest to it.
     """
-    return best_of(strategy, evaluator, 1, keep_best=keep_best)[0]
-
-
-def best_of(strategy: Strategy, evaluator: Evaluator, most: int, *, keep_best: bool) -> list[Outcome]:
-    """The candidates that ``chosen_by`` would end with, the best first, at most ``most``; at least one."""
     budget = strategy.budget
     own = strategy.result()
     ended = [] if own is None else evaluator([own], budget)
