@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def test_the_results_are_of_networks_that_are_still_listed(library: str) -> None
 
 
 def test_the_page_of_analysis_names_what_needs_most_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(analysis.metadata, "version", lambda package: "1.2.3")
+    monkeypatch.setattr(metadata, "version", lambda package: "1.2.3")
     seconds = {"compress": 0.2, "analyze": 0.1, "candidate": 0.01, "their prune": 1.0, "their candidate": 1.1}
     text = analysis.page({"net": seconds}, [(25, 0.003)], {"net": 4.0}, {"net": {"trace": 0.05}}, {"a": 3.0, "b": 5.0}, "the command")
     assert (
