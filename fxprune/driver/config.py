@@ -53,7 +53,7 @@ class SearchConfig:
     storage: str | None = None  # optuna strategies: where the study is kept, for example sqlite:///study.db; None: in memory
     keep_best: bool = True  # result: the best on-target candidate scored; False: the last architecture, as in the paper
     finalists: int = 0  # with a rough score: candidates that are scored again, in full, at the end; 0: all are scored in full. Paper: 0
-    evaluations: int | None = 400  # scorings at most, all told; None: no bound. Paper: none
+    evaluations: int | None = 400  # scorings at most, all told, shared out among the points of a Pareto run; None: no bound. Paper: none
 
     # Read by fxprune.search, which turns a network into a Problem; the driver does not look at them
     # auto: reconstruction where repair is lstsq, else taylor; or random, l1, l2, variance, or a callable. Paper: taylor

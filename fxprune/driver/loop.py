@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -74,6 +75,13 @@ class _Search:
     @property
     def seconds(self) -> float:
         return self.spent + time.monotonic() - self.begun
+
+    @property
+    def limit(self) -> int | None:
+        """How many evaluations may be used up when the point that is searched now ends: equal shares, and what earlier ones left over."""
+        if self.config.evaluations is None:
+            return None
+        return math.ceil(self.config.evaluations * (len(self.points) + 1) / len(self.config.points))
 
     def all_points(self) -> SearchOutcome:
         """Search every point of the targets, each from where the one before it ended."""
@@ -152,7 +160,7 @@ class _Search:
 
     def used_up(self, vectors: list[IntArray]) -> bool:
         """Whether scoring ``vectors`` would leave no evaluation for the result, and for scoring in full what takes part in the final."""
-        limit = self.config.evaluations
+        limit = self.limit
         reserved = 1 if self.evaluator.rough is None else 1 + self.config.finalists + len(self.baselines)
         return limit is not None and self.evaluator.count + len(self.evaluator.new(vectors)) > limit - reserved
 
@@ -187,7 +195,8 @@ class _Search:
         if self.on_event is None:
             return
         current, budget, limit = strategy.current(), strategy.budget, self.config.evaluations
-        done = 1.0 if kind == "end" else max(strategy.progress(), self.evaluator.count / limit if limit else 0.0)
+        here = 1.0 if kind == "end" else strategy.progress()
+        done = max((len(self.points) + here) / len(self.config.points), self.evaluator.count / limit if limit else 0.0)
         self.on_event(
             Progress(
                 kind=kind,

@@ -138,6 +138,16 @@ def test_pareto_run_gives_a_point_each_and_reuses_evaluations() -> None:
         assert mild.reward >= harsh.reward
 
 
+def test_the_points_of_a_pareto_run_share_the_evaluations() -> None:
+    seen: list[Progress] = []
+    config = SearchConfig(targets="macs=0.7,0.5,0.3", evaluations=31, rounds=100, patience=None, steps=1)
+    first, second, third = run(Chain().problem(), config, on_event=seen.append).pareto
+    assert 8 <= first.evaluations <= 11 and 18 <= second.evaluations <= 21 and 28 <= third.evaluations <= 31
+    done = [event.done for event in seen]
+    assert done == sorted(done) and done[-1] == 1
+    assert [event.done for event in seen if event.kind == "end"][0] == pytest.approx(1 / 3, abs=0.05)
+
+
 def test_recovery_between_steps() -> None:
     trained: list[list[int]] = []
     chain = Chain()
