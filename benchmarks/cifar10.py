@@ -1,7 +1,10 @@
-"""Who keeps most of ResNet-20 on CIFAR-10 at half its multiply-accumulates: fxprune's strategies and Torch-Pruning's pruners.
+"""Who keeps most of a network on CIFAR-10 at half its multiply-accumulates: fxprune's strategies and Torch-Pruning's pruners.
 
     python benchmarks/cifar10.py --data parquet:../shared/data/cifar10 --weights ../shared/data/models/resnet20_cifar10.safetensors
+    python benchmarks/cifar10.py --data parquet:../shared/data/cifar10 --name "A small VGG" --model benchmarks.small_vgg:small_vgg \
+        --weights small_vgg.safetensors --train-first 12 --theirs '*'
 
+Where the file of weights is not there, ``--train-first`` epochs of training make it.
 A cell is a method with a seed. Each finished cell is one line of ``--out``; started again, the script goes on with those that are missing
 and writes the page ``--page`` anew after each. Candidates are scored on held-out training images; the test part is read once a cell.
 Needs the extras `search`, `optuna` and, for the methods tp-*, `bench`.
@@ -10,6 +13,7 @@ Needs the extras `search`, `optuna` and, for the methods tp-*, `bench`.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import importlib
 import json
 import statistics
@@ -20,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fxprune
@@ -32,6 +37,7 @@ from fxprune.likeness import Likeness
 from fxprune.repairs import Repairer
 from fxprune.searching import Candidates, make_problem, mended
 from fxprune.sources import load_model
+from fxprune.training import TrainConfig, train
 
 OURS = ("uniform", "magnitude", "random", "optuna:TPESampler", "rl-pruner")
 BY_HAND = "<!-- What follows is written by hand. -->"
@@ -59,11 +65,22 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.data: Data = load_data(options.data, seed=0)
+        if options.train_first and not Path(options.weights).exists():
+            self.train_first()
         self.model = load_model(options.model, num_classes=self.data.num_classes, weights=options.weights).eval()
         self.model.to(memory_format=torch.channels_last)
         self.example = self.data.example()
         self.teachers: dict[int, Remembering] = {}
         self.macs = fxprune.profile(self.model, self.example).macs
+
+    def train_first(self) -> None:
+        """Train the network on all training images and write its weights."""
+        o = self.options
+        torch.manual_seed(0)
+        model = load_model(o.model, num_classes=self.data.num_classes).to(memory_format=torch.channels_last)
+        loader = self.data.batches("train", 128, training=True, seed=0)
+        train(model, loader, config=TrainConfig(epochs=o.train_first, lr=0.1, precision=o.precision))
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, o.weights)
 
     def batches(self, part: Any, limit: int, seed: int) -> list[Any]:
         """Images to score and to repair on, as ``fxprune-search`` takes them."""
@@ -125,8 +142,9 @@ class Bench:
         return mended(fxprune.compress(candidates.graph, policy), removed, candidates, repairer).eval()
 
     def theirs(self, method: str, seed: int) -> tuple[nn.Module, int]:
-        """Torch-Pruning on the convolutions inside the blocks (with the parameter-free shortcuts its result does not run), as much as
-        meets the budget, BatchNorm re-estimated on as many images as our repair reads."""
+        """Torch-Pruning on the layers that ``--theirs`` names, as much as meets the budget, BatchNorm re-estimated on as many images as
+        our repair reads. Of ResNet-20 these are the convolutions inside the blocks: with the parameter-free shortcuts its result does not
+        run when more goes."""
         _, kind, scope = method.split("-")
         low, high = 0.0, 1.0
         for _ in range(12):
@@ -147,7 +165,7 @@ class Bench:
             "lamp": tp.importance.LAMPImportance,
         }[kind]()
         layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-        fixed = [m for n, m in layers.items() if not (n.startswith("layer") and n.endswith("conv1"))]
+        fixed = [m for n, m in layers.items() if isinstance(m, nn.Linear) or not fnmatch.fnmatchcase(n, self.options.theirs)]
         if kind == "taylor":
             for images, labels in self.plain(256, seed):
                 nn.functional.cross_entropy(model(images), labels).backward()
@@ -195,7 +213,7 @@ def page(cells: Sequence[Mapping[str, Any]], original: float, command: str, opti
     head = "| method | top-1 before training | after | MACs | parameters | latency | evaluations | seconds | CPU seconds | seeds |"
     return "\n".join(
         [
-            "# ResNet-20 on CIFAR-10 at half the multiply-accumulates",
+            f"# {options.name} on CIFAR-10 at half the multiply-accumulates",
             "",
             "Written by the command below from its results, a row for each method, means over the seeds that were run (range in brackets).",
             "",
@@ -230,6 +248,11 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", required=True)
     parser.add_argument("--model", default="fxprune.models:resnet20")
+    parser.add_argument("--name", default="ResNet-20", help="of the network, for the page's title")
+    parser.add_argument(
+        "--train-first", type=int, default=0, help="epochs of training that make the weights, where their file is not there"
+    )
+    parser.add_argument("--theirs", default="layer*conv1", help="glob of the convolutions whose channels Torch-Pruning may remove")
     parser.add_argument("--methods", default=",".join((*THEIRS, *OURS)))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--macs", type=float, default=0.5)
