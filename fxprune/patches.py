@@ -35,9 +35,10 @@ def choose(module: nn.Module, output: Tensor, limit: int, seed: int) -> Places:
 def output_rows(module: Any, output: Tensor, places: Places) -> Tensor:
     """Rows of a tensor shaped like the layer's output, (rows, channels)."""
     if isinstance(module, nn.Linear):
-        return output.reshape(-1, output.shape[-1])[places[0]].float()
-    picked: Tensor = _batched(module, output)[EVERY + places]  # (samples, channels, places)
-    return picked.transpose(1, 2).flatten(0, 1).float()
+        return output.reshape(-1, output.shape[-1]).index_select(0, places[0]).float()
+    x = _batched(module, output)
+    ones = (1,) * len(places)
+    return _gathered(x, places, ones, ones, ones).transpose(1, 2).flatten(0, 1).float()
 
 
 def grouped(module: Any, rows: Tensor) -> Tensor:
@@ -49,14 +50,12 @@ def grouped(module: Any, rows: Tensor) -> Tensor:
 def input_rows(module: Any, inputs: Tensor, places: Places) -> Tensor:
     """What the layer's weights are multiplied with at ``places``, (groups, rows, features of a group)."""
     if isinstance(module, nn.Linear):
-        return inputs.reshape(1, -1, inputs.shape[-1])[:, places[0]].float()
+        return inputs.reshape(-1, inputs.shape[-1]).index_select(0, places[0]).unsqueeze(0).float()
     x = _batched(module, inputs)
     x, stride = (_stuffed(module, x), (1,) * (x.ndim - 2)) if isinstance(module, _ConvTransposeNd) else (_padded(module, x), module.stride)
-    for axis, (kernel, step, apart) in enumerate(zip(module.kernel_size, stride, module.dilation, strict=True), 2):
-        x = x.unfold(axis, apart * (kernel - 1) + 1, step)[..., ::apart]
-    picked: Tensor = x[EVERY + places]  # (samples, channels, places, *kernel)
-    split: Tensor = picked.unflatten(1, (module.groups, -1)).transpose(2, 3).flatten(3)  # (samples, groups, places, features)
-    return split.transpose(0, 1).flatten(1, 2).float()
+    picked = _gathered(x, places, module.kernel_size, stride, module.dilation)
+    split: Tensor = picked.unflatten(1, (module.groups, -1)).permute(1, 2, 0, 3)  # (groups, features, samples, places)
+    return split.flatten(2).transpose(1, 2).float()
 
 
 def matrices(module: Any) -> Tensor:
@@ -79,6 +78,18 @@ def set_matrices(module: Any, found: Tensor) -> None:
         found = found.flip(tuple(range(2, weight.ndim)))
     with torch.no_grad():
         weight.copy_(found.reshape(weight.shape))
+
+
+def _gathered(x: Tensor, places: Places, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
+    """The windows of ``x`` at ``places``, (samples, channels times what a window has, places).
+
+    One ``index_select`` along the flattened space: several times as fast as indexing an unfolded view by every axis.
+    """
+    index = torch.zeros(1, len(places[0]), dtype=torch.long, device=x.device)  # (what a window has, places)
+    for place, size, width, step, apart in zip(places, x.shape[2:], kernel, stride, dilation, strict=True):
+        along = place * step + apart * torch.arange(width, device=x.device).unsqueeze(1)
+        index = (index.unsqueeze(1) * size + along).flatten(0, 1)
+    return x.flatten(2).index_select(2, index.flatten()).reshape(x.shape[0], -1, len(places[0]))
 
 
 def _batched(module: Any, x: Tensor) -> Tensor:

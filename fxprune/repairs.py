@@ -199,7 +199,7 @@ def rows_wanted(batch: Any) -> int:
 
 
 def _cut(rows: Tensor, kept: Any) -> Tensor:
-    return rows if kept is None else rows[:, torch.from_numpy(kept).to(rows.device)]
+    return rows if kept is None else rows.index_select(1, torch.from_numpy(kept).to(rows.device))
 
 
 def _left(graph: CouplingGraph, slimmer: Slimmer, mended: set[str]) -> list[str]:

@@ -72,6 +72,16 @@ def test_the_fit_finds_the_weights_and_the_constant_that_made_the_responses() ->
     torch.testing.assert_close(moments.shift(true.double()).float(), constant.flatten(), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("features", [1, 64, 150, 600])
+def test_the_moments_of_many_features_are_those_of_all_pairs(features: int) -> None:
+    x = torch.randn(2, 700, features, generator=torch.Generator().manual_seed(0))
+    moments = Moments()
+    for part in x.split(300, dim=1):
+        moments.add(part, part[..., :1])
+    wanted = torch.stack([torch.atleast_2d(torch.cov(rows.T.double(), correction=0)) for rows in x])
+    torch.testing.assert_close(moments.covariance(), wanted, atol=1e-5, rtol=1e-5)
+
+
 class Doubled(nn.Module):
     """Every hidden channel comes twice, once with half the importance: nothing needs to be lost."""
 
