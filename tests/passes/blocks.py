@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,18 +33,29 @@ def block(make: Maker) -> Maker:
     return make
 
 
-def _conv(i: int, o: int, k: int = 3, **options: Any) -> nn.Sequential:
+def holding(**tensors: Tensor) -> nn.Module:
+    """A module that holds parameters and buffers under these names."""
+    held = nn.Module()
+    for name, tensor in tensors.items():
+        if isinstance(tensor, nn.Parameter):
+            held.register_parameter(name, tensor)
+        else:
+            held.register_buffer(name, tensor)
+    return held
+
+
+def conv_norm(i: int, o: int, k: int = 3, **options: Any) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(i, o, k, padding=k // 2, **options), nn.BatchNorm2d(o), nn.ReLU())
 
 
 @block
 def conv(c: int, s: int, v: int) -> Made:
-    return _conv(c, 4 + v, 3 if v % 2 else 1), 4 + v, s
+    return conv_norm(c, 4 + v, 3 if v % 2 else 1), 4 + v, s
 
 
 @block
 def strided(c: int, s: int, v: int) -> Made | None:
-    return (_conv(c, 5 + v, stride=2), 5 + v, s // 2) if s >= 4 else None
+    return (conv_norm(c, 5 + v, stride=2), 5 + v, s // 2) if s >= 4 else None
 
 
 @block
@@ -101,9 +111,7 @@ def permuted(c: int, s: int, v: int) -> Made:
     def run(x: Tensor, held: Any) -> Any:
         return x[:, held.order] if v % 2 else x.index_select(1, held.order)
 
-    held = nn.Module()
-    held.register_buffer("order", order)
-    return Block(run, held), c, s
+    return Block(run, holding(order=order)), c, s
 
 
 @block
@@ -130,7 +138,7 @@ def split(c: int, s: int, v: int) -> Made | None:
         a, b = torch.split(x, [cut, c - cut], 1)
         return torch.cat([f(b), a] if v % 2 else [a, f(b)], 1)
 
-    return Block(run, _conv(c - cut, 3 + v)), cut + 3 + v, s
+    return Block(run, conv_norm(c - cut, 3 + v)), cut + 3 + v, s
 
 
 @block
@@ -173,9 +181,7 @@ def pixel(c: int, s: int, v: int) -> Made | None:
 
 @block
 def scaled(c: int, s: int, v: int) -> Made:
-    held = nn.Module()
-    held.register_parameter("gain", nn.Parameter(torch.randn(c, 1, 1)))
-    held.register_parameter("shift", nn.Parameter(torch.randn(1, c, 1, 1)))
+    held = holding(gain=nn.Parameter(torch.randn(c, 1, 1)), shift=nn.Parameter(torch.randn(1, c, 1, 1)))
     return Block(lambda x, p: x * p.gain + p.shift, held), c, s
 
 
@@ -225,25 +231,6 @@ def windows(c: int, s: int, v: int) -> Made | None:
 
 
 @block
-def attention(c: int, s: int, v: int) -> Made | None:
-    h, d = 2, 2 + v % 3
-    if s > 4:
-        return None
-
-    def run(x: Tensor, qkv: nn.Module, out: nn.Module) -> Any:
-        n, k, height, width = x.shape
-        q, key, value = qkv(x.flatten(2).transpose(1, 2)).reshape(n, height * width, 3, h, d).permute(2, 0, 3, 1, 4).unbind(0)
-        if v % 2:
-            y = F.scaled_dot_product_attention(q, key, value)
-        else:
-            y = (q @ key.transpose(-2, -1) * d**-0.5).softmax(-1) @ value
-        y = y.transpose(1, 2).reshape(n, height * width, h * d)
-        return x + out(y).transpose(1, 2).view(n, k, height, width)
-
-    return Block(run, nn.Linear(c, 3 * h * d), nn.Linear(h * d, c)), c, s
-
-
-@block
 def stacked(c: int, s: int, v: int) -> Made:
     def run(x: Tensor, f: nn.Module) -> Any:
         both = torch.stack([x, f(x)], 1 + v % 2)
@@ -256,69 +243,3 @@ def stacked(c: int, s: int, v: int) -> Made:
 @block
 def repeated(c: int, s: int, v: int) -> Made | None:
     return (Block(lambda x: x.repeat(1, 2, 1, 1) if v % 2 else x.repeat_interleave(2, 1)), 2 * c, s) if c <= 8 else None
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A network to be built: the stem's width, then blocks (name, variant, form), then a head."""
-
-    stem: int
-    blocks: tuple[tuple[str, int, str], ...]
-    head: str
-
-
-FORMS = ("plain", "residual", "concat", "twice", "both")
-HEADS = ("pool", "flatten", "last", "map")
-
-
-class Composed(nn.Module):
-    """The network of a ``Spec`` on (batch, 3, 8, 8); blocks that do not fit where they stand are left out."""
-
-    def __init__(self, spec: Spec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.stem = _conv(3, spec.stem)
-        c, side = spec.stem, 8
-        self.blocks = nn.ModuleList()
-        self.forms: list[str] = []
-        for name, variant, form in spec.blocks:
-            made = BLOCKS[name](c, side, variant)
-            if made is None or made[1] > 64:
-                continue
-            module, width, size = made
-            form = self._fitting(form, c == width, side == size)
-            self.blocks.append(module)
-            self.forms.append(form)
-            c, side = (width + c if form == "concat" else width), size
-        self.mix = nn.Conv2d(c, 7, 1)
-        self.fc = nn.Linear(7 * side * side if spec.head in ("flatten", "last") else 7, 3)
-        self.side = side
-
-    def _fitting(self, form: str, same_width: bool, same_side: bool) -> str:
-        if form == "concat":
-            return form if same_side else "plain"
-        return form if same_width and same_side else "plain"
-
-    def forward(self, x: Tensor) -> Any:
-        x = self.stem(x)
-        for module, form in zip(self.blocks, self.forms, strict=True):
-            y = module(x)
-            if form == "residual":
-                y = x + y
-            elif form == "concat":
-                y = torch.cat([x, y], 1)
-            elif form == "twice":
-                y = module(y)
-            elif form == "both":
-                y = F.relu(y) * x
-            x = y
-        x = F.relu(self.mix(x))
-        if self.spec.head == "map":
-            return x
-        if self.spec.head == "pool":
-            return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
-        return self.fc(x.reshape(-1, 7 * self.side * self.side) if self.spec.head == "flatten" else x.permute(0, 2, 3, 1).flatten(1))
-
-
-def describe(blocks: Sequence[tuple[str, int, str]]) -> str:
-    return " > ".join(f"{name}({variant}){'' if form == 'plain' else ' ' + form}" for name, variant, form in blocks)

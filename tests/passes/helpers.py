@@ -137,7 +137,7 @@ def assert_accounted(model: nn.Module, graph: CouplingGraph) -> None:
 
 def pruned(model: nn.Module, graph: CouplingGraph, policy: Mapping[str, float], inputs: Any) -> tuple[nn.Module, PruningRecord]:
     """Compress and check counts, names, slices and storage. Returns (slim in eval mode, its record)."""
-    slim = fxprune.compress(model, dict(policy), inputs)
+    slim = fxprune.compress(model, dict(policy), inputs, attention=graph.options["attention"])
     rec = fxprune.record(slim)
     for group in graph.groups:
         p = policy.get(group.name, 0.0)
@@ -193,7 +193,7 @@ def assert_sound(model: nn.Module, inputs: Any, *, exact: bool, seed: int, locke
     assert_oracle(model, graph, policy, inputs, slim, rec)
     _assert_other_batch(model, slim, inputs, want, got)
     _assert_copies(slim, inputs, got)
-    _assert_keep_all(model, inputs)
+    assert_keep_all(model, inputs)
     _assert_trains(slim, inputs)
     after = tensors(model)
     assert before.keys() == after.keys() and all(torch.equal(t, after[n]) for n, t in before.items())
@@ -222,7 +222,7 @@ def _assert_copies(slim: nn.Module, inputs: Any, got: Any) -> None:
         assert set(tensors(twin)) == set(tensors(slim))
 
 
-def _assert_keep_all(model: nn.Module, inputs: Any) -> None:
+def assert_keep_all(model: nn.Module, inputs: Any) -> None:
     """At sparsity 0 the slim module computes bit for bit what the model does, in both modes."""
     keep, twin = fxprune.compress(model, 0.0, inputs), copy.deepcopy(model)
     for mode in (False, True):
