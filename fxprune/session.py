@@ -252,7 +252,7 @@ class Session:
 
     def recover(self, teacher: nn.Module, student: nn.Module, watcher: Watcher) -> None:
         """Distil between prune steps. A search that was cut redoes its last round and so comes to the recovery that was cut with it,
-        unless latency, measured anew, leads it to another network: what was begun belongs to one of these shapes only."""
+        unless a latency that this round measured anew leads it to another network: what was begun belongs to one of these shapes only."""
         shapes = [tuple(parameter.shape) for parameter in student.parameters()]
         stage = f"recovering-{zlib.crc32(repr(shapes).encode()):08x}"
         self.train_by(teacher, student, watcher, stage)

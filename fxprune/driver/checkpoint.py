@@ -9,7 +9,7 @@ from typing import Any
 
 from fxprune.errors import SearchError
 
-FORMAT = "fxprune-search/1"
+FORMAT = "fxprune-search/2"
 NAME = "search.json"
 
 

@@ -17,6 +17,7 @@ from fxprune.driver.config import SearchConfig
 from fxprune.driver.evaluator import Evaluator
 from fxprune.driver.executors import Executor
 from fxprune.driver.history import History
+from fxprune.driver.measured import Measured
 from fxprune.driver.outcome import Allocation, Progress, SearchOutcome
 from fxprune.driver.problem import IntArray, Problem
 from fxprune.driver.selection import best_of
@@ -63,7 +64,9 @@ class _Search:
     """One search with everything that a checkpoint holds."""
 
     def __init__(self, problem: Problem, config: SearchConfig, folder: Path | None, on_event: OnEvent | None, executor: Executor) -> None:
-        self.problem, self.config, self.folder, self.on_event = problem, config, folder, on_event
+        self.measured = Measured(problem.cost, problem.measured)
+        self.problem = problem = replace(problem, cost=self.measured)
+        self.config, self.folder, self.on_event = config, folder, on_event
         self.evaluator = Evaluator(problem, rewards.make(config), executor, rough=config.finalists > 0)
         self.history = History()
         self.baselines: dict[str, Allocation] = {}
@@ -228,6 +231,7 @@ class _Search:
             "points": [point.state() for point in self.points],
             "strategy": self.strategy_state,
             "memo": self.evaluator.memo.state(),
+            "measured": self.measured.state(),
             "evaluations": self.evaluator.count,
             "history": self.history.state(),
             "baselines": {name: allocation.state() for name, allocation in self.baselines.items()},
@@ -249,6 +253,7 @@ class _Search:
         self.points = [SearchOutcome.of(point) for point in state["points"]]
         self.strategy_state = state["strategy"]
         self.evaluator.memo.restore(state["memo"])
+        self.measured.restore(state["measured"])
         self.evaluator.count = state["evaluations"]
         self.history.restore(state["history"])
         self.baselines = {name: Allocation.of(item) for name, item in state["baselines"].items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,8 @@ class Problem:
         function of the vector, so that executors and resumed runs agree; an executor with several workers pickles it.
     ``rough``: a cheaper score, of fewer images say, that gives the same metrics; with ``SearchConfig.finalists`` the search goes by it.
     ``recover``: called with the current removal vector between prune steps to train what is left; scores may change after it.
+    ``measured``: the original's latency in seconds, by the name "latency", once ``cost`` has measured it; a resumed search puts there what
+        the first one measured, so that old and new shares are of the same whole.
     ``save_weights``, ``load_weights``: write what ``recover`` changed to a path, and read it back when a search is resumed.
     """
 
@@ -102,11 +104,12 @@ class Problem:
     load_weights: Callable[[Path], None] | None = None
     rounding: Rounding | None = None
     grain: int = 1
+    measured: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(self.names))
-        for field in ("units", "channels"):
-            object.__setattr__(self, field, np.array(getattr(self, field), dtype=np.int64))
+        for name in ("units", "channels"):
+            object.__setattr__(self, name, np.array(getattr(self, name), dtype=np.int64))
         groups = len(self.names)
         if groups == 0:
             raise SearchError("there is no prunable group to search over; fxprune.visualize(model, inputs) says why each is locked")

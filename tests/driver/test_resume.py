@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,53 @@ def test_recovered_weights_are_kept(tmp_path: Path) -> None:
             run(dying(Trained().problem(), after), config, checkpoint_dir=folder)
         assert told(run(Trained().problem(), config, checkpoint_dir=folder, resume=True)) == told(whole)
         assert len(list(folder.glob("weights-*"))) == 1
+
+
+class Timed:
+    """A network whose latency comes out differently whenever it is measured."""
+
+    def __init__(self, first: float) -> None:
+        self.next, self.chain, self.seen = first, Chain(), set[tuple[int, ...]]()
+        self.wholes: dict[str, float] = {}
+
+    def problem(self) -> Problem:
+        return dataclasses.replace(self.chain.problem(), cost=lambda removed: Costs(self, removed), measured=self.wholes)
+
+
+class Costs(Mapping[str, float]):
+    def __init__(self, timed: Timed, removed: IntArray) -> None:
+        self.timed, self.removed, self.known = timed, removed, timed.chain.cost(removed)
+
+    def __getitem__(self, name: str) -> float:
+        if name != "latency":
+            return self.known[name]
+        self.timed.wholes.setdefault("latency", self.timed.next)
+        self.timed.next += 1e-6
+        self.timed.seen.add(tuple(self.removed.tolist()))
+        return self.known[name] + self.timed.next
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.known)
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+
+def test_what_was_measured_before_the_checkpoint_is_not_measured_again(tmp_path: Path) -> None:
+    config = SearchConfig(targets="latency=0.6", samples=3, rounds=3, steps=3)
+    with pytest.raises(Killed):
+        run(dying(Timed(0.0).problem(), 20), config, checkpoint_dir=tmp_path)
+    kept = json.loads((tmp_path / "search.json").read_text())["measured"]
+    again = Timed(0.001)
+    whole = run(again.problem(), config, checkpoint_dir=tmp_path, resume=True)
+    assert again.wholes == kept["wholes"] == {"latency": 0.0}
+    before = {tuple(key) for key, _ in kept["shares"]}
+    assert len(before) > 20
+    assert again.seen
+    assert not before & again.seen
+    finished = Timed(0.002)
+    assert told(run(finished.problem(), config, checkpoint_dir=tmp_path, resume=True)) == told(whole)
+    assert not finished.seen
 
 
 def test_executor_and_jobs_may_change_across_a_resume_but_nothing_else(tmp_path: Path) -> None:

@@ -1,0 +1,52 @@
+"""What was measured rather than counted: once in a search, and kept in its checkpoint, since a second measurement gives another number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fxprune.driver.problem import Cost, IntArray, Metrics
+
+LATENCY = "latency"  # the only cost that is measured
+
+
+class Measured:
+    """The costs of a problem, with the latency of each removal vector measured once.
+
+    ``wholes``: what the latencies are shares of, see ``Problem.measured``; the same mapping, which ``restore`` fills.
+    """
+
+    def __init__(self, cost: Cost, wholes: dict[str, float]) -> None:
+        self.cost, self.wholes = cost, wholes
+        self.shares: dict[tuple[int, ...], float] = {}
+
+    def __call__(self, removed: IntArray) -> Metrics:
+        return _Costs(self, removed, self.cost(removed))
+
+    def state(self) -> dict[str, Any]:
+        """What was measured as JSON."""
+        return {"wholes": dict(self.wholes), "shares": [[list(key), share] for key, share in self.shares.items()]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up what ``state`` returned."""
+        self.wholes.update(state["wholes"])
+        self.shares = {tuple(key): share for key, share in state["shares"]}
+
+
+class _Costs(Mapping[str, float]):
+    def __init__(self, measured: Measured, removed: IntArray, costs: Metrics) -> None:
+        self.measured, self.key, self.costs = measured, tuple(removed.tolist()), costs
+
+    def __getitem__(self, name: str) -> float:
+        if name != LATENCY:
+            return self.costs[name]
+        known = self.measured.shares
+        if self.key not in known:
+            known[self.key] = float(self.costs[name])
+        return known[self.key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.costs)
+
+    def __len__(self) -> int:
+        return len(self.costs)
