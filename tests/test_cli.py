@@ -313,6 +313,13 @@ def test_unreachable_target_keeps_the_nearest(run: Run, tmp_path: Path) -> None:
     assert run("--resume", tmp_path).status == 3
 
 
+def test_a_pareto_point_that_cannot_be_met_leaves_the_others(run: Run, tmp_path: Path) -> None:
+    ended = run("--out", tmp_path, *QUICKEST, "--target", "macs=0.7,0.0001")
+    assert ended.status == 3
+    params = [sum(t.numel() for t in load_file(tmp_path / name).values()) for name in ("slim-macs=0.7.safetensors", "slim.safetensors")]
+    assert params[1] < params[0] / 10
+
+
 def test_units_too_coarse_for_the_target(run: Run, tmp_path: Path) -> None:
     ended = run("--out", tmp_path, *QUICKEST, "--model", "tests.test_cli:Narrow", "--target", "macs=0.35")
     assert ended.status == 3

@@ -96,11 +96,7 @@ class _Search:
             self.points.append(self.one_point(budget))
             self.history, self.baselines, self.strategy_state = History(), {}, None
             self.save()
-        last = self.points[-1]
-        if len(points) == 1:
-            return last
-        whole = tuple(record for point in self.points for record in point.history)
-        return replace(last, history=whole, pareto=tuple(self.points))
+        return _joined(self.points)
 
     def one_point(self, budget: Budget) -> SearchOutcome:
         """Search one set of targets from its baselines to its outcome."""
@@ -191,8 +187,8 @@ class _Search:
         return SearchOutcome(chosen.removed, chosen.reward, chosen.metrics, records, self.evaluator.count, dict(self.baselines), targets)
 
     def unmet(self, budget: Budget, chosen: Outcome, why: str) -> TargetError:
-        found = replace(self.outcome(budget, chosen), pareto=tuple(self.points))
-        return TargetError(f"target {budget} {why} {budget.shown(chosen.removed)}; ask for a milder target, or more tolerance", found)
+        nearest = _joined([*self.points, self.outcome(budget, chosen)])
+        return TargetError(f"target {budget} {why} {budget.shown(chosen.removed)}; ask for a milder target, or more tolerance", nearest)
 
     def tell_progress(self, kind: str, strategy: Strategy, outcome: Outcome | Allocation | SearchOutcome) -> None:
         if self.on_event is None:
@@ -260,6 +256,13 @@ class _Search:
         self.weights, self.spent = state["weights"], state["seconds"]
         if self.weights is not None and self.problem.load_weights is not None:
             self.problem.load_weights(folder / self.weights)
+
+
+def _joined(points: list[SearchOutcome]) -> SearchOutcome:
+    """The last point with the history of all, and all of them where there are several."""
+    if len(points) == 1:
+        return points[0]
+    return replace(points[-1], history=tuple(record for point in points for record in point.history), pareto=tuple(points))
 
 
 def _allocation(outcome: Outcome, budget: Budget) -> Allocation:

@@ -10,7 +10,7 @@ def best_of(strategy: Strategy, evaluator: Evaluator, most: int, *, keep_best: b
     """The candidates that a search may end with, the best first, at most ``most``; at least one: with ``keep_best`` those on target.
 
     Without ``keep_best`` it is the architecture that the strategy ends on, as in the paper. Where nothing is on target it is what comes
-    closest to it.
+    closest to it, and never the original where anything else was scored: who asks for less is not served by all of it.
     """
     budget = strategy.budget
     own = strategy.result()
@@ -21,4 +21,5 @@ def best_of(strategy: Strategy, evaluator: Evaluator, most: int, *, keep_best: b
     on_target = [outcome for outcome in scored if budget.met(outcome.removed)]
     if on_target:
         return sorted(on_target, key=lambda outcome: -outcome.reward)[:most]
-    return [min(scored, key=lambda outcome: abs(budget.excess(outcome.removed)))]
+    pruned = [outcome for outcome in scored if budget.space.rounded(outcome.removed).any()]
+    return [min(pruned or scored, key=lambda outcome: abs(budget.excess(outcome.removed)))]

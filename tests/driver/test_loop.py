@@ -114,6 +114,24 @@ def test_channels_in_multiples_that_never_meet_the_target_end_and_say_so(strateg
     assert caught.value.nearest.metrics["macs"] == pytest.approx(0.898, abs=0.001)
 
 
+@pytest.mark.parametrize("strategy", ["rl-pruner", "uniform", "random", "magnitude"])
+def test_the_nearest_is_a_pruned_network_even_where_the_original_is_nearer(strategy: str) -> None:
+    chain = Chain((16, 16, 16, 16, 16, 16))
+    with pytest.raises(TargetError, match=r"nearest found: macs=0\.8978") as caught:
+        run(chain.coarse(8), SearchConfig(targets="macs=0.97", strategy=strategy, **SMALL))
+    assert caught.value.nearest.removed.any()
+
+
+def test_a_point_of_a_pareto_run_that_cannot_be_met_leaves_the_others_and_the_nearest() -> None:
+    with pytest.raises(TargetError, match=r"target macs=0\.0001 cannot be met") as caught:
+        run(Chain().problem(), SearchConfig(targets="macs=0.7,0.0001", **SMALL))
+    nearest = caught.value.nearest
+    assert [point.targets for point in nearest.pareto] == [("macs=0.7",), ("macs=0.0001",)]
+    assert nearest.removed.tolist() == nearest.pareto[-1].removed.tolist() == (Chain().units - 1).tolist()
+    assert nearest.pareto[0].metrics["macs"] == pytest.approx(0.7, rel=0.01)
+    assert len(nearest.history) == len(nearest.pareto[0].history) > 0
+
+
 def test_progress_is_told() -> None:
     seen: list[Progress] = []
     run(Chain().problem(), SearchConfig(steps=2, **SMALL), on_event=seen.append)
