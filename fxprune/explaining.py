@@ -35,6 +35,8 @@ ADVICE = (
     ("values the graph computes", "where the index does not depend on the inputs, keep it in a buffer"),
     ("assigned to", "join the parts with torch.cat instead of assigning into a slice"),
     ("written in place", "assign instead (x[:, ::2] = ...), or join the parts with torch.cat"),
+    ("two lists at once", "pick along one axis after the other"),
+    ("reads the values", "compute with the tensor itself: a number taken out of it by item() or float() stays what it was"),
     ("one flat row", "roll along a named dimension: torch.roll(x, shift, dims=...)"),
     ("folded into one axis", "the other channels on that axis can be pruned; attention= chooses between heads and head_dim"),
     ("of fixed size", "look at what the brackets name: it fixes the size that these channels meet"),

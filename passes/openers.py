@@ -19,10 +19,15 @@ import torch.nn.functional as F
 def _projected(
     query: Any, key: Any, value: Any, same: tuple[bool, bool], weight: Any, separate: tuple[Any, Any, Any], bias: Any, width: int
 ) -> tuple[Any, Any, Any]:
-    """q, k and v by the packed weight (3 * width, width) in one product where they read one tensor, else by its three parts."""
+    """q, k and v by the packed weight (3 * width, width), in one product those that read one tensor, as torch has it bit for bit."""
     if weight is not None and all(same):
         q, k, v = F.linear(query, weight, bias).split([width, width, width], dim=-1)
         return q, k, v
+    if weight is not None and same[1]:
+        first, second = weight.split([width, 2 * width])
+        before, after = bias.split([width, 2 * width]) if bias is not None else (None, None)
+        k, v = F.linear(key, second, after).split([width, width], dim=-1)
+        return F.linear(query, first, before), k, v
     weights = weight.split([width, width, width]) if weight is not None else separate
     biases = bias.split([width, width, width]) if bias is not None else (None, None, None)
     q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))

@@ -68,12 +68,14 @@ class ParameterLabels:
             self.parameters[key] = vector
             self.source[int(vector[0])] = key
             self.ties.append(Tie(name, dim, self.node.name if self.node else "", self.op_name()))
-            self._pin_ignored(key, vector)
+            self._pin_fixed(key, vector)
         return self.parameters[key]
 
-    def _pin_ignored(self, key: tuple[str, int], vector: Vector) -> None:
+    def _pin_fixed(self, key: tuple[str, int], vector: Vector) -> None:
         if key in self.fixed:
             self.labels.pin(vector, "the user asked to leave it alone (ignore)")
+        if key[0] in self.traced.read:
+            self.labels.pin(vector, f"Python code reads the values of {key[0]!r}")
 
     def bind(self, node: fx.Node, key: str, dim: int, vector: Vector | None) -> None:
         """A tensor of the called module is read along ``vector``: where it has no labels yet it takes these, which saves uniting them."""
@@ -87,7 +89,7 @@ class ParameterLabels:
         if key not in self.parameters:
             self.parameters[key] = vector
             self.ties.append(Tie(name, dim, self.node.name if self.node else "", self.op_name()))
-            self._pin_ignored(key, vector)
+            self._pin_fixed(key, vector)
             return
         self.labels.unite(self.parameters[key], vector)
 

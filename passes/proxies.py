@@ -155,6 +155,7 @@ class ShapeProxy(fx.Proxy):
                 raise TraceError(f"{self.tracer.here()}: {use} depends on the values of a tensor, not only on its shape")
             for name in held(self.node) - self.tracer.constants.keys():
                 self.tracer.notes[f"{self.tracer.here()}: {use} was specialised to the value of {name!r}"] = None
+                self.tracer.read.add(name)
             return getattr(actual, method)()
         self.tracer.specialised(self, f"{use} on the value {value}")
         return value

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def rectangle(walk: Walk, node: fx.Node, labels: torch.Tensor) -> tuple[int, Vector] | None:
     """Reduce a label tensor to one axis. Where it varies along several, pick one and unite every slice along it.
 
-    Returns (axis, labels) or None where the labels are the same everywhere along every axis longer than one.
+    Returns (axis, labels) or None where the label is the same everywhere: it is pinned then.
     """
     squeezed = labels
     for axis in range(labels.ndim):
@@ -30,9 +30,7 @@ def rectangle(walk: Walk, node: fx.Node, labels: torch.Tensor) -> tuple[int, Vec
     if len(varying) == 1:
         return varying[0], squeezed.reshape(-1).numpy().copy()  # of its own: it may be a row of something large
     if not varying:
-        longer = [a for a in range(labels.ndim) if labels.shape[a] > 1]
-        if labels.numel() and longer:
-            # One label everywhere: it belongs to no axis any more, so the tensor as a whole must stay.
+        if labels.numel():  # it belongs to no axis any more, so the tensor as a whole must stay, be it a single number
             walk.pin(np.unique(squeezed.numpy()), "one channel fills a whole tensor")
         return None
     axis = _choose(walk, node, squeezed, varying)

@@ -24,6 +24,7 @@ from fxprune.passes.eliminate import impure
 from fxprune.passes.plan import Keep
 from fxprune.passes.resize import has_sizes, resize
 from fxprune.passes.rules import registry
+from fxprune.passes.rules.indexing import left_of
 from fxprune.passes.rules.values import Value, Vector, values
 from fxprune.passes.slim_module import SlimModule
 
@@ -131,12 +132,11 @@ class Slimmer:
     def renumbered(self, node: fx.Node, index: Any, kept: Vector, size: int) -> Any:
         """An index tensor along a pruned axis: entries of removed channels dropped, the others renumbered."""
         actual = self.walk.real(index.meta["old"]) if isinstance(index, fx.Node) else None
-        if actual is None or actual.ndim != 1:
+        if actual is None:
             raise UnsupportedError(
                 f"{node.meta.get('where', node.name)}: channels are picked by an index that cannot be renumbered; pass its layer to ignore="
             )
-        chosen = actual.cpu().numpy() % size
-        new = torch.from_numpy(np.searchsorted(kept, chosen[np.isin(chosen, kept)])).to(actual.dtype)
+        new = torch.from_numpy(left_of(actual.cpu().numpy() % size, kept)).to(actual.dtype)
         if self._is_sole_use(index):
             self.renumber[str(index.target)] = new
             return index

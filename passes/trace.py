@@ -28,6 +28,7 @@ class TracedModel:
     ``graphs``: "eval" and, where it differs, "train"; node.meta holds ``val`` (concrete value on the example, tensors on meta) and
     ``where`` (file:line in the user's source).
     ``constants``: attribute name -> tensor, for tensors the forward pass made or held outside parameters and buffers.
+    ``read``: names of tensors whose values Python code has read, so that numbers in the graph stand for them.
     ``notes``: what had to be specialised or could not be kept. ``opaque``: submodules and functions kept whole -> why.
     ``parts``: where the root could not be traced, the paths of the submodules that were; graphs are then named ``path:mode``.
     """
@@ -35,6 +36,7 @@ class TracedModel:
     skeleton: Skeleton
     graphs: dict[str, fx.Graph]
     constants: dict[str, torch.Tensor]
+    read: set[str] = field(default_factory=set)
     notes: tuple[str, ...] = ()
     opaque: dict[str, str] = field(default_factory=dict)
     parts: list[str] = field(default_factory=list)
@@ -91,12 +93,14 @@ def add_traced(
     skeleton.training_was_read = False
     tracer, graph = attempt(training=False)
     graphs, notes, constants = {"eval": graph}, dict(tracer.notes), dict(tracer.constants)
+    traced.read |= tracer.read
     if skeleton.training_was_read:
         try:
             second, graph = attempt(training=True)
             if not _same(graphs["eval"], graph):
                 graphs["train"] = graph
                 notes.update(second.notes)
+                traced.read |= second.read
                 constants.update(second.constants)
         except TraceError as error:
             notes[f"training mode could not be traced, the slim module computes as in evaluation mode there: {error}"] = None

@@ -63,6 +63,7 @@ class ShapeTracer(fx.Tracer):
             path,
         )
         self.notes: dict[str, None] = {}
+        self.read: set[str] = set()
         self.graph_is_training = False
         self.busy = False  # running an operation for its shape: nothing is recorded meanwhile
         self.stack: list[str] = []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from fxprune.passes.rules.indexing import entries_of, resolved, rewrite_getitem
+from fxprune.passes.rules.indexing import entries_of, pin_pairs, resolved, rewrite_getitem
 from fxprune.passes.rules.registry import functions, named
 from fxprune.passes.rules.values import Value, values
 
@@ -54,6 +54,7 @@ def _place(walk: Walk, node: fx.Node, target: Value, index: Any) -> tuple[Value,
     indexed = resolved(walk, node, target, index, list(given) if isinstance(given, (tuple, list)) else [given])
     if indexed is None:
         return None
+    pin_pairs(walk, target, indexed)
     entries = entries_of(indexed, target.ndim)
     stepped = any(isinstance(e, slice) and e.step not in (None, 1) for e in entries)
     if stepped and any(isinstance(e, (list, torch.Tensor)) for e in entries):

@@ -36,6 +36,7 @@ def getitem(walk: Walk, node: fx.Node, input: Any, index: Any) -> Any:
     indexed = resolved(walk, node, input, index, raw)
     if indexed is None:
         return walk.opaque(node, [input, *values(index)], "it is indexed by values the graph computes")
+    pin_pairs(walk, input, indexed)
     axis = -1
     for entry in entries_of(indexed, input.ndim):
         axis += entry is not None
@@ -43,6 +44,18 @@ def getitem(walk: Walk, node: fx.Node, input: Any, index: Any) -> Any:
         if isinstance(entry, slice) and entry.step not in (None, 1) and axis in input.axes and walk.stays_view(node):
             walk.pin(input.axes[axis], "every second or so of its channels is written in place")
     return walk.move(node, input, lambda labels: _picked(labels, indexed))
+
+
+def pin_pairs(walk: Walk, x: Value, index: Any) -> None:
+    """Lists along two axes pick pairs: what is left of one would no longer stand beside what is left of the other."""
+    axis = -1
+    listed = []
+    for entry in entries_of(index, x.ndim):
+        axis += entry is not None
+        if isinstance(entry, (list, tuple, range, torch.Tensor)):
+            listed.append(axis)
+    for axis in listed if len(listed) > 1 else ():
+        walk.pin(x.axes.get(axis), "it is picked from by two lists at once")
 
 
 def _picked(labels: torch.Tensor, index: Any) -> torch.Tensor:
@@ -118,7 +131,7 @@ functions(operator.getitem, rewrite=rewrite_getitem)(getitem)
 
 
 def _is_list(entry: Any) -> bool:
-    return isinstance(entry, list) or (isinstance(entry, fx.Node) and "number" not in entry.meta)
+    return isinstance(entry, (list, tuple, range)) or (isinstance(entry, fx.Node) and "number" not in entry.meta)
 
 
 def _kept_entry(slim: Any, node: fx.Node, entry: Any, kept: Vector, size: int) -> Any:
@@ -130,13 +143,24 @@ def _kept_entry(slim: Any, node: fx.Node, entry: Any, kept: Vector, size: int) -
             low = int((kept < start).sum())
             return slice(low or None, None if stop >= size else int((kept < max(start, stop)).sum()))
         chosen = np.arange(size)[bounds]
-        return np.searchsorted(kept, chosen[np.isin(chosen, kept)]).tolist()
+        return left_of(chosen, kept).tolist()
     if isinstance(entry, int) or (isinstance(entry, fx.Node) and "number" in entry.meta):
         return int((kept < slim.number(entry) % size).sum())
-    if isinstance(entry, (list, tuple)):
-        chosen = np.asarray(entry) % size
-        return np.searchsorted(kept, chosen[np.isin(chosen, kept)]).tolist()
+    if isinstance(entry, (list, tuple, range)):
+        return left_of(np.asarray(entry) % size, kept).tolist()
     return slim.renumbered(node, entry, kept, size)
+
+
+def left_of(chosen: np.ndarray[Any, Any], kept: Vector) -> np.ndarray[Any, Any]:
+    """Indices of any shape in terms of the kept channels; whole slices of them go, as the labels of what they pick do."""
+    there = np.isin(chosen, kept)
+    if there.all():
+        return np.asarray(np.searchsorted(kept, chosen))
+    for axis in range(chosen.ndim):
+        others = tuple(a for a in range(chosen.ndim) if a != axis)
+        if np.array_equal(whole := there.all(others), there.any(others)):
+            return np.searchsorted(kept, np.compress(whole, chosen, axis))
+    raise AssertionError("an index picks channels that do not go by whole slices")
 
 
 def _index_select(slim: Any, node: fx.Node) -> None:

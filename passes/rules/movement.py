@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.passes.rules.registry import functions, modules, named
-from fxprune.passes.rules.values import Value
+from fxprune.passes.rules.values import Value, Vector
 
 if TYPE_CHECKING:
     from fxprune.passes.labels import Walk
@@ -63,11 +63,30 @@ def flat(args: Sequence[Any]) -> list[Any]:
     "pixel_shuffle",
     "pixel_unshuffle",
     "adjoint",
-    "diagonal",
     "unfold_copy",
 )
 def move(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
     return moved(walk, node, input, *args, **kwargs)
+
+
+@named("diagonal")
+def diagonal(walk: Walk, node: fx.Node, input: Value, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
+    """Channels that meet on the diagonal go together; where only one axis has any, or it is not the main one, they stay."""
+    first, second = dim1 % input.ndim, dim2 % input.ndim
+    rows, columns = input.axes.get(first), input.axes.get(second)
+    if offset or rows is None or columns is None:
+        walk.pin(rows, "a diagonal is taken")
+        walk.pin(columns, "a diagonal is taken")
+        return walk.make(node, _others(input, first, second), (), input.why)
+    shorter = min(len(rows), len(columns))
+    walk.unite(rows[:shorter], columns[:shorter])
+    alone = Value(input.shape, {a: v for a, v in input.axes.items() if a != second}, input.zero, input.why)
+    return moved(walk, node, alone, offset, dim1, dim2)
+
+
+def _others(x: Value, first: int, second: int) -> dict[int, Vector]:
+    """Labels of the axes that a diagonal leaves, by their new places."""
+    return {a - (a > first) - (a > second): v for a, v in x.axes.items() if a not in (first, second)}
 
 
 @functions(getattr)
