@@ -50,7 +50,8 @@ class ParameterLabels:
         floating, mask = tensor.is_floating_point(), tensor.dtype == torch.bool  # a mask has channels; an index has positions
         width = self._channels_end(name, len(shape)) if floating or mask or tensor.is_complex() else 0
         axes = {d: self.parameter(name, d, n) for d, n in enumerate(shape[:width]) if n > 1}
-        return Value(shape, axes, frozenset(axes) if floating else frozenset(), f"it comes from {name!r}")
+        zeroed = floating and name not in self.traced.constants  # a removed slice of a parameter is one of zeros; of a literal it is not
+        return Value(shape, axes, frozenset(axes) if zeroed else frozenset(), f"it comes from {name!r}")
 
     def _channels_end(self, name: str, ndim: int) -> int:
         """How many dimensions of a tensor may carry channels: two of a convolution's weight (or mask), whose width is never pruned."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _isinstance = builtins.isinstance
 _STATIC_ATTRIBUTES = frozenset({"ndim", "requires_grad", "layout", "is_sparse", "is_quantized", "is_nested", "grad_fn", "is_leaf", "names"})
 _STATIC_METHODS = frozenset({"dim", "ndimension", "is_floating_point", "is_complex"})
+_RESHAPING = frozenset({"unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_"})
 
 
 class ShapeTuple(tuple):  # type: ignore[type-arg]
@@ -110,6 +111,14 @@ class ShapeProxy(fx.Proxy):
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data":
+            raise TraceError(f"{self.tracer.here()}: a tensor's data is bound anew, which a graph cannot keep; use copy_()")
+        if name == "requires_grad":
+            self.tracer.create_proxy("call_method", "requires_grad_", (self, value), {})
+            return
+        super().__setattr__(name, value)
+
     def __contains__(self, item: Any) -> bool:
         return item in self.value
 
@@ -190,4 +199,9 @@ class ShapeAttribute(ShapeProxy):
         return self._node
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.attr in _RESHAPING:  # the tensor itself has another shape from here on
+            self.root.node = self.tracer.create_proxy("call_method", self.attr[:-1], (self.root, *args), kwargs).node
+            return self.root
+        if self.attr in ("resize_", "resize_as_", "as_strided_"):
+            raise TraceError(f"{self.tracer.here()}: {self.attr} gives a tensor another size, which a graph cannot follow")
         return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,9 @@ def index_put(walk: Walk, node: fx.Node, input: Value, indices: Sequence[Any], w
     picked = [a for a, e in enumerate(parts) if not isinstance(e, slice)]
     if any(isinstance(e, Value) and e.ndim != 1 for e in parts) or len(picked) != 1:
         return walk.opaque(node, [input, *values((indices, written))], "a part of it is assigned to")
-    return _along(walk, node, input, picked[0], [written])
+    if isinstance(written, Value) and written.ndim != input.ndim and math.prod(written.shape) > 1:
+        return walk.opaque(node, [input, written], "a part of it is assigned to")
+    return _along(walk, node, input, picked[0], values(written))
 
 
 @named("scatter", "scatter_add", "scatter_reduce")

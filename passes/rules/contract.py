@@ -274,6 +274,9 @@ def attention(
     enable_gqa: bool = False,
 ) -> Value:
     """softmax(query key^T * scale + mask) value; query (..., L, E), key (..., S, E), value (..., S, Ev)."""
+    if max(key.ndim, value.ndim) > query.ndim:
+        mask = [attn_mask] if isinstance(attn_mask, Value) else []
+        return walk.opaque(node, [query, key, value, *mask], "keys have more axes than queries")  # type: ignore[no-any-return]
     if enable_gqa:
         key, value = _repeated(walk, query, key), _repeated(walk, query, value)
     batch = string.ascii_lowercase[: query.ndim - 2]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.passes.rules.registry import functions, modules, named
-from fxprune.passes.rules.values import Value, Vector
+from fxprune.passes.rules.values import Value, Vector, values
 
 if TYPE_CHECKING:
     from fxprune.passes.labels import Walk
@@ -37,6 +37,8 @@ def call(node: fx.Node, x: Value, args: Sequence[Any], kwargs: dict[str, Any]) -
 
 
 def moved(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    if computed := values((args, kwargs)):
+        return walk.opaque(node, [input, *computed], "where its parts begin and end is computed by the graph")
     return walk.move(node, input, call(node, input, args, kwargs))
 
 
@@ -60,10 +62,7 @@ def flat(args: Sequence[Any]) -> list[Any]:
     "fliplr",
     "flipud",
     "rot90",
-    "pixel_shuffle",
-    "pixel_unshuffle",
     "adjoint",
-    "unfold_copy",
 )
 def move(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
     return moved(walk, node, input, *args, **kwargs)
@@ -105,7 +104,29 @@ def attribute(walk: Walk, node: fx.Node, input: Any, name: str) -> Any:
     return walk.opaque(node, [input], f"its attribute {name!r} is read")
 
 
-@modules(nn.Flatten, nn.PixelShuffle, nn.PixelUnshuffle)
+@named("pixel_shuffle", "pixel_unshuffle")
+def pixels(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    return moved(walk, node, _between(walk, node, input), *args, **kwargs)
+
+
+@modules(nn.PixelShuffle, nn.PixelUnshuffle)
+def pixels_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
+    return walk.move(node, _between(walk, node, input), lambda labels: module.forward(labels))
+
+
+def _between(walk: Walk, node: fx.Node, x: Value) -> Value:
+    """Channels (axis -3) to be spread over space: those that become one channel go together, and what lies along space stays."""
+    channel, made = x.ndim - 3, node.meta["val"].shape[-3]
+    for axis in (x.ndim - 2, x.ndim - 1):
+        walk.pin(x.axes.get(axis), "pixels are moved along it")
+    axes = {a: v for a, v in x.axes.items() if a <= channel}
+    if channel in axes and made < x.shape[channel]:
+        grid = axes[channel].reshape(made, -1)
+        walk.unite(np.repeat(grid[:, 0], grid.shape[1]), axes[channel])
+    return Value(x.shape, axes, x.zero, x.why)
+
+
+@modules(nn.Flatten)
 def move_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
     return walk.move(node, input, lambda labels: module.forward(labels))
 
@@ -183,10 +204,10 @@ def _folded(walk: Walk, node: fx.Node, x: Value) -> Any:
     return walk.make(node, axes, x.zero, x.why)
 
 
-@named("unfold", inplace=False)
+@named("unfold", "unfold_copy", inplace=False)
 def windows(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    if node.op == "call_function":
+    if node.op == "call_function" and node.target is F.unfold:
         return unfold(walk, node, input, *args, **kwargs)
-    walk.pin(input.axes.get(args[0] % input.ndim), "a window slides along it")
-    kept = Value(input.shape, {a: v for a, v in input.axes.items() if a != args[0] % input.ndim}, input.zero, input.why)
-    return walk.make(node, kept.axes, kept.zero, kept.why)
+    axis = (args[0] if args else kwargs["dimension"]) % input.ndim
+    walk.pin(input.axes.get(axis), "a window slides along it")
+    return walk.make(node, {a: v for a, v in input.axes.items() if a != axis}, input.zero, input.why)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.passes.rules.registry import functions, modules, named
-from fxprune.passes.rules.values import Value
+from fxprune.passes.rules.values import Value, values
 
 if TYPE_CHECKING:
     from fxprune.passes.labels import Walk
@@ -45,10 +45,13 @@ def _reduce(walk: Walk, node: fx.Node, x: Value, dims: set[int], keepdim: bool, 
 def total(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
     name = str(getattr(node.target, "__name__", node.target))
     rest = list(args)
+    exact = True
     if "norm" in name:  # norm(x, p, dim, keepdim)
+        order = kwargs.get("p", kwargs.get("ord", rest[0] if rest else 2))
+        exact = not isinstance(order, (int, float)) or order >= 0  # the smallest magnitude is a removed slice's
         rest = rest[1:]
     dim = kwargs.get("dim", kwargs.get("axis", rest[0] if rest and not isinstance(rest[0], torch.dtype) else None))
-    return _reduce(walk, node, input, _dims(input, dim), _keepdim(rest, kwargs), exact=True)
+    return _reduce(walk, node, input, _dims(input, dim), _keepdim(rest, kwargs), exact=exact)
 
 
 @named(
@@ -149,23 +152,58 @@ def cumulative(walk: Walk, node: fx.Node, input: Value, dim: int, **_: Any) -> V
 
 
 @named("diff", inplace=False)
-def difference(walk: Walk, node: fx.Node, input: Value, n: int = 1, dim: int = -1, *_: Any, **__: Any) -> Any:
+def difference(walk: Walk, node: fx.Node, input: Value, n: int = 1, dim: int = -1, *more: Any, **kwargs: Any) -> Any:
     """Neighbours along ``dim`` are subtracted."""
+    if ends := values((more, kwargs)):
+        return walk.opaque(node, [input, *ends], "it is joined with other tensors before neighbours are subtracted")
     return walk.through(node, input, mixed=(dim,))
+
+
+def _together(walk: Walk, *operands: Value) -> Value:
+    """Tensors broadcast against each other; zero where all of them are."""
+    shape = tuple(torch.broadcast_shapes(*(v.shape for v in operands)))
+    axes, _spans = walk.combine(shape, operands)
+    zero = frozenset(a for a in axes if all(a - len(shape) + v.ndim in v.zero for v in operands))
+    return Value(shape, axes, zero, operands[0].why)
 
 
 @functions(F.cosine_similarity)
 def cosine_similarity(walk: Walk, node: fx.Node, x1: Value, x2: Value, dim: int = 1, eps: float = 1e-8) -> Any:
-    shape = tuple(torch.broadcast_shapes(x1.shape, x2.shape))
-    axes, _ = walk.combine(shape, [x1, x2])
-    both = Value(shape, axes, frozenset(axes) if len(x1.zero) + len(x2.zero) else frozenset(), x1.why)
-    return _reduce(walk, node, both, {dim % len(shape)}, False, exact=True)
+    both = _together(walk, x1, x2)
+    return _reduce(walk, node, both, {dim % both.ndim}, False, exact=True)
+
+
+@functions(F.pairwise_distance)
+def pairwise_distance(walk: Walk, node: fx.Node, x1: Value, x2: Value, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Any:
+    """Distances of rows. Each channel adds ``eps``, which is far below what the oracle sees where it is the default."""
+    both = _together(walk, x1, x2)
+    return _reduce(walk, node, both, {both.ndim - 1}, keepdim, exact=p > 0 and eps <= 1e-5)
+
+
+@modules(nn.PairwiseDistance)
+def pairwise_distance_module(walk: Walk, node: fx.Node, module: Any, x1: Value, x2: Value) -> Any:
+    return pairwise_distance(walk, node, x1, x2, module.norm, module.eps, module.keepdim)
+
+
+@modules(nn.CosineSimilarity)
+def cosine_similarity_module(walk: Walk, node: fx.Node, module: Any, x1: Value, x2: Value) -> Any:
+    return cosine_similarity(walk, node, x1, x2, module.dim, module.eps)
+
+
+@functions(torch.linalg.vecdot)
+def vecdot(walk: Walk, node: fx.Node, x: Value, y: Value, dim: int = -1) -> Any:
+    """Products of rows, summed: a channel that is zero in either adds nothing."""
+    shape = tuple(torch.broadcast_shapes(x.shape, y.shape))
+    axes, _spans = walk.combine(shape, [x, y])
+    zero = frozenset(a for a in axes if any(a - len(shape) + v.ndim in v.zero for v in (x, y)))
+    return _reduce(walk, node, Value(shape, axes, zero, x.why), {dim % len(shape)}, False, exact=True)
 
 
 @functions(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy_with_logits)
-def loss(walk: Walk, node: fx.Node, input: Value, target: Value, *_: Any, **__: Any) -> Any:
+def loss(walk: Walk, node: fx.Node, input: Value, target: Value, *rest: Any, **kwargs: Any) -> Any:
     """Element by element, then the mean (or sum) of all: a network may compute a loss of its own (a codebook's)."""
-    shape = tuple(torch.broadcast_shapes(input.shape, target.shape))
-    axes, _spans = walk.combine(shape, [input, target])
-    both = Value(shape, axes, frozenset(), input.why)
-    return both if node.meta["val"].ndim == len(shape) else _reduce(walk, node, both, set(range(len(shape))), False, exact=False)
+    both = _together(walk, input, target, *values((rest, kwargs)))
+    shape = both.shape
+    if node.meta["val"].ndim == len(shape):
+        return walk.make(node, both.axes, (), input.why)
+    return _reduce(walk, node, both, set(range(len(shape))), False, exact=False)

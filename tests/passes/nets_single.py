@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.passes.catalogue import add, image, tokens
+from tests.passes.catalogue import Body, add, image, tokens
 
 VECTORS = image(2, 6)
 
@@ -103,6 +103,33 @@ class Lists(Narrow):
         y = self.narrowed(x)
         y = torch.cat([y[:, range(0, 8, 2)], y[:, list(range(1, 8, 2))]], 1)
         return self.last(y[:, self.pairs].amax(1) + y[:, [[0, 2, 4, 6], [1, 3, 5, 7]]].sum(1))
+
+
+@add("distances", VECTORS)
+class Distances(Narrow):
+    """Channels of two towers meet in distances and products: those that are zero in both add nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = nn.Linear(6, 8)
+        self.apart, self.like = nn.PairwiseDistance(), nn.CosineSimilarity()
+
+    def forward(self, x: Tensor) -> Any:
+        a, b = self.narrowed(x), self.tower(x) * self.gain
+        near = F.pairwise_distance(a, b, keepdim=True) + self.like(a, self.kernel[:1])[:, None]
+        return self.head(F.linear(a, self.kernel)) * near + torch.linalg.vecdot(a, b)[:, None], self.apart(a, b)
+
+
+@add("pixels_of_few_channels")
+class PixelsOfFewChannels(Body):
+    """More pixels than channels come of one channel; nine channels become one, which stays."""
+
+    def build(self) -> None:
+        self.wide, self.whole, self.mixed = nn.Conv2d(12, 18, 1), nn.Conv2d(12, 9, 1), nn.Conv2d(3, 12, 3, stride=3)
+
+    def mix(self, x: Tensor) -> Any:
+        many = F.pixel_shuffle(torch.relu(self.wide(x)), 3)
+        return self.mixed(torch.cat([many, nn.PixelShuffle(3)(self.whole(x))], 1))
 
 
 @add("transformer_whole", tokens(), exact=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.errors import TraceError
 
 
 class Moves(nn.Module):
@@ -117,3 +119,60 @@ def test_none_was_traced_and_is_asked_for_again() -> None:
     assert slim(x, None, gain).shape == (2, 6)
     with pytest.raises(AssertionError, match="mask was None when the module was traced"):
         slim(x, torch.ones(16), gain)
+
+
+class Does(nn.Module):
+    """``run`` on the channels of one layer, read by another."""
+
+    def __init__(self, run: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.run = nn.Linear(6, 8), nn.Linear(8, 3), run
+
+    def forward(self, x: Tensor) -> Any:
+        return self.b(self.run(torch.relu(self.a(x)).clone()))
+
+
+def bound_anew(x: Any) -> Any:
+    x.data = x.sigmoid()
+    return x
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        (bound_anew, "data is bound anew"),
+        (lambda x: x.resize_(2, 8), "resize_ gives"),
+        (lambda x: x.as_strided_((2, 8), (8, 1)), "as_strided_"),
+    ],
+)
+def test_tensors_that_become_others_are_refused(run: Callable[[Any], Any], words: str) -> None:
+    with pytest.raises(TraceError, match=words):
+        fxprune.analyze(Does(run), torch.randn(2, 6))
+
+
+def reshaped(x: Any) -> Any:
+    x.unsqueeze_(1)
+    x.squeeze_(1)
+    x.t_()
+    y = x.transpose_(0, 1)
+    y.requires_grad = True
+    return x + y
+
+
+def spread(x: Any) -> Any:
+    x[torch.tensor([True, False])] = torch.arange(8.0)
+    return x + torch.arange(8.0).index_put((torch.tensor([1]),), torch.ones(()))
+
+
+@pytest.mark.parametrize("run", [reshaped, spread, lambda x: x + torch.unfold_copy(x, 1, 1, 1).squeeze(2)])
+def test_rare_operations_are_sound_or_lock(run: Callable[[Any], Any]) -> None:
+    model, x = Does(run), torch.randn(2, 6)
+    assert fxprune.compress(model, 0.5, x, verify=True)(x).shape == (2, 3)
+    assert torch.equal(fxprune.compress(model, 0.0, x)(x), model(x))
+
+
+def test_a_literal_is_not_zeroed_with_the_channels() -> None:
+    far = fxprune.analyze(Does(lambda x: x * torch.cdist(x, torch.arange(8.0)[None])), torch.randn(2, 6))
+    assert any("a distance over channels" in note for note in far.by_name["a"].notes)
+    smallest = fxprune.analyze(Does(lambda x: x * torch.linalg.vector_norm(x, -float("inf"), dim=1, keepdim=True)), torch.randn(2, 6))
+    assert any("a reduction over channels" in note for note in smallest.by_name["a"].notes)
