@@ -75,7 +75,7 @@ class Setting:
     def images(self, part: Any, limit: int | None, augment: bool) -> list[Any]:
         return list(self.data.batches(part, 32, limit=limit, seed=self.seed, augmented=augment))
 
-    def problem(self, config: SearchConfig, working: nn.Module, augment: bool = True) -> tuple[driver.Problem, Candidates, Repairer]:
+    def problem(self, config: SearchConfig, working: nn.Module, augment: bool = False) -> tuple[driver.Problem, Candidates, Repairer]:
         """The search over ``working``, a network with the original's weights."""
         calibration = self.images("train", 128, augment)
         score = Likeness.of(self.model, self.images("validation", 128, augment))
@@ -93,7 +93,7 @@ class Setting:
         )
         return problem, candidates, Repairer(graph, self.images("train", 512, augment), config.repair, reference)
 
-    def found(self, config: SearchConfig, *, augment: bool = True, between: int = 0) -> tuple[nn.Module, driver.SearchOutcome]:
+    def found(self, config: SearchConfig, *, augment: bool = False, between: int = 0) -> tuple[nn.Module, driver.SearchOutcome]:
         """What a search finds, repaired. ``between``: epochs of distillation after each prune step."""
         working = copy.deepcopy(self.model) if between else self.model
         problem, candidates, repairer = self.problem(config, working, augment)
@@ -122,19 +122,19 @@ def options(settings: Sequence[Setting], evaluations: int, macs: float) -> None:
     base: dict[str, Any] = {"targets": f"macs={macs}", "evaluations": evaluations, "rounds": evaluations, "patience": None}
     paper = {"steps": None, "step_ratio": 0.05, "step_by": "units", "rounds": 3}
     rows: dict[str, tuple[dict[str, Any], bool]] = {
-        "defaults": ({}, True),
-        "what is drawn is scored (`screen=1`)": ({"screen": 1}, True),
-        "reward: accuracy alone (`likeness=0`)": ({"likeness": 0.0}, True),
-        "warm start from the importance ranking (`warm_start=1`)": ({"warm_start": 1.0}, True),
-        "two fidelity levels (`finalists=8`, 32 images, then 128)": ({"finalists": 8}, True),
-        "images as they are (`--no-augment`)": ({}, False),
-        "importance L2 (`importance=l2`)": ({"importance": "l2"}, True),
-        "BatchNorm re-estimated only (`repair=bn`)": ({"repair": "bn"}, True),
-        "no repair (`repair=none`)": ({"repair": "none"}, True),
-        "not projected: steps of 5 % of the units (`step_by=units`)": (paper, True),
-        "random search": ({"strategy": "random"}, True),
-        "TPE": ({"strategy": "optuna:TPESampler"}, True),
-        "uniform": ({"strategy": "uniform"}, True),
+        "defaults": ({}, False),
+        "what is drawn is scored (`screen=1`)": ({"screen": 1}, False),
+        "reward: accuracy alone (`likeness=0`)": ({"likeness": 0.0}, False),
+        "warm start from the importance ranking (`warm_start=1`)": ({"warm_start": 1.0}, False),
+        "two fidelity levels (`finalists=8`, 32 images, then 128)": ({"finalists": 8}, False),
+        "augmented images (`--augment`)": ({}, True),
+        "importance L2 (`importance=l2`)": ({"importance": "l2"}, False),
+        "BatchNorm re-estimated only (`repair=bn`)": ({"repair": "bn"}, False),
+        "no repair (`repair=none`)": ({"repair": "none"}, False),
+        "not projected: steps of 5 % of the units (`step_by=units`)": (paper, False),
+        "random search": ({"strategy": "random"}, False),
+        "TPE": ({"strategy": "optuna:TPESampler"}, False),
+        "uniform": ({"strategy": "uniform"}, False),
     }
     print(f"original {shown([s.tested(s.model) for s in settings])}\n")
     print("| search | likeness found | top-1 before training | evaluations | CPU seconds |\n|---|---|---|---|---|")
@@ -221,7 +221,7 @@ def score(settings: Sequence[Setting], candidates: int, macs: float) -> None:
         config = SearchConfig(targets=f"macs={macs}", strategy="random", samples=candidates, rounds=1, seed=setting.seed)
         problem, made, repairer = setting.problem(config, setting.model)
         strategy = driver.STRATEGIES["random"](Budget(problem.space, config.points[0]), config)
-        full = Likeness.of(setting.model, setting.images("validation", None, True))
+        full = Likeness.of(setting.model, setting.images("validation", None, False))
         sizes = (32, 64, 128, len(setting.data.validation))
         scores: dict[tuple[str, int], list[float]] = {}
         before, after = [], []

@@ -31,7 +31,7 @@ HELP = {
     "rough_images": "of these, how many judge all but the finalists, where --finalists says how many",
     "calibration_images": "training images for importance and for the repair of candidates",
     "repair_images": "training images for the repair of the result",
-    "augment": "score and repair on images moved and mirrored as in training",
+    "augment": "score and repair on images moved and mirrored as in training; default: unless this run trains the network itself",
     "out": "folder for the results",
     "export": "formats to write the result in too, with commas: torch, onnx, openvino, executorch, torch-int8, onnx-int8, openvino-int8",
     "tensorboard": "write the figures of each round to OUT/tensorboard too",
@@ -152,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add(group: Any, name: str, kind: str) -> None:
     flag = "--target" if name == "targets" else f"--{name.replace('_', '-')}"
     text = HELP.get(name)
-    if kind == "bool":
+    if kind.removesuffix(" | None") == "bool":
         group.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=text)
     elif name == "targets":
         group.add_argument(flag, dest=name, action="append", metavar="METRIC=SHARE", help=text)
@@ -214,9 +214,12 @@ def _from_file(path: Path) -> dict[str, Any]:
 def _from_yaml(value: Any, name: str, kind: str, where: str) -> Any:
     if name == "targets":
         return [str(item) for item in value] if isinstance(value, list) else value if isinstance(value, dict) else str(value)
-    if kind == "bool" or isinstance(value, bool):
-        if kind != "bool" or not isinstance(value, bool):
-            raise SearchError(f"{where} is {value!r}; {'true or false is' if kind == 'bool' else 'a value is'} expected")
+    truth = kind.removesuffix(" | None") == "bool"
+    if truth and value is None and kind != "bool":
+        return None
+    if truth or isinstance(value, bool):
+        if not truth or not isinstance(value, bool):
+            raise SearchError(f"{where} is {value!r}; {'true or false is' if truth else 'a value is'} expected")
         return value
     if isinstance(value, dict) or (value is None and not kind.endswith("None")):
         raise SearchError(f"{where} is {value!r}; a value is expected")

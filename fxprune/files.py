@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -54,17 +55,23 @@ def save(slim: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def write_whole(tensors: dict[str, Tensor], target: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file; an older one is replaced only when the new one is whole. Who may read it is for the umask to say."""
+    """Write a safetensors file; an older one is replaced only when the new one is whole. Who may read it is for the umask to say.
+
+    It is written in a folder of its own beside ``target``: safetensors writes through a temporary file, which only its owner may read, and
+    whose name nobody knows once the process has been killed. With the folder the next write removes it.
+    """
     scratch = target.with_name(target.name + ".part")
+    part = scratch / target.name
     try:
-        scratch.unlink(missing_ok=True)
-        scratch.touch()
-        mode = stat.S_IMODE(scratch.stat().st_mode)  # safetensors writes through a temporary file, which only its owner may read
-        save_file(tensors, scratch, metadata)
-        scratch.chmod(mode)
-        os.replace(scratch, target)
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        part.touch()
+        mode = stat.S_IMODE(part.stat().st_mode)
+        save_file(tensors, part, metadata)
+        part.chmod(mode)
+        os.replace(part, target)
     finally:
-        scratch.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:

@@ -23,7 +23,7 @@ class Options:
     distilled and tested too. ``score_images``, ``calibration_images``: held-out images a candidate is scored on; training images for
     importance and for the repair of a candidate before it is scored. ``repair_images``: training images for the repair of the result.
     ``rough_images``: as many of the score images judge all but the finalists, where ``search.finalists`` are asked for.
-    ``augment``: whether all these images are moved and mirrored as in training.
+    ``augment``: whether all these images are moved and mirrored as in training; None: unless this run trains the network itself.
     ``tensorboard``: whether each round's figures go to ``out/tensorboard`` too.
     ``export``: formats of other runtimes (``fxprune.export``) that the result is written in too.
     """
@@ -43,7 +43,7 @@ class Options:
     rough_images: int = 256
     calibration_images: int = 256
     repair_images: int = 2048
-    augment: bool = True
+    augment: bool | None = None
     preset: str = "default"
     out: str = "fxprune-out"
     export: tuple[str, ...] = ()
@@ -74,6 +74,17 @@ class Options:
         if self.train_epochs is not None:
             return self.train_epochs
         return 20 if self.data == "digits" and self.weights is None and self.model.startswith(RANDOM_WEIGHTS) else 0
+
+    @property
+    def augmented(self) -> bool:
+        """Whether candidates are scored and repaired on augmented images.
+
+        A network knows the images it was trained on too well to tell which of its parts it needs for others; moved and mirrored they rank
+        candidates as unseen ones do. What this run trains has never seen the held-out images: they are as hard as unseen ones already.
+        """
+        if self.augment is not None:
+            return self.augment
+        return self.weights is not None or self.training_epochs == 0
 
     @property
     def distillation_epochs(self) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 from fxprune.api import record as recorded
 from fxprune.checkpoints import NAME as TRAINING
 from fxprune.driver import SearchOutcome
-from fxprune.driver.checkpoint import replace_text
+from fxprune.driver.checkpoint import remove, replace_text
 from fxprune.errors import SearchError
 from fxprune.files import save
 from fxprune.lanes import coupling_data
@@ -51,10 +51,10 @@ def begin(out: Path, described: Mapping[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # The configuration goes first and comes back last: without it a folder is no run, rather than a mixture of two.
-        cut = [*folder.glob("*.safetensors"), *folder.glob("search/*"), *folder.glob(f"*/{TRAINING}*")]
+        cut = [*folder.glob("*.safetensors"), *folder.glob("*.part"), *folder.glob("search/*"), *folder.glob(f"*/{TRAINING}*")]
         cut += (out / "tensorboard").glob("events.out.tfevents*")
         for path in [folder / SESSION, folder / RESULT, *cut]:
-            path.unlink(missing_ok=True)
+            remove(path)
     except OSError as error:
         raise SearchError(f"cannot write to --out {out}: {error.strerror}; choose a folder that can be written") from error
     replace_text(folder / SESSION, json.dumps(described, indent=2) + "\n")

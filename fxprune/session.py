@@ -138,10 +138,9 @@ class Session:
         return Accuracy(list(self.data.batches("validation", self.options.batch_size, limit=limit, device=self.device)))
 
     def scored(self, original: nn.Module) -> Likeness:
-        """What candidates are scored by: those images, augmented. A network knows the images it was trained on too well to tell which of
-        its parts it needs for others; moved and mirrored they rank candidates as unseen ones do."""
+        """What candidates are scored by: those images, augmented where the network may have been trained on them."""
         o = self.options
-        batches = self.data.batches("validation", o.batch_size, augmented=o.augment, limit=o.score_images, device=self.device)
+        batches = self.data.batches("validation", o.batch_size, augmented=o.augmented, limit=o.score_images, device=self.device)
         return Likeness.of(original, batches)
 
     @property
@@ -326,10 +325,10 @@ class Session:
         return self._training_images(self.options.repair_images)
 
     def _training_images(self, limit: int) -> Batches:
-        """Augmented as in training, too: what a repair learns from them has to hold for unseen ones."""
+        """Augmented where the score's are: what a repair learns from them has to hold for unseen ones."""
         o = self.options
         seed, device = o.search.seed, self.device
-        return self.data.batches("train", o.batch_size, augmented=o.augment, limit=limit, seed=seed, device=device)
+        return self.data.batches("train", o.batch_size, augmented=o.augmented, limit=limit, seed=seed, device=device)
 
     def _check_fit(self, model: nn.Module) -> None:
         """Raise ``InputError`` where the network does not take the data's images, or has other classes."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -46,6 +46,7 @@ QUICK = [
     "--calibration-images",
     "64",
 ]
+PARTS: tuple[Literal["validation", "train"], ...] = ("validation", "train")
 QUICKEST = ["--train-epochs", "1", "--distill-epochs", "0", "--strategy", "uniform", "--no-baseline", "--score-images", "50"]
 
 
@@ -293,6 +294,9 @@ def test_recovery_between_steps_and_resume(run: Run, tmp_path: Path, monkeypatch
 
 
 def test_first_checkpoint_comes_before_any_work(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("search/weights-0-1.part", "original.safetensors.part"):  # by an earlier run, killed while it wrote there
+        (tmp_path / "checkpoint" / name).mkdir(parents=True)
+
     def interrupting(display: cli.Display, text: str) -> None:
         raise KeyboardInterrupt
 
@@ -300,6 +304,7 @@ def test_first_checkpoint_comes_before_any_work(run: Run, tmp_path: Path, monkey
     assert run("--out", tmp_path, *QUICK, "--seed", "7").status == 130
     state = json.loads((tmp_path / "checkpoint" / "session.json").read_text())
     assert state["options"]["search"]["seed"] == 7
+    assert not list((tmp_path / "checkpoint").rglob("*.part"))
 
 
 def test_unreachable_target_keeps_the_nearest(run: Run, tmp_path: Path) -> None:
@@ -367,6 +372,32 @@ def test_weights_from_a_file_and_options_from_yaml(run: Run, tmp_path: Path) -> 
     assert record["params"] == pytest.approx(0.6, rel=0.01)
     original = torch.equal(digits_net_of(out / "checkpoint" / "original.safetensors"), digits_net_of(tmp_path / "net.safetensors"))
     assert original  # weights are given, so nothing is trained
+
+
+@pytest.mark.parametrize(
+    ("arguments", "augmented"),
+    [
+        ([], False),
+        (["--train-epochs", "2"], False),
+        (["--augment"], True),
+        (["--train-epochs", "0", "--model", "tests.test_cli:Narrow"], True),
+        (["--weights", "net.pt"], True),
+        (["--weights", "net.pt", "--train-epochs", "2"], True),
+        (["--weights", "net.pt", "--no-augment"], False),
+        (["--config", "{tmp}/unsaid.yaml"], False),
+        (["--config", "{tmp}/said.yaml"], True),
+    ],
+)
+def test_images_are_augmented_unless_the_run_trains_the_network(tmp_path: Path, arguments: list[str], augmented: bool) -> None:
+    (tmp_path / "unsaid.yaml").write_text("augment: null")
+    (tmp_path / "said.yaml").write_text("augment: true")
+    options = read([argument.replace("{tmp}", str(tmp_path)) for argument in arguments]).options
+    assert options is not None
+    begun = session.Session(replace(options, score_images=20, calibration_images=20, repair_images=20), "")
+    held_out, training = (next(iter(begun.data.batches(part, 20, limit=20)))[0] for part in PARTS)
+    assert torch.equal(begun.scored(digits_net().eval()).batches[0][0], held_out) != augmented
+    assert torch.equal(begun.calibration[0][0], training) != augmented
+    assert torch.equal(next(iter(begun.repairing))[0], training) != augmented
 
 
 def digits_net_of(path: Path) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import stat
 import struct
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fxprune import files
 from fxprune.api import compress, record
 from fxprune.errors import FileError
 from fxprune.files import load, rebuild, save
@@ -157,6 +159,26 @@ def test_a_plain_state_dict_loads_into_the_rebuilt_module(tmp_path: Path, fresh:
         blank.load_state_dict(given, assign=True)
     with pytest.raises(FileError, match="another model: this one has 6 parameters in 'extra'"):
         rebuild(Longer(), tmp_path / "s.safetensors")
+
+
+def test_what_a_killed_write_leaves_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(tensors: object, path: Path, metadata: object) -> None:
+        assert path.parent.parent == tmp_path  # and with it the temporary file that safetensors makes beside it
+        (path.parent / ".tmpXyZ").touch()
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "save_file", killed)
+        patched.setattr(shutil, "rmtree", lambda *_, **__: None)  # SIGKILL leaves no time for it
+        with pytest.raises(Killed):
+            save(slimmed(Net()), tmp_path / "s.safetensors")
+    assert len(list(tmp_path.rglob(".tmp*"))) == 1
+    save(slimmed(Net()), tmp_path / "s.safetensors")
+    assert [path.name for path in tmp_path.rglob("*")] == ["s.safetensors"]
+
+
+class Killed(BaseException):
+    """Nothing may catch it."""
 
 
 @pytest.mark.skipif(os.name != "posix", reason="only POSIX has a umask")

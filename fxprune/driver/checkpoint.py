@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,14 @@ def load(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise SearchError(f"{path} is not a checkpoint of this version; it should say format {FORMAT!r}")
     return state
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or the folder in which a write was going on when it was killed."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -237,7 +237,7 @@ class _Search:
         checkpoint.save(self.folder, state)
         for old in self.folder.glob("weights-*"):
             if old.name != self.weights:
-                old.unlink()
+                checkpoint.remove(old)
 
     def restore(self, folder: Path) -> None:
         """Take up the folder's checkpoint. Raises ``SearchError`` when it belongs to another search."""

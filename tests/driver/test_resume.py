@@ -129,6 +129,7 @@ def test_recovered_weights_are_kept(tmp_path: Path) -> None:
         folder = tmp_path / str(after)
         with pytest.raises(Killed):
             run(dying(Trained().problem(), after), config, checkpoint_dir=folder)
+        (folder / "weights-0-9.part").mkdir()  # in which weights were being written
         assert told(run(Trained().problem(), config, checkpoint_dir=folder, resume=True)) == told(whole)
         assert len(list(folder.glob("weights-*"))) == 1
 
