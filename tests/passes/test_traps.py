@@ -154,7 +154,7 @@ def reshaped(x: Any) -> Any:
     x.unsqueeze_(1)
     x.squeeze_(1)
     x.t_()
-    y = x.transpose_(0, 1)
+    y = x.transpose_(0, 1).detach()
     y.requires_grad = True
     return x + y
 
