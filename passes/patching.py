@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch._functorch import apis
 from torch.fx import _symbolic_trace as symbolic
 from torch.fx._symbolic_trace import _find_proxy
@@ -93,6 +94,15 @@ def patched(tracer: ShapeTracer) -> Iterator[None]:
             return own_apply.__get__(None, function)(*args, **kwargs)
         return traced_call(tracer, function, args)
 
+    def members(original: Any) -> Any:
+        """Parameters and buffers that code loops over are those of the graph, as by their names."""
+
+        def named(module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+            for name, tensor in original(module, *args, **kwargs):
+                yield name, tracer.getattr(name, tensor, {})
+
+        return named
+
     autograd: Any = torch.autograd.Function
     own_apply = autograd.__dict__["apply"]
     autograd.apply = classmethod(apply)
@@ -110,6 +120,10 @@ def patched(tracer: ShapeTracer) -> Iterator[None]:
     ranges = {name: getattr(torch, name) for name in ("finfo", "iinfo")}
     for name, original in ranges.items():
         setattr(torch, name, limits(original))
+    module_type: Any = nn.Module
+    loops = {name: getattr(nn.Module, name) for name in ("named_parameters", "named_buffers")}
+    for name, original in loops.items():
+        setattr(module_type, name, members(original))
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     for name, original in saved.items():
@@ -123,6 +137,8 @@ def patched(tracer: ShapeTracer) -> Iterator[None]:
         for cls, enter in entered:
             cls.__enter__ = enter
         fx_tracing._create_wrapped_func = wrapper
+        for name, original in loops.items():
+            setattr(module_type, name, original)
         mapping.vmap_impl, script.__call__ = map_, run_script
         for name, original in (*saved.items(), *ranges.items()):
             setattr(torch, name, original)

@@ -43,7 +43,21 @@ class ShapeProxy(fx.Proxy):
     tracer: ShapeTracer
 
     def __getitem__(self, index: Any) -> Any:
+        if _isinstance(self.value, torch.Tensor):
+            index = tuple(map(self._listed, index)) if _isinstance(index, tuple) else self._listed(index)
         return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+
+    def _listed(self, entry: Any) -> Any:
+        """A mask of one dimension that does not depend on the inputs picks what it picks now; how much that is, no shape could tell."""
+        if not _isinstance(entry, ShapeProxy) or not _isinstance(entry.value, torch.Tensor):
+            return entry
+        known = self.tracer.actual(entry.node) if entry.value.dtype == torch.bool and entry.value.ndim == 1 else None
+        if known is None:
+            return entry
+        for name in sorted(held(entry.node) - self.tracer.constants.keys()):
+            self.tracer.notes[f"{self.tracer.here()}: a mask was specialised to the value of {name!r}"] = None
+            self.tracer.read.add(name)
+        return known.nonzero().flatten().tolist()
 
     @property
     def value(self) -> Any:

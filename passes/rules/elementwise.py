@@ -109,9 +109,9 @@ MOVE_ZERO = (
     "bernoulli",
     "rsub",
 )
-SUMS = ("add", "sub", "subtract", "maximum", "minimum", "fmax", "fmin", "addcmul", "addcdiv", "lerp", "hypot")
+SUMS = ("add", "sub", "subtract", "maximum", "minimum", "fmax", "fmin", "addcmul", "addcdiv", "lerp", "hypot", "complex")
 PRODUCTS = ("mul", "multiply", "logical_and", "bitwise_and")
-FIRST = ("div", "divide", "true_divide", "floor_divide", "fmod", "remainder", "masked_fill", "copysign", "atan2")
+FIRST = ("div", "divide", "true_divide", "floor_divide", "fmod", "remainder", "masked_fill", "copysign", "atan2", "polar")
 NONE = (
     "pow",
     "where",

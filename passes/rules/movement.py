@@ -99,7 +99,7 @@ def attribute(walk: Walk, node: fx.Node, input: Any, name: str) -> Any:
         return node.meta["val"]
     if name in ("T", "mT", "H", "mH"):
         return walk.move(node, input, lambda labels: getattr(labels, name))
-    if name in ("data", "real"):
+    if name in ("data", "real", "imag"):
         return walk.make(node, input.axes, input.zero, input.why)
     return walk.opaque(node, [input], f"its attribute {name!r} is read")
 

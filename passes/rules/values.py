@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -124,4 +124,4 @@ def _collect(nested: Any, kind: type, found: list[Any]) -> None:
     elif isinstance(nested, slice):
         _collect((nested.start, nested.stop, nested.step), kind, found)
     elif is_dataclass(nested) and not isinstance(nested, type):
-        _collect(vars(nested), kind, found)
+        _collect([getattr(nested, f.name) for f in fields(nested)], kind, found)

@@ -105,6 +105,31 @@ class Lists(Narrow):
         return self.last(y[:, self.pairs].amax(1) + y[:, [[0, 2, 4, 6], [1, 3, 5, 7]]].sum(1))
 
 
+@add("single_mask", VECTORS)
+class Mask(Narrow):
+    """Channels are picked by a mask in a buffer, and turned into complex numbers and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keep: Any
+        self.register_buffer("keep", torch.tensor([True, False, True, True, False, True, True, True]))
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        y = torch.complex(self.narrowed(x), torch.zeros(8)) * 1j
+        return self.last(y.imag[:, self.keep])
+
+
+@add("loops_over_parameters", VECTORS, exact=False)
+class LoopsOverParameters(Narrow):
+    """The network returns a penalty on its own weights, which it finds by looping over them."""
+
+    def forward(self, x: Tensor) -> Any:
+        penalty = sum(p.square().sum() for p in self.first.parameters())
+        largest = torch.stack([p.abs().mean() for name, p in self.named_parameters() if name.endswith("weight")]).amax()
+        return self.head(F.linear(self.narrowed(x), self.kernel)), penalty + largest
+
+
 @add("distances", VECTORS)
 class Distances(Narrow):
     """Channels of two towers meet in distances and products: those that are zero in both add nothing."""

@@ -20,6 +20,7 @@ RANDOM = ("rand", "multinomial", "bernoulli", "dropout", "empty", "svd", "normal
 MENDED = (
     *("cdist", "cosine_similarity", "pairwise_distance", "vecdot", "diff", "norm", "diagonal", "narrow", "tensor_split", "index_put"),
     *("unfold_copy", "unfold", "pixel_shuffle", "pixel_unshuffle", "binary_cross_entropy_with_logits", "resize_", "squeeze", "gather"),
+    *("linear_cross_entropy", "complex", "polar"),
 )
 
 

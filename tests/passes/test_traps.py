@@ -171,6 +171,16 @@ def test_rare_operations_are_sound_or_lock(run: Callable[[Any], Any]) -> None:
     assert torch.equal(fxprune.compress(model, 0.0, x)(x), model(x))
 
 
+class ReadsItsState(Does):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) * self.state_dict()["a.weight"].sum()
+
+
+def test_weights_that_no_name_leads_to_are_refused() -> None:
+    with pytest.raises(TraceError, match="reached past their names"):
+        fxprune.analyze(ReadsItsState(torch.tanh), torch.randn(2, 6))
+
+
 def test_a_literal_is_not_zeroed_with_the_channels() -> None:
     far = fxprune.analyze(Does(lambda x: x * torch.cdist(x, torch.arange(8.0)[None])), torch.randn(2, 6))
     assert any("a distance over channels" in note for note in far.by_name["a"].notes)
