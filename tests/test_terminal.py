@@ -73,10 +73,11 @@ def test_whoever_scores_and_however_it_is_stopped_the_result_is_the_same(tmp_pat
     assert typed("--out", alone, *QUICK)[0] == 0
     assert typed("--out", workers, *QUICK, *others)[0] == 0
     assert same(workers, alone)
-    status, shown = typed("--out", cut, *QUICK, *others, until=b" scored ")
-    assert status == 130
-    assert f"interrupted; go on with: fxprune-search --resume {cut}" in shown
-    assert "Traceback" not in shown
-    assert not (cut / "policy.json").exists()
+    for arguments, until in ((["--out", cut, *QUICK], b" scored "), (["--resume", cut], b"searching")):  # in a round; as workers start
+        status, shown = typed(*arguments, *others, until=until)
+        assert status == 130
+        assert f"interrupted; go on with: fxprune-search --resume {cut}" in shown
+        assert "Traceback" not in shown
+        assert not (cut / "policy.json").exists()
     assert typed("--resume", cut, *others)[0] == 0
     assert same(cut, alone)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import pickle
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Protocol
 
 from fxprune.driver.config import SearchConfig
@@ -62,9 +64,10 @@ class ProcessExecutor:
         for _ in range(ATTEMPTS):
             try:
                 pool = self._started(score)
-                waiting: dict[int, Future[Metrics]] = {
-                    i: pool.submit(_score_in_worker, candidate) for i, candidate in enumerate(candidates) if i not in done
-                }
+                with _interrupt_held():
+                    waiting: dict[int, Future[Metrics]] = {
+                        i: pool.submit(_score_in_worker, candidate) for i, candidate in enumerate(candidates) if i not in done
+                    }
                 for i, future in waiting.items():
                     done[i] = future.result()
                 return [done[i] for i in range(len(candidates))]
@@ -99,6 +102,20 @@ def make(config: SearchConfig) -> Executor:
     if config.executor != "local":
         raise SearchError(f"unknown executor {config.executor!r}; use local or ray")
     return LocalExecutor() if config.jobs == 1 else ProcessExecutor(config.jobs)
+
+
+@contextmanager
+def _interrupt_held() -> Iterator[None]:
+    """Workers that are started meanwhile never hear the interrupt key, not even while they import; here it is heard afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    multiprocessing.resource_tracker.ensure_running()  # else it would be started with the first worker, and let the key through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker: dict[str, Score] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,6 +32,12 @@ class Mortal:
         return self.chain.score(removed)
 
 
+def hears_the_interrupt_key(removed: IntArray) -> Mapping[str, float]:
+    """Whether the signal is let through to this process; what is blocked when it starts, before it can import anything, stays so."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, []) if hasattr(signal, "pthread_sigmask") else {signal.SIGINT}
+    return {"accuracy": float(signal.SIGINT not in blocked)}
+
+
 def candidates() -> list[IntArray]:
     return [np.full(6, count) for count in range(8)]
 
@@ -43,17 +50,22 @@ def test_worker_processes_give_the_same_policy() -> None:
     assert shared.reward == alone.reward
 
 
-def test_workers_are_replaced_when_they_die_and_when_the_score_changes(tmp_path: Path) -> None:
+def test_workers_are_deaf_and_replaced_when_they_die_and_when_the_score_changes(tmp_path: Path) -> None:
     executor = ProcessExecutor(1)  # each worker imports torch: one is enough
     try:
         survived = executor.map(Mortal(tmp_path / "mark"), candidates())
         executor.reset()
         changed = executor.map(Chain(sensitivity=np.zeros(6)).score, candidates())
+        executor.reset()
+        heard = executor.map(hears_the_interrupt_key, candidates())
     finally:
         executor.close()
     assert (tmp_path / "mark").exists()
     assert survived == LocalExecutor().map(Chain().score, candidates())
     assert changed == [{"accuracy": 0.95}] * len(candidates())
+    assert heard == [{"accuracy": 0.0}] * len(candidates())
+    if hasattr(signal, "pthread_sigmask"):
+        assert hears_the_interrupt_key(candidates()[0]) == {"accuracy": 1.0}  # here it is
 
 
 def test_a_score_that_cannot_be_sent_is_refused() -> None:
