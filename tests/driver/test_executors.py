@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,24 @@ def hears_the_interrupt_key(removed: IntArray) -> Mapping[str, float]:
     return {"accuracy": float(signal.SIGINT not in blocked)}
 
 
+def process(removed: IntArray) -> Mapping[str, float]:
+    return {"accuracy": float(os.getpid())}
+
+
+class Strange:
+    """A score that can be sent, but not taken."""
+
+    def __call__(self, removed: IntArray) -> Mapping[str, float]:
+        return {}
+
+    def __reduce__(self) -> Any:
+        return _lost, ()
+
+
+def _lost() -> None:
+    raise ImportError("no such module there")
+
+
 def candidates() -> list[IntArray]:
     return [np.full(6, count) for count in range(8)]
 
@@ -58,6 +77,13 @@ def test_workers_are_deaf_and_replaced_when_they_die_and_when_the_score_changes(
         changed = executor.map(Chain(sensitivity=np.zeros(6)).score, candidates())
         executor.reset()
         heard = executor.map(hears_the_interrupt_key, candidates())
+        executor.reset()
+        processes = executor.map(process, candidates())
+        executor.reset()
+        with pytest.raises(SearchError, match="workers cannot take the score .no such module there"):
+            executor.map(Strange(), candidates())
+        executor.reset()
+        assert executor.map(process, candidates()) == processes  # the score changes, the workers stay
     finally:
         executor.close()
     assert (tmp_path / "mark").exists()
