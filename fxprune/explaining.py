@@ -22,6 +22,7 @@ ADVICE = (
     (SINGLE, ""),
     ("vocabulary", ""),
     ("kernel's width", ""),
+    ("hidden size stays", ""),
     ("each group keeps its width", ""),
     ("ignore", "take it out of ignore= to have it pruned"),
     ("has no rule", "say what the operation does to channels with fxprune.register_op (examples/own_operation.py)"),

@@ -25,6 +25,8 @@ def recurrent(walk: Walk, node: fx.Node, module: Any, input: Any, hx: Any = None
     directions = 2 if module.bidirectional else 1
     cell = _units(walk, node, "weight_hr_l0" if projection else "weight_hh_l0", 1, hidden)
     seen = _units(walk, node, "weight_hr_l0", 0, projection) if projection else cell
+    if projection:  # torch looks for a projection only where its size is not the hidden size, and misreads the weights where it is
+        walk.pin(cell, "with a projection the hidden size stays")
     arriving = input.axes.get(input.ndim - 1)
     for layer in range(module.num_layers):
         for suffix in [f"l{layer}", f"l{layer}_reverse"][:directions]:

@@ -154,6 +154,39 @@ def test_mended_operations(how: str) -> None:
             check(model, x)
 
 
+def module_networks(info: Any) -> Iterator[tuple[Around, Tensor]]:
+    """Networks around torch's samples of a module type."""
+    samples = info.module_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=False)
+    for sample in samples[:14]:
+        if sample.forward_input is None or not sample.forward_input.args:
+            continue
+        first, *others = sample.forward_input.args
+        if not isinstance(first, Tensor) or not first.is_floating_point():
+            continue
+        for axis in (a for a in range(first.ndim) if first.shape[a] >= 3):
+            torch.manual_seed(0)
+            module = info.module_cls(*sample.constructor_input.args, **sample.constructor_input.kwargs)
+            x = torch.randn(2, 6)
+            model = Around(module, first, axis, tuple(others), sample.forward_input.kwargs, False).eval()
+            try:
+                model.heads.extend(nn.Linear(y.numel(), 3) for y in model.results(x))
+                want = model(x)
+            except (RuntimeError, TypeError, ValueError, IndexError):
+                continue
+            if isinstance(want, Tensor) and torch.isfinite(want).all():
+                yield model, x
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+def test_all_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", False)  # it rounds otherwise than the operations it stands for
+    found = pytest.importorskip("torch.testing._internal.common_modules")
+    for info in found.module_db:
+        for model, x in module_networks(info):
+            check(model, x)
+
+
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("how", ["function", "held", "method", "in_place"])
