@@ -36,7 +36,7 @@ HELP = {
     "export": "formats to write the result in too, with commas: torch, onnx, openvino, executorch, torch-int8, onnx-int8, openvino-int8",
     "tensorboard": "write the figures of each round to OUT/tensorboard too",
     "targets": "macs|params|latency|memory=SHARE that is left, or sparsity=SHARE that goes; repeat it for several at once, "
-    "commas for a Pareto run",
+    "commas for a Pareto run; latency is that of a batch of 32, on one thread on a CPU",
     "strategy": f"{', '.join(STRATEGIES)}, optuna:SAMPLER or module:Class",
     "reward": f"{', '.join(REWARDS)} or module:function",
     "importance": "auto, taylor, reconstruction, l2, l1, variance or random",

@@ -175,13 +175,12 @@ def metrics_of(found: Any) -> Mapping[str, float]:
 class _Costs(Mapping[str, float]):
     """The remaining shares of one candidate; latency is measured when it is looked up."""
 
-    def __init__(self, candidates: Candidates, removed: Any, whole_latency: Callable[[], float]) -> None:
-        self.candidates, self.removed, self.whole_latency = candidates, removed, whole_latency
+    def __init__(self, candidates: Candidates, removed: Any, latency: Callable[[nn.Module], float]) -> None:
+        self.candidates, self.removed, self.latency = candidates, removed, latency
 
     def __getitem__(self, name: str) -> float:
         if name == "latency":
-            slim = self.candidates.slim(self.removed).eval()
-            return _latency(slim, self.candidates.graph) / self.whole_latency()
+            return self.latency(self.candidates.slim(self.removed).eval())
         return self.candidates.share(name, self.removed)
 
     def __iter__(self) -> Iterator[str]:
@@ -206,11 +205,13 @@ def make_problem(
     seed: int = 0,
     reference: CouplingGraph | None = None,
     rough: Evaluate | None = None,
+    latency: Callable[[nn.Module], float] | None = None,
 ) -> tuple[Problem, Candidates]:
     """An analysed network as a search problem: costs from the analysis, scores from ``evaluate`` on slim networks.
 
     ``calibration``: batches, ``(inputs, targets)`` or inputs alone, for the importance and for the repair; read once.
     ``rough``: a cheaper ``evaluate``, on fewer images say, for all but the finalists.
+    ``latency``: seconds that a network takes; if left out, those for the example inputs.
     ``reference``: the same network analysed with the weights whose responses a repair aims at, where those of ``graph`` will change.
     """
     batches = None if calibration is None else list(calibration)
@@ -221,10 +222,12 @@ def make_problem(
         candidates = Candidates(graph, scores(graph, importance, batches, seed), round_to)
     measured: dict[str, float] = {}
 
-    def whole() -> float:
+    seconds = latency or (lambda module: _latency(module, graph))
+
+    def share(slim: nn.Module) -> float:
         if "latency" not in measured:
-            measured["latency"] = _latency(graph.model, graph)
-        return measured["latency"]
+            measured["latency"] = seconds(graph.model)
+        return seconds(slim) / measured["latency"]
 
     channels, fixed = output_channels(graph)
     repairer = Repairer(graph, batches or (), repair if batches else "none", reference)
@@ -232,7 +235,7 @@ def make_problem(
         names=candidates.names,
         units=np.array([g.size for g in candidates.groups]),
         channels=channels,
-        cost=lambda removed: _Costs(candidates, removed, whole),
+        cost=lambda removed: _Costs(candidates, removed, share),
         score=Score(candidates, evaluate, repairer),
         rough=None if rough is None else Score(candidates, rough, repairer),
         fixed_channels=fixed,

@@ -28,7 +28,7 @@ from fxprune.evaluation import call, evaluate_accuracy, evaluating, logits_of, o
 from fxprune.exporting import export
 from fxprune.images import Batches
 from fxprune.likeness import Likeness
-from fxprune.measuring import in_turns
+from fxprune.measuring import alone, in_turns
 from fxprune.options import Options
 from fxprune.outputs import Finished
 from fxprune.passes.coupling import CouplingGraph
@@ -197,6 +197,7 @@ class Session:
             seed=config.seed,
             reference=self.reference(original, graph),
             rough=scored.first(self.options.rough_images),
+            latency=alone(self.example),
         )
         if config.recover_every:
             problem = Recovery(candidates, working, lambda slim: self.recover(original, slim, watcher)).attached(problem)

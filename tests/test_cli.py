@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import cli, session
+from fxprune import cli, measuring, session
 from fxprune.arguments import read
 from fxprune.driver.config import PRESETS
 from fxprune.errors import SearchError
@@ -323,6 +323,26 @@ def test_a_pareto_point_that_cannot_be_met_leaves_the_others(run: Run, tmp_path:
     assert ended.status == 3
     params = [sum(t.numel() for t in load_file(tmp_path / name).values()) for name in ("slim-macs=0.7.safetensors", "slim.safetensors")]
     assert params[1] < params[0] / 10
+
+
+def test_a_target_for_the_latency_is_measured_as_the_table_is(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: set[int] = set()
+
+    class Stopwatch:
+        """Says how many parameters there are, for how many images."""
+
+        def __init__(self, module: nn.Module, inputs: Tensor) -> None:
+            timed.add(len(inputs))
+            self.params = sum(p.numel() for p in module.parameters())
+
+        def latency(self, runs: int) -> float:
+            return float(self.params)
+
+    monkeypatch.setattr(measuring, "profile", Stopwatch)
+    assert run("--out", tmp_path, *QUICKEST, "--target", "latency=0.5").status == 0
+    assert timed == {measuring.LATENCY_BATCH}
+    original, slim = json.loads((tmp_path / "checkpoint" / "result.json").read_text())["rows"]
+    assert slim["latency"] / original["latency"] == pytest.approx(0.5, rel=0.01)
 
 
 def test_units_too_coarse_for_the_target(run: Run, tmp_path: Path) -> None:
