@@ -16,6 +16,7 @@ import argparse
 import fnmatch
 import importlib
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -281,7 +282,7 @@ def main() -> None:
     def show() -> None:
         if options.page is not None:
             shown = [c for c in cells if c["method"] != "original"]
-            write_page(options.page, page(shown, original_accuracy, "python " + " ".join(sys.argv), options))
+            write_page(options.page, page(shown, original_accuracy, "python " + shlex.join(sys.argv), options))
 
     for seed in map(int, options.seeds.split(",")):
         for method in options.methods.split(","):
