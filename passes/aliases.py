@@ -27,6 +27,9 @@ AUGMENTED = frozenset(
     }
 )
 
+# Methods after which the tensor itself has another shape.
+RESHAPING = frozenset({"unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_"})
+
 _written: WeakKeyDictionary[fx.Graph, tuple[int, frozenset[int | None]]] = WeakKeyDictionary()
 
 

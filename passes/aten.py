@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fxprune.passes.aliases import RESHAPING
 from fxprune.passes.rules.registry import FUNCTIONS, METHODS
 
 _LAST = (1 << 63) - 1  # the end of a slice that goes to the end
@@ -201,6 +202,7 @@ def opened(op: Any, create: Callable[..., Any]) -> Callable[..., Any] | None:
         return None
     name = op._schema.name.removeprefix("aten::")
     body: Callable[..., Any] | None = _DIFFERENT.get(f"{name}.{op._overloadname}") or _DIFFERENT.get(name)
+    plain = name[:-1] if name in RESHAPING else name  # the graph reads the result from there on
     if body is None and name in _BUILT_IN:
         function = _BUILT_IN[name]
 
@@ -209,7 +211,7 @@ def opened(op: Any, create: Callable[..., Any]) -> Callable[..., Any] | None:
     elif body is None and name in METHODS:
 
         def body(*args: Any, **kwargs: Any) -> Any:
-            return create("call_method", name, args, kwargs)
+            return create("call_method", plain, args, kwargs)
 
     if body is None:
         return None

@@ -13,7 +13,7 @@ from torch import fx
 from torch.fx._symbolic_trace import _find_proxy
 
 from fxprune.errors import TraceError
-from fxprune.passes.aliases import AUGMENTED
+from fxprune.passes.aliases import AUGMENTED, RESHAPING
 from fxprune.passes.constants import held
 
 if TYPE_CHECKING:
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 # ``isinstance`` is patched while tracing (see ``patching``); here the real one is meant.
 _isinstance = builtins.isinstance
-_STATIC_ATTRIBUTES = frozenset({"ndim", "requires_grad", "layout", "is_sparse", "is_quantized", "is_nested", "grad_fn", "is_leaf", "names"})
+_STATIC_ATTRIBUTES = frozenset(
+    {"ndim", "requires_grad", "layout", "is_sparse", "is_quantized", "is_nested", "grad", "grad_fn", "is_leaf", "names"}
+)
 _STATIC_METHODS = frozenset({"dim", "ndimension", "is_floating_point", "is_complex"})
-_RESHAPING = frozenset({"unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_"})
 
 
 class ShapeTuple(tuple):  # type: ignore[type-arg]
@@ -66,7 +67,8 @@ class ShapeProxy(fx.Proxy):
     @classmethod
     def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
         args, kwargs = args or (), kwargs or {}
-        tracer = _find_proxy(args, kwargs).tracer  # type: ignore[union-attr]
+        tracer: Any = _find_proxy(args, kwargs).tracer  # type: ignore[union-attr]
+        tracer.asked.recorded(tracer.source)
         if _isinstance(orig_method, torch._C.ScriptMethod):
             return super().__torch_function__(orig_method, types, args, kwargs)
         if torch.overrides.is_tensor_method_or_property(orig_method):
@@ -213,7 +215,7 @@ class ShapeAttribute(ShapeProxy):
         return self._node
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.attr in _RESHAPING:  # the tensor itself has another shape from here on
+        if self.attr in RESHAPING:  # the tensor itself has another shape from here on
             self.root.node = self.tracer.create_proxy("call_method", self.attr[:-1], (self.root, *args), kwargs).node
             return self.root
         if self.attr in ("resize_", "resize_as_", "as_strided_"):

@@ -136,7 +136,7 @@ class Slimmer:
             raise UnsupportedError(
                 f"{node.meta.get('where', node.name)}: channels are picked by an index that cannot be renumbered; pass its layer to ignore="
             )
-        new = torch.from_numpy(left_of(actual.cpu().numpy() % size, kept)).to(actual.dtype)
+        new = torch.from_numpy(left_of(node, actual.cpu().numpy() % size, kept)).to(actual.dtype)
         if self._is_sole_use(index):
             self.renumber[str(index.target)] = new
             return index

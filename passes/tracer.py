@@ -8,6 +8,7 @@ unpacked into one ``size(i)`` node per dimension, so that every later pass meets
 from __future__ import annotations
 
 import builtins
+import contextlib
 import inspect
 import operator
 import os
@@ -26,6 +27,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fxprune import errors
 from fxprune.errors import InputError, TraceError
 from fxprune.passes import aten, extents, openers
+from fxprune.passes.asking import Asked
 from fxprune.passes.constants import evaluate
 from fxprune.passes.execute import execute, hides_structure, run_for_real, to_meta, with_numbers
 from fxprune.passes.interpret import graph_of, interpret, origin
@@ -35,7 +37,7 @@ from fxprune.passes.skeleton import Skeleton
 
 _isinstance = builtins.isinstance
 # Frames of these are not the user's: torch, the passes, and all of fxprune but its networks.
-_SKIPPED = (*(f"{os.path.dirname(file)}{os.sep}" for file in (torch.__file__, __file__, errors.__file__)), "<")
+_SKIPPED = (*(f"{os.path.dirname(file)}{os.sep}" for file in (torch.__file__, __file__, errors.__file__)), contextlib.__file__, "<")
 _NETWORKS = os.path.join("fxprune", "models.py")
 
 
@@ -63,6 +65,7 @@ class ShapeTracer(fx.Tracer):
             path,
         )
         self.notes: dict[str, None] = {}
+        self.asked = Asked(self.notes)
         self.read: set[str] = set()
         self.graph_is_training = False
         self.busy = False  # running an operation for its shape: nothing is recorded meanwhile
@@ -309,7 +312,7 @@ class ShapeTracer(fx.Tracer):
     def specialised(self, proxy: ShapeProxy, what: str) -> None:
         """Code asked for a number: it is reported if a size of an input's own dimension is in it; channels and literals are no loss."""
         if extents.depends(proxy.node, self.skeleton.module) is not None:
-            self.notes[f"{self.here()}: {what} was specialised to the example inputs"] = None
+            self.asked.add(f"{self.here()}: {what} was specialised to the example inputs", self.source)
 
     def unrolled(self, proxy: ShapeProxy) -> None:
         """Code loops over a tensor, or over the parts of one."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from fxprune.errors import UnsupportedError
 from fxprune.passes.rules.registry import functions, named
 from fxprune.passes.rules.values import Value, Vector, values
 
@@ -143,16 +144,19 @@ def _kept_entry(slim: Any, node: fx.Node, entry: Any, kept: Vector, size: int) -
             low = int((kept < start).sum())
             return slice(low or None, None if stop >= size else int((kept < max(start, stop)).sum()))
         chosen = np.arange(size)[bounds]
-        return left_of(chosen, kept).tolist()
+        return left_of(node, chosen, kept).tolist()
     if isinstance(entry, int) or (isinstance(entry, fx.Node) and "number" in entry.meta):
         return int((kept < slim.number(entry) % size).sum())
     if isinstance(entry, (list, tuple, range)):
-        return left_of(np.asarray(entry) % size, kept).tolist()
+        return left_of(node, np.asarray(entry) % size, kept).tolist()
     return slim.renumbered(node, entry, kept, size)
 
 
-def left_of(chosen: np.ndarray[Any, Any], kept: Vector) -> np.ndarray[Any, Any]:
-    """Indices of any shape in terms of the kept channels; whole slices of them go, as the labels of what they pick do."""
+def left_of(node: fx.Node, chosen: np.ndarray[Any, Any], kept: Vector) -> np.ndarray[Any, Any]:
+    """Indices of any shape in terms of the kept channels; whole slices of them go, as the labels of what they pick do.
+
+    Raises UnsupportedError where they do not.
+    """
     there = np.isin(chosen, kept)
     if there.all():
         return np.asarray(np.searchsorted(kept, chosen))
@@ -160,7 +164,8 @@ def left_of(chosen: np.ndarray[Any, Any], kept: Vector) -> np.ndarray[Any, Any]:
         others = tuple(a for a in range(chosen.ndim) if a != axis)
         if np.array_equal(whole := there.all(others), there.any(others)):
             return np.searchsorted(kept, np.compress(whole, chosen, axis))
-    raise AssertionError("an index picks channels that do not go by whole slices")
+    where = node.meta.get("where", node.name)
+    raise UnsupportedError(f"{where}: an index picks channels of which not whole slices go; pass their layer to ignore=")
 
 
 def _index_select(slim: Any, node: fx.Node) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxprune.passes.rules.registry import functions, named
+from fxprune.passes.rules.registry import functions, named, target_name
 from fxprune.passes.rules.values import Value, Vector
 
 if TYPE_CHECKING:
@@ -66,6 +66,21 @@ def stack(walk: Walk, node: fx.Node, tensors: Sequence[Value], dim: int = 0, **_
         for t in tensors
     ]
     return _joined(walk, node, shifted, place)
+
+
+_ALONG = {"hstack": 1, "column_stack": 1, "vstack": 0, "row_stack": 0, "dstack": 2}
+
+
+@named(*_ALONG, inplace=False)
+def stacked(walk: Walk, node: fx.Node, tensors: Sequence[Value], **_: Any) -> Any:
+    """Concatenation along an axis that the name says; tensors that lack it get one."""
+    name, dims = target_name(node), {t.ndim for t in tensors}
+    dim, least = _ALONG[name], max(_ALONG[name], 1)
+    if len(dims) > 1 or min(dims) < least:
+        return walk.opaque(node, tensors, "tensors of different dimensions are stacked")
+    if min(dims) > least or name == "hstack":
+        return _joined(walk, node, tensors, min(dim, min(dims) - 1))
+    return stack(walk, node, tensors, dim)
 
 
 @functions(torch.broadcast_tensors)

@@ -69,9 +69,10 @@ def move(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> 
 
 
 @named("diagonal")
-def diagonal(walk: Walk, node: fx.Node, input: Value, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
+def diagonal(walk: Walk, node: fx.Node, input: Value, offset: int = 0, dim1: int | None = None, dim2: int | None = None) -> Any:
     """Channels that meet on the diagonal go together; where only one axis has any, or it is not the main one, they stay."""
-    first, second = dim1 % input.ndim, dim2 % input.ndim
+    usual = (-2, -1) if node.target is torch.linalg.diagonal else (0, 1)
+    first, second = ((default if d is None else d) % input.ndim for d, default in zip((dim1, dim2), usual, strict=True))
     rows, columns = input.axes.get(first), input.axes.get(second)
     if offset or rows is None or columns is None:
         walk.pin(rows, "a diagonal is taken")
@@ -80,7 +81,7 @@ def diagonal(walk: Walk, node: fx.Node, input: Value, offset: int = 0, dim1: int
     shorter = min(len(rows), len(columns))
     walk.unite(rows[:shorter], columns[:shorter])
     alone = Value(input.shape, {a: v for a, v in input.axes.items() if a != second}, input.zero, input.why)
-    return moved(walk, node, alone, offset, dim1, dim2)
+    return walk.move(node, alone, lambda labels: labels.diagonal(offset, first, second))
 
 
 def _others(x: Value, first: int, second: int) -> dict[int, Vector]:

@@ -366,3 +366,26 @@ def test_nested_inputs_and_outputs() -> None:
         module = exported(Nested().eval(), inputs)
         slim, _ = assert_exported_sound(module, inputs)
         assert [t.shape for t in leaves(call(slim, inputs))] == [(4, 3), (4, 3)]
+
+
+class Reshapes(nn.Module):
+    """A tensor that gets another shape in place; channels picked by a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(4, 3)
+        self.register_buffer("mask", torch.tensor([True, False] * 4))
+        self.mask: Tensor
+
+    def forward(self, x: Tensor) -> Any:
+        y = torch.relu(self.a(x))
+        picked = self.c(y[:, self.mask])
+        y.unsqueeze_(1)
+        return self.b(y.sum(1)) + picked
+
+
+def test_reshapes_in_place_and_masks() -> None:
+    x = torch.randn(4, 6)
+    slim, _ = assert_exported_sound(exported(Reshapes().eval(), (x,)), (x,))
+    (note,) = fxprune.record(slim).notes
+    assert "test_aten.py" in note and "a mask was specialised to the value of 'mask'" in note

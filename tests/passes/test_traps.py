@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fxprune
-from fxprune.errors import TraceError
+from fxprune.errors import TraceError, UnsupportedError
+from fxprune.passes.rules.indexing import left_of
 
 
 class Moves(nn.Module):
@@ -164,11 +166,70 @@ def spread(x: Any) -> Any:
     return x + torch.arange(8.0).index_put((torch.tensor([1]),), torch.ones(()))
 
 
-@pytest.mark.parametrize("run", [reshaped, spread, lambda x: x + torch.unfold_copy(x, 1, 1, 1).squeeze(2)])
+def on_last_axes(x: Any) -> Any:
+    """``torch.linalg.diagonal`` has other axes than ``torch.diagonal``."""
+    return torch.linalg.diagonal(x[:, :, None] * x[:, None])
+
+
+@pytest.mark.parametrize("run", [reshaped, spread, on_last_axes, lambda x: x + torch.unfold_copy(x, 1, 1, 1).squeeze(2)])
 def test_rare_operations_are_sound_or_lock(run: Callable[[Any], Any]) -> None:
     model, x = Does(run), torch.randn(2, 6)
     assert fxprune.compress(model, 0.5, x, verify=True)(x).shape == (2, 3)
     assert torch.equal(fxprune.compress(model, 0.0, x)(x), model(x))
+
+
+class AsksForGradients(Does):
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return y if self.a.weight.grad is None else -y
+
+
+class Stacks(nn.Module):
+    def __init__(self, run: Callable[[Any, Any], Any], width: int) -> None:
+        super().__init__()
+        self.a, self.b, self.head, self.run = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(width, 3), run
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.run(self.a(x), self.b(x)))
+
+
+@pytest.mark.parametrize(
+    ("run", "width"),
+    [
+        (lambda a, b: torch.hstack([a, b]), 16),
+        (lambda a, b: torch.hstack([a[0], b[1]]), 16),
+        (lambda a, b: torch.hstack([a[:, None], b[:, None]]), 8),
+        (lambda a, b: torch.column_stack([a, b]), 16),
+        (lambda a, b: torch.column_stack([a[0], b[1]]).mT, 8),
+        (lambda a, b: torch.vstack([a, b]), 8),
+        (lambda a, b: torch.vstack([a[0], b[1]]), 8),
+        (lambda a, b: torch.dstack([a, b]).mT, 8),
+        (lambda a, b: torch.dstack([a[:, None], b[:, None]]), 16),
+    ],
+)
+def test_stacks_by_name(run: Callable[[Any, Any], Any], width: int) -> None:
+    model, x = Stacks(run, width).eval(), torch.randn(2, 6)
+    with torch.no_grad():
+        slim = fxprune.compress(model, 0.5, x, verify=True)
+        assert {name for name, _ in slim.named_parameters() if name in fxprune.record(slim).kept} >= {"a.weight", "b.weight", "head.weight"}
+        assert torch.equal(fxprune.compress(model, 0.0, x)(x), model(x))
+
+
+def test_stacks_of_different_dimensions_lock() -> None:
+    groups = fxprune.analyze(Stacks(lambda a, b: torch.vstack([a, b[0]]), 8).eval(), torch.randn(2, 6)).by_name
+    assert "tensors of different dimensions are stacked" in groups["a"].reason and not groups["b"].prunable
+
+
+def test_a_gradient_that_is_not_there() -> None:
+    model, x = AsksForGradients(torch.tanh).eval(), torch.randn(2, 6)
+    assert torch.equal(fxprune.compress(model, 0.0, x)(x), model(x))
+
+
+def test_an_index_of_which_no_whole_slices_go() -> None:
+    node = fx.Graph().placeholder("x")
+    assert left_of(node, np.array([[0, 1], [2, 3]]), np.array([0, 2])).tolist() == [[0], [1]]
+    with pytest.raises(UnsupportedError, match="x: an index picks channels of which not whole slices go; pass their layer to ignore="):
+        left_of(node, np.array([[0, 1], [2, 3]]), np.array([0, 1, 2]))
 
 
 class ReadsItsState(Does):
