@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import builtins
 import contextlib
 import importlib
@@ -46,6 +47,8 @@ def patched(tracer: ShapeTracer) -> Iterator[None]:
 
     def isinstance_(obj: Any, cls: Any) -> bool:
         kind = type(obj)
+        if kind is ShapeProxy and _isinstance(cls, abc.ABCMeta):  # a proxy has every method, and so is Iterable and all
+            return _isinstance(obj.value, cls)
         if (kind is ShapeProxy or kind is ShapeAttribute) and not _isinstance(obj, cls):
             return _isinstance(obj.value, cls)
         return _isinstance(obj, cls)

@@ -8,6 +8,7 @@ import operator
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import fx
 from torch.fx._symbolic_trace import _find_proxy
@@ -42,6 +43,7 @@ class ShapeProxy(fx.Proxy):
     """A proxy that knows its value on the example inputs."""
 
     tracer: ShapeTracer
+    __array_priority__ = 1000  # a NumPy number leaves arithmetic with a proxy to the proxy, as with a tensor
 
     def __getitem__(self, index: Any) -> Any:
         if _isinstance(self.value, torch.Tensor):
@@ -100,6 +102,8 @@ class ShapeProxy(fx.Proxy):
         elif _isinstance(value, (torch.device, torch.dtype)):
             return getattr(value, name)
         elif not hasattr(value, name):
+            if _isinstance(value, (int, float)) and _isinstance(getattr(np, name, None), np.ufunc):  # so NumPy calls a function of a number
+                return lambda: getattr(np, name)(self._concrete(f"numpy.{name}()"))
             raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
         return ShapeAttribute(self, name)
 

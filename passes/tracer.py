@@ -19,6 +19,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate, map_arg
@@ -151,11 +152,15 @@ class ShapeTracer(fx.Tracer):
             return a.node
         if _isinstance(a, ShapeTuple):
             return tuple(self.create_arg(i) for i in a)
+        if _isinstance(a, np.ndarray) and a.dtype.kind in "biufc":
+            a = torch.from_numpy(a.copy())
         if _isinstance(a, torch.Tensor):
             name = self.skeleton.tensor_names.get(id(a)) or self._constant(a)
             return self.create_node("get_attr", name, (), {})
         if _isinstance(a, PackedSequence):  # its constructor looks at its parts, so no node may hold one in its arguments
             return self.create_node("call_function", PackedSequence, tuple(self.create_arg(part) for part in a), {})
+        if _isinstance(a, np.generic):
+            return a.item()
         if type(a) is OrderedDict:
             return self.create_node("call_function", OrderedDict, ([(k, self.create_arg(v)) for k, v in a.items()],), {})
         if _isinstance(a, dict) and type(a) not in (dict, fx.immutable_collections.immutable_dict):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,12 +74,40 @@ def pooled(s: Any, x: Any) -> Any:
     return x / math.sqrt(s.flat(s.pool(image)).size(1)) / math.sqrt(F.adaptive_avg_pool2d(image, 1).flatten(1).size(1))
 
 
+def numpy_numbers(s: Any, x: Any) -> Any:
+    q, k, _ = s.qkv(x).chunk(3, -1)
+    return np.float64(0.5) * x + x * np.float32(2.0) + (q @ k.mT / np.sqrt(k.size(-1)) / np.power(k.shape[-1], 0.25)) @ x
+
+
+def numpy_products(s: Any, x: Any) -> Any:
+    return x.mT.reshape(x.size(0), np.prod(x.shape[1:])).unflatten(1, (8, -1)).mT
+
+
+def made_modules(s: Any, x: Any) -> Any:
+    n = x.size(1)
+    return x + nn.AvgPool1d(n)(x.mT).mT + nn.AvgPool2d((n, 1))(x[:, None])[:, 0]
+
+
 def recurrent(s: Any, x: Any) -> Any:
     y, _ = s.lstm(x)
     return y / math.sqrt(y.size(-1))
 
 
-TRUE_TO_SIZE = [grouped, doubled, chunks, heads, parts, joined, contracted, reduced, pooled, recurrent]
+TRUE_TO_SIZE = [
+    grouped,
+    doubled,
+    chunks,
+    heads,
+    parts,
+    joined,
+    contracted,
+    reduced,
+    pooled,
+    recurrent,
+    numpy_numbers,
+    numpy_products,
+    made_modules,
+]
 
 
 @pytest.mark.parametrize("run", TRUE_TO_SIZE)
@@ -104,6 +133,7 @@ def repeated(s: Any, x: Any) -> Any:
 
 SPECIALISED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "length": (lambda s, x: x / math.sqrt(x.size(1)), "float() on the value 16"),
+    "numpy": (lambda s, x: x / np.sqrt(x.size(1)), "numpy.sqrt() on the value 16"),
     "rounded": (lambda s, x: x * math.ceil(x.size(1) / 3), "ceil() on the value 5.3"),
     "counted": (counted, "an index on the value 16"),
     "repeated": (repeated, "an index on the value 1 "),

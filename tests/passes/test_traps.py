@@ -184,6 +184,15 @@ class AsksForGradients(Does):
         return y if self.a.weight.grad is None else -y
 
 
+@pytest.mark.parametrize("index", [np.array([3, 4]), np.arange(3), np.int64(3), np.arange(4).reshape(2, 2)])
+def test_numpy_picks_channels(index: Any) -> None:
+    model, x = Does(lambda x: x + x[:, index].reshape(2, -1).sum(1, keepdim=True) * np.float32(0.5)).eval(), torch.randn(2, 6)
+    with torch.no_grad():
+        slim = fxprune.compress(model, 0.5, x, verify=True)
+        assert fxprune.record(slim).after.params < fxprune.record(slim).before.params
+        assert torch.equal(fxprune.compress(model, 0.0, x)(x), model(x))
+
+
 class Stacks(nn.Module):
     def __init__(self, run: Callable[[Any, Any], Any], width: int) -> None:
         super().__init__()
