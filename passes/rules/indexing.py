@@ -93,7 +93,9 @@ def resolved(walk: Walk, node: fx.Node, x: Value, index: Any, raw: Sequence[Any]
                     return None
                 actual = torch.zeros(part.shape, dtype=torch.long)
             if actual.dtype == torch.bool:
-                return None
+                if actual.ndim != 1 or axis in x.axes:
+                    return None
+                actual = actual.nonzero().flatten()
             part = actual.cpu()
             axis += 1
         elif part is not None:

@@ -193,6 +193,37 @@ def test_numpy_picks_channels(index: Any) -> None:
         assert torch.equal(fxprune.compress(model, 0.0, x)(x), model(x))
 
 
+class Masks(nn.Module):
+    """Written where a mask that does not depend on the input says: tokens, or channels."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.a, self.b, self.axis = nn.Linear(6, 8), nn.Linear(8, 3), axis
+        self.register_buffer("mask", torch.tensor([True, False] * 4))
+        self.mask: Tensor
+        self.rows = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.a(x).clone()
+        if self.axis == 1:
+            y[:, self.mask] = self.rows
+            y[:, ~self.mask] = 0
+        else:
+            y[:, :, self.mask] = 0
+        return self.b(y)
+
+
+def test_writes_where_a_mask_says() -> None:
+    x = torch.randn(2, 8, 6)
+    tokens, channels = Masks(1).eval(), Masks(2).eval()
+    with torch.no_grad():
+        slim = fxprune.compress(tokens, 0.5, x, verify=True)
+        assert slim.get_parameter("rows").shape == (4, 4)
+        for model in (tokens, channels):
+            assert torch.equal(fxprune.compress(model, 0.0, x)(x), model(x))
+    assert "a part of it is assigned to" in fxprune.analyze(channels, x).by_name["a"].reason
+
+
 class Stacks(nn.Module):
     def __init__(self, run: Callable[[Any, Any], Any], width: int) -> None:
         super().__init__()
