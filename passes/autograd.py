@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import fx
@@ -25,18 +26,25 @@ Function = type[torch.autograd.Function]
 class AutogradCall:
     """``function.apply`` as a call's target: fx prints targets by their names, and all of those are called ``apply``."""
 
-    def __init__(self, function: Function) -> None:
-        self.function = function
-        self.__name__ = self.__qualname__ = function.__name__
+    _made: WeakValueDictionary[Function, AutogradCall] = WeakValueDictionary()
+    function: Function
+    __name__: str
+    __qualname__: str
+
+    def __new__(cls, function: Function) -> AutogradCall:
+        """The one of this function: fx takes two targets of one name in a graph for a mistake."""
+        made = cls._made.get(function)
+        if made is None:
+            made = cls._made[function] = super().__new__(cls)
+            made.function = function
+            made.__name__ = made.__qualname__ = function.__name__
+        return made
 
     def __call__(self, *args: Any) -> Any:
         return self.function.apply(*args)
 
-    def __eq__(self, other: object) -> bool:
-        return type(other) is AutogradCall and other.function is self.function
-
-    def __hash__(self) -> int:
-        return hash(self.function)
+    def __reduce__(self) -> tuple[type[AutogradCall], tuple[Function]]:
+        return AutogradCall, (self.function,)
 
 
 class _Context:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fxprune
+from fxprune.passes.autograd import AutogradCall
 from tests.passes.helpers import zeroed
 
 
@@ -153,3 +154,10 @@ def test_reentrant_checkpoints_train() -> None:
     assert wanted["first.weight"].count_nonzero()
     for name, found in gradients(slim, x).items():
         torch.testing.assert_close(found, wanted[name])
+
+
+def test_a_function_has_one_call_target() -> None:
+    """torch 2.6 refuses to print a graph that has two targets of one name."""
+    target = AutogradCall(Rounded)
+    assert target is AutogradCall(Rounded) is copy.deepcopy(target) is pickle.loads(pickle.dumps(target))
+    assert target is not AutogradCall(Reversed)
