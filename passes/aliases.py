@@ -78,6 +78,13 @@ def is_rewritten(node: fx.Node) -> bool:
     return own is not None and own in found
 
 
+def sharing(node: fx.Node) -> list[fx.Node]:
+    """The nodes that hold the memory of ``node``'s tensor, or write into it, in their order."""
+    own = memory(node)
+    targets = ((one, written(one)) for one in node.graph.nodes)
+    return [one for one, target in targets if one is node or own in (memory(one), None if target is None else memory(target))]
+
+
 def is_rewritten_later(node: fx.Node, module: Callable[[str], nn.Module]) -> bool:
     """Whether something after ``node`` writes into its tensor, or into one that shares its memory: a copy would miss it, or it the copy."""
     mine, later = memory(node), node.next

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from tests.passes.helpers import gap, zeroed
+from tests.passes.helpers import assert_sound, gap, zeroed
 
 
 class Picked(nn.Module):
@@ -106,3 +106,55 @@ def test_elements_of_a_plain_tensor_are_numbers() -> None:
     slim = fxprune.compress(model, 0.5, torch.randn(2, 3, 4, 4))
     other = torch.randn(1, 3, 6, 9)
     assert gap(zeroed(model, fxprune.record(slim).kept)(other), slim(other)) < 1e-5
+
+
+class Tabled(nn.Module):
+    """Relative positions, put together in place while forward runs, as timm's MViT does."""
+
+    def __init__(self, read: str = "after") -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.table = nn.Parameter(torch.randn(7, 6))
+        self.read = read
+
+    def forward(self, x: Tensor) -> Any:
+        distance = torch.arange(4).unsqueeze(1) - torch.arange(4).unsqueeze(0)
+        early = distance + 3
+        distance[0] = 0
+        distance += 3
+        index = {"after": distance, "before": early, "between": distance + early * 0}[self.read]
+        last = self.table[index.clamp(0, 6)].sum((0, 1))
+        if self.read == "between":
+            distance.zero_()
+        return self.b(self.a(x) * last)
+
+
+@pytest.mark.parametrize(("read", "free"), [("after", True), ("before", False), ("between", False)])
+def test_an_index_that_was_put_together_in_place(read: str, free: bool) -> None:
+    torch.manual_seed(0)
+    graph = assert_sound(Tabled(read), (torch.randn(2, 4),), exact=True, seed=1, locked=not free)
+    assert graph.by_name["a"].prunable is free
+
+
+class Drawn(nn.Module):
+    """Which channels are picked is drawn anew in every call."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(3, 2)
+        self.register_buffer("share", torch.full((3,), 0.5))
+        self.share: Tensor
+        self.how = how
+
+    def forward(self, x: Tensor) -> Any:
+        drawn = torch.bernoulli(self.share) if self.how == "called" else torch.zeros(3).bernoulli_(0.5)
+        return self.b(self.a(x)[:, drawn.long()])
+
+
+@pytest.mark.parametrize("how", ["called", "in place"])
+def test_what_is_drawn_is_no_constant(how: str) -> None:
+    model, x = Drawn(how).eval(), torch.randn(2, 4)
+    before = torch.get_rng_state()
+    graph = fxprune.analyze(model, x)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not graph.by_name["a"].prunable
