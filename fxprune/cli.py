@@ -65,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         again = f"go on with: fxprune-search --resume {shlex.quote(begun.options.out)}" if begun else "nothing had been started"
         _complain(f"interrupted; {again}")
+        # CPython notes an interrupt that ends a piece of code in a string, as imports of dataclasses run them, and would die of SIGINT
+        # in place of exiting with our status. The next piece of code makes it forget.
+        exec("")
         return INTERRUPTED
     except (FxPruneError, OSError) as error:
         _complain(f"error: {error}")

@@ -222,6 +222,17 @@ def test_killed_at_any_moment_goes_on(whole: Path, tmp_path: Path) -> None:
     assert (tmp_path / "policy.json").read_bytes() == (whole / "policy.json").read_bytes()
 
 
+def test_an_interrupt_within_code_from_a_string_exits_as_any_other() -> None:
+    """Imports run such code; the interpreter would die of the signal for it, whatever status it is told to exit with."""
+    code = (
+        "import sys; from fxprune import cli, session\n"
+        "session.begin = lambda *_: exec('raise KeyboardInterrupt')\n"
+        "sys.exit(cli.main(['--out', 'nowhere']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "fxprune-search: interrupted; nothing had been started\n")
+
+
 def unharmed(out: Path) -> None:
     """Every file of a run can be read to its end; what was being written when it was killed goes by another name."""
     for path in out.rglob("*"):
