@@ -222,14 +222,16 @@ def test_killed_at_any_moment_goes_on(whole: Path, tmp_path: Path) -> None:
     assert (tmp_path / "policy.json").read_bytes() == (whole / "policy.json").read_bytes()
 
 
-def test_an_interrupt_within_code_from_a_string_exits_as_any_other() -> None:
+def test_an_interrupt_within_code_from_a_string_exits_as_any_other(tmp_path: Path) -> None:
     """Imports run such code; the interpreter would die of the signal for it, whatever status it is told to exit with."""
-    code = (
-        "import sys; from fxprune import cli, session\n"
+    (tmp_path / "interrupted.py").write_text(
+        "import sys\nfrom fxprune import cli, session\n"
         "session.begin = lambda *_: exec('raise KeyboardInterrupt')\n"
-        "sys.exit(cli.main(['--out', 'nowhere']))"
+        "sys.exit(cli.main(['--out', 'nowhere']))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "interrupted"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "fxprune-search: interrupted; nothing had been started\n")
 
 
