@@ -36,14 +36,14 @@ from torch import fx, nn
 
 import fxprune
 from benchmarks.networks import cases
+from fxprune.importance.criteria import scores
 from fxprune.passes import rules
-from fxprune.passes.cost import cost_model
-from fxprune.passes.coupling import CouplingGraph
-from fxprune.passes.labels import Walk
-from fxprune.passes.plan import plan
-from fxprune.passes.slim import Slimmer
-from fxprune.passes.trace import trace
-from fxprune.scores import scores
+from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.passes.coupling.walk import Walk
+from fxprune.passes.planning.cost import cost_model
+from fxprune.passes.planning.plan import plan
+from fxprune.passes.rewriting.slimmer import Slimmer
+from fxprune.passes.tracing.modes import trace
 
 MODELS = (
     "resnet18",

@@ -30,15 +30,16 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import driver
-from fxprune.data import Data, load_data
-from fxprune.distillation import DistillConfig
+from fxprune.data.datasets import Data, load_data
 from fxprune.driver import SearchConfig
-from fxprune.evaluation import evaluate_accuracy, recalibrate_batchnorm
-from fxprune.likeness import Likeness
-from fxprune.repairs import Repairer
-from fxprune.searching import Candidates, make_problem, mended
-from fxprune.sources import load_model
-from fxprune.training import TrainConfig, train
+from fxprune.evaluation.accuracy import evaluate_accuracy, recalibrate_batchnorm
+from fxprune.evaluation.likeness import Likeness
+from fxprune.models.loading import load_model
+from fxprune.repair.repairer import Repairer
+from fxprune.searching.candidates import Candidates, make_problem, mended
+from fxprune.training.config import TrainConfig
+from fxprune.training.distillation import DistillConfig
+from fxprune.training.fitting import train
 
 OURS = ("uniform", "magnitude", "random", "optuna:TPESampler", "rl-pruner")
 BY_HAND = "<!-- What follows is written by hand. -->"

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import FxPruneError
-from fxprune.evaluation import call, recalibrate_batchnorm
-from fxprune.runtimes import FORMATS, installed, tensors
+from fxprune.evaluation.accuracy import call, recalibrate_batchnorm
+from fxprune.exporting.formats import FORMATS, installed, tensors
 
 SIZE = 64  # pixels a side: two are left at stride 32
 SPARSITY = 0.43  # of every group, by weights that are random: what stays is scattered, and its widths are odd as often as not

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.data import load_data
-from fxprune.evaluation import evaluate_accuracy
-from fxprune.models import digits_net
-from fxprune.training import TrainConfig, train
+from fxprune.data.datasets import load_data
+from fxprune.evaluation.accuracy import evaluate_accuracy
+from fxprune.models.small import digits_net
+from fxprune.training.config import TrainConfig
+from fxprune.training.fitting import train
 
 
 def main() -> None:

@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.data import load_data
-from fxprune.evaluation import evaluate_accuracy
-from fxprune.searching import Score, make_problem
-from fxprune.session import Accuracy
-from fxprune.sources import load_model
+from fxprune.cli.session import Accuracy
+from fxprune.data.datasets import load_data
+from fxprune.evaluation.accuracy import evaluate_accuracy
+from fxprune.models.loading import load_model
+from fxprune.searching.candidates import Score, make_problem
 
 
 def forward_seconds(module: nn.Module, batches: list[Any]) -> float:

@@ -26,15 +26,16 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import driver
-from fxprune.data import load_data
+from fxprune.data.datasets import load_data
 from fxprune.driver import Budget, SearchConfig
-from fxprune.evaluation import evaluate_accuracy
-from fxprune.likeness import Likeness
-from fxprune.models import digits_net, resnet20
-from fxprune.recovery import Recovery
-from fxprune.repairs import Repairer
-from fxprune.searching import Candidates, make_problem, mended
-from fxprune.training import TrainConfig, train
+from fxprune.evaluation.accuracy import evaluate_accuracy
+from fxprune.evaluation.likeness import Likeness
+from fxprune.models.small import digits_net, resnet20
+from fxprune.repair.repairer import Repairer
+from fxprune.searching.candidates import Candidates, make_problem, mended
+from fxprune.searching.recovery import Recovery
+from fxprune.training.config import TrainConfig
+from fxprune.training.fitting import train
 
 
 class Dense(nn.Module):

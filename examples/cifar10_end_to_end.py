@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.data import load_data
-from fxprune.evaluation import evaluate_accuracy, recalibrate_batchnorm
-from fxprune.models import resnet20
-from fxprune.sources import load_weights
-from fxprune.training import TrainConfig, train
+from fxprune.data.datasets import load_data
+from fxprune.evaluation.accuracy import evaluate_accuracy, recalibrate_batchnorm
+from fxprune.models.loading import load_weights
+from fxprune.models.small import resnet20
+from fxprune.training.config import TrainConfig
+from fxprune.training.fitting import train
 
 SMALL = os.environ.get("FXPRUNE_EXAMPLE_BUDGET") == "small"
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 import fxprune
-from fxprune.models import resnet20
-from fxprune.runtimes import FORMATS, installed
+from fxprune.exporting.formats import FORMATS, installed
+from fxprune.models.small import resnet20
 
 SMALL = os.environ.get("FXPRUNE_EXAMPLE_BUDGET") == "small"
 

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.data import load_data
-from fxprune.evaluation import evaluate_accuracy, recalibrate_batchnorm
-from fxprune.models import digits_net
-from fxprune.training import Progress, TrainConfig, train
+from fxprune.data.datasets import load_data
+from fxprune.evaluation.accuracy import evaluate_accuracy, recalibrate_batchnorm
+from fxprune.models.small import digits_net
+from fxprune.training.config import Progress, TrainConfig
+from fxprune.training.fitting import train
 
 SMALL = os.environ.get("FXPRUNE_EXAMPLE_BUDGET") == "small"
 

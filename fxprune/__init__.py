@@ -9,23 +9,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fxprune.api import analyze, compress, record
-from fxprune.distillation import DistillConfig, distill
+from fxprune.costs.profiling import profile
 from fxprune.errors import FxPruneError, VerificationError
-from fxprune.files import load, rebuild, save
-from fxprune.folding import fold_batchnorm
-from fxprune.hints import Hint
+from fxprune.exporting.folding import fold_batchnorm
+from fxprune.files.slim_file import load, rebuild, save
 from fxprune.passes.rules import register_op
 from fxprune.policies import Policy
-from fxprune.profiling import profile
-from fxprune.rebinding import rebind
+from fxprune.training.distillation import DistillConfig, distill
+from fxprune.training.hints import Hint
+from fxprune.training.rebinding import rebind
 
 if TYPE_CHECKING:
-    from fxprune.display import visualize
     from fxprune.driver import SearchConfig
-    from fxprune.explaining import Explanation, explain
-    from fxprune.exporting import Exported, export
-    from fxprune.searching import SearchResult, search
-    from fxprune.shrinking import shrink
+    from fxprune.exporting.exporter import Exported, export
+    from fxprune.report.explaining import Explanation, explain
+    from fxprune.report.visualising import visualize
+    from fxprune.searching.candidates import SearchResult, search
+    from fxprune.searching.shrinking import shrink
 
 __version__ = "0.1.0"
 
@@ -59,15 +59,15 @@ __all__ = [
 
 # rich and the search driver are loaded when they are first asked for.
 _LATER = {
-    "Explanation": "fxprune.explaining",
-    "Exported": "fxprune.exporting",
+    "Explanation": "fxprune.report.explaining",
+    "Exported": "fxprune.exporting.exporter",
     "SearchConfig": "fxprune.driver",
-    "SearchResult": "fxprune.searching",
-    "explain": "fxprune.explaining",
-    "export": "fxprune.exporting",
-    "search": "fxprune.searching",
-    "shrink": "fxprune.shrinking",
-    "visualize": "fxprune.display",
+    "SearchResult": "fxprune.searching.candidates",
+    "explain": "fxprune.report.explaining",
+    "export": "fxprune.exporting.exporter",
+    "search": "fxprune.searching.candidates",
+    "shrink": "fxprune.searching.shrinking",
+    "visualize": "fxprune.report.visualising",
 }
 
 

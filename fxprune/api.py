@@ -12,21 +12,21 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from fxprune import inputs as forms
-from fxprune.encoding import indices
+from fxprune import example_inputs as forms
 from fxprune.errors import FxPruneError, InputError
-from fxprune.evaluation import device_of
+from fxprune.evaluation.accuracy import device_of
+from fxprune.files.record_json import indices
+from fxprune.importance.criteria import Importance, scores
 from fxprune.passes.base import run_passes
-from fxprune.passes.cost import cost_model
-from fxprune.passes.coupling import CouplingGraph
+from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.pipeline import Plan, Slim, analysed, traced_graph
-from fxprune.passes.slim import Slimmer
+from fxprune.passes.planning.cost import cost_model
+from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.verify import verify as zeroing_oracle
 from fxprune.policies import Policy, checked_sparsity, units_removed
-from fxprune.rebinding import Sources
 from fxprune.records import PruningRecord
-from fxprune.repairs import Repairer, checked
-from fxprune.scores import Importance, scores
+from fxprune.repair.repairer import Repairer, checked
+from fxprune.training.rebinding import Sources
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -69,7 +69,7 @@ def compress(
     ``policy``: a ``Policy``, one sparsity for every group (0 keeps all), a mapping from group name to sparsity, or a policy file's path.
     ``round_to``: channels kept in every pruned dimension are rounded up to a multiple of it. ``verify``: run the zeroing oracle and raise
     ``VerificationError`` where it fails. ``repair``: what then mends the slim module on ``calibration`` without training (see
-    ``fxprune.repairs``): "bn" estimates BatchNorm statistics anew, "bias" puts what a layer's output lacks in the mean into its bias,
+    ``fxprune.repair``): "bn" estimates BatchNorm statistics anew, "bias" puts what a layer's output lacks in the mean into its bias,
     "lstsq" fits the remaining weights anew to the original's responses; "none" leaves all as sliced.
     ``model`` may be a ``CouplingGraph``: then nothing is traced again and the weights its model holds now are sliced.
 

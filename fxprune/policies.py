@@ -55,7 +55,7 @@ class Policy:
     """A sparsity for each group, with what is needed to apply it again.
 
     ``sparsity``: group name -> share of its units to remove, 0 to 1; groups left out keep all.
-    ``inputs``: the recorded form of the example inputs (see ``fxprune.inputs``), or None.
+    ``inputs``: the recorded form of the example inputs (see ``fxprune.example_inputs``), or None.
     ``options``: attention, ignore, round_to and importance, on which the group names and the choice of units depend.
     ``meta``: anything else; written by a search (target, reward, seed), never read back by ``compress``.
     """

@@ -12,19 +12,19 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import InputError, TraceError
-from fxprune.inputs import build, describe
+from fxprune.example_inputs import build, describe
 from fxprune.passes import rules
 from fxprune.passes.base import GraphPass
 from fxprune.passes.collector import paused_collector
-from fxprune.passes.coupling import LAYERS, SINGLE, CouplingGraph
-from fxprune.passes.functional import output_dims
-from fxprune.passes.keep_class import kept_class
-from fxprune.passes.labels import Walk
-from fxprune.passes.partial import trace_parts
-from fxprune.passes.plan import Keep, keep_counts, plan
-from fxprune.passes.slim import Slimmer
-from fxprune.passes.slim_module import SlimModule
-from fxprune.passes.trace import TracedModel, trace
+from fxprune.passes.coupling.graph import LAYERS, SINGLE, CouplingGraph
+from fxprune.passes.coupling.walk import Walk
+from fxprune.passes.ir.slim_module import SlimModule
+from fxprune.passes.planning.plan import Keep, keep_counts, plan
+from fxprune.passes.rewriting.keep_class import kept_class
+from fxprune.passes.rewriting.slimmer import Slimmer
+from fxprune.passes.rules.functional_weights import output_dims
+from fxprune.passes.tracing.modes import TracedModel, trace
+from fxprune.passes.tracing.partial import trace_parts
 
 
 class TracedGraph(fx.GraphModule):

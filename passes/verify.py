@@ -10,11 +10,11 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import VerificationError
-from fxprune.evaluation import set_training
-from fxprune.passes.coupling import CouplingGraph
-from fxprune.passes.plan import Keep
-from fxprune.passes.rules.values import Value
-from fxprune.passes.slim import Slimmer
+from fxprune.evaluation.accuracy import set_training
+from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.passes.labels.values import Value
+from fxprune.passes.planning.plan import Keep
+from fxprune.passes.rewriting.slimmer import Slimmer
 
 TOLERANCE = 1e-4  # relative to the largest magnitude of the output, in float32
 Kept = Mapping[str, Mapping[int, torch.Tensor]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxprune.results import Row
+from fxprune.report.formatting import Row
 
 ROWS = [
     Row("original", 0.9889, 1_250_000, 37_030, 0.0029, 152_848),

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fxprune.search_page import search_page
-from fxprune.webpage import coupling_page
+from fxprune.report.page import coupling_page
+from fxprune.report.search_page import search_page
 from tests.pages import coupling, history, result
 
 pytestmark = pytest.mark.browser

@@ -21,13 +21,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import cli, measuring, session
-from fxprune.arguments import read
+from fxprune.cli import command as cli
+from fxprune.cli import session
+from fxprune.cli.arguments import read
+from fxprune.costs import latency as measuring
 from fxprune.driver.config import PRESETS
 from fxprune.errors import SearchError
-from fxprune.likeness import Likeness
-from fxprune.models import digits_net
-from fxprune.runtimes import FORMATS
+from fxprune.evaluation.likeness import Likeness
+from fxprune.exporting.formats import FORMATS
+from fxprune.models.small import digits_net
 
 pytest.importorskip("sklearn", reason="the search extra is not installed")
 
@@ -225,7 +227,7 @@ def test_killed_at_any_moment_goes_on(whole: Path, tmp_path: Path) -> None:
 def test_an_interrupt_within_code_from_a_string_exits_as_any_other(tmp_path: Path) -> None:
     """Imports run such code; the interpreter would die of the signal for it, whatever status it is told to exit with."""
     (tmp_path / "interrupted.py").write_text(
-        "import sys\nfrom fxprune import cli, session\n"
+        "import sys\nfrom fxprune import cli\nfrom fxprune.cli import session\n"
         "session.begin = lambda *_: exec('raise KeyboardInterrupt')\n"
         "sys.exit(cli.main(['--out', 'nowhere']))\n"
     )

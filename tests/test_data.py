@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fxprune.data import Data, load_data
+from fxprune.data.datasets import Data, load_data
+from fxprune.data.images import Opened
 from fxprune.errors import DependencyError, InputError
-from fxprune.images import Opened
 
 
 def encoded(value: int, side: int = 6) -> bytes:
@@ -138,7 +138,7 @@ def test_sets_too_large_to_keep_are_decoded_by_the_batch(tmp_path: Path, monkeyp
     write_folder(tmp_path / "train", {"a": 8, "b": 8})
     write_folder(tmp_path / "test", {"a": 2, "b": 2})
     kept = load_data(f"imagefolder:{tmp_path}", image_size=12)
-    monkeypatch.setattr("fxprune.readers._MEMORY_BYTES", 100)
+    monkeypatch.setattr("fxprune.data.readers._MEMORY_BYTES", 100)
     opened = load_data(f"imagefolder:{tmp_path}", image_size=12)
     assert isinstance(opened.test.fetch, Opened) and not isinstance(kept.test.fetch, Opened)
     assert torch.equal(next(iter(kept.batches("test")))[0], next(iter(opened.batches("test")))[0])

@@ -12,12 +12,13 @@ from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fxprune.api import compress
-from fxprune.data import load_data
-from fxprune.distillation import DistillConfig, distill, response_loss
+from fxprune.data.datasets import load_data
 from fxprune.errors import InputError
-from fxprune.evaluation import evaluate_accuracy
-from fxprune.models import digits_net
-from fxprune.training import TrainConfig, train
+from fxprune.evaluation.accuracy import evaluate_accuracy
+from fxprune.models.small import digits_net
+from fxprune.training.config import TrainConfig
+from fxprune.training.distillation import DistillConfig, distill, response_loss
+from fxprune.training.fitting import train
 
 
 def test_the_loss_by_hand() -> None:

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxprune.encoding import decode_record, encode_record, indices, ranges
 from fxprune.errors import FileError
+from fxprune.files.record_json import decode_record, encode_record, indices, ranges
 from fxprune.policies import Policy
 from fxprune.records import Profile, PruningRecord
 

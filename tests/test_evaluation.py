@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fxprune.errors import EvaluationError, InputError
-from fxprune.evaluation import device_of, evaluate_accuracy, evaluating, logits_of, modes_kept, recalibrate_batchnorm
+from fxprune.evaluation.accuracy import device_of, evaluate_accuracy, evaluating, logits_of, modes_kept, recalibrate_batchnorm
 
 
 def mixed() -> nn.Sequential:

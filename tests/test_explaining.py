@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.cli import main
-from fxprune.explaining import OTHERWISE, advice
-from fxprune.models import digits_net
+from fxprune.cli.command import main
+from fxprune.models.small import digits_net
+from fxprune.report.explaining import OTHERWISE, advice
 
 GOLDEN = Path(__file__).parent / "passes" / "golden"
 

@@ -12,7 +12,7 @@ from torch import nn
 import fxprune
 from benchmarks import exports
 from benchmarks.exports import LIMITS, NETWORKS, RUNTIMES, backend_of, made, outcome
-from fxprune.runtimes import FORMATS
+from fxprune.exporting.formats import FORMATS
 
 _made: dict[str, nn.Module] = {}
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import exporting, runtimes
 from fxprune.errors import DependencyError, ExportError, FileError, InputError, VerificationError
-from fxprune.evaluation import recalibrate_batchnorm
-from fxprune.runtimes import FORMATS, format_named, installed
+from fxprune.evaluation.accuracy import recalibrate_batchnorm
+from fxprune.exporting import exporter as exporting
+from fxprune.exporting import formats as runtimes
+from fxprune.exporting.formats import FORMATS, format_named, installed
 
 EVERY = [name for name in FORMATS if not FORMATS[name].quantized]
 INT8 = [name for name in FORMATS if FORMATS[name].quantized]

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fxprune import files
 from fxprune.api import compress, record
 from fxprune.errors import FileError
-from fxprune.files import load, rebuild, save
-from fxprune.models import digits_net, resnet20
+from fxprune.files import slim_file as files
+from fxprune.files.slim_file import load, rebuild, save
+from fxprune.models.small import digits_net, resnet20
 
 IMAGE = torch.zeros(2, 3, 16, 16)
 SAVED = Path(__file__).parent / "saved"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import DistillConfig, Hint
 from fxprune.errors import InputError
-from fxprune.hints import Hints
+from fxprune.training.hints import Hints
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
 LABELS = torch.tensor([0, 1, 2, 0])

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fxprune.data.images import Batches, Images, InMemory, Opened, augmented, class_numbers, pixels
 from fxprune.errors import InputError
-from fxprune.images import Batches, Images, InMemory, Opened, augmented, class_numbers, pixels
 
 
 def numbered(samples: int, channels: int = 1, side: int = 4) -> Images:

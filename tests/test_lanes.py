@@ -11,8 +11,8 @@ import torchvision
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.lane_svg import coupling_svg
-from fxprune.lanes import BOTH, CARRIES, READS, WRITES, coupling_data, folded, packed
+from fxprune.report.lane_layout import BOTH, CARRIES, READS, WRITES, coupling_data, folded, packed
+from fxprune.report.lane_svg import coupling_svg
 from tests.pages import coupling
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import InputError
-from fxprune.likeness import Likeness
+from fxprune.evaluation.likeness import Likeness
 
 
 class Mixed(nn.Module):

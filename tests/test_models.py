@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.data import load_data
-from fxprune.evaluation import evaluate_accuracy
-from fxprune.models import digits_net, resnet20, resnet56, vgg19
-from fxprune.profiling import profile
-from fxprune.sources import load_weights
-from fxprune.training import TrainConfig, train
+from fxprune.costs.profiling import profile
+from fxprune.data.datasets import load_data
+from fxprune.evaluation.accuracy import evaluate_accuracy
+from fxprune.models.loading import load_weights
+from fxprune.models.small import digits_net, resnet20, resnet56, vgg19
+from fxprune.training.config import TrainConfig
+from fxprune.training.fitting import train
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_shared_data = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not there")

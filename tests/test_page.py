@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune import figures, webpage
-from fxprune.search_page import layers_of, search_page
-from fxprune.webpage import coupling_page
+from fxprune.report import page as webpage
+from fxprune.report import plots as figures
+from fxprune.report.page import coupling_page
+from fxprune.report.search_page import layers_of, search_page
 from tests.pages import coupling, history, result
 
 FIGURES = {"before-after", "sparsity-plot", "rewards", "round-costs", "candidates", "layer-macs", "layer-params", "coupling"}

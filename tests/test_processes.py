@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fxprune.processes import Shares, rows_of
+from fxprune.training.processes import Shares, rows_of
 from tests.two_processes import CASES, distilled
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 from torchvision import models
 
 from fxprune.api import compress, record
+from fxprune.costs.profiling import profile
 from fxprune.errors import FxPruneError, InputError
-from fxprune.models import digits_net, resnet20
-from fxprune.profiling import profile
+from fxprune.models.small import digits_net, resnet20
 
 
 def on_meta(name: str) -> nn.Module:

@@ -11,9 +11,9 @@ from torch import nn
 
 from fxprune.api import analyze
 from fxprune.errors import FileError
-from fxprune.models import digits_net
-from fxprune.recovery import Recovery, read_weights, write_weights
-from fxprune.searching import make_problem
+from fxprune.models.small import digits_net
+from fxprune.searching.candidates import make_problem
+from fxprune.searching.recovery import Recovery, read_weights, write_weights
 
 
 def added_one(slim: nn.Module) -> None:

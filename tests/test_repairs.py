@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import repairs
 from fxprune.errors import InputError
-from fxprune.moments import Moments
+from fxprune.importance.criteria import scores
 from fxprune.passes.verify import difference
-from fxprune.patches import choose, grouped, input_rows, matrices, output_rows, set_matrices
-from fxprune.scores import scores
+from fxprune.repair import repairer as repairs
+from fxprune.repair.least_squares import Moments
+from fxprune.repair.matrices import choose, grouped, input_rows, matrices, output_rows, set_matrices
 
 LAYERS: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
     (lambda: nn.Linear(5, 7), (3, 5)),

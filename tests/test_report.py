@@ -10,9 +10,9 @@ import torchvision
 from rich.console import Console, RenderableType
 
 import fxprune
-from fxprune.members import ranges
-from fxprune.report import LAYERS_SHOWN, coupling_tree, result_table
-from fxprune.results import Row, bytes_text, count_text, duration_text, latency_text
+from fxprune.report.formatting import Row, bytes_text, count_text, duration_text, latency_text
+from fxprune.report.layers import ranges
+from fxprune.report.terminal import LAYERS_SHOWN, coupling_tree, result_table
 
 
 def printed(renderable: RenderableType, width: int = 100) -> list[str]:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from fxprune.cli.options import Options
+from fxprune.cli.session import begin
+from fxprune.cli.tensorboard import Scalars
 from fxprune.driver import Progress, SearchConfig, run
 from fxprune.errors import DependencyError
-from fxprune.options import Options
-from fxprune.scalars import Scalars
-from fxprune.session import begin
 from tests.driver.synthetic import Chain
 
 tensorboard = pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")

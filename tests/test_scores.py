@@ -8,7 +8,7 @@ from torchvision.models import VisionTransformer
 
 import fxprune
 from fxprune.errors import InputError
-from fxprune.scores import scores
+from fxprune.importance.criteria import scores
 
 
 @pytest.mark.parametrize("importance", ["taylor", "l1", "l2", "variance"])

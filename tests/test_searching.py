@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import EvaluationError, TargetError
-from fxprune.repairs import Repairer
-from fxprune.scores import scores
-from fxprune.searching import Candidates, Evaluate, Score, make_problem, metrics_of
+from fxprune.importance.criteria import scores
+from fxprune.repair.repairer import Repairer
+from fxprune.searching.candidates import Candidates, Evaluate, Score, make_problem, metrics_of
 
 
 class Small(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import InputError, PolicyError
-from fxprune.recovery import put_back
+from fxprune.searching.recovery import put_back
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fxprune.errors import DependencyError, FileError, InputError
-from fxprune.models import digits_net
-from fxprune.sources import load_model, load_weights
+from fxprune.models.loading import load_model, load_weights
+from fxprune.models.small import digits_net
 
 
 def last_linear(model: nn.Module) -> nn.Linear:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fxprune.api import compress
 from fxprune.errors import FileError, FxPruneError
-from fxprune.files import load, rebuild, save
+from fxprune.files.slim_file import load, rebuild, save
 
 
 class Net(nn.Module):

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fxprune.errors import EvaluationError, InputError
-from fxprune.training import Progress, TrainConfig, resolve_device, schedule, train
+from fxprune.training.config import Progress, TrainConfig, resolve_device
+from fxprune.training.fitting import train
+from fxprune.training.optimizers import schedule
 
 
 def separable(samples: int = 64) -> TensorDataset:

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fxprune.api import compress
-from fxprune.checkpoints import NAME, read_checkpoint
-from fxprune.distillation import DistillConfig, distill
 from fxprune.errors import DependencyError, FileError, InputError
-from fxprune.processes import accelerated, batchnorm_as
-from fxprune.training import Progress, TrainConfig, schedule, train
+from fxprune.training.checkpoints import NAME, read_checkpoint
+from fxprune.training.config import Progress, TrainConfig
+from fxprune.training.distillation import DistillConfig, distill
+from fxprune.training.fitting import train
+from fxprune.training.optimizers import schedule
+from fxprune.training.processes import accelerated, batchnorm_as
 
 
 def samples(count: int = 64) -> TensorDataset:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fxprune
 from fxprune import DistillConfig, Hint
-from fxprune.training import Progress
+from fxprune.training.config import Progress
 
 
 class Net(nn.Module):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import fxprune
-from fxprune.colours import COLOURS
+from fxprune.report.colours import COLOURS
 
 DOCS = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -1,8 +1,8 @@
 """The search: how much to take from which group. It sees numbers and functions, never a network.
 
 Where each part of RL-Pruner (https://arxiv.org/abs/2411.06463) is: the dependency graph is ``fxprune.passes.coupling`` and the layer
-pruner ``fxprune.passes.slim``; the Monte Carlo sampler is ``sampler``, the Q-value evaluator ``qvalue``, the policy updater ``update``
-(with ``epsilon``), the replay buffer ``buffer``; the knowledge distiller is ``fxprune.distillation``. ``strategies.rl_pruner`` puts them
+pruner ``passes.rewriting.slimmer``; the Monte Carlo sampler is ``sampler``, the Q-value evaluator ``qvalue``, the policy updater ``update``
+(with ``epsilon``), the replay buffer ``buffer``; the knowledge distiller is ``training.distillation``. ``strategies.rl_pruner`` puts them
 together, ``loop`` runs it.
 """
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fxprune.driver.problem import FloatArray, IntArray, Metrics, Space
-from fxprune.driver.sampler import spread
+from fxprune.driver.simplex import spread
 from fxprune.driver.targets import Point
 from fxprune.errors import SearchError
 

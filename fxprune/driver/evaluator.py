@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from fxprune.driver.budget import Budget
 from fxprune.driver.config import Reward
-from fxprune.driver.executors import Executor
+from fxprune.driver.executors.base import Executor
+from fxprune.driver.memo import Memo
 from fxprune.driver.problem import IntArray, Metrics, Problem
-from fxprune.driver.qvalue import Memo
 from fxprune.driver.strategies.base import Outcome
 from fxprune.errors import FAULTS, EvaluationError, SearchError, in_a_line
 

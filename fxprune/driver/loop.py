@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from fxprune.driver import checkpoint, executors, rewards, strategies
+from fxprune.driver import checkpoint, rewards, strategies
 from fxprune.driver.budget import Budget
 from fxprune.driver.config import SearchConfig
 from fxprune.driver.evaluator import Evaluator
-from fxprune.driver.executors import Executor
+from fxprune.driver.executors import choice
+from fxprune.driver.executors.base import Executor
 from fxprune.driver.history import History
 from fxprune.driver.measured import Measured
 from fxprune.driver.outcome import Allocation, Progress, SearchOutcome
@@ -49,7 +50,7 @@ def run(
     if config.recover_every and problem.recover is None:
         raise SearchError("recover_every asks for training between prune steps, but the problem has no recover; set recover_every=0")
     strategies.find(config.strategy)
-    used = executor or executors.make(config)
+    used = executor or choice.make(config)
     try:
         search = _Search(problem, config, folder, on_event, used)
         if resume and folder is not None:

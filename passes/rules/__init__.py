@@ -5,23 +5,9 @@ from __future__ import annotations
 import importlib
 import sys
 
-from fxprune.passes.rules import (
-    assign,
-    contract,
-    conv,
-    factory,
-    fourier,
-    indexing,
-    joining,
-    movement,
-    norm,
-    parts,
-    pointwise,
-    recurrent,
-    reduce,
-    registry,
-    sizes,
-)
+from fxprune.passes.rules import registry
+from fxprune.passes.rules.computing import contract, conv, fourier, norm, pointwise, recurrent, reduce
+from fxprune.passes.rules.moving import assign, factory, indexing, joining, movement, parts, sizes
 from fxprune.passes.rules.registry import is_known, register_op
 
 __all__ = [
@@ -49,4 +35,4 @@ __all__ = [
 def complete() -> None:
     """Add the rules for torchvision where it has been imported: no model can use its operations before that."""
     if "torchvision" in sys.modules:
-        importlib.import_module("fxprune.passes.rules.vision")
+        importlib.import_module("fxprune.passes.rules.computing.vision")

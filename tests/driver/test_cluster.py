@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from fxprune.driver import SearchConfig, SearchOutcome, run
-from fxprune.driver.executors import LocalExecutor, make
+from fxprune.driver.executors.base import LocalExecutor
+from fxprune.driver.executors.choice import make
 from fxprune.driver.problem import IntArray
 from fxprune.errors import EvaluationError, SearchError
 from tests.driver.synthetic import Chain
@@ -138,7 +139,7 @@ def test_what_a_score_raises_comes_out_as_it_is(cluster: Any, tmp_path: Path) ->
 
 
 def test_a_candidate_that_always_takes_its_worker_down_is_told(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxprune.driver.cluster.ATTEMPTS", 1)
+    monkeypatch.setattr("fxprune.driver.executors.ray_cluster.ATTEMPTS", 1)
     executor = make(dataclasses.replace(CONFIG, executor="ray"))
     score = Wrong(tmp_path)
     with pytest.raises(SearchError, match="Ray gave up on a candidate after 2 tries") as caught:

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from fxprune.driver import SearchConfig, run
-from fxprune.driver.executors import LocalExecutor, ProcessExecutor, make
+from fxprune.driver.executors.base import LocalExecutor
+from fxprune.driver.executors.choice import make
+from fxprune.driver.executors.processes import ProcessExecutor
 from fxprune.driver.problem import IntArray
 from fxprune.errors import DependencyError, SearchError
 from tests.driver.synthetic import Chain

@@ -7,11 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from fxprune.driver.buffer import Entry, ReplayBuffer
-from fxprune.driver.epsilon import epsilon_at
-from fxprune.driver.qvalue import Memo, q_values
-from fxprune.driver.sampler import Node
-from fxprune.driver.update import updated
+from fxprune.driver.memo import Memo
+from fxprune.driver.strategies.rl.buffer import Entry, ReplayBuffer
+from fxprune.driver.strategies.rl.epsilon import epsilon_at
+from fxprune.driver.strategies.rl.qvalue import q_values
+from fxprune.driver.strategies.rl.sampler import Node
+from fxprune.driver.strategies.rl.update import updated
 
 HALF = np.array([0.5, 0.5])
 ZERO = np.zeros(2, dtype=np.int64)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxprune.driver.problem import FloatArray, IntArray
-from fxprune.driver.sampler import on_simplex, perturb, proportional, spread, trajectories
+from fxprune.driver.simplex import on_simplex, proportional, spread
+from fxprune.driver.strategies.rl.sampler import perturb, trajectories
 
 
 def generator(seed: int = 0) -> np.random.Generator:

@@ -10,8 +10,9 @@ import pytest
 
 from fxprune.driver import SearchConfig, run
 from fxprune.driver.problem import FloatArray, IntArray
-from fxprune.driver.sampler import proportional, trajectories
-from fxprune.driver.value import ValueModel
+from fxprune.driver.simplex import proportional
+from fxprune.driver.strategies.rl.sampler import trajectories
+from fxprune.driver.strategies.rl.value import ValueModel
 from tests.driver.synthetic import Chain
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import fxprune
-from fxprune.passes.coupling import CouplingGraph
+from fxprune.passes.coupling.graph import CouplingGraph
 from tests.passes.networks import ZOO
 
 FOLDER = Path(__file__).parent / "golden"

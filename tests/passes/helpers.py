@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.passes.coupling import CouplingGraph
+from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.records import PruningRecord
 
 TOLERANCE = 1e-4

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 import fxprune
 from fxprune.errors import InputError, TraceError
-from fxprune.passes import aten
+from fxprune.passes.tracing import aten
 from tests.passes.exporting import assert_exported_sound, exported
 from tests.passes.helpers import call, gap, leaves, prime
 from tests.passes.networks import ZOO

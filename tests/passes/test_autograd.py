@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fxprune
-from fxprune.passes.autograd import AutogradCall
+from fxprune.passes.tracing.autograd import AutogradCall
 from tests.passes.helpers import zeroed
 
 

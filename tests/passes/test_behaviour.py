@@ -237,7 +237,7 @@ def test_a_rule_of_the_users_comes_before_one_for_torchvision(monkeypatch: pytes
     """Torchvision's rules are added when a model may need them, which can be after the user's."""
     rule = registry.Rule(lambda walk, node, x, *_: walk.pointwise(node, x))
     monkeypatch.setitem(registry.FUNCTIONS, torchvision.ops.stochastic_depth, rule)
-    importlib.reload(importlib.import_module("fxprune.passes.rules.vision"))
+    importlib.reload(importlib.import_module("fxprune.passes.rules.computing.vision"))
     assert registry.FUNCTIONS[torchvision.ops.stochastic_depth] is rule
 
 

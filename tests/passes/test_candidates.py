@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models import convnext_tiny, resnet18
 
 import fxprune
-from fxprune.models import digits_net
+from fxprune.models.small import digits_net
 
 
 def _graph(model: nn.Module, size: int) -> tuple[fxprune.CouplingGraph, torch.Tensor]:

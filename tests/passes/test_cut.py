@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.passes import cut as cutting
-from fxprune.passes.cut import cut, room
+from fxprune.passes.rewriting import slicing as cutting
+from fxprune.passes.rewriting.slicing import cut, room
 
 KEPT = {n: torch.arange(0, n, 2) for n in (6, 10)} | {7: torch.tensor([0, 3, 4])}
 

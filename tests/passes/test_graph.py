@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fxprune
-from fxprune.passes.coupling import CouplingGraph
+from fxprune.passes.coupling.graph import CouplingGraph
 from tests.passes.golden import report
 from tests.passes.networks import ZOO
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.passes import partial
-from fxprune.passes.rules.indexing import _picked
-from fxprune.passes.rules.values import tensors, values
+from fxprune.passes.labels.values import tensors, values
+from fxprune.passes.rules.moving.indexing import _picked
+from fxprune.passes.tracing import partial
 
 
 class Bias(nn.Module):

@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 
 import fxprune
-from fxprune import models
+from fxprune.models import small as models
 from tests.passes.helpers import SPARSITIES, assert_accounted, assert_oracle, call, prime, pruned, stacked
 
 

@@ -13,12 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 import fxprune
 from fxprune.errors import PolicyError, TraceError, UnsupportedError
-from fxprune.passes import rules, shapes
+from fxprune.importance.criteria import scores
+from fxprune.passes import rules
 from fxprune.passes.base import GraphPass, run_passes
 from fxprune.passes.pipeline import Couple, Plan, Slim, TracedGraph, analysed, traced_graph
-from fxprune.passes.plan import keep_counts
-from fxprune.passes.trace import trace
-from fxprune.scores import scores
+from fxprune.passes.planning.plan import keep_counts
+from fxprune.passes.tracing import shapes
+from fxprune.passes.tracing.modes import trace
 from tests.passes.networks import ZOO
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import fxprune
 from fxprune.errors import TraceError, UnsupportedError
-from fxprune.passes.rules.indexing import left_of
+from fxprune.passes.rules.moving.indexing import left_of
 
 
 class Moves(nn.Module):

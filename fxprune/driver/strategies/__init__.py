@@ -10,7 +10,7 @@ from fxprune.driver.strategies import optuna
 from fxprune.driver.strategies.base import Outcome, Strategy
 from fxprune.driver.strategies.magnitude import Magnitude
 from fxprune.driver.strategies.random import Random
-from fxprune.driver.strategies.rl_pruner import RLPruner
+from fxprune.driver.strategies.rl.rl_pruner import RLPruner
 from fxprune.driver.strategies.uniform import Uniform
 from fxprune.errors import SearchError
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fxprune.driver.problem import IntArray
-from fxprune.driver.sampler import on_simplex
+from fxprune.driver.simplex import on_simplex
 from fxprune.driver.strategies.base import Outcome, Strategy
 from fxprune.errors import DependencyError, SearchError
 

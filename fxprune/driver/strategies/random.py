@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fxprune.driver.problem import IntArray
-from fxprune.driver.sampler import on_simplex
+from fxprune.driver.simplex import on_simplex
 from fxprune.driver.strategies.base import Outcome, Strategy
 
 

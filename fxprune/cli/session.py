@@ -1,0 +1,348 @@
+"""A command-line search from its options to its files, stage by stage; what a stage made is on disk before the next one begins.
+
+A run can be killed at any moment: taken up again from its folder, it redoes at most the stage or the round that was cut.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import zlib
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import fx, nn
+
+from fxprune import driver
+from fxprune.api import analyze, compress
+from fxprune.cli import run_folder as outputs
+from fxprune.cli.options import Options
+from fxprune.cli.run_folder import Finished
+from fxprune.cli.tensorboard import Scalars, writer_class
+from fxprune.costs.latency import alone, in_turns
+from fxprune.costs.profiling import profile
+from fxprune.data.datasets import Data, load_data
+from fxprune.data.images import Batches
+from fxprune.driver import checkpoint
+from fxprune.errors import FxPruneError, InputError, SearchError, TargetError
+from fxprune.evaluation.accuracy import call, evaluate_accuracy, evaluating, logits_of, one_thread
+from fxprune.evaluation.likeness import Likeness
+from fxprune.exporting.exporter import export
+from fxprune.exporting.formats import FORMATS, require
+from fxprune.models.loading import load_model
+from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.repair.repairer import Repairer
+from fxprune.report.formatting import Row
+from fxprune.searching.candidates import Candidates, SearchResult, make_problem, mended, result_of
+from fxprune.searching.recovery import Recovery, read_weights, write_weights
+from fxprune.training.config import Progress, TrainConfig, resolve_device
+from fxprune.training.distillation import DistillConfig, distill
+from fxprune.training.fitting import train
+
+FORMAT = "fxprune-session/1"
+SMALL_STEP = 10**9  # multiply-accumulates of a training batch below which a second thread costs more than it brings
+
+
+class Watcher(Protocol):
+    """Is told how a run stands."""
+
+    def stage(self, text: str) -> None:
+        """A stage begins."""
+
+    def searched(self, progress: driver.Progress) -> None:
+        """A round of the search is over."""
+
+    def trained(self, progress: Progress) -> None:
+        """A step of training or distillation is over."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 accuracy on batches that stay where they are; a class, so that worker processes can have it."""
+
+    batches: list[Any]
+
+    def __call__(self, module: nn.Module) -> float:
+        return evaluate_accuracy(module, self.batches)
+
+
+def begin(options: Options, command: str) -> Session:
+    """Start a run: its folder, emptied of an earlier run's checkpoint, gets the whole configuration before any work."""
+    for name in options.export:
+        require(name)
+    if options.tensorboard:
+        writer_class()
+    described = {"format": FORMAT, "command": command, "options": options.state()}
+    outputs.begin(Path(options.out), described)
+    return Session(options, command)
+
+
+def resume(out: str, **changes: Any) -> Session:
+    """Take a run up again from its folder; ``changes``: ``jobs``, ``executor`` or ``device``."""
+    state = outputs.read_json(Path(out) / "checkpoint" / "session.json", f"{out} holds no run to resume")
+    if state.get("format") != FORMAT:
+        raise SearchError(f"{out} holds a run of another version of fxprune ({state.get('format')!r}); start it anew")
+    options = Options.of({**state["options"], "out": out})
+    return Session(options.moved(**changes), state["command"])
+
+
+class Session:
+    """One run. Its stages are the methods that ``run`` goes through, in their order."""
+
+    def __init__(self, options: Options, command: str) -> None:
+        self.options, self.command = options, command
+        self.folder = Path(options.out) / "checkpoint"
+        self.device = resolve_device(options.search.device)
+
+    def run(self, watcher: Watcher) -> Finished:
+        """Go through all stages, from wherever an earlier try was cut. Raises ``FxPruneError`` for what the user can mend."""
+        finished = outputs.finished(self.folder)
+        if finished is not None:
+            return finished
+        watcher.stage(f"reading {self.options.data}")
+        model = self.loaded()
+        with self._threads(model):
+            return self._stages(model, watcher)
+
+    def _stages(self, original: nn.Module, watcher: Watcher) -> Finished:
+        self.train(original, watcher)
+        watcher.stage("searching")
+        outcome, candidates, unmet = self.search(original, watcher)
+        watcher.stage("repairing what was found")
+        repairer = Repairer(candidates.graph, self.repairing, self.options.search.repair, self.reference(original, candidates.graph))
+        found = self.results(outcome, candidates, repairer)
+        models: dict[str, nn.Module] = {"original": original}
+        if self.options.baseline:
+            models["uniform"] = self.uniform(outcome, candidates, repairer)
+        models |= {name: result.model for name, result in found.items()}
+        for name in list(models)[1:]:
+            self.distil(name, models[name], original, watcher)
+        watcher.stage("measuring on the test part")
+        latencies = in_turns(list(models.values()), self.example)
+        rows = [self.measured(name, model, latency) for (name, model), latency in zip(models.items(), latencies, strict=True)]
+        exports = self.exported(found, watcher)
+        return outputs.write(self.options, self.command, outcome, candidates, found, rows, unmet, self.data.num_classes, exports)
+
+    @cached_property
+    def data(self) -> Data:
+        o = self.options
+        return load_data(o.data, mean=o.mean, std=o.std, image_size=o.image_size, seed=o.search.seed)
+
+    @cached_property
+    def validation(self) -> Accuracy:
+        """Accuracy on held-out training images; training goes by it, and nothing but the last figures by the test part."""
+        limit = self.options.score_images
+        return Accuracy(list(self.data.batches("validation", self.options.batch_size, limit=limit, device=self.device)))
+
+    def scored(self, original: nn.Module) -> Likeness:
+        """What candidates are scored by: those images, augmented where the network may have been trained on them."""
+        o = self.options
+        batches = self.data.batches("validation", o.batch_size, augmented=o.augmented, limit=o.score_images, device=self.device)
+        return Likeness.of(original, batches)
+
+    @property
+    def weights(self) -> Path:
+        """The original's weights as the search sees them; kept, so that a resumed run has the same ones."""
+        return self.folder / "original.safetensors"
+
+    def loaded(self) -> nn.Module:
+        """The network to be pruned, with the weights of an earlier try, those given, or its builder's. Raises ``InputError`` if it does
+        not fit the data."""
+        o = self.options
+        torch.manual_seed(o.search.seed)
+        model = load_model(o.model, num_classes=self.data.num_classes, weights=None if self.weights.exists() else o.weights)
+        if self.weights.exists():
+            read_weights(model, self.weights)
+        model.to(self.device).eval()
+        self._check_fit(model)
+        return model
+
+    def train(self, model: nn.Module, watcher: Watcher) -> None:
+        """Ordinary training in place, where it is asked for and an earlier try has not done it."""
+        o = self.options
+        if self.weights.exists():
+            return
+        if o.training_epochs:
+            watcher.stage(f"training {o.model} for {o.training_epochs} epochs")
+            config = TrainConfig(
+                epochs=o.training_epochs,
+                device=str(self.device),
+                seed=o.search.seed,
+                validate=self.validation,
+                on_step=watcher.trained,
+                checkpoint_dir=self.folder / "training",
+                resume=True,
+            )
+            train(model, self.training, config=config)
+        write_weights(model, self.weights)
+        self._forget("training")
+
+    def search(self, original: nn.Module, watcher: Watcher) -> tuple[driver.SearchOutcome, Candidates, str]:
+        """The outcome, what makes its networks, and why the target was not met (then the outcome is the nearest), or an empty text."""
+        config = self.options.search
+        # Recovery between prune steps trains what is sliced; the original must stay what it is, the teacher.
+        working = copy.deepcopy(original) if config.recover_every else original
+        graph = analyze(working, self.example, ignore=config.ignore, attention=config.attention)
+        scored = self.scored(original)
+        problem, candidates = make_problem(
+            graph,
+            scored,
+            calibration=self.calibration,
+            importance=config.importance,
+            round_to=config.round_to,
+            repair=config.repair,
+            seed=config.seed,
+            reference=self.reference(original, graph),
+            rough=scored.first(self.options.rough_images),
+            latency=alone(self.example),
+        )
+        if config.recover_every:
+            problem = Recovery(candidates, working, lambda slim: self.recover(original, slim, watcher)).attached(problem)
+        folder = self.folder / "search"
+        resumed = checkpoint.exists(folder)
+        scalars = Scalars(Path(self.options.out) / "tensorboard") if self.options.tensorboard else None
+
+        def told(progress: driver.Progress) -> None:
+            if scalars is not None:
+                scalars(progress)
+            watcher.searched(progress)
+
+        try:
+            return driver.run(problem, config, checkpoint_dir=folder, on_event=told, resume=resumed), candidates, ""
+        except TargetError as error:
+            return error.nearest, candidates, str(error)
+        finally:
+            if scalars is not None:
+                scalars.close()
+
+    def reference(self, original: nn.Module, graph: CouplingGraph) -> CouplingGraph | None:
+        """The original, analysed, where training between prune steps changes the weights that ``graph`` slices."""
+        if graph.model is original:
+            return None
+        config = self.options.search
+        return analyze(original, self.example, ignore=config.ignore, attention=config.attention)
+
+    def results(self, outcome: driver.SearchOutcome, candidates: Candidates, repairer: Repairer) -> dict[str, SearchResult]:
+        """The slim network of every point of the targets by its file's stem; the last, or only, one is plain ``slim``."""
+        points = outcome.pareto or (outcome,)
+        stems = [f"slim-{'-'.join(point.targets)}" for point in points[:-1]] + ["slim"]
+        return {stem: result_of(point, candidates, self.options.search, repairer) for stem, point in zip(stems, points, strict=True)}
+
+    def uniform(self, outcome: driver.SearchOutcome, candidates: Candidates, repairer: Repairer) -> fx.GraphModule:
+        """The uniform allocation on the same budget as the outcome, from the same weights, with the same ranking of units and repair."""
+        removed = outcome.baselines["uniform"].removed
+        policy = candidates.policy(removed, {}, "l2")
+        return mended(compress(candidates.graph, policy), removed, candidates, repairer)
+
+    def distil(self, name: str, model: nn.Module, teacher: nn.Module, watcher: Watcher) -> None:
+        """Distil a slim network in place, or take the weights that an earlier try came to."""
+        kept = self.folder / f"distilled-{name}.safetensors"
+        if kept.exists():
+            read_weights(model, kept)
+        else:
+            if self.options.distillation_epochs:
+                watcher.stage(f"distilling {name} for {self.options.distillation_epochs} epochs")
+                self.train_by(teacher, model, watcher, f"distilling-{name}")
+            write_weights(model, kept)
+        self._forget(f"distilling-{name}")
+        model.eval()
+
+    def recover(self, teacher: nn.Module, student: nn.Module, watcher: Watcher) -> None:
+        """Distil between prune steps. A search that was cut redoes its last round and so comes to the recovery that was cut with it,
+        unless a latency that this round measured anew leads it to another network: what was begun belongs to one of these shapes only."""
+        shapes = [tuple(parameter.shape) for parameter in student.parameters()]
+        stage = f"recovering-{zlib.crc32(repr(shapes).encode()):08x}"
+        self.train_by(teacher, student, watcher, stage)
+        self._forget(stage)
+
+    def _forget(self, stage: str) -> None:
+        """Remove the checkpoint of a training whose weights are kept elsewhere."""
+        shutil.rmtree(self.folder / stage, ignore_errors=True)
+
+    def train_by(self, teacher: nn.Module, student: nn.Module, watcher: Watcher, stage: str) -> None:
+        """Distillation of the original's responses, best weights kept by the held-out images; its checkpoint lies in ``stage``."""
+        o = self.options
+        config = DistillConfig(
+            epochs=o.distillation_epochs,
+            lr=DistillConfig.lr if o.distill_lr is None else o.distill_lr,
+            device=str(self.device),
+            seed=o.search.seed,
+            validate=self.validation,
+            on_step=watcher.trained,
+            checkpoint_dir=self.folder / stage,
+            resume=True,
+        )
+        distill(student, teacher, self.training, config=config)
+
+    def measured(self, name: str, model: nn.Module, latency: float) -> Row:
+        """A network's figures; the only place where the test part is used."""
+        accuracy = evaluate_accuracy(model, self.data.batches("test", self.options.batch_size, device=self.device))
+        counts = profile(model, self.example)
+        return Row(name, accuracy, counts.macs, counts.params, latency, outputs.size_on_disk(model, self.folder))
+
+    def exported(self, found: dict[str, SearchResult], watcher: Watcher) -> list[dict[str, Any]]:
+        """The networks in the formats asked for. A format that fails is told of and costs neither the others nor the result."""
+        told: list[dict[str, Any]] = []
+        for left in Path(self.options.out).glob(".export-*"):  # by an export that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        for stem, name in ((stem, name) for stem in found for name in self.options.export):
+            watcher.stage(f"exporting {stem} to {name}")
+            path = Path(self.options.out) / f"{stem}{FORMATS[name].suffix}"
+            batches = self.calibration if FORMATS[name].quantized else None
+            try:
+                done = export(found[stem].model, path, name, calibration=batches)
+                told.append({"file": path.name, "format": name, "difference": done.difference, "bytes": done.bytes})
+            except FxPruneError as error:
+                told.append({"file": path.name, "format": name, "error": str(error)})
+        return told
+
+    @property
+    def training(self) -> Batches:
+        """Shuffled, augmented batches of the training part, from the first epoch on."""
+        o = self.options
+        return self.data.batches("train", o.batch_size, training=True, seed=o.search.seed, device=self.device)
+
+    def _threads(self, model: nn.Module) -> AbstractContextManager[None]:
+        """One thread for a network whose training steps are small, else as many as torch takes."""
+        small = profile(model, self.example).macs * self.options.batch_size < SMALL_STEP
+        return one_thread() if small else nullcontext()
+
+    @cached_property
+    def example(self) -> torch.Tensor:
+        """One image, as the network takes it."""
+        return self.data.example().to(self.device)
+
+    @cached_property
+    def calibration(self) -> list[Any]:
+        """Training images for importance and for the repair of candidates."""
+        return list(self._training_images(self.options.calibration_images))
+
+    @property
+    def repairing(self) -> Iterable[Any]:
+        """Training images for the repair of what was found."""
+        return self._training_images(self.options.repair_images)
+
+    def _training_images(self, limit: int) -> Batches:
+        """Augmented where the score's are: what a repair learns from them has to hold for unseen ones."""
+        o = self.options
+        seed, device = o.search.seed, self.device
+        return self.data.batches("train", o.batch_size, augmented=o.augmented, limit=limit, seed=seed, device=device)
+
+    def _check_fit(self, model: nn.Module) -> None:
+        """Raise ``InputError`` where the network does not take the data's images, or has other classes."""
+        what, shape = self.options.model, "x".join(str(n) for n in self.example.shape[1:])
+        try:
+            with evaluating(model):
+                logits = logits_of(call(model, self.example))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(f"model {what!r} does not run on {shape} images of {self.options.data!r}: {line}") from error
+        if logits.ndim < 2 or logits.shape[1] < self.data.num_classes:
+            raise InputError(
+                f"model {what!r} gives scores of shape {tuple(logits.shape)}; {self.options.data!r} has {self.data.num_classes} classes"
+            )

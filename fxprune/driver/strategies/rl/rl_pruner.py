@@ -1,0 +1,193 @@
+"""RL-Pruner: a pruning distribution over the groups, sampled around and moved towards what scored best, prune step by prune step.
+
+After Wang 2024 (https://arxiv.org/abs/2411.06463). It differs in what ``SearchConfig`` marks as ours, and in two places marked below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fxprune.driver.problem import FloatArray, IntArray
+from fxprune.driver.simplex import on_simplex, proportional, spread
+from fxprune.driver.strategies.base import Outcome, Strategy
+from fxprune.driver.strategies.magnitude import global_ranking
+from fxprune.driver.strategies.rl import sampler
+from fxprune.driver.strategies.rl.buffer import Entry, ReplayBuffer
+from fxprune.driver.strategies.rl.epsilon import epsilon_at
+from fxprune.driver.strategies.rl.qvalue import q_values
+from fxprune.driver.strategies.rl.update import updated
+from fxprune.driver.strategies.rl.value import ValueModel
+
+
+class RLPruner(Strategy):
+    """State: units kept in every group. Action: each group's share of the step's removals. Policy: the distribution actions come from."""
+
+    def start(self) -> None:
+        config, space = self.config, self.space
+        self.at: IntArray = self.budget.start.copy()
+        self.accuracy: float | None = None  # of the architecture at hand; scored first thing
+        self.buffer = ReplayBuffer(config.samples)
+        self.round = 0
+        self.stale = 0
+        self.peak = -math.inf
+        self.before_reset: Entry | None = None  # what the step came to before a sharp drop had it redone
+        self.closed = False
+        self.nodes: list[sampler.Node] = []
+        self.value = ValueModel(space.units)
+        # To bring a draw onto a measured target costs more than to score it: then there is nothing to screen.
+        self.draws = 1 if any(target.metric == "latency" for target in self.budget.targets) else config.screen
+        total = int(self.budget.uniform().sum() - self.at.sum())
+        share = max(1, round(config.step_ratio * int(space.units.sum())))
+        self.planned = max(1, config.steps or math.ceil(total / share))
+        self.per_step = max(1, math.ceil(total / config.steps)) if config.steps else share
+        scale = 1 / len(space.names) if config.noise_relative else 1.0
+        self.noise = config.noise * scale
+        self.policy: FloatArray = self._first_policy()
+
+    def propose(self) -> list[IntArray]:
+        self.closed = False
+        if self.accuracy is None:
+            return [self.at]
+        if self.budget.fits(self.at):
+            return []
+        config = self.config
+        self.nodes = sampler.trajectories(
+            self.at,
+            self.policy,
+            self._advance,
+            samples=config.samples,
+            depth=config.depth,
+            scaling=config.depth_scaling,
+            noise=self.noise,
+            floor=config.floor,
+            rng=self.rng,
+            draws=self.draws if len(self.value) > config.samples else 1,
+            choose=self._most_promising,
+        )
+        return [node.removed for node in self.nodes]
+
+    def learn(self, outcomes: Sequence[Outcome]) -> None:
+        if self.accuracy is None:
+            self.accuracy = outcomes[0].accuracy
+            return
+        config = self.config
+        for outcome in outcomes if self.draws > 1 else ():
+            self.value.add(outcome.removed, outcome.reward)
+        values = q_values(self.nodes, [outcome.reward for outcome in outcomes], config.discount, config.depth)
+        for node, value, outcome in zip(self.nodes, values, outcomes, strict=True):
+            if node.parent < 0:
+                self.buffer.add(Entry(value, node.action, node.removed, outcome.accuracy))
+        best = self.buffer.best
+        self.policy = updated(self.policy, best.action, step_length=config.step_length, clip=config.clip, floor=config.floor)
+        self.round += 1
+        self.stale = 0 if best.q > self.peak + config.improvement else self.stale + 1
+        self.peak = max(self.peak, best.q)
+        if self.round >= config.rounds or (config.patience is not None and self.stale >= config.patience):
+            self._move()
+
+    def step_done(self) -> bool:
+        return self.closed
+
+    def steps(self) -> int:
+        return max(self.planned, self.step + (0 if self.budget.fits(self.at) else 1))
+
+    def progress(self) -> float:
+        return min(1.0, (self.step + self.round / self.config.rounds) / self.steps())
+
+    def current(self) -> IntArray:
+        return self.at
+
+    def weights_changed(self) -> None:
+        self.accuracy = None
+        self.value.clear()
+
+    def result(self) -> IntArray:
+        if self.budget.fits(self.at):
+            return self.at
+        best = self.buffer.best.action if len(self.buffer) else self.policy
+        return self.budget.project(self.at, best)
+
+    def notes(self) -> dict[str, Any]:
+        return {"policy": [round(float(p), 6) for p in self.policy], "epsilon": self._epsilon(), "redone": self.before_reset is not None}
+
+    def figures(self) -> dict[str, float]:
+        return {"epsilon": self._epsilon(), "policy_entropy": -float((self.policy * np.log(self.policy)).sum())}
+
+    def memory(self) -> dict[str, Any]:
+        return {
+            "at": self.at.tolist(),
+            "accuracy": self.accuracy,
+            "policy": self.policy.tolist(),
+            "buffer": self.buffer.state(),
+            "round": self.round,
+            "stale": self.stale,
+            "peak": self.peak if math.isfinite(self.peak) else None,
+            "before_reset": self.before_reset.state() if self.before_reset else None,
+            "value": self.value.state(),
+        }
+
+    def recall(self, memory: dict[str, Any]) -> None:
+        self.at = np.array(memory["at"], dtype=np.int64)
+        self.accuracy = memory["accuracy"]
+        self.policy = np.array(memory["policy"], dtype=np.float64)
+        self.buffer.restore(memory["buffer"])
+        self.round, self.stale = memory["round"], memory["stale"]
+        self.peak = -math.inf if memory["peak"] is None else memory["peak"]
+        self.before_reset = Entry.of(memory["before_reset"]) if memory["before_reset"] else None
+        self.value.restore(memory["value"])
+
+    def _first_policy(self) -> FloatArray:
+        """Proportional to what the groups have left, mixed with the importance ranking's allocation where a warm start is asked for."""
+        weight, floor = self.config.warm_start, self.config.floor
+        even = proportional(self.space.units - self.at, floor)
+        if not weight:
+            return even
+        ranked = global_ranking(self.budget)
+        return on_simplex((1 - weight) * even + weight * ranked / max(int(ranked.sum()), 1), floor)
+
+    def _most_promising(self, drawn: Sequence[IntArray]) -> int:
+        """Of the architectures drawn, the one of highest expected reward (ours; the paper scores what it draws), new ones before known."""
+        if len(drawn) == 1:
+            return 0
+        expected = self.value.predict(drawn)
+        expected[[removed in self.value for removed in drawn]] -= np.inf
+        return int(np.argmax(expected))
+
+    def _epsilon(self) -> float:
+        config = self.config
+        return epsilon_at(self.step, self.planned, start=config.epsilon, decay=config.epsilon_decay, share=config.epsilon_share)
+
+    def _advance(self, removed: IntArray, action: FloatArray, level: int) -> IntArray:
+        """The architecture that ``action`` leads to: a step's worth of units away, and exactly on the budget where that is passed."""
+        if self.budget.fits(removed):
+            return removed
+        if self.config.step_by == "cost":  # ours: equal shares of the way in cost, so the candidates of a step compare
+            return self.budget.project(removed, action, min(1.0, (self.step + level + 1) / self.planned))
+        room = self.space.room - removed
+        further = removed + spread(action, min(self.per_step, int(room.sum())), room)
+        return self.budget.project(removed, action) if self.budget.fits(further) else further
+
+    def _move(self) -> None:
+        """Choose the next architecture, epsilon-greedily; after a sharp drop of accuracy reset the policy and redo the step, once."""
+        explore = self.rng.random() < self._epsilon()
+        chosen = self.buffer[int(self.rng.integers(len(self.buffer)))] if explore else self.buffer.best
+        fell = self.accuracy is not None and chosen.accuracy < (1 - self.config.sharp_drop) * self.accuracy
+        if fell and self.before_reset is None and self.planned > 1:  # ours: a single step's drop is the target's, not the policy's
+            self.before_reset = chosen
+            self._restart(proportional(self.space.units - self.at, self.config.floor))
+            return
+        if self.before_reset is not None and self.before_reset.q > chosen.q:
+            chosen = self.before_reset  # ours: the redone step must be the better one to count
+        self.at, self.accuracy = chosen.removed, chosen.accuracy
+        self.before_reset = None
+        self.closed = True
+        self._restart(self.policy)
+
+    def _restart(self, policy: FloatArray) -> None:
+        self.buffer.clear()
+        self.policy = policy
+        self.round, self.stale, self.peak = 0, 0, -math.inf

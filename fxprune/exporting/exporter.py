@@ -1,0 +1,164 @@
+"""``export``: a slim module in a file of the runtime it is deployed on, compared with eager PyTorch before it takes its place."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from fxprune import example_inputs as forms
+from fxprune.errors import ExportError, FileError, FxPruneError, InputError, VerificationError
+from fxprune.evaluation.accuracy import call, labelled
+from fxprune.exporting.formats import FORMATS, Format, Job, format_named, installed, needed, require, tensors
+from fxprune.records import PruningRecord
+
+TOLERANCE = 1e-3  # of the output's largest magnitude: other kernels and orders of summation, in float32
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported file. ``difference``: the largest from eager PyTorch on random inputs, as a share of the output's largest
+    magnitude; None where the file was not run. ``bytes``: on disk, with what lies beside it."""
+
+    path: Path
+    format: str
+    difference: float | None
+    bytes: int
+
+
+def export(
+    slim: nn.Module,
+    path: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    example_inputs: Any = None,
+    dynamic: Mapping[int, str] | None = None,
+    calibration: Iterable[Any] | None = None,
+    verify: bool | None = None,
+    tolerance: float | None = None,
+) -> Exported:
+    """Write ``slim``, in evaluation mode, to ``path`` for another runtime, and run the file against eager PyTorch.
+
+    ``format``: "torch" (``torch.export``, .pt2), "onnx" (.onnx), "openvino" (.xml and .bin), "executorch" (.pte, by XNNPACK), and in
+    8-bit integers "torch-int8" (.int8.pt2), "onnx-int8" (.int8.onnx) and "openvino-int8" (.int8.xml); without it the suffix decides.
+    ``example_inputs``: a tensor, a tuple or a dict; a slim module's record has their form already. ``dynamic``: axis -> name for the
+    sizes that may change, of every input that has the axis; {0: "batch"} unless said, {} for none. ``calibration``: batches of inputs,
+    or of (inputs, labels), whose activations set the ranges of the 8-bit formats; "onnx-int8" without it rounds activations as it runs.
+
+    ``verify``: compare the file's outputs with eager's on random inputs, at another batch (and twice the other sizes that may change);
+    None does where the runtime is installed. ``tolerance``: the largest difference accepted, as a share of the output's largest
+    magnitude; 1e-3 unless said, for the 8-bit formats none: there the difference is only reported.
+
+    The module is not changed, and a file that fails leaves an older one as it was. Raises ``DependencyError`` with the pip command for
+    what is not installed, ``ExportError`` where the exporter or runtime refuses, ``VerificationError`` where the file computes something
+    else, ``InputError`` for a format or inputs that do not fit, ``FileError`` for a path that cannot be written.
+    """
+    target = Path(path)
+    name = format_named(format, target)
+    chosen = FORMATS[name]
+    require(name)
+    if verify:
+        for package in chosen.runs:
+            needed(package, f"verify=True for {name}", chosen.extra)
+    verify = installed(chosen.runs) if verify is None else verify
+    batches = [labelled(b)[0] if isinstance(b, (tuple, list)) else b for b in calibration or ()]
+    if chosen.calibrated and not batches:
+        raise InputError(f"{name} needs calibration data: pass calibration=[inputs, ...], a hundred images or so")
+    axes = {0: "batch"} if dynamic is None else dict(dynamic)
+    job = Job(_twin(slim), _sized(_example(slim, example_inputs), axes, 0), axes, batches)
+    if not target.parent.is_dir():
+        raise FileError(f"cannot export to {target}: there is no folder {target.parent}")
+    try:
+        scratch = tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-")
+    except OSError as error:
+        raise FileError(f"cannot export to {target}: {error.strerror}; choose a folder that can be written") from error
+    with scratch as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what exporters say about their own insides
+        made = Path(folder) / target.name
+        difference = _made(job, made, name, chosen, verify, TOLERANCE if tolerance is None and not chosen.quantized else tolerance)
+        written = sorted(Path(folder).iterdir(), key=lambda one: one == made)  # what lies beside it first, the file itself last
+        size = sum(one.stat().st_size for one in written)
+        for one in written:
+            os.replace(one, target.parent / one.name)
+    return Exported(target, name, difference, size)
+
+
+def _made(job: Job, path: Path, name: str, chosen: Format, verify: bool, tolerance: float | None) -> float | None:
+    try:
+        with torch.no_grad():
+            chosen.write(job, path)
+            difference = _difference(job, path, chosen) if verify else None
+    except FxPruneError:
+        raise
+    except Exception as error:  # exporters and runtimes raise what they like
+        raise ExportError(f"cannot export to {name}: {_line(error)}") from error
+    if difference is not None and tolerance is not None and not difference <= tolerance:
+        raise VerificationError(
+            f"the {name} file gives other outputs than eager PyTorch: they differ by {difference:.1e} of the largest magnitude, "
+            f"{tolerance:.0e} is allowed; nothing was written"
+        )
+    return difference
+
+
+def _difference(job: Job, path: Path, chosen: Format) -> float:
+    """The largest difference over all outputs at other sizes, each output's in terms of its own largest magnitude."""
+    given = _sized(job.inputs, job.dynamic, 1)
+    wanted = tensors(call(job.model, given))
+    found = chosen.run(path, tensors(given))
+    if [t.shape for t in wanted] != [t.shape for t in found]:
+        shapes = [", ".join("x".join(map(str, t.shape)) for t in side) for side in (found, wanted)]
+        raise VerificationError(f"the file gives outputs of shape {shapes[0]}, eager PyTorch {shapes[1]}; nothing was written")
+    return max((_relative(a, b) for a, b in zip(found, wanted, strict=True)), default=0.0)
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    if not wanted.numel():
+        return 0.0
+    largest = float(wanted.double().abs().max())
+    return float((found.double() - wanted.double()).abs().max()) / (largest or 1.0)
+
+
+def _twin(slim: nn.Module) -> nn.Module:
+    if any(t.is_meta for t in (*slim.parameters(), *slim.buffers())):
+        raise InputError(f"this {type(slim).__name__} lies on the meta device and has no values to export; load its weights first")
+    return copy.deepcopy(slim).cpu().eval().requires_grad_(False)
+
+
+def _example(slim: nn.Module, given: Any) -> Any:
+    if given is not None:
+        return tree_map_only(Tensor, lambda t: torch.zeros_like(t, device="cpu") if t.is_meta else t.detach().cpu(), given)
+    record = getattr(slim, "_record", None)
+    if isinstance(record, PruningRecord) and record.policy.inputs is not None:
+        return forms.build(record.policy.inputs)
+    raise InputError("example_inputs are missing: this module carries no record of its inputs' form; pass a tensor, a tuple or a dict")
+
+
+def _sized(example: Any, dynamic: Mapping[int, str], step: int) -> Any:
+    """Inputs like ``example``, random where they are floats. Step 0: to export with, no size that may change below 2, since
+    exporters take a 1 for good; step 1: one more in the batch, and twice the other sizes that may change."""
+    generator = torch.Generator().manual_seed(step)
+
+    def one(tensor: Tensor) -> Tensor:
+        for axis in sorted(dynamic):
+            if axis < tensor.ndim:
+                size = max(tensor.shape[axis], 2)
+                size = size if not step else size + 1 if axis == 0 else 2 * size
+                tensor = tensor.index_select(axis, torch.arange(size) % tensor.shape[axis])
+        if not tensor.is_floating_point():
+            return tensor  # indices and masks: the values that are known to be legal, repeated
+        return torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+
+    return tree_map_only(Tensor, one, example)
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

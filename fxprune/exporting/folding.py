@@ -1,0 +1,35 @@
+"""``fold_batchnorm``: a slim module without the BatchNorms that follow its convolutions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import fx, nn
+
+from fxprune.costs.profiling import profile
+from fxprune.errors import InputError, UnsupportedError
+from fxprune.example_inputs import build
+from fxprune.passes.base import run_passes
+from fxprune.passes.ir.slim_module import SlimModule
+from fxprune.passes.rewriting.fold import FoldBatchNorm
+from fxprune.records import PruningRecord
+
+
+def fold_batchnorm(slim: nn.Module) -> fx.GraphModule:
+    """A copy of ``slim`` in which every BatchNorm that alone reads a convolution is part of that convolution's weight and bias.
+
+    It computes the same in evaluation mode, up to rounding, and is for running, not for training: BatchNorm's statistics are gone, and
+    training mode computes as evaluation does. BatchNorms elsewhere stay, as those before a convolution, and those of layers that share
+    weights. The record stays, so that the result saves, loads and is pruned again like any other. ``slim`` is not changed, and comes back
+    itself where there is nothing to fold. Raises ``InputError`` in training mode, ``UnsupportedError`` for what is no graph module.
+    """
+    if not isinstance(slim, SlimModule):
+        raise UnsupportedError(f"fold_batchnorm needs the graph module that compress returns; this {type(slim).__name__} has no graph")
+    if slim.training:
+        raise InputError("fold_batchnorm is for evaluation: BatchNorm computes something else in training mode; call slim.eval() first")
+    made = run_passes(slim, [FoldBatchNorm()])
+    record = getattr(slim, "_record", None)
+    if made is not slim and isinstance(record, PruningRecord):
+        after = replace(profile(made, build(record.policy.inputs, device="meta")), timer=None)
+        made.__dict__["_record"] = replace(record, folded=True, after=after)
+    return made

@@ -1,0 +1,56 @@
+"""A slim module again, from a fresh original and the record of what was kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from torch import Tensor, fx, nn
+
+from fxprune.errors import FileError
+from fxprune.example_inputs import build
+from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.passes.pipeline import analysed
+from fxprune.passes.planning.plan import Keep
+from fxprune.passes.rewriting.fold import FoldBatchNorm
+from fxprune.passes.rewriting.keep_class import kept_class
+from fxprune.passes.rewriting.slimmer import Slimmer
+from fxprune.records import PruningRecord
+
+
+def rebuilt(model: nn.Module, record: PruningRecord) -> nn.Module:
+    """The slim module of ``record`` made of ``model``'s weights, which may lie on the meta device; ``model`` is not changed.
+
+    It goes by the kept indices rather than by a policy, so it needs no scores; a module that was pruned twice is made in two steps.
+    Raises ``FileError`` naming the parameter whose kept indices this model cannot have.
+    """
+    for step in record.steps:  # which axis of an attention goes may change once heads are narrower, so each step is made in turn
+        model = rebuilt(model, step)
+    if record.steps:
+        return FoldBatchNorm().run(model) if record.folded and isinstance(model, fx.GraphModule) else model
+    example = build(record.policy.inputs, device="meta")
+    graph: CouplingGraph = analysed(model, example, (), str(record.policy.options.get("attention", "auto"))).meta["coupling"]
+    names = {alias: name for name, aliases in graph.walk.traced.skeleton.aliases.items() for alias in aliases}
+    slimmer = Slimmer(graph, units_kept(graph, record.kept, names))
+    for name in names.values():
+        made, wanted = slimmer.kept_dims(name), record.kept.get(name, {})
+        differing = [dim for dim in {*made, *wanted} if dim not in made or dim not in wanted or made[dim].tolist() != wanted[dim].tolist()]
+        if differing:
+            raise FileError(f"it does not fit this model: dimension {min(differing)} of {name!r} is coupled to other channels here")
+    slim: nn.Module = kept_class(slimmer) if record.keep_class else slimmer.run()
+    return FoldBatchNorm().run(slim) if record.folded and isinstance(slim, fx.GraphModule) else slim
+
+
+def units_kept(graph: CouplingGraph, kept: Mapping[str, Mapping[int, Tensor]], names: Mapping[str, str]) -> Keep:
+    """One boolean per unit, from what a record says was kept; ``names``: every name of a tensor -> its first. Raises ``FileError``."""
+    keep = np.ones(int(graph.starts[-1]) if len(graph.starts) else 0, dtype=bool)
+    for name, dims in kept.items():
+        for dim, indices in dims.items():
+            units = graph.unit_of.get((names.get(name, name), dim))
+            if units is None or (len(indices) and int(indices.max()) >= len(units)):
+                size = "no channels" if units is None else f"{len(units)} channels"
+                raise FileError(f"it does not fit this model: dimension {dim} of {name!r} has {size} here and kept {len(indices)} there")
+            gone = np.ones(len(units), dtype=bool)
+            gone[indices.numpy()] = False
+            keep[units[gone]] = False
+    return keep

@@ -1,0 +1,193 @@
+"""Importance: one score per unit of every group; the lowest go first.
+
+Criteria are summed over all the weights that a unit's removal takes: the producer's rows, the consumers' columns, the norms between.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxprune.errors import EvaluationError, InputError, PolicyError
+from fxprune.evaluation.accuracy import set_training
+from fxprune.importance.reconstruction import need_batches, reconstruction
+from fxprune.passes.coupling.graph import CouplingGraph, Group
+from fxprune.passes.labels.values import Vector
+
+Scores = Mapping[str, npt.NDArray[np.float64]]
+Importance = str | Callable[[Group, nn.Module], Any]
+NAMES = ("auto", "taylor", "l2", "l1", "variance", "random", "reconstruction")
+
+
+def scores(graph: CouplingGraph, importance: Importance = "auto", calibration: Iterable[Any] | None = None, seed: int = 0) -> Scores:
+    """Scores of all prunable groups: group name -> array (units).
+
+    ``importance``: "taylor" (first order, |weight x gradient| summed; Molchanov 2017, here over the whole group), "l2", "l1",
+    "variance" (of the weights), "reconstruction" (the error of the layers that read the unit, fitted anew without it; see
+    ``fxprune.importance.reconstruction``), "random" (by ``seed``), "auto" (taylor where ``calibration`` is given, else l2), or a callable
+    ``(group, module) -> scores``. ``calibration``: batches, each ``(inputs, targets)`` or inputs alone.
+    """
+    if callable(importance):
+        return {g.name: _checked(importance(g, graph.model), g) for g in graph.groups if g.prunable}
+    if importance not in NAMES:
+        raise PolicyError(
+            f"importance {importance!r} is not known; choose one of {', '.join(NAMES)} or pass a callable (group, module) -> scores"
+        )
+    if importance == "auto":
+        importance = "l2" if calibration is None else "taylor"
+    if importance == "random":
+        drawn = np.random.default_rng(seed).random(int(graph.starts[-1]))
+        return _by_group(graph, drawn)
+    empty = [n for n in graph.walk.traced.skeleton.parameter_names if graph.walk.traced.skeleton.real(n).device.type == "meta"]
+    if empty:
+        raise InputError(
+            f'{min(empty)!r} is on the meta device and has no values to rank channels by; pass importance="random" or a callable'
+        )
+    if importance == "taylor":
+        if calibration is None:
+            raise InputError('importance "taylor" needs calibration data: pass calibration=[(inputs, targets), ...], or importance="l2"')
+        return _by_group(graph, _sums(graph, gradients(graph.model, calibration), lambda w, g: (w * g).abs()))
+    if importance == "reconstruction":
+        found = reconstruction(graph, need_batches(calibration))
+        return {**scores(graph, "l2"), **found}  # what no suitable layer reads is ranked by its weights
+    weights = {n: graph.walk.traced.skeleton.real(n) for n in graph.walk.traced.skeleton.parameter_names}
+    if importance == "l1":
+        return _by_group(graph, _sums(graph, weights, lambda w, _: w.abs()))
+    if importance == "l2":
+        return _by_group(graph, np.sqrt(_squares(graph, weights)))
+    squares = _sums(graph, weights, lambda w, _: w.square())
+    count = _sums(graph, weights, lambda w, _: torch.ones_like(w))
+    mean = _sums(graph, weights, lambda w, _: w) / np.maximum(count, 1)
+    return _by_group(graph, squares / np.maximum(count, 1) - mean**2)
+
+
+def _checked(given: Any, group: Group) -> npt.NDArray[np.float64]:
+    found = np.asarray(torch.as_tensor(given).detach().cpu(), dtype=np.float64).reshape(-1)
+    if len(found) != group.size or not np.isfinite(found).all():
+        raise PolicyError(
+            f"the importance callable gave {len(found)} scores for group {group.name!r}; it must give {group.size} finite numbers"
+        )
+    return found
+
+
+def _by_group(graph: CouplingGraph, unit_scores: npt.NDArray[np.float64]) -> Scores:
+    return {g.name: unit_scores[graph.starts[g.number] : graph.starts[g.number + 1]] for g in graph.groups if g.prunable}
+
+
+def _sums(graph: CouplingGraph, tensors: Mapping[str, Any], term: Callable[[torch.Tensor, Any], torch.Tensor]) -> npt.NDArray[np.float64]:
+    """``term`` of every weight, added up over the units each dimension of the weight belongs to. Shape (units,)."""
+    found: list[tuple[Vector, torch.Tensor]] = []
+    with torch.no_grad():
+        for name, given in tensors.items():
+            weight, gradient = given if isinstance(given, tuple) else (given, None)
+            wanted = _scored_dimensions(graph, name, weight.ndim)
+            if wanted:
+                sums = _sums_along(term(weight.detach().float(), gradient), wanted)
+                found.extend((units, sums[dim]) for dim, units in wanted.items())
+    return _added_up(graph, found)
+
+
+def _squares(graph: CouplingGraph, weights: Mapping[str, torch.Tensor]) -> npt.NDArray[np.float64]:
+    """Sum of squared weights per unit; each weight is read once, for both of its channel dimensions."""
+    found: list[tuple[Vector, torch.Tensor]] = []
+    with torch.no_grad():
+        for name, weight in weights.items():
+            wanted = _scored_dimensions(graph, name, weight.ndim)
+            if wanted:
+                sums = _squares_along(weight.detach().float(), wanted)
+                found.extend((units, sums[dim]) for dim, units in wanted.items())
+    return _added_up(graph, found)
+
+
+def _scored_dimensions(graph: CouplingGraph, name: str, ndim: int) -> dict[int, Vector]:
+    """The units along each dimension of a parameter that has any to choose from."""
+    units = {d: graph.unit_of[name, d] for d in range(ndim) if (name, d) in graph.unit_of}
+    return {d: u for d, u in units.items() if graph.prunable_unit[u].any()}
+
+
+def _added_up(graph: CouplingGraph, found: list[tuple[Vector, torch.Tensor]]) -> npt.NDArray[np.float64]:
+    count = int(graph.starts[-1])
+    if not found:
+        return np.zeros(count)
+    weights = torch.cat([sums.double().cpu() for _, sums in found]).numpy()
+    total = np.bincount(np.concatenate([units for units, _ in found]), weights=weights, minlength=count)
+    return total.astype(np.float64, copy=False)
+
+
+# As many numbers as stay in a core's cache between squaring and summing them.
+_BLOCK = 1 << 17
+
+
+def _squares_along(weight: torch.Tensor, dims: Iterable[int]) -> dict[int, torch.Tensor]:
+    """Sum of squares at every index of each of ``dims``: {dim: (size of dim,)}."""
+    if weight.ndim == 1:
+        return {0: weight.square()}
+    found = {d: weight.movedim(d, 0).flatten(1).square().sum(1) for d in dims if d > 1}
+    matrix = weight.flatten(1)
+    rows = max(_BLOCK // max(matrix.shape[1], 1), 1)
+    if 1 not in dims:
+        return {**found, 0: torch.linalg.vector_norm(matrix, dim=1).square()} if 0 in dims else found
+    columns, sums = torch.zeros(matrix.shape[1], device=weight.device), []
+    for block in matrix.split(rows):
+        squares = block.square()
+        columns += squares.sum(0)
+        sums.append(squares.sum(1))
+    return {**found, 0: torch.cat(sums), 1: columns.view(weight.shape[1], -1).sum(1)}
+
+
+def _sums_along(term: torch.Tensor, dims: Iterable[int]) -> dict[int, torch.Tensor]:
+    """Sum at every index of each of ``dims``; kernels are summed away once, so that both channel dimensions read a matrix."""
+    per_channel = term.flatten(2).sum(2) if term.ndim > 2 else term
+    return {d: _sum_but(per_channel if d < 2 else term, d) for d in dims}
+
+
+def _sum_but(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    rest = [d for d in range(tensor.ndim) if d != dim]
+    return tensor.sum(rest) if rest else tensor
+
+
+def gradients(model: nn.Module, calibration: Iterable[Any]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """(weight, gradient) of every parameter, the gradient of the loss averaged over ``calibration``; the model is not touched.
+
+    The loss is cross-entropy for integer targets and mean squared error for others; for inputs without targets, cross-entropy with the
+    model's own decisions.
+    """
+    twin = copy.deepcopy(model)
+    set_training(twin, False)
+    for p in twin.parameters():
+        p.requires_grad_(True)
+    batches = 0
+    for batch in calibration:
+        inputs, targets = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
+        output = _main(twin(**inputs) if isinstance(inputs, dict) else twin(*inputs) if isinstance(inputs, (tuple, list)) else twin(inputs))
+        loss = _loss(output, targets)
+        if not torch.isfinite(loss):
+            raise EvaluationError(
+                f"the calibration loss is {loss.item()} on batch {batches}; check the calibration data and the model's weights"
+            )
+        loss.backward()
+        batches += 1
+    if not batches:
+        raise InputError("the calibration set is empty; pass at least one batch")
+    return {n: (p.detach(), torch.zeros_like(p) if p.grad is None else p.grad / batches) for n, p in twin.named_parameters()}
+
+
+def _main(output: Any) -> torch.Tensor:
+    while not isinstance(output, torch.Tensor):
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    return output
+
+
+def _loss(output: torch.Tensor, targets: Any) -> torch.Tensor:
+    if targets is None:
+        targets = output.argmax(1)
+    if not targets.is_floating_point():
+        return F.cross_entropy(output, targets)
+    return F.mse_loss(output, targets)

@@ -1,0 +1,144 @@
+"""Importance by reconstruction: which units the others can stand in for, once the layers that read them are fitted anew.
+
+Backward elimination on the covariance of each reading layer's inputs: the unit goes whose loss raises the least-squares error of the
+original responses least, the remaining weights being refitted in closed form (Hassibi 1993, Optimal Brain Surgeon, with the layer-wise
+error in place of the loss). So the choice of units and the repair "lstsq" aim at the same thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fxprune.errors import InputError
+from fxprune.passes.coupling.graph import CouplingGraph, Group
+from fxprune.repair.layers import Consumer, consumers
+from fxprune.repair.least_squares import RIDGE, Moments
+from fxprune.repair.matrices import choose, input_rows, matrices
+from fxprune.repair.repairer import ROOM, Repairer, rows_wanted
+
+WIDEST = 4608  # features of a layer beyond which its covariance is too large; its groups are ranked by the other layers that read them
+ROUNDS = 64  # a group is thinned out in at most so many rounds
+
+
+def reconstruction(graph: CouplingGraph, batches: Iterable[Any]) -> dict[str, npt.NDArray[np.float64]]:
+    """Scores of the groups that some convolution or linear layer reads: group name -> array (units).
+
+    A score is the relative error that its unit's removal adds when its turn has come, made to grow along the order of removal. Groups
+    that no suitable layer reads (ungrouped, called once, at most ``WIDEST`` features) are left out. ``batches`` as for a repair.
+    """
+    readers = _readers(graph, Repairer(graph, batches, "lstsq"))
+    found = {}
+    for group in graph.groups:
+        if group.prunable:
+            layers = [_Layer.of(*readers[p], i, u) for p, i, u in _reading(group) if p in readers]
+            if layers:
+                found[group.name] = _eliminated(group.size, layers)
+    return found
+
+
+def _reading(group: Group) -> list[tuple[str, Tensor, Tensor]]:
+    """(layer, input channels, the unit of each) of what reads the group."""
+    members = zip(group.members, group.units, strict=True)
+    return [(n.removesuffix(".weight"), idx, units) for (n, dim, idx), units in members if dim == 1 and n.endswith(".weight")]
+
+
+@torch.no_grad()
+def _readers(graph: CouplingGraph, repairer: Repairer) -> dict[str, tuple[Consumer, Tensor]]:
+    """Ungrouped layers by path, each with the covariance of its inputs (features, features)."""
+    wanted = {path for group in graph.groups if group.prunable for path, _, _ in _reading(group)}
+    found: dict[str, tuple[Consumer, Tensor]] = {}
+    for part in graph.walk.traced.parts or [""]:
+        module, playback = repairer.original(part, ROOM)
+        for i, one in enumerate(consumers(module, module.graphs["eval"])):
+            path = f"{part}.{one.path}" if part else one.path
+            weights = matrices(one.module)
+            if path not in wanted or len(weights) > 1 or weights.shape[2] > WIDEST:
+                continue
+            moments = Moments()
+            for batch in range(len(repairer.batches)):
+                for values in playback.before(batch, one.node):
+                    inputs = values[one.source]
+                    places = choose(one.module, one.module(inputs), rows_wanted(repairer.batches[batch]), seed=batch * 100_003 + i)
+                    rows = input_rows(one.module, inputs, places)
+                    moments.add(rows, rows[..., :1])
+            found[path] = (one, moments.covariance()[0])
+    return found
+
+
+@dataclass
+class _Layer:
+    """A layer while inputs are taken from it: weights (outputs, features) and the inverse covariance of the features that are left.
+
+    ``channels``, ``units``: its input channels in the group, and the unit of each. ``width``: features a channel has.
+    """
+
+    weights: Tensor
+    inverse: Tensor
+    energy: float
+    width: int
+    channels: Tensor
+    units: Tensor
+
+    @classmethod
+    def of(cls, one: Consumer, covariance: Tensor, channels: Tensor, units: Tensor) -> _Layer:
+        weights = matrices(one.module)[0].cpu().double()
+        gain = one.gain().cpu().double()
+        weights = weights * (gain.unsqueeze(1) if gain.ndim else gain)  # as its BatchNorm scales the responses
+        ridge = RIDGE * covariance.diagonal().mean().clamp_min(1e-12)
+        inverse = torch.linalg.inv(covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype))
+        energy = float((weights @ covariance * weights).sum().clamp_min(1e-30))
+        width = weights.shape[1] // int(one.module.weight.shape[1])
+        return cls(weights, inverse, energy, width, channels, units)
+
+    def costs(self, alive: Tensor) -> Tensor:
+        """By unit, the relative error that its removal adds; infinite for those that are gone."""
+        count = len(self.inverse) // self.width
+        blocks = self.inverse.reshape(count, self.width, count, self.width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)[self.channels].clone()
+        blocks[~alive[self.units]] = torch.eye(self.width, dtype=blocks.dtype)
+        own = self.weights.reshape(len(self.weights), count, self.width)[:, self.channels].permute(1, 2, 0)
+        each = (torch.linalg.solve(blocks, own) * own).sum((1, 2)) / self.energy
+        return torch.zeros(len(alive), dtype=each.dtype).index_add_(0, self.units, each)
+
+    def remove(self, gone: Tensor) -> None:
+        """Take the units ``gone`` out: the weights are refitted, the inverse is that of what is left."""
+        chosen = self.channels[torch.isin(self.units, gone)]
+        columns = (chosen.unsqueeze(1) * self.width + torch.arange(self.width)).flatten()
+        step = torch.linalg.solve(self.inverse[columns][:, columns], self.inverse[columns])
+        self.weights = self.weights - self.weights[:, columns] @ step
+        self.inverse = self.inverse - self.inverse[:, columns] @ step
+        self.weights[:, columns] = 0
+        self.inverse[columns], self.inverse[:, columns] = 0, 0
+
+
+def _eliminated(size: int, layers: list[_Layer]) -> npt.NDArray[np.float64]:
+    alive = torch.ones(size, dtype=torch.bool)
+    scores = torch.full((size,), np.inf, dtype=torch.float64)
+    reached, each = 0.0, -(-size // ROUNDS)
+    while int(alive.sum()) > 1:
+        costs = torch.stack([layer.costs(alive) for layer in layers]).sum(0)
+        costs[~alive] = np.inf
+        gone = torch.argsort(costs, stable=True)[: min(each, int(alive.sum()) - 1)]
+        # Later ones never count for less: equal scores would be told apart by their place, so each is a little above the last.
+        rising = torch.cummax(torch.cat([torch.tensor([reached], dtype=torch.float64), costs[gone].clamp_min(0)]), 0).values[1:]
+        scores[gone] = rising * (1 + 1e-9 * torch.arange(1, len(gone) + 1)) + 1e-15
+        reached = float(scores[gone[-1]])
+        alive[gone] = False
+        for layer in layers:
+            layer.remove(gone)
+    scores[alive] = reached * 2 + 1e-12
+    return scores.numpy()
+
+
+def need_batches(batches: Iterable[Any] | None) -> list[Any]:
+    """``batches`` as a list; raises ``InputError`` where there are none."""
+    found = [] if batches is None else list(batches)
+    if not found:
+        raise InputError('importance "reconstruction" needs calibration data: pass calibration=[inputs, ...], or importance="l2"')
+    return found

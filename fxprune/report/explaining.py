@@ -1,0 +1,169 @@
+"""``explain``: what the analysis found in a network, what is locked and why, and what its owner could do about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from fxprune.api import analyze
+from fxprune.passes.coupling.graph import SINGLE, CouplingGraph, Group
+from fxprune.passes.planning.cost import cost_model
+from fxprune.passes.planning.plan import plan
+
+# What to do about a reason, by words of it; the first that fits. An empty text: it is as it must be.
+ADVICE = (
+    ("reaches the network's output", ""),
+    ("from the network's input", ""),
+    (SINGLE, ""),
+    ("vocabulary", ""),
+    ("kernel's width", ""),
+    ("hidden size stays", ""),
+    ("each group keeps its width", ""),
+    ("ignore", "take it out of ignore= to have it pruned"),
+    ("has no rule", "say what the operation does to channels with fxprune.register_op (examples/own_operation.py)"),
+    (
+        "could not be traced",
+        "make what it names depend on shapes only, or export the model: "
+        "fxprune.compress(torch.export.export(model, inputs).module(), policy, inputs)",
+    ),
+    ("a part traced by itself", "parts keep their outer sizes; a model that torch.export takes whole is pruned across them"),
+    ("no operation reads it", "the network does not use it: delete it"),
+    ("values the graph computes", "where the index does not depend on the inputs, keep it in a buffer"),
+    ("assigned to", "join the parts with torch.cat instead of assigning into a slice"),
+    ("written in place", "assign instead (x[:, ::2] = ...), or join the parts with torch.cat"),
+    ("two lists at once", "pick along one axis after the other"),
+    ("reads the values", "compute with the tensor itself: a number taken out of it by item() or float() stays what it was"),
+    ("one flat row", "roll along a named dimension: torch.roll(x, shift, dims=...)"),
+    ("folded into one axis", "the other channels on that axis can be pruned; attention= chooses between heads and head_dim"),
+    ("of fixed size", "look at what the brackets name: it fixes the size that these channels meet"),
+    ("fixed size", "look at what gives that tensor its size"),
+)
+OTHERWISE = "the operation needs all of these channels together"
+
+
+@dataclass(frozen=True)
+class Lock:
+    """Groups locked for one reason. ``advice``: what to do about it, empty where nothing should be; ``channels``: how many units."""
+
+    reason: str
+    advice: str
+    groups: tuple[str, ...]
+    channels: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``explain`` found; ``str()`` of it, and what a console shows, is the text for people.
+
+    ``traced``: how the network was read. ``notes``: what was specialised, and what could not be kept. ``groups``, ``prunable``: how many.
+    ``params_left``, ``macs_left``: shares that remain with half of every prunable group. ``locks``: by reason, those to act on first.
+    ``statistics``: note -> groups whose pruning changes a statistic over channels, where removing is not the same as zeroing.
+    ``unknown``: operation without a rule -> where it is called.
+    """
+
+    traced: str
+    notes: tuple[str, ...]
+    groups: int
+    prunable: int
+    params_left: float
+    macs_left: float
+    locks: tuple[Lock, ...]
+    statistics: dict[str, tuple[str, ...]]
+    unknown: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.traced}.",
+            f"{self.prunable} of {self.groups} groups of channels can be pruned; half of each leaves {self.params_left:.0%} of the "
+            f"parameters and {self.macs_left:.0%} of the MACs.",
+        ]
+        lines += _titled("Notes", self.notes)
+        lines += _titled("Operations without a rule", (f"{name}, at {where}" for name, where in self.unknown.items()))
+        act, fine = [x for x in self.locks if x.advice], [x for x in self.locks if not x.advice]
+        for text in dict.fromkeys(x.advice for x in act):
+            lines += _titled(f"Locked; {text}", (_line(x) for x in act if x.advice == text))
+        lines += _titled("Locked, as it must be", map(_line, fine))
+        lines += _titled(
+            "Pruned, but not the same as zeroing",
+            (f"{note}: {_some(groups)}" for note, groups in self.statistics.items()),
+        )
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain(
+    model: nn.Module | CouplingGraph, example_inputs: Any = None, *, ignore: Iterable[Any] = (), attention: str = "auto"
+) -> Explanation:
+    """Say what can be pruned of ``model``, what is locked and why, and what could be done about it.
+
+    Arguments as of ``analyze``, or the graph that it returned. Nothing is pruned. Raises what ``analyze`` raises.
+    """
+    graph = model if isinstance(model, CouplingGraph) else analyze(model, example_inputs, ignore=ignore, attention=attention)
+    open_groups = [g for g in graph.groups if g.prunable]
+    keep = plan(graph, 0.5, {g.name: np.zeros(g.size) for g in open_groups})
+    costs = cost_model(graph)
+    statistics: dict[str, list[str]] = {}
+    for group in open_groups:
+        for note in group.notes:
+            statistics.setdefault(_general(note), []).append(group.name)
+    return Explanation(
+        _traced(graph),
+        tuple(graph.notes),
+        len(graph.groups),
+        len(open_groups),
+        costs.params(keep) / max(costs.params(), 1),
+        costs.macs(keep) / max(costs.macs(), 1),
+        _locks([g for g in graph.groups if not g.prunable]),
+        {note: tuple(names) for note, names in statistics.items()},
+        dict(graph.walk.unknown),
+    )
+
+
+def _locks(groups: list[Group]) -> tuple[Lock, ...]:
+    alike: dict[str, list[Group]] = {}
+    for group in groups:
+        alike.setdefault(_general(group.reason), []).append(group)
+    found = [
+        Lock(reason, advice(reason), tuple(g.name for g in members), sum(g.size for g in members)) for reason, members in alike.items()
+    ]
+    return tuple(sorted(found, key=lambda x: (not x.advice, -x.channels, x.reason)))
+
+
+def advice(reason: str) -> str:
+    """What to do about a reason; empty where the channels are locked as they must be."""
+    return next((text for words, text in ADVICE if words in reason), OTHERWISE)
+
+
+def _general(reason: str) -> str:
+    """A reason without the place of one group: " at layer (Conv2d) (file:line)"."""
+    return re.sub(r" at [^ ]+( \(\w+\))?( \([^()]*:\d+\))?$", "", reason)
+
+
+def _traced(graph: CouplingGraph) -> str:
+    traced = graph.walk.traced
+    name = type(graph.model).__name__
+    if traced.parts:
+        return f"{name} was traced in {len(traced.parts)} parts: {_some(tuple(traced.parts))}; the code between them runs as it is"
+    modes = "in training and evaluation mode" if len(traced.graphs) > 1 else "whole"
+    kept = f", with {_some(tuple(sorted(traced.opaque)))} kept as it is" if traced.opaque else ""
+    return f"{name} was traced {modes}{kept}"
+
+
+def _line(lock: Lock) -> str:
+    count = len(lock.groups)
+    return f"{lock.channels} channels in {count} {'group' if count == 1 else 'groups'}: {lock.reason} ({_some(lock.groups)})"
+
+
+def _some(names: tuple[str, ...], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _titled(title: str, items: Iterable[str]) -> list[str]:
+    lines = [f"  {item}" for item in items]
+    return [f"{title}:", *lines] if lines else []

@@ -1,0 +1,339 @@
+"""Labels to groups: which channels of which parameters go together, and the networkx graph that says why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import torch
+from torch import nn
+
+from fxprune.passes.coupling.untraced import pin_unseen
+from fxprune.passes.coupling.walk import Walk
+from fxprune.passes.labels.values import Value, Vector
+from fxprune.passes.rules.functional_weights import output_dims
+
+LAYERS = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.conv._ConvNd,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RNNBase,
+    nn.PReLU,
+    *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []),
+)
+SINGLE = "all its channels are tied into one unit"
+Member = tuple[str, int, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that are pruned by one sparsity.
+
+    ``size``: units; removing a unit removes every index that belongs to it from every member.
+    ``members``: (parameter or buffer name, dimension, LongTensor of the indices that belong to the group).
+    ``prunable``, ``reason``: whether units may go, and if not, why. ``notes``: what pruning it changes besides removing channels
+    (a statistic over channels); where there are any, the zeroing oracle is not defined for the group.
+    """
+
+    name: str
+    size: int
+    prunable: bool
+    reason: str
+    notes: tuple[str, ...]
+    number: int = field(repr=False)
+    graph: CouplingGraph = field(repr=False, compare=False)
+
+    @cached_property
+    def members(self) -> tuple[Member, ...]:
+        return self.graph.members_of(self.number)
+
+    @cached_property
+    def units(self) -> tuple[torch.Tensor, ...]:
+        """For each member, the unit that each of its indices belongs to, 0 to ``size`` - 1 (aligned with ``members``)."""
+        start = self.graph.starts[self.number]
+        return tuple(torch.from_numpy(self.graph.unit_of[n, d][i.numpy()] - start) for n, d, i in self.members)
+
+
+class CouplingGraph:
+    """The channels of an analysed model: ``groups`` in a stable order, and ``graph``, a ``networkx.Graph``.
+
+    Nodes of ``graph`` are (parameter or buffer name, dimension); edges carry ``op``, the operation that couples them.
+    ``inputs`` and ``options`` are what a policy records. The analysed model is kept by reference: weights are read when it is pruned.
+    """
+
+    def __init__(self, walk: Walk, inputs: Any, options: Mapping[str, Any]) -> None:
+        self.walk, self.inputs, self.options = walk, inputs, dict(options)
+        self.model = walk.traced.skeleton.original
+        self.notes = walk.traced.notes
+        self.template: Any = None  # what the rewrites of this graph share (passes.slim), made by the first
+        self.costs: Any = None  # its cost model (passes.cost), made when it is first asked for
+        self._functional = output_dims(walk.traced)
+        pin_unseen(walk)
+        self._cover_layers()
+        self._build()
+
+    # -- groups -------------------------------------------------------------------------------------------------------------
+
+    def _cover_layers(self) -> None:
+        """Layers the graph never reaches (unused, or inside a module that could not be traced) are locked, and say so."""
+        walk, skeleton = self.walk, self.walk.traced.skeleton
+        unread = "it is used by code that could not be traced" if walk.traced.parts else "no operation reads it"
+        for path, module in skeleton.original.named_modules():
+            if not isinstance(module, LAYERS):
+                continue
+            inside = next((o for o in walk.traced.opaque if path == o or path.startswith(f"{o}.")), None)
+            for key, _ in module.named_parameters(recurse=False):  # type: ignore[attr-defined]
+                name = walk.canonical(path, key)
+                if name is None:
+                    continue
+                for dim, size in enumerate(skeleton.tensor(name).shape[:2]):
+                    if size > 1 and (name, dim) not in walk.parameters:
+                        weight = walk.canonical(path, "weight") or name
+                        vector = walk.parameters.get((weight, 0)) if dim == 0 else None
+                        if vector is None or len(vector) != size:  # a bias has the channels of its weight
+                            vector = walk.labels.new(size)
+                        walk.parameters[name, dim] = vector
+                        why = (
+                            f"it is inside {inside!r}, which could not be traced: {walk.traced.opaque[inside]}"
+                            if inside is not None
+                            else unread
+                        )
+                        walk.labels.pin(vector, why)
+
+    def _build(self) -> None:
+        walk = self.walk
+        keys = [k for k in walk.parameters if len(walk.parameters[k])]
+        self.keys = keys
+        # Dimensions that share one vector of labels (a norm's weight, bias and statistics) are one line.
+        vectors = [walk.parameters[k] for k in keys]
+        lines = {id(v): v for v in vectors}
+        number = {line: i for i, line in enumerate(lines)}
+        line_of_key = np.array([number[id(v)] for v in vectors], dtype=np.int64)
+        roots = [walk.labels.find(v) for v in lines.values()]
+        lengths = np.array([len(r) for r in roots], dtype=np.int64)
+        flat = np.concatenate(roots) if roots else np.zeros(0, dtype=np.int64)
+        line_of = np.repeat(np.arange(len(roots)), lengths)
+        # np.unique would sort; roots are small numbers, so a table does it in one pass.
+        first_at = np.full(walk.labels.count + 1, -1, dtype=np.int64)
+        first_at[flat[::-1]] = np.arange(len(flat))[::-1]
+        classes = np.flatnonzero(first_at >= 0)
+        first = first_at[classes]
+        n = len(classes)
+        place_of = np.zeros(walk.labels.count + 1, dtype=np.int64)
+        place_of[classes] = np.arange(n)
+        inverse = place_of[flat]
+        # Units that occupy the same dimensions equally often are of one kind: a random number per dimension, summed, tells kinds apart.
+        rng = np.random.Generator(np.random.PCG64(2024))
+        marks = rng.integers(1, 1 << 62, size=max(len(keys), 1), dtype=np.uint64)
+        kind = np.zeros(n, dtype=np.uint64)
+        line_marks = np.zeros(len(roots), dtype=np.uint64)
+        np.add.at(line_marks, line_of_key, marks[: len(keys)])
+        np.add.at(kind, inverse, line_marks[line_of])
+        reason_of = self._reason_of(walk.labels.pins, classes)
+        note_of = self._reason_of(walk.labels.inexact, classes)
+        in_layer = np.zeros(n, dtype=bool)
+        layer_lines = np.zeros(len(roots), dtype=bool)
+        layer_lines[line_of_key[np.array([self._is_layer(k) for k in keys], dtype=bool)]] = True
+        in_layer[inverse[layer_lines[line_of]]] = True
+        if walk.weights:
+            found = np.searchsorted(classes, walk.labels.find(np.concatenate(walk.weights)))
+            in_layer[found[found < n]] = True
+        # Group number of every class: the order is that of the first index in the order of execution.
+        for facts, mark in zip((reason_of, note_of, in_layer), rng.integers(1, 1 << 62, size=3, dtype=np.uint64), strict=True):
+            kind += facts.astype(np.uint64) * mark
+        _, group = np.unique(kind, return_inverse=True)
+        group = group.reshape(-1)
+        count = int(group.max()) + 1 if n else 0
+        lead = np.full(count, np.iinfo(np.int64).max)
+        np.minimum.at(lead, group, first)
+        rank = np.empty(count, dtype=np.int64)
+        rank[np.argsort(lead, kind="stable")] = np.arange(count)
+        group = rank[group]
+        order = np.lexsort((first, group))
+        unit = np.empty(n, dtype=np.int64)
+        unit[order] = np.arange(n)
+        self.starts = np.searchsorted(group[order], np.arange(count + 1))
+        self.group_of_unit = group[order]
+        self.unit_of: dict[tuple[str, int], Vector] = {}
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        units = [unit[inverse[low:high]] for low, high in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
+        self.unit_of.update((key, units[line]) for key, line in zip(keys, line_of_key.tolist(), strict=True))
+        self._unit_of_label = np.full(walk.labels.count, -1, dtype=np.int64)
+        everything = walk.labels.find(np.arange(walk.labels.count))
+        hit = first_at[everything] >= 0
+        self._unit_of_label[hit] = unit[place_of[everything[hit]]]
+        present = np.zeros((count, max(len(roots), 1)), dtype=bool)
+        present[group[inverse], line_of] = True
+        self._group_keys = [np.flatnonzero(row[line_of_key]) for row in present]
+        sizes = np.diff(self.starts)
+        reasons = np.zeros(count, dtype=np.int64)
+        notes = np.zeros(count, dtype=np.int64)
+        layer = np.zeros(count, dtype=bool)
+        reasons[group], notes[group], layer[group] = reason_of, note_of, in_layer
+        groups = []
+        names = self._names(count)
+        self.by_number: dict[int, Group] = {}
+        for g in range(count):
+            if not layer[g]:
+                continue
+            reason = walk.labels.pins[reasons[g] - 1][1] if reasons[g] else SINGLE if sizes[g] == 1 else ""
+            note = (walk.labels.inexact[notes[g] - 1][1],) if notes[g] else ()
+            groups.append(Group(names[g], int(sizes[g]), not reason, reason, note, g, self))
+            self.by_number[g] = groups[-1]
+        self.groups: tuple[Group, ...] = tuple(groups)
+        self.by_name = {g.name: g for g in groups}
+        self.prunable_unit = np.zeros(n, dtype=bool)
+        for group_ in groups:
+            self.prunable_unit[self.starts[group_.number] : self.starts[group_.number + 1]] = group_.prunable
+
+    def _reason_of(self, pins: Sequence[tuple[Vector, str]], classes: Vector) -> Vector:
+        """1 + the number of the first reason given for each class, or 0."""
+        reason = np.zeros(len(classes), dtype=np.int64)
+        if not pins or not len(classes):
+            return reason
+        vectors = [v for v, _ in pins]
+        flat = self.walk.labels.find(np.concatenate(vectors))
+        number = np.repeat(np.arange(1, len(pins) + 1), [len(v) for v in vectors])
+        # One sentence per text: the same words at several places are one reason.
+        first_of: dict[str, int] = {}
+        canonical = np.array([first_of.setdefault(text, i + 1) for i, (_, text) in enumerate(pins)])
+        place = np.minimum(np.searchsorted(classes, flat), len(classes) - 1)
+        hit = classes[place] == flat
+        reason[place[hit][::-1]] = canonical[number[hit] - 1][::-1]
+        return reason
+
+    def _is_layer(self, key: tuple[str, int]) -> bool:
+        path = key[0].rpartition(".")[0]
+        skeleton = self.walk.traced.skeleton
+        return key[0] in skeleton.parameter_names and isinstance(skeleton.original_module(path), LAYERS)
+
+    def members_of(self, number: int) -> tuple[Member, ...]:
+        low, high = self.starts[number], self.starts[number + 1]
+        found = []
+        for k in self._group_keys[number]:
+            name, dim = self.keys[k]
+            units = self.unit_of[name, dim]
+            found.append((name, dim, torch.from_numpy(np.flatnonzero((units >= low) & (units < high)))))
+        return tuple(found)
+
+    # -- names --------------------------------------------------------------------------------------------------------------
+
+    def _names(self, count: int) -> list[str]:
+        names: list[str] = []
+        used: dict[str, int] = {}
+        for g in range(count):
+            keys = [self.keys[k] for k in self._group_keys[g]]
+            producer = next((k for k in keys if self._produces(k)), None)
+            key = producer or (keys[0] if keys else ("", 0))
+            base = key[0].rpartition(".")[0] or key[0]
+            if producer is None:
+                base += ":in"
+            low, high = self.starts[g], self.starts[g + 1]
+            units = self.unit_of.get(key, np.zeros(0, dtype=np.int64))
+            inside = (units >= low) & (units < high)
+            name = base if inside.all() else f"{base}[{_ranges(np.flatnonzero(inside))}]"
+            used[name] = used.get(name, 0) + 1
+            names.append(name if used[name] == 1 else f"{name}#{used[name]}")
+        return names
+
+    def _produces(self, key: tuple[str, int]) -> bool:
+        name, dim = key
+        skeleton = self.walk.traced.skeleton
+        module = skeleton.original_module(name.rpartition(".")[0])
+        if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+            return name.endswith("weight") and dim == (1 if module.groups == 1 else 0)
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            return dim == 1
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.RNNBase)):
+            return dim == 0 and skeleton.tensor(name).ndim > 1
+        return dim in self._functional.get(name, ())
+
+    # -- the networkx graph -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def graph(self) -> nx.Graph[Any]:
+        graph: nx.Graph[Any] = nx.Graph()
+        op_of = {(t.name, t.dim): (t.op, t.node) for t in self.walk.ties}
+        for name, dim in self.keys:
+            graph.add_node((name, dim), size=len(self.unit_of[name, dim]), op=op_of.get((name, dim), ("", ""))[0])
+        first_key: dict[int, tuple[str, int]] = {}
+        for key in self.keys:
+            units = self.unit_of[key]
+            groups = np.unique(self.group_of_unit[units])
+            for g in groups.tolist():
+                if g in first_key and first_key[g] != key:
+                    op, node = op_of.get(key, ("", ""))
+                    graph.add_edge(first_key[g], key, op=op, node=node)
+                first_key.setdefault(g, key)
+        for meeting in self.walk.meetings:
+            a, b = (self._source(label) for label in (meeting.a, meeting.b))
+            if a is not None and b is not None and a != b:
+                graph.add_edge(a, b, op=meeting.op, node=meeting.where)
+        return graph
+
+    @cached_property
+    def _sources(self) -> tuple[Vector, list[tuple[str, int]]]:
+        starts = np.array(sorted(self.walk.source), dtype=np.int64)
+        return starts, [self.walk.source[int(s)] for s in starts]
+
+    def _source(self, label: int) -> tuple[str, int] | None:
+        starts, keys = self._sources
+        slot = int(np.searchsorted(starts, label, side="right")) - 1
+        if slot < 0:
+            return None
+        key = keys[slot]
+        return key if key in self.unit_of and label < starts[slot] + len(self.unit_of[key]) else None
+
+    # -- what the rewrite asks ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def dims_of(self) -> dict[str, list[tuple[int, Vector]]]:
+        """Tensor name -> its dimensions that carry units, in order, each with the unit of every index."""
+        found: dict[str, list[tuple[int, Vector]]] = {}
+        for name, dim in sorted(self.unit_of):
+            found.setdefault(name, []).append((dim, self.unit_of[name, dim]))
+        return found
+
+    def units_along(self, value: Value, axis: int) -> Vector:
+        """The unit of every index along a labelled axis of a value; -1 where it belongs to none."""
+        found: Vector = self._unit_of_label[value.axes[axis]]
+        return found
+
+    def units_of_labels(self, vector: Vector) -> Vector:
+        found: Vector = self._unit_of_label[vector]
+        return found
+
+    def may_lose(self, vector: Vector) -> bool:
+        """Whether any label of a vector belongs to a unit that a policy may remove."""
+        units = self._unit_of_label[vector]
+        return bool(self.prunable_unit[units[units >= 0]].any())
+
+    def is_output(self, key: tuple[str, int]) -> bool:
+        """Whether a parameter's dimension is the output channels of a convolution, linear, embedding or recurrent layer."""
+        return self._produces(key)
+
+    def exact(self, names: Iterable[str]) -> bool:
+        """Whether the zeroing oracle is defined for all the named groups."""
+        return not any(self.by_name[n].notes for n in names)
+
+
+def _ranges(indices: Vector) -> str:
+    """Indices as ranges: ``0:8,24:32``; evenly spaced ones as ``0:58:2``; more than six ranges as the first, the last and how many."""
+    steps = np.diff(indices)
+    if len(indices) > 2 and (steps == steps[0]).all() and steps[0] > 1:
+        return f"{indices[0]}:{indices[-1] + 1}:{steps[0]}"
+    breaks = np.flatnonzero(steps != 1)
+    starts = indices[np.concatenate([[0], breaks + 1])]
+    ends = indices[np.concatenate([breaks, [len(indices) - 1]])] + 1
+    if len(starts) > 6:
+        return f"{starts[0]}:{ends[0]},...,{starts[-1]}:{ends[-1]};{len(indices)}"
+    return ",".join(f"{s}:{e}" for s, e in zip(starts.tolist(), ends.tolist(), strict=True))

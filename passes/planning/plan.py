@@ -1,0 +1,93 @@
+"""Policy and scores to kept units: plain arrays, no tensors of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fxprune.errors import PolicyError
+from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.policies import units_removed
+
+Keep = npt.NDArray[np.bool_]
+
+
+def sparsities(graph: CouplingGraph, policy: Mapping[str, float] | float) -> dict[str, float]:
+    """Sparsity by group name for the groups that lose units. Unknown and locked names are errors that say what to write instead."""
+    if isinstance(policy, (int, float)):
+        return {g.name: float(policy) for g in graph.groups if g.prunable}
+    for name, p in policy.items():
+        group = graph.by_name.get(name)
+        if group is None:
+            raise PolicyError(f"the policy names a group {name!r} that this model does not have; {_nearest(graph, name)}")
+        if p > 0 and not group.prunable:
+            raise PolicyError(f"group {name!r} cannot be pruned: {group.reason}; set its sparsity to 0 or leave it out")
+    return dict(policy)
+
+
+def _nearest(graph: CouplingGraph, name: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, [g.name for g in graph.groups if g.prunable], 3, 0.4)
+    return f"did you mean {', '.join(map(repr, close))}?" if close else "fxprune.visualize(model, inputs) prints the groups"
+
+
+def plan(graph: CouplingGraph, policy: Mapping[str, float] | float, scores: Mapping[str, Any], round_to: int = 1) -> Keep:
+    """Which units stay: one boolean per unit of the graph.
+
+    ``scores``: group name -> one number per unit; the lowest go first, the first of equals first.
+    ``round_to``: the channels kept in every pruned dimension are rounded up to a multiple of it, never above the original.
+    """
+    counts = {name: units_removed(p, graph.by_name[name].size) for name, p in sparsities(graph, policy).items()}
+    return keep_counts(graph, {n: c for n, c in counts.items() if c}, scores, round_to)
+
+
+def keep_counts(graph: CouplingGraph, removed: Mapping[str, int], scores: Mapping[str, Any], round_to: int = 1) -> Keep:
+    """Like ``plan``, from the number of units to remove of each group."""
+    keep = np.ones(int(graph.starts[-1]) if len(graph.starts) else 0, dtype=bool)
+    counts = {name: min(n, graph.by_name[name].size - 1) for name, n in removed.items()}
+    if round_to > 1:
+        counts = Rounding(graph, round_to)(counts)
+    for name, count in counts.items():
+        if count <= 0:
+            continue
+        group = graph.by_name[name]
+        ranked = np.argsort(np.asarray(scores[name], dtype=np.float64), kind="stable")
+        keep[graph.starts[group.number] + ranked[:count]] = False
+    return keep
+
+
+class Rounding:
+    """Units to remove by group name -> fewer of them, so that every pruned dimension keeps a multiple of ``multiple`` channels, or all."""
+
+    def __init__(self, graph: CouplingGraph, multiple: int) -> None:
+        self.multiple = multiple
+        dims: dict[tuple[int, tuple[tuple[str, int], ...]], None] = {}  # their size, and how often each group's units occur; each kind once
+        for key in graph.keys:
+            units = graph.unit_of[key]
+            numbers, per = np.unique(graph.group_of_unit[units], return_counts=True)
+            owners = [(graph.by_number[g], n) for g, n in zip(numbers.tolist(), per.tolist(), strict=True) if g in graph.by_number]
+            inside = tuple((group.name, n // group.size) for group, n in owners if group.prunable)
+            if inside:
+                dims[len(units), inside] = None
+        self.dims = list(dims)
+
+    def __call__(self, removed: Mapping[str, int]) -> dict[str, int]:
+        """Only ever gives back, so it ends."""
+        counts, multiple = dict(removed), self.multiple
+        changed = True
+        while changed:
+            changed = False
+            for size, groups in self.dims:
+                inside = [(name, times) for name, times in groups if counts.get(name)]
+                gone = sum(counts[name] * times for name, times in inside)
+                if gone == 0 or (size - gone) % multiple == 0:
+                    continue
+                changed = True
+                name, times = max(inside, key=lambda one: (counts[one[0]] * one[1], one[0]))
+                give = next((d for d in range(1, counts[name] + 1) if (size - gone + d * times) % multiple == 0), counts[name])
+                counts[name] -= give
+        return counts

@@ -1,0 +1,58 @@
+"""Sliced tensors and copied modules put together to a module tree with the original's names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxprune.passes.ir.skeleton import fill
+
+_BLANK = nn.Module()
+Copies = tuple[tuple[nn.Module, bool], ...]
+
+
+def copies(original: nn.Module, keeps_class: Callable[[str], bool]) -> Copies:
+    """Every module of ``original`` once, and whether its copy keeps its class: the others become plain modules that hold parameters."""
+    found: dict[int, tuple[nn.Module, bool]] = {}
+    for path, module in original.named_modules(remove_duplicate=False):
+        if id(module) not in found:
+            found[id(module)] = (module, type(module) is nn.Module or keeps_class(path))
+    return tuple(found.values())
+
+
+def assemble(modules: Copies, memo: dict[int, Any], constants: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The tree of ``modules``, the root first, with the tensors of ``memo`` (id of the original tensor -> new tensor).
+
+    The new modules are added to ``memo`` (id of the original module -> new module). ``constants``: tensors to hold at other paths.
+    """
+    for module, keeps_class in modules:
+        memo[id(module)] = object.__new__(type(module) if keeps_class else nn.Module)
+    for module, keeps_class in modules:
+        twin = memo[id(module)]
+        if keeps_class:
+            fill(module, twin, memo)
+            continue
+        fill(_BLANK, twin, memo)
+        state = twin.__dict__
+        for kind in ("_parameters", "_buffers", "_modules"):
+            held = module.__dict__[kind]
+            if held:
+                state[kind] = {k: None if v is None else memo[id(v)] for k, v in held.items()}
+        state["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+        state["training"] = module.training
+    root: nn.Module = memo[id(modules[0][0])]
+    for name, tensor in constants.items():
+        path, _, key = name.rpartition(".")
+        setattr(root.get_submodule(path), key, tensor)
+    return root
+
+
+def replace_module(tree: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` is registered."""
+    for module in tree.modules():
+        for name, child in module._modules.items():
+            if child is old:
+                module._modules[name] = new

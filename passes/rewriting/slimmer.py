@@ -1,0 +1,344 @@
+"""Kept units to a slim module: parameters sliced, attributes set, and every literal of the graph recomputed.
+
+Numbers in the graph keep the meaning they have in the original: a read of a pruned size is answered with the original size (so
+that ``C ** -0.5`` stays what it was), and where a number becomes a shape it is replaced by the new size of that node's output.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.fx.node import map_arg
+
+from fxprune.errors import UnsupportedError
+from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.passes.ir.dead_code import impure
+from fxprune.passes.ir.slim_module import SlimModule
+from fxprune.passes.labels.values import Value, Vector, values
+from fxprune.passes.planning.plan import Keep
+from fxprune.passes.rewriting.assemble import Copies, assemble, copies, replace_module
+from fxprune.passes.rewriting.resize import has_sizes, resize
+from fxprune.passes.rewriting.slicing import cut
+from fxprune.passes.rules import registry
+from fxprune.passes.rules.moving.indexing import left_of
+
+_ARITHMETIC = {
+    getattr(operator, n) for n in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "eq", "ne", "lt", "le", "gt", "ge")
+}
+
+
+@dataclass
+class Template:
+    """What every rewrite of one analysed model shares. ``module``: holds the graphs where no policy changes them, else None."""
+
+    copies: Copies
+    resized: tuple[tuple[nn.Module, Value, Value, list[Vector]], ...]
+    constant: bool
+    module: SlimModule | None = None
+
+
+class Slimmer:
+    """One rewrite: the questions that rewrites of single operations ask (``kept``, ``size``, ``sizes``), and the slices made."""
+
+    def __init__(self, graph: CouplingGraph, keep: Keep) -> None:
+        self.graph = graph
+        self.walk = graph.walk
+        self.skeleton = graph.walk.traced.skeleton
+        self._keep = np.append(keep, True)  # unit -1, "belongs to no group", is kept
+        self._kept: dict[int, tuple[Vector, Vector | None]] = {}
+        self._dims: dict[str, dict[int, torch.Tensor]] = {}
+        self._by_units: dict[int, torch.Tensor | None] = {}
+        self.renumber: dict[str, torch.Tensor] = {}
+        self.constants: dict[str, torch.Tensor] = {}
+        self.new: fx.Graph = fx.Graph()
+        self._prefix = ""
+
+    # -- what rewrites ask --------------------------------------------------------------------------------------------------
+
+    def value(self, node: Any) -> Any:
+        """What the analysis knows of a copied node's tensor (or tensors)."""
+        return node.meta["value"]
+
+    def kept_of(self, vector: Vector) -> Vector | None:
+        """Positions kept along labels, or None where all are."""
+        found = self._kept.get(id(vector))
+        if found is None:
+            mask = self._keep[self.graph.units_of_labels(vector)]
+            found = self._kept[id(vector)] = (vector, None if mask.all() else np.flatnonzero(mask))
+        return found[1]
+
+    def kept(self, value: Value, axis: int) -> Vector | None:
+        vector = value.axes.get(axis)
+        return None if vector is None else self.kept_of(vector)
+
+    def count(self, value: Value, axis: int) -> int:
+        kept = self.kept(value, axis)
+        return value.shape[axis] if kept is None else len(kept)
+
+    def size(self, node: Any, axis: int) -> int:
+        return self.count(self.value(node), axis)
+
+    def pruned(self, node: Any, axis: int) -> bool:
+        value = self.value(node)
+        return self.kept(value, axis % value.ndim) is not None
+
+    def touched(self, nested: Any) -> bool:
+        return any(self.kept_of(v) is not None for value in values(nested) for v in value.axes.values())
+
+    def argument(self, node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+        if len(node.args) > position:
+            return node.args[position]
+        return node.kwargs.get(name, default)
+
+    def set_argument(self, node: fx.Node, position: int, name: str, value: Any) -> None:
+        if len(node.args) > position:
+            node.args = (*node.args[:position], value, *node.args[position + 1 :])
+        else:
+            node.kwargs = {**node.kwargs, name: value}
+
+    def number(self, value: Any) -> int:
+        """The number a literal or an integer node stands for on the example (a channel count is the same for every input)."""
+        return int(value.meta["number"]) if isinstance(value, fx.Node) else int(value)
+
+    def sizes(self, node: fx.Node, sizes: Sequence[Any], first: int = 0) -> list[Any]:
+        """Size arguments, one per axis of the node's tensor from axis ``first``: those of pruned axes replaced by what is left."""
+        value = self.value(node)
+        return [self._new_size(node, value, first + i, s) for i, s in enumerate(sizes)]
+
+    def _new_size(self, node: fx.Node, value: Value, axis: int, given: Any) -> Any:
+        kept = self.kept(value, axis)
+        if kept is None or (isinstance(given, int) and given == -1):
+            return given
+        if not isinstance(given, fx.Node) or self._static(value.axes[axis]):
+            return len(kept)
+        return self._scaled(given, len(kept), value.shape[axis])
+
+    def _static(self, vector: Vector) -> bool:
+        """No label repeats: the axis holds channels alone. Otherwise batch or space may be folded into it and its size is a product."""
+        units = self.graph.units_of_labels(vector)
+        return len(np.unique(units)) == len(units)
+
+    def _scaled(self, given: fx.Node, numerator: int, denominator: int) -> fx.Node:
+        divisor = int(np.gcd(numerator, denominator))
+        times = self.new.call_function(operator.mul, (given, numerator // divisor))
+        return self.new.call_function(operator.floordiv, (times, denominator // divisor))
+
+    def renumbered(self, node: fx.Node, index: Any, kept: Vector, size: int) -> Any:
+        """An index tensor along a pruned axis: entries of removed channels dropped, the others renumbered."""
+        actual = self.walk.real(index.meta["old"]) if isinstance(index, fx.Node) else None
+        if actual is None:
+            raise UnsupportedError(
+                f"{node.meta.get('where', node.name)}: channels are picked by an index that cannot be renumbered; pass its layer to ignore="
+            )
+        new = torch.from_numpy(left_of(node, actual.cpu().numpy() % size, kept)).to(actual.dtype)
+        if self._is_sole_use(index):
+            self.renumber[str(index.target)] = new
+            return index
+        name = f"{self._prefix}_fxprune_index{len(self.constants)}"
+        self.constants[name] = new.to(actual.device)
+        made: fx.Node = self.new.get_attr(name)
+        return made
+
+    def _is_sole_use(self, index: fx.Node) -> bool:
+        """Whether an index is a buffer that one node of one graph reads: then the buffer itself can be renumbered."""
+        if index.op != "get_attr" or index.target in self.walk.traced.constants:
+            return False
+        graphs = self.walk.traced.graphs.values()
+        return sum(len(n.users) for g in graphs for n in g.nodes if n.op == "get_attr" and n.target == index.target) == 1
+
+    # -- the rewrite --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def run(self) -> Any:
+        """The slim network: a ``SlimModule``, or where only parts could be traced a copy of the user's module with slim parts in it."""
+        template, parts = self.graph.template, self.walk.traced.parts
+        if template is None:
+            template = self.graph.template = self._template()
+        elif template.constant and template.module is None and not parts:
+            template.module = SlimModule(nn.Module(), self._graphs())
+        graphs = self._graphs() if template.module is None else {}  # before the tree: index buffers are renumbered on the way
+        tree = self._tree(template.copies)
+        if template.module is not None:
+            return template.module.sibling(tree)
+        if not parts:
+            return SlimModule(tree, graphs)
+        for path in parts:
+            own = {mode: graphs[f"{path}:{mode}"] for mode in ("eval", "train") if f"{path}:{mode}" in graphs}
+            for graph in own.values():
+                for node in graph.nodes:
+                    if node.op in ("call_module", "get_attr"):
+                        node.target = self._inside(node, f"{path}.")
+            replace_module(tree, tree.get_submodule(path), SlimModule(tree.get_submodule(path), own))
+        return tree
+
+    def _inside(self, node: fx.Node, prefix: str) -> str:
+        """The name that what a part's graph reads has within the part: it may be shared with other parts, and known by theirs."""
+        name = str(node.target)
+        if not name.startswith(prefix):
+            names = self.skeleton.module_aliases(name) if node.op == "call_module" else self.skeleton.aliases[name]
+            name = next(n for n in names if n.startswith(prefix))
+        return name.removeprefix(prefix)
+
+    @torch.no_grad()
+    def tree(self, own_classes: bool = False) -> nn.Module:
+        """The module tree alone, once the graphs are copied (index buffers are renumbered on the way); maybe all of the user's classes."""
+        template = self.graph.template = self.graph.template or self._template()
+        return self._tree(copies(self.skeleton.original, lambda _: True) if own_classes else template.copies, own_classes)
+
+    def _graphs(self) -> dict[str, fx.Graph]:
+        return {mode: self.copy(mode, graph) for mode, graph in self.walk.traced.graphs.items()}
+
+    def _template(self) -> Template:
+        traced = self.walk.traced
+        calls: dict[str, tuple[list[Value], list[Value]]] = {}
+        for mode, graph in traced.graphs.items():
+            for old in graph.nodes:
+                name = str(old.target)
+                if old.op == "call_module" and name not in calls:
+                    inputs = values(map_arg(old.args, self.walk.env[mode].get))
+                    calls[name] = (inputs, values(self.walk.env[mode][old]))
+        resized = []
+        for name, (inputs, outputs) in calls.items():
+            module = self.skeleton.original_module(name)
+            if name not in traced.opaque and has_sizes(module):
+                resized.append((module, inputs[0], outputs[0], [v for x in (*inputs, *outputs) for v in x.axes.values()]))
+
+        def keeps_class(path: str) -> bool:
+            """Whether the graph calls a module, or it, or one around it, was not looked into."""
+            outside = bool(traced.parts) and not any(path == p or path.startswith(f"{p}.") for p in traced.parts)
+            return path in calls or outside or any(path == o or path.startswith(f"{o}.") for o in traced.opaque)
+
+        return Template(copies(self.skeleton.original, keeps_class), tuple(resized), self._constant())
+
+    def _constant(self) -> bool:
+        """Whether the graphs come out the same for every policy: no literal and no read of a size meets channels that may go."""
+        return not any(self._may_change(old, self.walk.env[mode]) for mode, graph in self.walk.traced.graphs.items() for old in graph.nodes)
+
+    def _may_change(self, old: fx.Node, found: Mapping[fx.Node, Any]) -> bool:
+        if self._asserts_channels(old, found):
+            return True
+        reads = old.op == "call_method" and old.target == "size"
+        rule = self._rule_of(old)
+        if not reads and (rule is None or rule.rewrite is None or rule.always):
+            return rule is not None and rule.always
+        met = values((found.get(old), map_arg((old.args, old.kwargs), found.get)))
+        return any(self.graph.may_lose(v) for value in met for v in value.axes.values())
+
+    def copy(self, mode: str, graph: fx.Graph) -> fx.Graph:
+        self.new = fx.Graph()
+        part = mode.rpartition(":")[0]
+        self._prefix = f"{part}." if part else ""
+        values = self.walk.env[mode]
+        made: dict[fx.Node, Any] = {}
+        for old in graph.nodes:
+            replaced = self._size_read(old, values, made)
+            if replaced is not None:
+                made[old] = replaced
+                continue
+            node = self.new.node_copy(old, made.__getitem__)
+            made[old] = node
+            value = values.get(old)
+            node.meta = {"value": value, "old": old, "where": old.meta.get("where"), "owner": old.meta.get("owner")}
+            if isinstance(old.meta.get("val"), int):
+                node.meta["number"] = old.meta["val"]
+            if self._asserts_channels(old, values):
+                self.new.erase_node(node)
+                continue
+            rule = self._rule_of(old)
+            if rule is not None and rule.rewrite is not None and self._needs_rewrite(rule, old, values):
+                with self.new.inserting_before(node):
+                    rule.rewrite(self, node)
+        self._sweep()
+        for node in self.new.nodes:
+            node.meta = {key: node.meta[key] for key in ("where", "owner") if node.meta.get(key)}
+        return self.new
+
+    def _needs_rewrite(self, rule: registry.Rule, old: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
+        if rule.always:
+            return not self._keep.all()
+        return self.touched(values.get(old)) or self.touched(map_arg((old.args, old.kwargs), values.get))
+
+    def _rule_of(self, old: fx.Node) -> registry.Rule | None:
+        if old.op == "call_method":
+            return registry.METHODS.get(str(old.target))
+        return registry.function_rule(old.target) if old.op == "call_function" else None
+
+    def _size_read(self, old: fx.Node, values: Mapping[fx.Node, Any], made: dict[fx.Node, Any]) -> Any:
+        """The original size in place of a read of a pruned one, and numbers computed from such sizes."""
+        if old.op == "call_method" and old.target == "size" and len(old.args) == 2:
+            source: Any
+            source, axis = old.args
+            value = values[source]
+            axis %= value.ndim
+            kept = self.kept(value, axis)
+            if kept is None:
+                return None
+            if self._static(value.axes[axis]):
+                return value.shape[axis]
+            return self._scaled(self.new.node_copy(old, made.__getitem__), value.shape[axis], len(kept))
+        if old.op == "call_function" and old.target in _ARITHMETIC and old.all_input_nodes:
+            args = map_arg(old.args, made.__getitem__)
+            if all(isinstance(a, (int, float)) for a in args):
+                return old.target(*args)  # type: ignore[operator]
+        return None
+
+    def _asserts_channels(self, old: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
+        """A check on a size that was answered from the original holds by construction, and is left out."""
+        return old.op == "call_function" and getattr(old.target, "__name__", "") == "_assert" and not isinstance(old.args[0], fx.Node)
+
+    def _sweep(self) -> None:
+        for node in reversed(list(self.new.nodes)):
+            counts = (node.target in _ARITHMETIC and "number" in node.meta) or (node.op == "call_method" and node.target == "size")
+            if not node.users and (node.op == "get_attr" or counts):
+                self.new.erase_node(node)
+        for node in reversed(list(self.new.nodes)):
+            old = node.meta.get("old")
+            if not node.users and old is not None and old.op in ("call_function", "call_method") and old.users and _pure(old):
+                self.new.erase_node(node)
+
+    # -- parameters and modules ---------------------------------------------------------------------------------------------
+
+    def kept_dims(self, name: str) -> dict[int, torch.Tensor]:
+        """Dimension -> LongTensor of kept indices, for the dimensions of a tensor that lose any."""
+        found = self._dims.get(name)
+        if found is None:
+            kept = {dim: self._kept_units(units) for dim, units in self.graph.dims_of.get(name, ())}
+            found = self._dims[name] = {dim: indices for dim, indices in kept.items() if indices is not None}
+        return found
+
+    def _kept_units(self, units: Vector) -> torch.Tensor | None:
+        """Kept positions of a parameter's dimension; dimensions that share one set of units share the answer."""
+        key = id(units)
+        if key not in self._by_units:
+            mask = self._keep[units]
+            self._by_units[key] = None if mask.all() else torch.from_numpy(np.flatnonzero(mask))
+        return self._by_units[key]
+
+    def _sliced(self, name: str, source: torch.Tensor) -> torch.Tensor:
+        """A new tensor: the user's, without what went."""
+        return cut(source, self.renumber.get(name), self.kept_dims(name))
+
+    def _tree(self, modules: Copies, own_classes: bool = False) -> nn.Module:
+        memo: dict[int, Any] = {}
+        for name in self.skeleton.names:
+            source = self.skeleton.real(name)
+            memo[id(source)] = self._sliced(name, source)
+        added = {name: self._sliced(name, source) for name, source in self.walk.traced.constants.items()} | self.constants
+        if own_classes:
+            original = self.skeleton.original
+            added = {n: t for n, t in added.items() if hasattr(original.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2])}
+        tree = assemble(modules, memo, added)
+        for module, x, y, vectors in self.graph.template.resized:
+            if any(self.kept_of(v) is not None for v in vectors):
+                resize(self, memo[id(module)], x, y)
+        return tree
+
+
+def _pure(node: fx.Node) -> bool:
+    return not impure(node)

@@ -1,0 +1,227 @@
+"""Convolutions of any dimension, transposed or not, with any number of groups."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxprune.passes.labels.values import Labels, Value, Vector
+from fxprune.passes.rules.registry import functions, modules
+
+if TYPE_CHECKING:
+    from fxprune.passes.coupling.walk import Walk
+
+_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def _groups(slim: Any, node: fx.Node) -> None:
+    """A functional convolution names its groups, and whole groups may have gone."""
+    transposed = "transpose" in getattr(node.target, "__name__", "")
+    if slim.argument(node, 6, "groups", 1) == 1:
+        return
+    x, weight = slim.argument(node, 0, "input"), slim.argument(node, 1, "weight")
+    channel = slim.value(x).ndim - slim.value(weight).ndim + 1
+    left = group_count(slim.size(x, channel), slim.size(node, channel), slim.size(weight, 1), transposed)
+    if left != slim.number(slim.argument(node, 6, "groups", 1)):  # where as many are left, a number the graph computes stays computed
+        slim.set_argument(node, 6, "groups", left)
+
+
+def group_count(inputs: int, outputs: int, per_group: int, transposed: bool) -> int:
+    """How many groups a sliced convolution has; ``per_group`` is its weight's size along dimension 1."""
+    return (outputs if transposed else inputs) // per_group
+
+
+@modules(*_MODULES)
+def conv_module(walk: Walk, node: fx.Node, module: Any, input: Value) -> Value:
+    if module.groups == 1:
+        walk.bind(node, "weight", 1, input.axes.get(input.ndim - module.weight.ndim + 1))
+    weight = walk.weight_dims(node, "weight", (0, 1))
+    assert weight is not None
+    if module.groups == 1:
+        walk.bind(node, "bias", 0, weight.axes.get(0))
+    still = _untouched(weight, module.stride, module.padding)
+    return convolve(walk, node, input, weight, walk.weight(node, "bias"), module.groups, False, str(node.target), still)
+
+
+@modules(*_TRANSPOSED)
+def conv_transpose_module(walk: Walk, node: fx.Node, module: Any, input: Value, output_size: Any = None) -> Value:
+    weight = walk.weight_dims(node, "weight", (0, 1))
+    assert weight is not None
+    still = _untouched(weight, module.stride, module.padding, module.output_padding)
+    return convolve(walk, node, input, weight, walk.weight(node, "bias"), module.groups, True, str(node.target), still)
+
+
+@functions(F.conv1d, F.conv2d, F.conv3d, rewrite=_groups)
+def conv(
+    walk: Walk,
+    node: fx.Node,
+    input: Value,
+    weight: Value,
+    bias: Value | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Value:
+    still = _untouched(weight, stride, padding)
+    return convolve(walk, node, input, kernel(walk, node, weight), bias, groups, False, walk.owner(node), still)
+
+
+@functions(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, rewrite=_groups)
+def conv_transpose(
+    walk: Walk,
+    node: fx.Node,
+    input: Value,
+    weight: Value,
+    bias: Value | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Value:
+    still = _untouched(weight, stride, padding, output_padding)
+    return convolve(walk, node, input, kernel(walk, node, weight), bias, groups, True, walk.owner(node), still)
+
+
+def kernel(walk: Walk, node: fx.Node, weight: Value) -> Value:
+    """A computed weight may carry labels along its kernel's width and height: those stay."""
+    walk.read_as_weight(weight)
+    for axis, vector in weight.axes.items():
+        if axis > 1:
+            walk.pin(vector, "a kernel's width is not pruned")
+    return Value(weight.shape, {a: v for a, v in weight.axes.items() if a < 2}, weight.zero, weight.why)
+
+
+def _untouched(weight: Value, stride: Any, padding: Any, output_padding: Any = 0) -> frozenset[int]:
+    """The spatial axes, counted from 0, along which a kernel of one element visits every index once: nothing is mixed there."""
+
+    def along(setting: Any, i: int) -> Any:
+        return setting[min(i, len(setting) - 1)] if isinstance(setting, (tuple, list)) else setting
+
+    return frozenset(
+        i
+        for i, width in enumerate(weight.shape[2:])
+        if width == along(stride, i) == 1 and not along(output_padding, i) and (isinstance(padding, str) or along(padding, i) == 0)
+    )
+
+
+def convolve(
+    walk: Walk,
+    node: fx.Node,
+    x: Value,
+    w: Value,
+    bias: Value | None,
+    groups: int,
+    transposed: bool,
+    layer: str,
+    still: frozenset[int] = frozenset(),
+) -> Value:
+    """``x`` (..., in, *space); ``w`` (out, in / groups, *kernel), transposed (in, out / groups, *kernel); ``still``: see ``_untouched``."""
+    space = w.ndim - 2
+    channel = x.ndim - space - 1
+    kept = {*range(channel), *(channel + 1 + i for i in still)}  # the axes beside the channels that come through
+    for axis in sorted(set(range(channel + 1, x.ndim)) - kept):
+        walk.pin(x.axes.get(axis), "a convolution slides along it")
+    arriving = x.axes.get(channel)
+    if arriving is None:
+        for dim in (0,) if transposed else (1,):
+            walk.pin(w.axes.get(dim), f"the layer reads channels of fixed size ({x.why})")
+    if groups == 1:
+        into, out = (0, 1) if transposed else (1, 0)
+        if arriving is not None:
+            _tie(walk, arriving, w, into)
+        made = w.axes.get(out)
+    else:
+        made = _grouped(walk, x, channel, arriving, w, groups, transposed)
+    meta = node.meta["val"]
+    axes = {a: v for a, v in x.axes.items() if a in kept}
+    zero = {a for a in x.zero if a in kept} if bias is None else set()
+    if made is not None:
+        axes[channel] = made
+        zero.add(channel)
+        if bias is not None and 0 in bias.axes:
+            walk.unite(made, bias.axes[0])
+    elif bias is not None:
+        walk.pin(bias.axes.get(0), "the layer's output has a fixed size")
+    positions = x.shape if transposed else tuple(meta.shape)
+    macs = math.prod(positions) * w.shape[1] * math.prod(w.shape[2:])
+    along = (arriving, w.axes.get(1)) if transposed else (made, w.axes.get(1))
+    walk.cost(layer, macs, *along, *(v for a, v in x.axes.items() if a in kept))
+    return walk.make(node, axes, zero)
+
+
+def _tie(walk: Walk, arriving: Vector, w: Value, dim: int) -> None:
+    if dim in w.axes:
+        walk.unite(arriving, w.axes[dim])
+    elif w.shape[dim] != 1:
+        walk.pin(arriving, f"it meets a weight of fixed size ({w.why})")
+
+
+def _grouped(walk: Walk, x: Value, channel: int, arriving: Vector | None, w: Value, groups: int, transposed: bool) -> Vector | None:
+    """A grouped convolution loses whole groups, or the same positions in every group: whichever leaves more units.
+
+    Returns the labels of the output's channels.
+    """
+    per_in = x.shape[channel] // groups
+    per_out = w.shape[1] if transposed else w.shape[0] // groups
+    own = w.axes.get(0)  # inputs if transposed, else outputs
+    if own is None or (not transposed and arriving is None and per_in == 1):
+        for vector in (arriving, *w.axes.values()):
+            walk.pin(vector, "a grouped convolution reads channels of fixed size")
+        return None
+    if transposed and arriving is not None:
+        walk.unite(arriving, own)
+    if arriving is not None and (per_in == 1 or _whole_groups(walk, arriving, groups, per_in)):
+        lead = walk.labels.find(arriving).reshape(groups, per_in)[:, 0].copy()
+        walk.unite(np.repeat(lead, per_in), arriving)
+        if 1 in w.axes:
+            walk.pin(w.axes[1], "whole groups of the convolution are removed, so each group keeps its width")
+        made = np.repeat(lead, per_out)
+        if transposed:
+            return made
+        walk.unite(made, own)
+        return own
+    if arriving is not None:
+        inside = arriving.reshape(groups, per_in)[0].copy()
+        walk.unite(np.tile(inside, groups), arriving)
+        if not transposed:
+            _tie(walk, inside, w, 1)
+    if transposed:
+        return np.tile(w.axes[1], groups) if 1 in w.axes else None
+    walk.unite(np.tile(own.reshape(groups, per_out)[0], groups), own)
+    return own
+
+
+def _whole_groups(walk: Walk, arriving: Vector, groups: int, per_in: int) -> bool:
+    """Whether removing whole groups leaves more units than removing positions within them, given what is united already."""
+    key = f"{walk.mode}:{walk.node.name}" if walk.node is not None else ""
+    if walk.forced.get(key) == "within":
+        return False
+    _, flat = np.unique(walk.labels.find(arriving), return_inverse=True)
+    grid = flat.reshape(groups, per_in)
+
+    def units(lead: Any, others: Any) -> int:
+        trial = Labels()
+        trial.new(int(flat.max()) + 1)
+        trial.unite(lead.reshape(-1), others.reshape(-1))
+        return trial.units(np.arange(int(flat.max()) + 1))
+
+    whole = units(np.repeat(grid[:, :1], per_in, 1), grid)
+    within = units(np.repeat(grid[:1], groups, 0), grid)
+    if whole > within:
+        walk.whole.add(key)
+    return whole > within
+
+
+def resize(module: Any, inputs: int, outputs: int) -> None:
+    """Set the attributes of a convolution whose weight was sliced: its channels, and the groups that are left."""
+    transposed = isinstance(module, _TRANSPOSED)
+    if module.groups > 1:
+        module.groups = group_count(inputs, outputs, module.weight.shape[1], transposed)
+    module.in_channels, module.out_channels = inputs, outputs

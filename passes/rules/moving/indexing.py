@@ -1,0 +1,190 @@
+"""Indexing and assignment: slices, numbers, lists and index tensors along a channel axis are renumbered."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxprune.errors import UnsupportedError
+from fxprune.passes.labels.values import Value, Vector, values
+from fxprune.passes.rules.registry import functions, named
+
+if TYPE_CHECKING:
+    from fxprune.passes.coupling.walk import Walk
+
+
+def entries_of(index: Any, ndim: int) -> list[Any]:
+    """The index as a list with the ellipsis written out: one entry per axis of the tensor, and a None per new axis."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    used = sum(1 for p in parts if p is not None and p is not Ellipsis)
+    spare = [slice(None)] * (ndim - used)
+    if any(p is Ellipsis for p in parts):
+        at = next(i for i, p in enumerate(parts) if p is Ellipsis)
+        return [*parts[:at], *spare, *parts[at + 1 :]]
+    return [*parts, *spare]
+
+
+@functions(operator.getitem)
+def getitem(walk: Walk, node: fx.Node, input: Any, index: Any) -> Any:
+    if not isinstance(input, Value):
+        return input[index]
+    raw = list(node.args[1]) if isinstance(node.args[1], (tuple, list)) and isinstance(index, (tuple, list)) else [node.args[1]]
+    indexed = resolved(walk, node, input, index, raw)
+    if indexed is None:
+        return walk.opaque(node, [input, *values(index)], "it is indexed by values the graph computes")
+    pin_pairs(walk, input, indexed)
+    axis = -1
+    for entry in entries_of(indexed, input.ndim):
+        axis += entry is not None
+        # What is left of every second channel is listed, and a list copies.
+        if isinstance(entry, slice) and entry.step not in (None, 1) and axis in input.axes and walk.stays_view(node):
+            walk.pin(input.axes[axis], "every second or so of its channels is written in place")
+    return walk.move(node, input, lambda labels: _picked(labels, indexed))
+
+
+def pin_pairs(walk: Walk, x: Value, index: Any) -> None:
+    """Lists along two axes pick pairs: what is left of one would no longer stand beside what is left of the other."""
+    axis = -1
+    listed = []
+    for entry in entries_of(index, x.ndim):
+        axis += entry is not None
+        if isinstance(entry, (list, tuple, range, torch.Tensor)):
+            listed.append(axis)
+    for axis in listed if len(listed) > 1 else ():
+        walk.pin(x.axes.get(axis), "it is picked from by two lists at once")
+
+
+def _picked(labels: torch.Tensor, index: Any) -> torch.Tensor:
+    """``labels[index]``. Rows of a table that are picked are not laid out in full: a window of tokens has one for each pair of tokens."""
+    if not isinstance(index, torch.Tensor) or index.dtype != torch.int64:
+        return labels[index]
+    # Labels are the same along an expanded axis, so its first index stands for all.
+    where = (slice(None), *(0 if stride == 0 else slice(None) for stride in labels.stride()[1:]))
+    rows = labels[where]
+    thin = rows[:1].expand(index.numel(), *rows.shape[1:]) if labels.stride(0) == 0 else rows[index.reshape(-1)]
+    shape = [1 if stride == 0 else size for size, stride in zip(labels.shape[1:], labels.stride()[1:], strict=True)]
+    return thin.reshape(*index.shape, *shape).expand(*index.shape, *labels.shape[1:])
+
+
+def resolved(walk: Walk, node: fx.Node, x: Value, index: Any, raw: Sequence[Any]) -> Any:
+    """The index with every tensor in it replaced by its actual values, or by zeros where it picks along an axis without labels."""
+    parts = (
+        list(index)
+        if isinstance(index, (tuple, list)) and (isinstance(index, tuple) or any(isinstance(i, (Value, slice)) for i in index))
+        else [index]
+    )
+    if len(parts) != len(raw):
+        raw = [node.args[1]]
+    axis = 0
+    done: list[Any] = []
+    spread = x.ndim - sum(1 for p in parts if p is not None and p is not Ellipsis)
+    for part, source in zip(parts, raw, strict=True):
+        if part is Ellipsis:
+            axis += spread
+        elif isinstance(part, Value):
+            actual = walk.real(source)
+            if actual is None:
+                if axis in x.axes:
+                    return None
+                actual = torch.zeros(part.shape, dtype=torch.long)
+            if actual.dtype == torch.bool:
+                if actual.ndim != 1 or axis in x.axes:
+                    return None
+                actual = actual.nonzero().flatten()
+            part = actual.cpu()
+            axis += 1
+        elif part is not None:
+            axis += 1
+        done.append(part)
+    return tuple(done)
+
+
+def rewrite_getitem(slim: Any, node: fx.Node) -> None:
+    x = slim.value(node.args[0])
+    if not isinstance(x, Value) or not any(slim.kept(x, a) is not None for a in x.axes):
+        return
+    index = node.args[1]
+    many = isinstance(index, tuple)
+    entries = entries_of(index if many else (index,), x.ndim)
+    axis = -1
+    for i, entry in enumerate(entries):
+        if entry is None:
+            continue
+        axis += 1
+        kept = slim.kept(x, axis)
+        if kept is None or (isinstance(entry, slice) and entry == slice(None)):
+            continue
+        entries[i] = _kept_entry(slim, node, entry, kept, x.shape[axis])
+        if isinstance(entry, slice) and isinstance(entries[i], list) and any(_is_list(e) for e in entries if e is not entries[i]):
+            # Two lists would be taken together: this one picks before.
+            picked = slim.new.call_function(operator.getitem, (node.args[0], (*[slice(None)] * axis, entries[i])))
+            node.args, entries[i] = (picked, *node.args[1:]), slice(None)
+    while entries and isinstance(entries[-1], slice) and entries[-1] == slice(None) and len(entries) > 1:
+        entries.pop()
+    node.args = (node.args[0], tuple(entries), *node.args[2:])
+
+
+named("__getitem__", rewrite=rewrite_getitem, inplace=False)(getitem)
+functions(operator.getitem, rewrite=rewrite_getitem)(getitem)
+
+
+def _is_list(entry: Any) -> bool:
+    return isinstance(entry, (list, tuple, range)) or (isinstance(entry, fx.Node) and "number" not in entry.meta)
+
+
+def _kept_entry(slim: Any, node: fx.Node, entry: Any, kept: Vector, size: int) -> Any:
+    """One entry of an index, in terms of the kept channels of its axis."""
+    if isinstance(entry, slice):
+        bounds = slice(*(None if b is None else slim.number(b) for b in (entry.start, entry.stop, entry.step)))
+        start, stop, step = bounds.indices(size)
+        if step == 1:
+            low = int((kept < start).sum())
+            return slice(low or None, None if stop >= size else int((kept < max(start, stop)).sum()))
+        chosen = np.arange(size)[bounds]
+        return left_of(node, chosen, kept).tolist()
+    if isinstance(entry, int) or (isinstance(entry, fx.Node) and "number" in entry.meta):
+        return int((kept < slim.number(entry) % size).sum())
+    if isinstance(entry, (list, tuple, range)):
+        return left_of(node, np.asarray(entry) % size, kept).tolist()
+    return slim.renumbered(node, entry, kept, size)
+
+
+def left_of(node: fx.Node, chosen: np.ndarray[Any, Any], kept: Vector) -> np.ndarray[Any, Any]:
+    """Indices of any shape in terms of the kept channels; whole slices of them go, as the labels of what they pick do.
+
+    Raises UnsupportedError where they do not.
+    """
+    there = np.isin(chosen, kept)
+    if there.all():
+        return np.asarray(np.searchsorted(kept, chosen))
+    for axis in range(chosen.ndim):
+        others = tuple(a for a in range(chosen.ndim) if a != axis)
+        if np.array_equal(whole := there.all(others), there.any(others)):
+            return np.searchsorted(kept, np.compress(whole, chosen, axis))
+    where = node.meta.get("where", node.name)
+    raise UnsupportedError(f"{where}: an index picks channels of which not whole slices go; pass their layer to ignore=")
+
+
+def _index_select(slim: Any, node: fx.Node) -> None:
+    x = slim.value(slim.argument(node, 0, "input"))
+    kept = slim.kept(x, slim.argument(node, 1, "dim") % x.ndim)
+    if kept is not None:
+        slim.set_argument(
+            node, 2, "index", slim.renumbered(node, slim.argument(node, 2, "index"), kept, x.shape[slim.argument(node, 1, "dim")])
+        )
+
+
+@named("index_select", rewrite=_index_select, inplace=False)
+def index_select(walk: Walk, node: fx.Node, input: Value, dim: int, index: Value) -> Any:
+    axis = dim % input.ndim
+    if axis not in input.axes:
+        return walk.make(node, input.axes, input.zero, input.why)
+    actual = walk.real(node.args[2] if len(node.args) > 2 else node.kwargs["index"])
+    if actual is None:
+        return walk.opaque(node, [input, index], "it is indexed by values the graph computes")
+    return walk.move(node, input, lambda labels: labels.index_select(axis, actual.cpu()))

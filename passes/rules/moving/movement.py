@@ -1,0 +1,214 @@
+"""Data movement whose arguments never name a channel: run literally on labels."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxprune.passes.labels.values import Value, Vector, values
+from fxprune.passes.rules.registry import functions, modules, named
+
+if TYPE_CHECKING:
+    from fxprune.passes.coupling.walk import Walk
+
+
+def call(node: fx.Node, x: Value, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The node's own operation as a function of its first tensor."""
+
+    def run(labels: torch.Tensor) -> Any:
+        try:
+            if node.op == "call_method":
+                return getattr(labels, str(node.target))(*args, **kwargs)
+            return node.target(labels, *args, **kwargs)  # type: ignore[operator]
+        except (RuntimeError, NotImplementedError) as error:
+            if "not implemented for" not in str(error):
+                raise
+            done = node.target(labels.double(), *args, **kwargs)  # type: ignore[operator]
+            return done.long()
+
+    return run
+
+
+def moved(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    if computed := values((args, kwargs)):
+        return walk.opaque(node, [input, *computed], "where its parts begin and end is computed by the graph")
+    return walk.move(node, input, call(node, input, args, kwargs))
+
+
+def flat(args: Sequence[Any]) -> list[Any]:
+    return list(args[0]) if len(args) == 1 and isinstance(args[0], (tuple, list)) else list(args)
+
+
+@named(
+    "permute",
+    "transpose",
+    "swapaxes",
+    "swapdims",
+    "t",
+    "movedim",
+    "moveaxis",
+    "flatten",
+    "ravel",
+    "unsqueeze",
+    "unbind",
+    "flip",
+    "fliplr",
+    "flipud",
+    "rot90",
+    "adjoint",
+)
+def move(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    return moved(walk, node, input, *args, **kwargs)
+
+
+@named("diagonal")
+def diagonal(walk: Walk, node: fx.Node, input: Value, offset: int = 0, dim1: int | None = None, dim2: int | None = None) -> Any:
+    """Channels that meet on the diagonal go together; where only one axis has any, or it is not the main one, they stay."""
+    usual = (-2, -1) if node.target is torch.linalg.diagonal else (0, 1)
+    first, second = ((default if d is None else d) % input.ndim for d, default in zip((dim1, dim2), usual, strict=True))
+    rows, columns = input.axes.get(first), input.axes.get(second)
+    if offset or rows is None or columns is None:
+        walk.pin(rows, "a diagonal is taken")
+        walk.pin(columns, "a diagonal is taken")
+        return walk.make(node, _others(input, first, second), (), input.why)
+    shorter = min(len(rows), len(columns))
+    walk.unite(rows[:shorter], columns[:shorter])
+    alone = Value(input.shape, {a: v for a, v in input.axes.items() if a != second}, input.zero, input.why)
+    return walk.move(node, alone, lambda labels: labels.diagonal(offset, first, second))
+
+
+def _others(x: Value, first: int, second: int) -> dict[int, Vector]:
+    """Labels of the axes that a diagonal leaves, by their new places."""
+    return {a - (a > first) - (a > second): v for a, v in x.axes.items() if a not in (first, second)}
+
+
+@functions(getattr)
+def attribute(walk: Walk, node: fx.Node, input: Any, name: str) -> Any:
+    if isinstance(input, tuple):  # x.max(1).values: a named result of an operation that gives several
+        source = node.args[0].meta["val"]  # type: ignore[union-attr]
+        return next(v for v, meta in zip(input, source, strict=True) if meta is getattr(source, name))
+    if not isinstance(input, Value):  # an entry of a dict that has attributes, or of a dataclass
+        return input[name] if isinstance(input, dict) else getattr(input, name)
+    if not isinstance(node.meta["val"], torch.Tensor):
+        return node.meta["val"]
+    if name in ("T", "mT", "H", "mH"):
+        return walk.move(node, input, lambda labels: getattr(labels, name))
+    if name in ("data", "real", "imag"):
+        return walk.make(node, input.axes, input.zero, input.why)
+    return walk.opaque(node, [input], f"its attribute {name!r} is read")
+
+
+@named("pixel_shuffle", "pixel_unshuffle")
+def pixels(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    return moved(walk, node, _between(walk, node, input), *args, **kwargs)
+
+
+@modules(nn.PixelShuffle, nn.PixelUnshuffle)
+def pixels_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
+    return walk.move(node, _between(walk, node, input), lambda labels: module.forward(labels))
+
+
+def _between(walk: Walk, node: fx.Node, x: Value) -> Value:
+    """Channels (axis -3) to be spread over space: those that become one channel go together, and what lies along space stays."""
+    channel, made = x.ndim - 3, node.meta["val"].shape[-3]
+    for axis in (x.ndim - 2, x.ndim - 1):
+        walk.pin(x.axes.get(axis), "pixels are moved along it")
+    axes = {a: v for a, v in x.axes.items() if a <= channel}
+    if channel in axes and made < x.shape[channel]:
+        grid = axes[channel].reshape(made, -1)
+        walk.unite(np.repeat(grid[:, 0], grid.shape[1]), axes[channel])
+    return Value(x.shape, axes, x.zero, x.why)
+
+
+@modules(nn.Flatten)
+def move_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
+    return walk.move(node, input, lambda labels: module.forward(labels))
+
+
+def _shuffled(slim: Any, node: fx.Node) -> None:
+    """Any channels may have gone, so what is left no longer falls into groups of equal width: it is picked by its order."""
+    x = slim.value(node.args[0])
+    kept = slim.kept(x, 1)
+    if kept is not None:
+        order = np.arange(x.shape[1]).reshape(slim.number(slim.argument(node, 1, "groups")), -1).T.reshape(-1)
+        chosen = np.searchsorted(kept, order[np.isin(order, kept)]).tolist()
+        node.target, node.args, node.kwargs = operator.getitem, (node.args[0], (slice(None), chosen)), {}
+
+
+named("channel_shuffle", "native_channel_shuffle", rewrite=_shuffled, inplace=False)(move)
+
+
+def _squeezed(slim: Any, node: fx.Node) -> None:
+    """``squeeze()`` drops every axis of size one: a channel axis left with one channel must stay."""
+    x = slim.value(node.args[0])
+    if len(node.args) + len(node.kwargs) == 1:
+        slim.set_argument(node, 1, "dim", tuple(a for a, n in enumerate(x.shape) if n == 1))
+
+
+named("squeeze", rewrite=_squeezed)(move)
+
+
+def _unfold(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    return moved(walk, node, input, *args, **kwargs)
+
+
+@functions(F.unfold)
+def unfold(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    """Windows of ``input`` (N, C, H, W) as columns (N, C * window, positions); padding holds no channel, so it takes its neighbour's."""
+    kernel = args[0] if args else kwargs["kernel_size"]
+    return _columns(walk, node, input, math.prod(kernel) if isinstance(kernel, (tuple, list)) else kernel**2)
+
+
+@modules(nn.Unfold)
+def unfold_module(walk: Walk, node: fx.Node, module: Any, input: Value) -> Any:
+    kernel = module.kernel_size
+    return _columns(walk, node, input, math.prod(kernel) if isinstance(kernel, (tuple, list)) else kernel**2)
+
+
+def _columns(walk: Walk, node: fx.Node, x: Value, window: int) -> Any:
+    channel = x.ndim - 3
+    for axis in (x.ndim - 2, x.ndim - 1):
+        walk.pin(x.axes.get(axis), "it is unfolded along it")
+    axes = {a: v for a, v in x.axes.items() if a < channel}
+    if channel in x.axes:
+        axes[channel] = np.repeat(x.axes[channel], window)
+    return walk.make(node, axes, x.zero, x.why)
+
+
+@functions(F.fold)
+def fold(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    return _folded(walk, node, input)
+
+
+@modules(nn.Fold)
+def fold_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
+    return _folded(walk, node, input)
+
+
+def _folded(walk: Walk, node: fx.Node, x: Value) -> Any:
+    """Columns (N, C * window, positions) summed back to (N, C, H, W): the entries of one window go together."""
+    channel = x.ndim - 2
+    walk.pin(x.axes.get(x.ndim - 1), "it is folded along it")
+    channels = node.meta["val"].shape[-3]
+    axes = {a: v for a, v in x.axes.items() if a < channel}
+    if channel in x.axes:
+        grid = x.axes[channel].reshape(channels, -1)
+        walk.unite(np.repeat(grid[:, 0], grid.shape[1]), x.axes[channel])
+        axes[channel] = grid[:, 0].copy()
+    return walk.make(node, axes, x.zero, x.why)
+
+
+@named("unfold", "unfold_copy", inplace=False)
+def windows(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    if node.op == "call_function" and node.target is F.unfold:
+        return unfold(walk, node, input, *args, **kwargs)
+    axis = (args[0] if args else kwargs["dimension"]) % input.ndim
+    walk.pin(input.axes.get(axis), "a window slides along it")
+    return walk.make(node, {a: v for a, v in input.axes.items() if a != axis}, input.zero, input.why)

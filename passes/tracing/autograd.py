@@ -1,0 +1,94 @@
+"""Functions with a backward of their own (``torch.autograd.Function``): they stay calls, so that the slim module trains as the original.
+
+``forward`` is traced into a graph of its own, the *body*, which hangs on the call and is only read: the labels walk through it. Where an
+argument in the body may have to change with the channels, or it reads a size or a tensor of the model, the call cannot stay: then
+``forward`` is traced into the network's graph like any other code, and a note says that its backward is lost.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import CheckpointFunction
+
+from fxprune.passes.rules import registry
+
+if TYPE_CHECKING:
+    from fxprune.passes.tracing.tracer import ShapeTracer
+
+Function = type[torch.autograd.Function]
+
+
+class AutogradCall:
+    """``function.apply`` as a call's target: fx prints targets by their names, and all of those are called ``apply``."""
+
+    _made: WeakValueDictionary[Function, AutogradCall] = WeakValueDictionary()
+    function: Function
+    __name__: str
+    __qualname__: str
+
+    def __new__(cls, function: Function) -> AutogradCall:
+        """The one of this function: fx takes two targets of one name in a graph for a mistake."""
+        made = cls._made.get(function)
+        if made is None:
+            made = cls._made[function] = super().__new__(cls)
+            made.function = function
+            made.__name__ = made.__qualname__ = function.__name__
+        return made
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function.apply(*args)
+
+    def __reduce__(self) -> tuple[type[AutogradCall], tuple[Function]]:
+        return AutogradCall, (self.function,)
+
+
+class _Context:
+    """What ``forward`` gets as ``ctx``; nothing that it keeps there is read."""
+
+    def __init__(self, inputs: int) -> None:
+        self.needs_input_grad = (False,) * inputs
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith(("save_for_", "mark_", "set_")):
+            return lambda *_: None
+        raise AttributeError(name)
+
+
+def traced_call(tracer: ShapeTracer, function: Function, args: tuple[Any, ...]) -> Any:
+    """What tracing makes of ``function.apply(*args)``."""
+    forward = functools.partial(_forward, function)
+    if function is CheckpointFunction:  # it saves memory; the gradient is that of what it runs
+        run, _, *inputs = args
+        return run(*inputs)
+    body = tracer.aside(forward, args)
+    if not any(_may_change(node) for node in body.nodes):
+        made = tracer.create_proxy("call_function", AutogradCall(function), args, {})
+        made.node.meta["body"] = body
+        return made
+    tracer.notes[
+        f"{tracer.here()}: the slim module computes the forward of {function.__name__} without its backward, because a number in it "
+        "depends on the channels"
+    ] = None
+    return forward(*args)
+
+
+def _forward(function: Function, *args: Any) -> Any:
+    own_setup = function.setup_context is not torch.autograd.Function.setup_context
+    return function.forward(*args) if own_setup else function.forward(_Context(len(args)), *args)
+
+
+def _may_change(node: fx.Node) -> bool:
+    if node.op in ("placeholder", "output"):
+        return False
+    if node.op == "call_function":
+        rule = registry.function_rule(node.target)
+    elif node.op == "call_method" and node.target != "size":
+        rule = registry.METHODS.get(str(node.target))
+    else:
+        return True
+    return rule is not None and rule.rewrite is not None

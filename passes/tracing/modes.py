@@ -1,0 +1,161 @@
+"""Module and example inputs to one or two ``torch.fx`` graphs whose nodes know their concrete values.
+
+What is traced is a structural copy of the user's model on the meta device (``passes.skeleton``): the model itself is not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_arg
+
+from fxprune.errors import InputError, TraceError
+from fxprune.example_inputs import call_form
+from fxprune.passes.ir.dead_code import eliminate
+from fxprune.passes.ir.skeleton import Skeleton
+from fxprune.passes.tracing.module_state import keep_state
+from fxprune.passes.tracing.tracer import ShapeTracer, is_skipped
+
+
+@dataclass
+class TracedModel:
+    """What tracing a module gave.
+
+    ``graphs``: "eval" and, where it differs, "train"; node.meta holds ``val`` (concrete value on the example, tensors on meta) and
+    ``where`` (file:line in the user's source).
+    ``constants``: attribute name -> tensor, for tensors the forward pass made or held outside parameters and buffers.
+    ``read``: names of tensors whose values Python code has read, so that numbers in the graph stand for them.
+    ``notes``: what had to be specialised or could not be kept. ``opaque``: submodules and functions kept whole -> why.
+    ``parts``: where the root could not be traced, the paths of the submodules that were; graphs are then named ``path:mode``.
+    """
+
+    skeleton: Skeleton
+    graphs: dict[str, fx.Graph]
+    constants: dict[str, torch.Tensor]
+    read: set[str] = field(default_factory=set)
+    notes: tuple[str, ...] = ()
+    opaque: dict[str, str] = field(default_factory=dict)
+    parts: list[str] = field(default_factory=list)
+
+    @property
+    def eval_modes(self) -> list[str]:
+        """The names of the graphs that evaluation runs."""
+        return [mode for mode in self.graphs if mode.rpartition(":")[2] == "eval"]
+
+
+def trace(
+    model: nn.Module, example_inputs: Any, is_known: Callable[[nn.Module], bool], has_rule: Callable[[Any], bool] = lambda _: False
+) -> TracedModel:
+    """Trace ``model`` in evaluation mode and, where the traced code reads ``self.training``, in training mode as well.
+
+    ``is_known(module)`` says whether a module is kept whole as one node; ``has_rule(function)`` whether a wrapped function is. A submodule
+    that cannot be traced is kept whole. Raises ``TraceError`` with the line of the user's source where tracing of the root stopped.
+    """
+    skeleton = Skeleton(model, is_known)
+    found = TracedModel(skeleton, {}, {})
+    add_traced(found, "", call_form(example_inputs), is_known, has_rule)
+    return found
+
+
+def add_traced(
+    traced: TracedModel,
+    path: str,
+    example: tuple[tuple[Any, ...], dict[str, Any]],
+    is_known: Callable[[nn.Module], bool],
+    has_rule: Callable[[Any], bool],
+    device: torch.device | None = None,
+) -> None:
+    """Trace the module at ``path`` and add its graphs, "eval" and where it differs "train", under ``path:`` for a part of the model.
+
+    ``device``: where the inputs are, if the example only stands for them.
+    """
+    skeleton = traced.skeleton
+    device = device or next((t.device for t in _tensors(example) if t.device.type != "meta"), torch.device("cpu"))
+    blocked: dict[str, str] = {}
+    prefix = f"{path}:" if path else ""
+
+    def attempt(training: bool) -> tuple[ShapeTracer, fx.Graph]:
+        while True:
+            tracer = ShapeTracer(skeleton, is_known, {*traced.opaque, *blocked}, device, has_rule, path)
+            try:
+                return tracer, _one(tracer, example, training)
+            except TraceError as error:
+                culprit = tracer.stack[-1] if tracer.stack else ""
+                if not culprit or culprit in blocked:
+                    first = blocked.get(tracer.failed)  # why it was kept whole says more than how running it failed
+                    raise (error if first is None else TraceError(first)) from error.__cause__
+                blocked[culprit] = str(error)
+
+    skeleton.training_was_read = False
+    tracer, graph = attempt(training=False)
+    graphs, notes, constants = {"eval": graph}, dict(tracer.notes), dict(tracer.constants)
+    traced.read |= tracer.read
+    if skeleton.training_was_read:
+        try:
+            second, graph = attempt(training=True)
+            if not _same(graphs["eval"], graph):
+                graphs["train"] = graph
+                notes.update(second.notes)
+                traced.read |= second.read
+                constants.update(second.constants)
+        except TraceError as error:
+            notes[f"training mode could not be traced, the slim module computes as in evaluation mode there: {error}"] = None
+    traced.graphs.update({prefix + mode: g for mode, g in graphs.items()})
+    traced.constants.update(constants)
+    traced.opaque.update(blocked)
+    traced.notes = tuple(dict.fromkeys((*traced.notes, *notes)))
+
+
+def _one(tracer: ShapeTracer, example: Any, training: bool) -> fx.Graph:
+    tracer.skeleton.set_training(training)
+    tracer.graph_is_training = training
+    before = tracer.skeleton.snapshot()
+    try:
+        graph = tracer.run(example)
+        keep_state(tracer, graph, before)
+    except (TraceError, InputError):
+        raise
+    except Exception as error:  # the user's forward may raise anything when it meets a proxy
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TraceError(f"{_where(error)}: {type(tracer.skeleton.original).__name__} could not be traced: {first}") from error
+    finally:
+        tracer.skeleton.restore(before)
+    eliminate(graph)
+    return graph
+
+
+def _where(error: BaseException) -> str:
+    frame, found = error.__traceback__, "<unknown>"
+    while frame is not None:
+        file = frame.tb_frame.f_code.co_filename
+        if not is_skipped(file):
+            found = f"{file}:{frame.tb_lineno}"
+        frame = frame.tb_next
+    return found
+
+
+def _same(a: fx.Graph, b: fx.Graph) -> bool:
+    first, second = list(a.nodes), list(b.nodes)
+    if len(first) != len(second):
+        return False
+    number = {n: i for i, n in enumerate(first)} | {n: i for i, n in enumerate(second)}
+
+    def shape(node: fx.Node) -> Any:
+        return node.op, node.target, repr(map_arg((node.args, node.kwargs), lambda n: number[n]))
+
+    return all(shape(x) == shape(y) for x, y in zip(first, second, strict=True))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for v in value.values():
+            yield from _tensors(v)
+    elif isinstance(value, (tuple, list)):
+        for v in value:
+            yield from _tensors(v)

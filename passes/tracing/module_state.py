@@ -1,0 +1,66 @@
+"""What ``forward`` keeps on its modules: a buffer that it binds anew is written in the graph, anything else is named in a note."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves
+
+from fxprune.passes.tracing.proxies import ShapeProxy
+
+if TYPE_CHECKING:
+    from fxprune.passes.tracing.tracer import ShapeTracer
+
+Snapshot = list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]]
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+_NUMBERS = (bool, int, float, str)
+
+
+def keep_state(tracer: ShapeTracer, graph: fx.Graph, before: Snapshot) -> None:
+    """``before``: what every module held when the trace began, as ``Skeleton.snapshot`` gives it."""
+    bound: dict[str, ShapeProxy] = {}
+    for module, state, registered in before:
+        path = tracer.skeleton.module_names[module]
+        for key, held in registered["_buffers"].items():
+            now = module.__dict__["_buffers"].get(key)
+            if not isinstance(now, ShapeProxy):
+                continue
+            if held is not None and held.shape == now.value.shape and held.dtype == now.value.dtype:
+                bound[tracer.skeleton.tensor_names[id(held)]] = now
+            else:
+                _note(tracer, path, key, now)
+        for key in sorted(module.__dict__.keys() - _OF_EVERY_MODULE):
+            now = module.__dict__[key]
+            proxies = [leaf for leaf in tree_leaves(now) if isinstance(leaf, ShapeProxy)]
+            if proxies or (isinstance(now, _NUMBERS) and state.get(key) != now):
+                _note(tracer, path, key, proxies[0] if proxies else None)
+    if bound:
+        _write(tracer, graph, bound)
+
+
+def _write(tracer: ShapeTracer, graph: fx.Graph, bound: dict[str, ShapeProxy]) -> None:
+    """``self.steps = self.steps + 1`` as a write into ``steps`` at the end. Reads of what is written read a copy, as a tensor that autograd
+    kept must not change, and two buffers may change places."""
+    copies: dict[fx.Node, fx.Node] = {}
+    for read in [n for n in graph.nodes if n.op == "get_attr" and n.target in bound]:
+        with graph.inserting_after(read):
+            copies[read] = _made(tracer, "clone", (read,), read)
+        read.replace_all_uses_with(copies[read], lambda user, made=copies[read]: user is not made)
+    with graph.inserting_before(next(iter(reversed(graph.nodes)))):
+        for name, proxy in bound.items():
+            buffer = tracer.create_node("get_attr", name, (), {})
+            buffer.meta["where"] = proxy.node.meta["where"]
+            _made(tracer, "copy_", (buffer, copies.get(proxy.node, proxy.node)), proxy.node)
+
+
+def _made(tracer: ShapeTracer, method: str, args: tuple[fx.Node, ...], at: fx.Node) -> fx.Node:
+    node = tracer.create_node("call_method", method, args, {})
+    node.meta["where"] = at.meta["where"]
+    return node
+
+
+def _note(tracer: ShapeTracer, path: str, key: str, proxy: ShapeProxy | None) -> None:
+    where = "" if proxy is None else f"{proxy.node.meta['where']}: "
+    name = f"{path}.{key}" if path else key
+    tracer.notes[f"{where}forward sets {name!r}, which the slim module does not do"] = None

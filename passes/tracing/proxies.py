@@ -1,0 +1,227 @@
+"""Proxies that know the value they had on the example inputs: control flow over shapes is answered, arithmetic is recorded."""
+
+from __future__ import annotations
+
+import builtins
+import math
+import operator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx
+from torch.fx._symbolic_trace import _find_proxy
+
+from fxprune.errors import TraceError
+from fxprune.passes.ir.constants import held
+from fxprune.passes.ir.writes import AUGMENTED, RESHAPING
+
+if TYPE_CHECKING:
+    from fxprune.passes.tracing.tracer import ShapeTracer
+
+# ``isinstance`` is patched while tracing (see ``patching``); here the real one is meant.
+_isinstance = builtins.isinstance
+_STATIC_ATTRIBUTES = frozenset(
+    {"ndim", "requires_grad", "layout", "is_sparse", "is_quantized", "is_nested", "grad", "grad_fn", "is_leaf", "names"}
+)
+_STATIC_METHODS = frozenset({"dim", "ndimension", "is_floating_point", "is_complex"})
+
+
+class ShapeTuple(tuple):  # type: ignore[type-arg]
+    """A shape as a tuple of numbers or size proxies, with the methods of ``torch.Size`` that networks use."""
+
+    def numel(self) -> Any:
+        return math.prod(self)
+
+    def __getitem__(self, index: Any) -> Any:
+        got = tuple.__getitem__(self, index)
+        return ShapeTuple(got) if _isinstance(index, slice) else got
+
+
+class ShapeProxy(fx.Proxy):
+    """A proxy that knows its value on the example inputs."""
+
+    tracer: ShapeTracer
+    __array_priority__ = 1000  # a NumPy number leaves arithmetic with a proxy to the proxy, as with a tensor
+
+    def __getitem__(self, index: Any) -> Any:
+        if _isinstance(self.value, torch.Tensor):
+            index = tuple(map(self._listed, index)) if _isinstance(index, tuple) else self._listed(index)
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+
+    def _listed(self, entry: Any) -> Any:
+        """A mask of one dimension that does not depend on the inputs picks what it picks now; how much that is, no shape could tell."""
+        if not _isinstance(entry, ShapeProxy) or not _isinstance(entry.value, torch.Tensor):
+            return entry
+        known = self.tracer.actual(entry.node) if entry.value.dtype == torch.bool and entry.value.ndim == 1 else None
+        if known is None:
+            return entry
+        for name in sorted(held(entry.node) - self.tracer.constants.keys()):
+            self.tracer.notes[f"{self.tracer.here()}: a mask was specialised to the value of {name!r}"] = None
+            self.tracer.read.add(name)
+        return known.nonzero().flatten().tolist()
+
+    @property
+    def value(self) -> Any:
+        return self.node.meta["val"]
+
+    @classmethod
+    def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
+        args, kwargs = args or (), kwargs or {}
+        tracer: Any = _find_proxy(args, kwargs).tracer  # type: ignore[union-attr]
+        tracer.asked.recorded(tracer.source)
+        if _isinstance(orig_method, torch._C.ScriptMethod):
+            return super().__torch_function__(orig_method, types, args, kwargs)
+        if torch.overrides.is_tensor_method_or_property(orig_method):
+            return tracer.create_proxy("call_method", orig_method.__name__, args, kwargs)
+        return tracer.create_proxy("call_function", orig_method, args, kwargs, name=tracer.graph._target_to_str(orig_method.__name__))
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.value
+        if _isinstance(value, torch.Tensor):
+            if name == "shape":
+                return self.tracer.shape_of(self)
+            if name == "size":
+                return lambda dim=None: self.tracer.shape_of(self) if dim is None else self.tracer.shape_of(self)[operator.index(dim)]
+            if name in _STATIC_ATTRIBUTES:
+                return getattr(value, name)
+            if name in _STATIC_METHODS:
+                return getattr(value, name)
+            if name in ("tolist", "item"):
+                return lambda: self._concrete(name, name)
+            if not hasattr(value, name):
+                raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+            if name == "nelement" or name == "numel":
+                return lambda: self.tracer.shape_of(self).numel()
+        elif _isinstance(value, dict) and name in ("keys", "items", "values", "get"):
+            known = {k: self[k] for k in value}
+            return getattr(known, name)
+        elif _isinstance(value, tuple) and name in getattr(value, "_fields", ()) and getattr(value, name) is None:
+            return None
+        elif _isinstance(value, (torch.device, torch.dtype)):
+            return getattr(value, name)
+        elif not hasattr(value, name):
+            if _isinstance(value, (int, float)) and _isinstance(getattr(np, name, None), np.ufunc):  # so NumPy calls a function of a number
+                return lambda: getattr(np, name)(self._concrete(f"numpy.{name}()"))
+            raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
+        return ShapeAttribute(self, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        value = self.value
+        if _isinstance(value, torch.Tensor):
+            if value.ndim == 0:
+                raise TypeError("iteration over a 0-d tensor")
+            self.tracer.unrolled(self)
+            return iter([self[i] for i in range(value.shape[0])])
+        if _isinstance(value, dict):
+            return iter(list(value))
+        if not _isinstance(value, (tuple, list)):
+            raise TypeError(f"{type(value).__name__!r} object is not iterable")
+        self.tracer.unrolled(self)
+        return iter([self[i] for i in range(len(value))])
+
+    def __len__(self) -> int:
+        value = self.value
+        if _isinstance(value, torch.Tensor):
+            self.tracer.unrolled(self)
+            return int(value.shape[0])
+        return len(value)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data":
+            raise TraceError(f"{self.tracer.here()}: a tensor's data is bound anew, which a graph cannot keep; use copy_()")
+        if name == "requires_grad":
+            self.tracer.create_proxy("call_method", "requires_grad_", (self, value), {})
+            return
+        super().__setattr__(name, value)
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self.value
+
+    def __bool__(self) -> bool:
+        return bool(self._concrete("a condition"))
+
+    def __int__(self) -> int:
+        return int(self._concrete("int()"))
+
+    def __float__(self) -> float:
+        return float(self._concrete("float()"))
+
+    def __index__(self) -> int:
+        return operator.index(self._concrete("an index"))
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return round(self._concrete("round()"), digits)
+
+    def __ceil__(self) -> int:
+        return int(math.ceil(self._concrete("ceil()")))
+
+    def __floor__(self) -> int:
+        return int(math.floor(self._concrete("floor()")))
+
+    def __divmod__(self, other: Any) -> tuple[Any, Any]:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> tuple[Any, Any]:
+        return other // self, other % self
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec) if not _isinstance(self.value, torch.Tensor) else repr(self)
+
+    def __hash__(self) -> int:
+        value = self.value
+        return hash(value) if _isinstance(value, (int, float, str, bool)) else id(self)
+
+    def _concrete(self, use: str, method: str = "item") -> Any:
+        value = self.value
+        if _isinstance(value, torch.Tensor):
+            actual = self.tracer.actual(self.node)
+            if actual is None:
+                raise TraceError(f"{self.tracer.here()}: {use} depends on the values of a tensor, not only on its shape")
+            for name in held(self.node) - self.tracer.constants.keys():
+                self.tracer.notes[f"{self.tracer.here()}: {use} was specialised to the value of {name!r}"] = None
+                self.tracer.read.add(name)
+            return getattr(actual, method)()
+        self.tracer.specialised(self, f"{use} on the value {value}")
+        return value
+
+
+def _augmented(operation: Any) -> Any:
+    """``x += y`` writes into a tensor, which other names may hold too; a number is another one afterwards. fx knows neither."""
+
+    def method(self: ShapeProxy, other: Any) -> Any:
+        if not _isinstance(self.value, torch.Tensor):
+            return NotImplemented
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return method
+
+
+for _operation in AUGMENTED:
+    setattr(ShapeProxy, f"__{_operation.__name__}__", _augmented(_operation))
+
+
+class ShapeAttribute(ShapeProxy):
+    """``x.name``: a method to be called, or a value; the node is made only when the value is used."""
+
+    def __init__(self, root: ShapeProxy, name: str) -> None:
+        self.root, self.attr, self.tracer = root, name, root.tracer
+        self._node: fx.Node | None = None
+
+    @property
+    def node(self) -> fx.Node:  # type: ignore[override]
+        if self._node is None:
+            self._node = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {}).node
+        return self._node
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.attr in RESHAPING:  # the tensor itself has another shape from here on
+            self.root.node = self.tracer.create_proxy("call_method", self.attr[:-1], (self.root, *args), kwargs).node
+            return self.root
+        if self.attr in ("resize_", "resize_as_", "as_strided_"):
+            raise TraceError(f"{self.tracer.here()}: {self.attr} gives a tensor another size, which a graph cannot follow")
+        return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)

@@ -1,0 +1,350 @@
+"""The tracer: ``torch.fx``'s own, with proxies that know the value they had on the example inputs.
+
+Each value is computed on the meta device while tracing. Control flow over shapes is answered from it (and reported, since it was
+specialised); arithmetic over sizes stays in the graph, so that batch and resolution stay as dynamic as they were. ``Tensor.shape`` is
+unpacked into one ``size(i)`` node per dimension, so that every later pass meets integers, never a ``torch.Size``.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import inspect
+import operator
+import os
+import sys
+import types
+from collections import OrderedDict
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.fx.node import map_aggregate, map_arg
+from torch.nn.utils.rnn import PackedSequence
+
+from fxprune import errors
+from fxprune.errors import InputError, TraceError
+from fxprune.passes.ir.constants import evaluate
+from fxprune.passes.ir.skeleton import Skeleton
+from fxprune.passes.tracing import aten
+from fxprune.passes.tracing import decompositions as openers
+from fxprune.passes.tracing.graph_inputs import graph_of, interpret, origin
+from fxprune.passes.tracing.meta_execution import execute, hides_structure, run_for_real, to_meta, with_numbers
+from fxprune.passes.tracing.patching import patched
+from fxprune.passes.tracing.proxies import ShapeProxy, ShapeTuple
+from fxprune.passes.tracing.sizes import fixed_sizes as extents
+from fxprune.passes.tracing.sizes.specialisation import Asked
+
+_isinstance = builtins.isinstance
+# Frames of these are not the user's: torch, the passes, and all of fxprune but its networks.
+_FOLDERS = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)), os.path.dirname(errors.__file__))
+_SKIPPED = (*(f"{folder}{os.sep}" for folder in _FOLDERS), contextlib.__file__, "<")
+_NETWORKS = os.path.join("fxprune", "models.py")
+
+
+class ShapeTracer(fx.Tracer):
+    """``fx.Tracer`` whose proxies know their values; see the module's docstring."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        is_known: Callable[[nn.Module], bool],
+        opaque: set[str],
+        device: torch.device,
+        has_rule: Callable[[Any], bool],
+        path: str = "",
+    ) -> None:
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]
+        self.skeleton, self.is_known, self.opaque, self.device, self.has_rule, self.path = (
+            skeleton,
+            is_known,
+            opaque,
+            device,
+            has_rule,
+            path,
+        )
+        self.notes: dict[str, None] = {}
+        self.asked = Asked(self.notes)
+        self.read: set[str] = set()
+        self.graph_is_training = False
+        self.busy = False  # running an operation for its shape: nothing is recorded meanwhile
+        self.stack: list[str] = []
+        self.failed = ""  # what was kept whole and could not be run either
+        self.source: fx.Node | None = None  # the node being traced, where the module is a graph already
+        self._shapes: dict[fx.Node, ShapeTuple] = {}
+        self._attributes: dict[str, ShapeProxy] = {}
+        self.constants: dict[str, torch.Tensor] = {}
+
+    # -- what fx asks of a tracer -------------------------------------------------------------------------------------------
+
+    def proxy(self, node: fx.Node) -> ShapeProxy:
+        return ShapeProxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.opaque or self.is_known(m)
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        return self.skeleton.module_names[mod]
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.busy or m not in self.skeleton.module_names:  # made in forward, or held where torch does not look: its code is seen
+            return forward(*args, **kwargs)
+        name = self.path_of_module(m)
+        if self.is_leaf_module(m, name) and not any(_isinstance(t, fx.Proxy) for t in (*m._parameters.values(), *m._buffers.values())):
+            return self.create_proxy("call_module", name, args, kwargs)
+        self.stack.append(name)
+        graph = graph_of(m)
+        result = forward(*args, **kwargs) if graph is None else interpret(self, m, graph, args, kwargs)
+        self.stack.pop()
+        return result
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if self.busy or not _isinstance(attr_val, torch.Tensor):
+            return attr_val
+        name = self.skeleton.tensor_names.get(id(attr_val))
+        if name is None:
+            return attr_val
+        if name not in self._attributes:
+            self._attributes[name] = self.create_proxy("get_attr", name, (), {})
+        return self._attributes[name]
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
+        if kind == "call_function" and not self.busy:
+            if _isinstance(target, torch._ops.OpOverload) and (function := aten.opened(target, super().create_proxy)) is not None:
+                return function(*args, **kwargs)
+            body = openers.OPENERS.get(target) if _isinstance(target, types.FunctionType) else None
+            body = body or (target if self._is_wrapped(target) else None)
+            if body is not None:
+                self.stack.append(_qualified(target))
+                result = body(*args, **kwargs)
+                self.stack.pop()
+                return result
+        return super().create_proxy(kind, target, args, kwargs, *rest, **named)
+
+    def aside(self, function: Callable[..., Any], args: tuple[Any, ...]) -> fx.Graph:
+        """``function(*args)`` traced into a graph of its own, with an input for every proxy in the order in which fx meets them."""
+        outer = self.graph, self._shapes, self._attributes
+        self.graph, self._shapes, self._attributes = fx.Graph(), {}, {}
+
+        def given(value: Any) -> Any:
+            if not _isinstance(value, ShapeProxy):
+                return value
+            made = self.create_proxy("placeholder", f"input_{len(self.graph.nodes)}", (), {})
+            made.node.meta["val"] = value.value
+            return made
+
+        try:
+            self.graph.output(self.create_arg(function(*map_aggregate(args, given))))
+            return self.graph
+        finally:
+            self.graph, self._shapes, self._attributes = outer
+
+    def _is_wrapped(self, target: Any) -> bool:
+        """A library's Python function that it hid from fx: it is traced into, unless it has a rule or that failed before."""
+        if not _isinstance(target, types.FunctionType) or self.has_rule(target) or _qualified(target) in self.opaque:
+            return False
+        return not (target.__module__ or "torch").startswith("torch.")
+
+    def create_arg(self, a: Any) -> Any:
+        if _isinstance(a, fx.Proxy):
+            return a.node
+        if _isinstance(a, ShapeTuple):
+            return tuple(self.create_arg(i) for i in a)
+        if _isinstance(a, np.ndarray) and a.dtype.kind in "biufc":
+            a = torch.from_numpy(a.copy())
+        if _isinstance(a, torch.Tensor):
+            name = self.skeleton.tensor_names.get(id(a)) or self._constant(a)
+            return self.create_node("get_attr", name, (), {})
+        if _isinstance(a, PackedSequence):  # its constructor looks at its parts, so no node may hold one in its arguments
+            return self.create_node("call_function", PackedSequence, tuple(self.create_arg(part) for part in a), {})
+        if _isinstance(a, np.generic):
+            return a.item()
+        if type(a) is OrderedDict:
+            return self.create_node("call_function", OrderedDict, ([(k, self.create_arg(v)) for k, v in a.items()],), {})
+        if _isinstance(a, dict) and type(a) not in (dict, fx.immutable_collections.immutable_dict):
+            return self.create_node("call_function", type(a), (), {k: self.create_arg(v) for k, v in a.items()})
+        return super().create_arg(a)
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None) -> fx.Node:
+        node = self.graph.create_node(kind, target, args, kwargs, name, None)
+        node.meta["where"] = self.here()
+        node.meta["owner"] = self._owner()
+        if kind not in ("placeholder", "output"):
+            node.meta["val"] = self._value(node)
+        return node
+
+    def _owner(self) -> str:
+        own = origin(self.source, is_skipped)[1] if self.source is not None else ""
+        return next((n for n in (own, *reversed(self.stack)) if self.skeleton.module_or_none(n) is not None), "")
+
+    def _absent(self, name: str, last: bool) -> Any:
+        """None, for an input that is. Callers go on passing it, so the graph takes it, and no other value."""
+        given = self.graph.create_node("placeholder", name, (None,) if last else (), {})
+        none = self.graph.call_function(operator.is_, (given, None))
+        check = self.graph.call_function(torch._assert, (none, f"{name} was None when the module was traced"))
+        for node, value in ((given, None), (none, True), (check, None)):
+            node.meta.update(val=value, where=self.here(), owner=self.path)
+        return None
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        args, kwargs = self.example
+        flat: list[Any] = []
+
+        def placeholder(name: str, value: Any) -> Any:
+            proxy = self.create_proxy("placeholder", name, (), {})
+            proxy.node.meta["val"] = to_meta(value)
+            proxy.node.meta["example"] = value if not _isinstance(value, (torch.Tensor, dict, list, tuple)) else None
+            flat.append(proxy)
+            return proxy
+
+        try:
+            bound = inspect.signature(self.module.forward).bind(*args, **kwargs)
+        except TypeError as error:
+            raise InputError(f"example_inputs do not fit {type(self.module).__name__}.forward: {error}") from error
+        pos: list[Any] = []
+        named: dict[str, Any] = {}
+        last = max((i for i, v in enumerate(bound.arguments.values()) if v is not None), default=-1)
+        for param in bound.signature.parameters.values():
+            if param.name not in bound.arguments:
+                continue
+            value = bound.arguments[param.name]
+            if param.kind is param.VAR_POSITIONAL:
+                pos.extend(placeholder(f"{param.name}_{i}", v) for i, v in enumerate(value))
+            elif param.kind is param.VAR_KEYWORD:
+                given = list(value.values())
+                for i, (key, v) in enumerate(value.items()):
+                    named[key] = placeholder(key, v) if v is not None else self._absent(key, not any(w is not None for w in given[i:]))
+            else:
+                later = list(bound.arguments).index(param.name) > last
+                made = placeholder(param.name, value) if value is not None else self._absent(param.name, later)
+                if param.kind is param.KEYWORD_ONLY or len(pos) < len(bound.args) and param.name in kwargs:
+                    named[param.name] = made
+                else:
+                    pos.append(made)
+        module = self.module
+        graph = graph_of(module)
+
+        around = bool(module._forward_hooks or module._forward_pre_hooks) or type(module).__call__ is not nn.Module.__call__
+
+        def call(*_: Any) -> Any:
+            if graph is not None:
+                return interpret(self, module, graph, tuple(pos), named)
+            return module(*pos, **named) if around else module.forward(*pos, **named)
+
+        return call, flat
+
+    def run(self, example: tuple[tuple[Any, ...], dict[str, Any]]) -> fx.Graph:
+        self.example, self.module = example, self.skeleton.module(self.path)
+        with torch.no_grad(), patched(self):
+            # As a function: fx would search a root module for tensors held as attributes, which the skeleton knows already.
+            return self.trace(lambda: None)
+
+    # -- values -------------------------------------------------------------------------------------------------------------
+
+    def _value(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            name = str(node.target)
+            return to_meta(self.constants[name]) if name in self.constants else self.skeleton.tensor(name)
+        args = map_arg(node.args, lambda n: n.meta["val"])
+        kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
+        if node.target is getattr and args[1] == "device":
+            return self.device
+        self.busy = True
+        try:
+            return execute(node, args, kwargs, self.skeleton)
+        except TraceError:
+            raise
+        except Exception as error:  # whatever the operation raises on the example is the user's to see
+            if hides_structure(node, self.opaque, self.skeleton):
+                return self._value_by_running(node, args, kwargs)
+            if (numbers := with_numbers(node, self.actual, self.skeleton)) is not None:
+                return numbers
+            what = node.target if _isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
+            raise TraceError(
+                f"{node.meta['where']}: {what} failed on the example inputs: {str(error).splitlines()[0] if str(error) else error!r}"
+            ) from error
+        finally:
+            self.busy = False
+
+    def refuse_block(self, what: str) -> None:
+        """A module without children that needs the block in training (a spectral norm's power iteration) is better kept whole."""
+        name = self.stack[-1] if self.stack else ""
+        module = self.skeleton.module_or_none(name)
+        if module is not None and not module._modules and module.__dict__["training"] and self.graph_is_training:
+            raise TraceError(f"{self.here()}: it computes in a {what} block, which a graph cannot keep")
+
+    def _value_by_running(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        try:
+            return run_for_real(node, args, kwargs, self.skeleton)
+        except Exception as error:  # the user's code again
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.failed = str(node.target)
+            raise TraceError(f"{node.meta['where']}: {node.target} failed on tensors of ones of the example's shapes: {first}") from error
+
+    def actual(self, node: fx.Node) -> Any:
+        """The values of a tensor (or of several) that does not depend on the inputs, or None."""
+        before, self.busy = self.busy, True
+        try:
+            return evaluate(node, self._named, {})
+        finally:
+            self.busy = before
+
+    def _named(self, name: str) -> torch.Tensor | None:
+        tensor = self.constants.get(name)
+        tensor = self.skeleton.real(name) if tensor is None else tensor
+        return tensor if tensor.device.type != "meta" else None
+
+    def shape_of(self, proxy: ShapeProxy) -> ShapeTuple:
+        node = proxy.node
+        if node not in self._shapes:
+            self._shapes[node] = ShapeTuple(self.create_proxy("call_method", "size", (proxy, i), {}) for i in range(proxy.value.ndim))
+        return self._shapes[node]
+
+    def _constant(self, tensor: torch.Tensor) -> str:
+        name = self.skeleton.attribute_names.get(id(tensor))
+        if name is None and tensor.is_meta and not any(p.is_meta for p in self.skeleton.original.parameters()):
+            raise TraceError(f"{self.here()}: forward computes with parameters or buffers that it reached past their names (state_dict())")
+        if name is None or (self.path and not name.startswith(f"{self.path}.")):
+            base = f"{self.path}._tensor_constant" if self.path else "_tensor_constant"
+            name = next(n for n in (f"{base}{i}" for i in range(len(self.constants), 1 << 30)) if n not in self.constants)
+            self.skeleton.attribute_names[id(tensor)] = name
+            self.skeleton.keep_alive.append(tensor)
+        self.constants[name] = tensor
+        return name
+
+    def specialised(self, proxy: ShapeProxy, what: str) -> None:
+        """Code asked for a number: it is reported if a size of an input's own dimension is in it; channels and literals are no loss."""
+        if extents.depends(proxy.node, self.skeleton.module) is not None:
+            self.asked.add(f"{self.here()}: {what} was specialised to the example inputs", self.source)
+
+    def unrolled(self, proxy: ShapeProxy) -> None:
+        """Code loops over a tensor, or over the parts of one."""
+        count = extents.loop(proxy.node, self.skeleton.module)
+        if count is not None:
+            self.notes[f"{self.here()}: loop over a dimension of {count} was specialised to the example inputs"] = None
+
+    def here(self) -> str:
+        known = origin(self.source, is_skipped)[0] if self.source is not None else ""
+        if known:
+            return known
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            file = frame.f_code.co_filename
+            if not is_skipped(file):
+                return f"{file}:{frame.f_lineno}"
+            frame = frame.f_back
+        return "<unknown>"
+
+
+def is_skipped(file: str) -> bool:
+    """Whether a frame of this file says nothing about the user's source."""
+    return file.startswith(_SKIPPED) and not file.endswith(_NETWORKS)
+
+
+def _qualified(target: Any) -> str:
+    return f"{target.__module__}.{target.__qualname__}"
