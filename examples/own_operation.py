@@ -40,8 +40,8 @@ print(f"without a rule: {first.name}, prunable: {first.prunable} ({first.reason}
 
 
 @fxprune.register_op(torch.ops.example.ripple)
-def ripple_rule(walk: Any, node: Any, x: Any, a: Any) -> Any:
-    return walk.pointwise(node, x, a)  # element by element: channels stay where they are, and so do those of a
+def ripple_rule(ctx: Any, node: Any, x: Any, a: Any) -> Any:
+    return ctx.pointwise(node, x, a)  # element by element: channels stay where they are, and so do those of a
 
 
 graph = fxprune.analyze(model, example)

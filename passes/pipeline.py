@@ -19,11 +19,12 @@ from fxprune.passes.collector import paused_collector
 from fxprune.passes.coupling.graph import LAYERS, SINGLE, CouplingGraph
 from fxprune.passes.coupling.walk import Walk
 from fxprune.passes.ir.slim_module import SlimModule
+from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.planning.plan import Keep, keep_counts, plan
 from fxprune.passes.rewriting.keep_class import kept_class
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.rules.functional_weights import output_dims
-from fxprune.passes.tracing.modes import TracedModel, trace
+from fxprune.passes.tracing.modes import trace
 from fxprune.passes.tracing.partial import trace_parts
 
 

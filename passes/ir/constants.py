@@ -10,8 +10,8 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from fxprune.passes.ir.nested import has_tensor
 from fxprune.passes.ir.writes import is_rewritten, memory, sharing, written
-from fxprune.passes.labels.values import has_tensor
 
 _MADE = frozenset({"arange", "zeros", "ones", "full", "eye", "linspace", "tensor", "as_tensor", "tril_indices", "triu_indices"})
 

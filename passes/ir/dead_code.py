@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.passes.ir.writes import AUGMENTED, written
+from fxprune.passes.ir.nodes import AUGMENTED
+from fxprune.passes.ir.writes import written
 
 
 def impure(node: fx.Node) -> bool:

@@ -11,24 +11,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from fxprune.passes.rules.registry import target_name
-
-AUGMENTED = frozenset(
-    {
-        operator.iadd,
-        operator.isub,
-        operator.imul,
-        operator.itruediv,
-        operator.ifloordiv,
-        operator.imod,
-        operator.ipow,
-        operator.iand,
-        operator.ior,
-    }
-)
-
-# Methods after which the tensor itself has another shape.
-RESHAPING = frozenset({"unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_"})
+from fxprune.passes.ir.nodes import AUGMENTED, target_name
 
 _written: WeakKeyDictionary[fx.Graph, tuple[int, frozenset[int | None]]] = WeakKeyDictionary()
 

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
-from fxprune.passes.ir.writes import AUGMENTED
+from fxprune.passes.ir.nodes import op_name
+from fxprune.passes.ir.traced import TracedModel
+from fxprune.passes.labels.ledger import Tie
 from fxprune.passes.labels.values import Labels, Value, Vector
-from fxprune.passes.rules.registry import target_name
-from fxprune.passes.tracing.modes import TracedModel
-
-
-@dataclass
-class Tie:
-    """A parameter's dimension met labels at a node; the coupling graph draws its edges from these."""
-
-    name: str
-    dim: int
-    node: str
-    op: str
 
 
 class ParameterLabels:
-    """What a walk (``passes.labels``) knows of parameters, buffers and constants.
+    """What a walk knows of parameters, buffers and constants.
 
     ``parameters[(name, dim)]`` are the labels of that dimension; ``source`` says which dimension a first label was made for; ``ties``
     where a dimension was first read; ``weights`` the labels of whatever is used as a layer's weight.
@@ -128,11 +117,3 @@ class ParameterLabels:
 
     def where(self) -> str:
         return str(self.node.meta.get("where", "")) if self.node is not None else ""
-
-
-def op_name(node: fx.Node, traced: TracedModel) -> str:
-    """A readable name of what a node does: the module's path and type, or the function's name."""
-    if node.op == "call_module":
-        return f"{node.target} ({type(traced.skeleton.module(str(node.target))).__name__})"
-    name = target_name(node) or str(node.target)
-    return name[1:] if node.target in AUGMENTED else name  # ``x += y`` is an addition to its readers

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
+from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.labels.values import Labels, Vector
-from fxprune.passes.rules.registry import target_name
-
-if TYPE_CHECKING:
-    from fxprune.passes.coupling.walk import Walk
 
 
-def rectangle(walk: Walk, node: fx.Node, labels: torch.Tensor) -> tuple[int, Vector] | None:
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """A label tensor brought down to one axis.
+
+    ``axis``: the axis, None where one label fills the whole tensor. ``labels``: one per index of the axis, or that label (none for an
+    empty tensor). ``united``: labels that must go together for it. ``chosen``: whether an attention's axis was chosen.
+    """
+
+    axis: int | None
+    labels: Vector
+    united: tuple[Vector, Vector] | None = None
+    chosen: bool = False
+
+
+def rectangle(labels: torch.Tensor, node: fx.Node, wish: str) -> Reduction:
     """Reduce a label tensor to one axis. Where it varies along several, pick one and unite every slice along it.
 
-    Returns (axis, labels) or None where the label is the same everywhere: it is pinned then.
+    ``wish``: the axis that the policy names for an attention ("heads", "head_dim" or "auto"), if ``node`` makes a tensor of one.
     """
     squeezed = labels
     for axis in range(labels.ndim):
@@ -28,27 +40,16 @@ def rectangle(walk: Walk, node: fx.Node, labels: torch.Tensor) -> tuple[int, Vec
                 squeezed = head
     varying = [a for a in range(labels.ndim) if squeezed.shape[a] > 1]
     if len(varying) == 1:
-        return varying[0], squeezed.reshape(-1).numpy().copy()  # of its own: it may be a row of something large
+        return Reduction(varying[0], squeezed.reshape(-1).numpy().copy())  # of its own: it may be a row of something large
     if not varying:
-        if labels.numel():  # it belongs to no axis any more, so the tensor as a whole must stay, be it a single number
-            walk.pin(np.unique(squeezed.numpy()), "one channel fills a whole tensor")
-        return None
-    axis = _choose(walk, node, squeezed, varying)
+        return Reduction(None, np.unique(squeezed.numpy()) if labels.numel() else np.zeros(0, dtype=np.int64))
+    axis, chosen = _choose(node, squeezed, varying, wish)
     across = squeezed.movedim(axis, 0).reshape(squeezed.shape[axis], -1).numpy()
     first = across[:, 0].copy()
-    walk.labels.unite(np.repeat(first, across.shape[1]), across.reshape(-1))
-    return axis, first
+    return Reduction(axis, first, (np.repeat(first, across.shape[1]), across.reshape(-1)), chosen)
 
 
-def one_axis(walk: Walk, a: Vector, b: Vector) -> Vector:
-    """Two sets of labels came to lie on one axis. An index goes if either of its labels does, which two sparsities cannot both
-    decide: those that an expansion made yield, of others those with fewer units stay."""
-    few, many = sorted((a, b), key=lambda v: (not walk.is_soft(np.unique(v)), walk.labels.units(v)))
-    walk.pin(few, "it is folded into one axis with other channels")
-    return many
-
-
-def _choose(walk: Walk, node: fx.Node, labels: torch.Tensor, varying: list[int]) -> int:
+def _choose(node: fx.Node, labels: torch.Tensor, varying: list[int], wish: str) -> tuple[int, bool]:
     """The axis with the most units; for attention the axis the policy names (Wang 2024 prunes neither: the axis is ours)."""
     if any(target_name(user) == "view_as_complex" for user in node.users):  # the last axis is a real and an imaginary part
         varying = [a for a in varying if a != labels.ndim - 1] or varying
@@ -61,13 +62,9 @@ def _choose(walk: Walk, node: fx.Node, labels: torch.Tensor, varying: list[int])
         if outer:
             pair = [a for a in distinct if a != outer[0]][-2:]
     if len(pair) < 2 or not feeds_attention(node):
-        return best
+        return best, False
     heads, head_dim = min(pair), max(pair)
-    key = f"{walk.mode}:{node.name}"
-    wish = walk.forced.get(key, walk.attention)
-    chosen = {"heads": heads, "head_dim": head_dim}.get(wish, best if best in pair else max(pair, key=lambda a: (counts[a], a)))
-    walk.choices[key] = np.unique(labels.numpy())
-    return chosen
+    return {"heads": heads, "head_dim": head_dim}.get(wish, best if best in pair else max(pair, key=lambda a: (counts[a], a))), True
 
 
 def _units_along(labels: torch.Tensor, axis: int) -> int:

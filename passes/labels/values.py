@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn.utils.rnn import PackedSequence
+
+from fxprune.passes.ir.nested import collect
 
 Vector = npt.NDArray[np.int64]
 
@@ -91,37 +92,7 @@ def lift(value: Any, why: str) -> Any:
     return value
 
 
-def packed(data: Any, batch_sizes: Any, sorted_indices: Any = None, unsorted_indices: Any = None) -> Any:
-    """A ``PackedSequence`` of anything; its own constructor wants lengths on the CPU."""
-    return tuple.__new__(PackedSequence, (data, batch_sizes, sorted_indices, unsorted_indices))
-
-
 def values(nested: Any) -> list[Value]:
     found: list[Value] = []
-    _collect(nested, Value, found)
+    collect(nested, Value, found)
     return found
-
-
-def tensors(nested: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    _collect(nested, torch.Tensor, found)
-    return found
-
-
-def has_tensor(nested: Any) -> bool:
-    return bool(tensors(nested))
-
-
-def _collect(nested: Any, kind: type, found: list[Any]) -> None:
-    if isinstance(nested, kind):
-        found.append(nested)
-    elif isinstance(nested, dict):
-        for v in nested.values():
-            _collect(v, kind, found)
-    elif isinstance(nested, (tuple, list)):
-        for v in nested:
-            _collect(v, kind, found)
-    elif isinstance(nested, slice):
-        _collect((nested.start, nested.stop, nested.step), kind, found)
-    elif is_dataclass(nested) and not isinstance(nested, type):
-        _collect([getattr(nested, f.name) for f in fields(nested)], kind, found)

@@ -7,7 +7,7 @@ that ``C ** -0.5`` stays what it was), and where a number becomes a shape it is 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,9 @@ from fxprune.passes.ir.slim_module import SlimModule
 from fxprune.passes.labels.values import Value, Vector, values
 from fxprune.passes.planning.plan import Keep
 from fxprune.passes.rewriting.assemble import Copies, assemble, copies, replace_module
-from fxprune.passes.rewriting.resize import has_sizes, resize
 from fxprune.passes.rewriting.slicing import cut
 from fxprune.passes.rules import registry
+from fxprune.passes.rules.layers import has_sizes, resize
 from fxprune.passes.rules.moving.indexing import left_of
 
 _ARITHMETIC = {
@@ -106,7 +106,7 @@ class Slimmer:
         """The number a literal or an integer node stands for on the example (a channel count is the same for every input)."""
         return int(value.meta["number"]) if isinstance(value, fx.Node) else int(value)
 
-    def sizes(self, node: fx.Node, sizes: Sequence[Any], first: int = 0) -> list[Any]:
+    def sizes(self, node: Any, sizes: Any, first: int = 0) -> list[Any]:
         """Size arguments, one per axis of the node's tensor from axis ``first``: those of pruned axes replaced by what is left."""
         value = self.value(node)
         return [self._new_size(node, value, first + i, s) for i, s in enumerate(sizes)]

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxprune.passes.rules.registry import target_name
-from fxprune.passes.tracing.modes import TracedModel
+from fxprune.passes.ir.nodes import target_name
+from fxprune.passes.ir.traced import TracedModel
 
 # Where the weight stands among the arguments, for functions whose weight has its outputs along dimension 0.
 _ROWS: dict[Any, tuple[int, ...]] = {

@@ -1,6 +1,6 @@
 """The tables of rules: what an operation does to channels, and how its arguments change when channels go.
 
-A rule is ``rule(walk, node, *args, **kwargs) -> Value`` (or a tuple of Values): the node's arguments arrive with every tensor
+A rule is ``rule(ctx, node, *args, **kwargs) -> Value`` (or a tuple of Values): the node's arguments arrive with every tensor
 replaced by its ``Value``. A rewrite is ``rewrite(slim, node) -> None``: it edits the arguments of the copied node in place.
 No rule is a loud, named outcome: the walker pins what the operation touches and reports its name.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 
 Infer = Callable[..., Any]
 Rewrite = Callable[..., None]
@@ -37,10 +37,10 @@ MODULES: dict[type, Rule] = {}
 def register_op(target: Any, *, rewrite: Rewrite | None = None) -> Callable[[Infer], Infer]:
     """Decorator that adds a rule for ``target``: a function, the name of a tensor method, or a module type.
 
-    The decorated function is called as ``rule(walk, node, *args, **kwargs)`` with a ``Value`` for every tensor and returns the
-    Value of the result, usually by one of the walker's helpers: ``walk.pointwise(node, x, y)`` for element-wise operations,
-    ``walk.through(node, x, mixed=(2, 3))`` for one that mixes the named axes and leaves the others. A module type that has a rule
-    is kept whole by the tracer. ``rewrite(slim, node)`` is called when channels went from a tensor the node reads or makes.
+    The decorated function is called as ``rule(ctx, node, *args, **kwargs)`` with a ``Value`` for every tensor and returns the Value of the
+    result, usually by a method of the context (``passes.labels.context``): ``ctx.pointwise(node, x, y)`` for element-wise operations,
+    ``ctx.through(node, x, mixed=(2, 3))`` for one that mixes the named axes and leaves the others. A module type that has a rule is kept
+    whole by the tracer. ``rewrite(slim, node)`` is called when channels went from a tensor the node reads or makes.
     """
 
     def add(infer: Infer) -> Infer:
@@ -87,18 +87,13 @@ def functions(*targets: Any, rewrite: Rewrite | None = None) -> Callable[[Infer]
 
 
 def modules(*types: type, rewrite: Rewrite | None = None) -> Callable[[Infer], Infer]:
-    """Register one rule for several module types; the rule's first arguments are ``(walk, node, module, ...)``."""
+    """Register one rule for several module types; the rule's first arguments are ``(ctx, node, module, ...)``."""
 
     def add(infer: Infer) -> Infer:
         MODULES.update(dict.fromkeys(types, Rule(infer, rewrite)))
         return infer
 
     return add
-
-
-def target_name(node: fx.Node) -> str:
-    """The name of the method or function that a node calls, empty where it has none."""
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def function_rule(target: Any) -> Rule | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fxprune.passes.ir.writes import RESHAPING
+from fxprune.passes.ir.nodes import RESHAPING
 from fxprune.passes.rules.registry import FUNCTIONS, METHODS
 
 _LAST = (1 << 63) - 1  # the end of a slice that goes to the end

@@ -6,7 +6,6 @@ What is traced is a structural copy of the user's model on the meta device (``pa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,34 +16,9 @@ from fxprune.errors import InputError, TraceError
 from fxprune.example_inputs import call_form
 from fxprune.passes.ir.dead_code import eliminate
 from fxprune.passes.ir.skeleton import Skeleton
+from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.tracing.module_state import keep_state
 from fxprune.passes.tracing.tracer import ShapeTracer, is_skipped
-
-
-@dataclass
-class TracedModel:
-    """What tracing a module gave.
-
-    ``graphs``: "eval" and, where it differs, "train"; node.meta holds ``val`` (concrete value on the example, tensors on meta) and
-    ``where`` (file:line in the user's source).
-    ``constants``: attribute name -> tensor, for tensors the forward pass made or held outside parameters and buffers.
-    ``read``: names of tensors whose values Python code has read, so that numbers in the graph stand for them.
-    ``notes``: what had to be specialised or could not be kept. ``opaque``: submodules and functions kept whole -> why.
-    ``parts``: where the root could not be traced, the paths of the submodules that were; graphs are then named ``path:mode``.
-    """
-
-    skeleton: Skeleton
-    graphs: dict[str, fx.Graph]
-    constants: dict[str, torch.Tensor]
-    read: set[str] = field(default_factory=set)
-    notes: tuple[str, ...] = ()
-    opaque: dict[str, str] = field(default_factory=dict)
-    parts: list[str] = field(default_factory=list)
-
-    @property
-    def eval_modes(self) -> list[str]:
-        """The names of the graphs that evaluation runs."""
-        return [mode for mode in self.graphs if mode.rpartition(":")[2] == "eval"]
 
 
 def trace(

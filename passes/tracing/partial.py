@@ -17,11 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxprune.errors import InputError, TraceError
 from fxprune.evaluation.accuracy import set_training
 from fxprune.example_inputs import call_form
+from fxprune.passes.ir.nested import tensors
 from fxprune.passes.ir.skeleton import Skeleton
-from fxprune.passes.labels.values import tensors
-from fxprune.passes.rewriting.resize import has_sizes
+from fxprune.passes.ir.traced import TracedModel
+from fxprune.passes.rules.layers import has_sizes
 from fxprune.passes.tracing.meta_execution import to_meta
-from fxprune.passes.tracing.modes import TracedModel, add_traced
+from fxprune.passes.tracing.modes import add_traced
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Calls = dict[str, tuple[Call, torch.device | None]]

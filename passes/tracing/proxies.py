@@ -15,7 +15,7 @@ from torch.fx._symbolic_trace import _find_proxy
 
 from fxprune.errors import TraceError
 from fxprune.passes.ir.constants import held
-from fxprune.passes.ir.writes import AUGMENTED, RESHAPING
+from fxprune.passes.ir.nodes import AUGMENTED, RESHAPING
 
 if TYPE_CHECKING:
     from fxprune.passes.tracing.tracer import ShapeTracer

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fxprune.passes.labels.values import packed
+from fxprune.passes.ir.nested import packed
 from fxprune.passes.rules.computing import pointwise
 
 _SAME = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []))

@@ -245,8 +245,8 @@ torch.fx.wrap("swish_twice")
 
 
 @fxprune.register_op(swish_twice)
-def swish_twice_rule(walk: Any, node: Any, x: Any, y: Any) -> Any:
-    return walk.pointwise(node, x, y, zero="none")
+def swish_twice_rule(ctx: Any, node: Any, x: Any, y: Any) -> Any:
+    return ctx.pointwise(node, x, y, zero="none")
 
 
 @add("registered_operation")

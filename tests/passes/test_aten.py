@@ -245,8 +245,8 @@ def test_a_rule_registered_for_an_operator_is_used() -> None:
     assert not any(g.prunable for g in fxprune.analyze(module, x).groups)
 
     @fxprune.register_op(target)
-    def rule(walk: Any, node: Any, x: Any) -> Any:
-        return walk.pointwise(node, x)
+    def rule(ctx: Any, node: Any, x: Any) -> Any:
+        return ctx.pointwise(node, x)
 
     try:
         assert_exported_sound(module, (x,))

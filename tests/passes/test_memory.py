@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.passes.labels.values import tensors, values
+from fxprune.passes.ir.nested import tensors
+from fxprune.passes.labels.values import values
 from fxprune.passes.rules.moving.indexing import _picked
 from fxprune.passes.tracing import partial
 

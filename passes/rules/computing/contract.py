@@ -6,23 +6,22 @@ import math
 import operator
 import string
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value
+from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, modules, named
-
-if TYPE_CHECKING:
-    from fxprune.passes.coupling.walk import Walk
 
 Operand = tuple[Value, str]
 
 
-def contract(walk: Walk, operands: Sequence[Operand], out: str, layer: str = "") -> tuple[dict[int, Any], set[int]]:
+def contract(ctx: LabelContext, operands: Sequence[Operand], out: str, layer: str = "") -> tuple[dict[int, Any], set[int]]:
     """Unite labels letter by letter over ``operands`` and return (labels by axis, zero axes) of the result with letters ``out``.
 
     A letter of size one in an operand broadcasts. A letter that carries labels in one operand and has a full extent without labels in
@@ -44,12 +43,12 @@ def contract(walk: Walk, operands: Sequence[Operand], out: str, layer: str = "")
         bare = next((v for v, a in spanning if a not in v.axes), None)
         if bare is not None:
             for _, _, vector in with_labels:
-                walk.clash(vector, bare)
-                walk.pin(vector, f"it is multiplied with a tensor of fixed size ({bare.why})")
+                ctx.clash(vector, bare)
+                ctx.pin(vector, f"it is multiplied with a tensor of fixed size ({bare.why})")
             continue
-        vector = next((x for _, _, x in with_labels if not walk.is_soft(x)), with_labels[0][2])
+        vector = next((x for _, _, x in with_labels if not ctx.is_soft(x)), with_labels[0][2])
         for _, _, other in with_labels:
-            walk.unite(vector, other)
+            ctx.unite(vector, other)
         along.append(vector)
         harmless = any(a in v.zero for v, a, _ in with_labels)
         if letter in out:
@@ -57,137 +56,137 @@ def contract(walk: Walk, operands: Sequence[Operand], out: str, layer: str = "")
             if harmless:
                 zero.add(out.index(letter))
         elif not harmless:
-            walk.inexact(vector, "two activations are multiplied and summed over it")
+            ctx.inexact(vector, "two activations are multiplied and summed over it")
     if layer and len(operands) > 1:
-        walk.cost(layer, extent, *along)
+        ctx.cost(layer, extent, *along)
     return axes, zero
 
 
-def linear_value(walk: Walk, node: fx.Node, x: Value, weight: Value, bias: Value | None, layer: str) -> Value:
+def linear_value(ctx: LabelContext, node: fx.Node, x: Value, weight: Value, bias: Value | None, layer: str) -> Value:
     """``x (..., in)`` times ``weight (out, in)`` plus ``bias (out)``."""
     free = string.ascii_lowercase[: x.ndim - 1]
     if weight.ndim == 1:
-        axes, zero = contract(walk, [(x, free + "I"), (weight, "I")], free, layer)
-        return walk.make(node, axes, zero)
-    _need_labels(walk, x, x.ndim - 1, weight, 1)
-    axes, zero = contract(walk, [(x, free + "I"), (weight, "OI")], free + "O", layer)
+        axes, zero = contract(ctx, [(x, free + "I"), (weight, "I")], free, layer)
+        return ctx.make(node, axes, zero)
+    _need_labels(ctx, x, x.ndim - 1, weight, 1)
+    axes, zero = contract(ctx, [(x, free + "I"), (weight, "OI")], free + "O", layer)
     out = x.ndim - 1
     if bias is not None:
         zero -= set(range(out))  # the bias is added to removed slices along the other axes too
-        _bias(walk, axes, out, bias)
-    return walk.make(node, axes, zero)
+        _bias(ctx, axes, out, bias)
+    return ctx.make(node, axes, zero)
 
 
-def _bias(walk: Walk, axes: dict[int, Any], axis: int, bias: Value) -> None:
+def _bias(ctx: LabelContext, axes: dict[int, Any], axis: int, bias: Value) -> None:
     if 0 in bias.axes and axis in axes:
-        walk.unite(axes[axis], bias.axes[0])
+        ctx.unite(axes[axis], bias.axes[0])
     elif 0 in bias.axes:
-        walk.pin(bias.axes[0], "the layer's output has a fixed size")
+        ctx.pin(bias.axes[0], "the layer's output has a fixed size")
     elif axis in axes and bias.shape[0] != 1:
-        walk.pin(axes.pop(axis), f"its bias has a fixed size ({bias.why})")
+        ctx.pin(axes.pop(axis), f"its bias has a fixed size ({bias.why})")
 
 
-def _need_labels(walk: Walk, x: Value, axis: int, weight: Value, dim: int) -> None:
+def _need_labels(ctx: LabelContext, x: Value, axis: int, weight: Value, dim: int) -> None:
     """A layer that reads a fixed-size axis keeps all its inputs: say so in the layer's own words."""
     if axis not in x.axes and dim in weight.axes:
-        walk.pin(weight.axes[dim], f"the layer reads channels of fixed size ({x.why})")
+        ctx.pin(weight.axes[dim], f"the layer reads channels of fixed size ({x.why})")
 
 
 @modules(nn.Linear)
-def linear_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Value:
-    walk.bind(node, "weight", 1, input.axes.get(input.ndim - 1))
-    weight = walk.weight(node, "weight")
+def linear_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Value) -> Value:
+    ctx.bind(node, "weight", 1, input.axes.get(input.ndim - 1))
+    weight = ctx.weight(node, "weight")
     assert weight is not None
-    walk.bind(node, "bias", 0, weight.axes.get(0))
-    return linear_value(walk, node, input, weight, walk.weight(node, "bias"), str(node.target))
+    ctx.bind(node, "bias", 0, weight.axes.get(0))
+    return linear_value(ctx, node, input, weight, ctx.weight(node, "bias"), str(node.target))
 
 
 @functions(F.linear)
-def linear(walk: Walk, node: fx.Node, input: Value, weight: Value, bias: Value | None = None) -> Value:
-    walk.read_as_weight(weight)
-    return linear_value(walk, node, input, weight, bias, walk.owner(node))
+def linear(ctx: LabelContext, node: fx.Node, input: Value, weight: Value, bias: Value | None = None) -> Value:
+    ctx.read_as_weight(weight)
+    return linear_value(ctx, node, input, weight, bias, ctx.owner(node))
 
 
 @modules(nn.Bilinear)
-def bilinear_module(walk: Walk, node: fx.Node, module: nn.Module, input1: Value, input2: Value) -> Value:
-    weight, bias = walk.weight(node, "weight"), walk.weight(node, "bias")
+def bilinear_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input1: Value, input2: Value) -> Value:
+    weight, bias = ctx.weight(node, "weight"), ctx.weight(node, "bias")
     assert weight is not None
-    return _bilinear(walk, node, input1, input2, weight, bias, str(node.target))
+    return _bilinear(ctx, node, input1, input2, weight, bias, str(node.target))
 
 
 @functions(F.bilinear)
-def bilinear(walk: Walk, node: fx.Node, input1: Value, input2: Value, weight: Value, bias: Value | None = None) -> Value:
-    walk.read_as_weight(weight)
-    return _bilinear(walk, node, input1, input2, weight, bias, walk.owner(node))
+def bilinear(ctx: LabelContext, node: fx.Node, input1: Value, input2: Value, weight: Value, bias: Value | None = None) -> Value:
+    ctx.read_as_weight(weight)
+    return _bilinear(ctx, node, input1, input2, weight, bias, ctx.owner(node))
 
 
-def _bilinear(walk: Walk, node: fx.Node, input1: Value, input2: Value, weight: Value, bias: Value | None, layer: str) -> Value:
+def _bilinear(ctx: LabelContext, node: fx.Node, input1: Value, input2: Value, weight: Value, bias: Value | None, layer: str) -> Value:
     """``input1 (..., I)`` and ``input2 (..., J)`` with ``weight (O, I, J)``."""
     free = string.ascii_lowercase[: input1.ndim - 1]
-    _need_labels(walk, input1, input1.ndim - 1, weight, 1)
-    _need_labels(walk, input2, input2.ndim - 1, weight, 2)
-    axes, zero = contract(walk, [(input1, free + "I"), (input2, free + "J"), (weight, "OIJ")], free + "O", layer)
+    _need_labels(ctx, input1, input1.ndim - 1, weight, 1)
+    _need_labels(ctx, input2, input2.ndim - 1, weight, 2)
+    axes, zero = contract(ctx, [(input1, free + "I"), (input2, free + "J"), (weight, "OIJ")], free + "O", layer)
     if bias is not None:
         zero -= set(range(input1.ndim - 1))
-        _bias(walk, axes, input1.ndim - 1, bias)
-    return walk.make(node, axes, zero)
+        _bias(ctx, axes, input1.ndim - 1, bias)
+    return ctx.make(node, axes, zero)
 
 
 @named("matmul", "bmm", "mm", "mv", "dot", "vdot", inplace=False)
 @functions(operator.matmul)
-def matmul(walk: Walk, node: fx.Node, input: Value, other: Value, **_: Any) -> Value:
+def matmul(ctx: LabelContext, node: fx.Node, input: Value, other: Value, **_: Any) -> Value:
     for value in (input, other):
-        if walk.is_weight(value) and value.ndim <= 3:
-            walk.read_as_weight(value)
-    axes, zero = _matmul(walk, input, other, walk.owner(node))
-    return walk.make(node, axes, zero)
+        if ctx.is_weight(value) and value.ndim <= 3:
+            ctx.read_as_weight(value)
+    axes, zero = _matmul(ctx, input, other, ctx.owner(node))
+    return ctx.make(node, axes, zero)
 
 
-def _matmul(walk: Walk, a: Value, b: Value, layer: str) -> tuple[dict[int, Any], set[int]]:
+def _matmul(ctx: LabelContext, a: Value, b: Value, layer: str) -> tuple[dict[int, Any], set[int]]:
     if a.ndim == 1 and b.ndim == 1:
-        return contract(walk, [(a, "K"), (b, "K")], "", layer)
+        return contract(ctx, [(a, "K"), (b, "K")], "", layer)
     batch = string.ascii_lowercase[: max(a.ndim, b.ndim) - 2]
     if b.ndim == 1:
         free = string.ascii_lowercase[: a.ndim - 1]
-        return contract(walk, [(a, free + "K"), (b, "K")], free, layer)
+        return contract(ctx, [(a, free + "K"), (b, "K")], free, layer)
     first = batch[len(batch) - (a.ndim - 2) :] + "IK" if a.ndim > 1 else "K"
     second = batch[len(batch) - (b.ndim - 2) :] + "KJ"
-    return contract(walk, [(a, first), (b, second)], batch + ("I" if a.ndim > 1 else "") + "J", layer)
+    return contract(ctx, [(a, first), (b, second)], batch + ("I" if a.ndim > 1 else "") + "J", layer)
 
 
 @named("baddbmm", "addmm", "addbmm", "addmv", inplace=False)
-def addmm(walk: Walk, node: fx.Node, input: Value, first: Value, second: Value, **kwargs: Any) -> Value:
+def addmm(ctx: LabelContext, node: fx.Node, input: Value, first: Value, second: Value, **kwargs: Any) -> Value:
     if getattr(node.target, "__name__", node.target) == "addbmm":
-        return walk.opaque(node, [input, first, second])  # type: ignore[no-any-return]
+        return ctx.opaque(node, [input, first, second])  # type: ignore[no-any-return]
     for value in (first, second):
-        if walk.is_weight(value) and value.ndim <= 3:
-            walk.read_as_weight(value)
-    axes, zero = _matmul(walk, first, second, walk.owner(node))
-    product = walk.make(node, axes, zero)
-    return walk.pointwise(node, product, input, zero="all")  # type: ignore[no-any-return]
+        if ctx.is_weight(value) and value.ndim <= 3:
+            ctx.read_as_weight(value)
+    axes, zero = _matmul(ctx, first, second, ctx.owner(node))
+    product = ctx.make(node, axes, zero)
+    return ctx.pointwise(node, product, input, zero="all")  # type: ignore[no-any-return]
 
 
 @functions(torch.einsum, torch.functional.einsum)
-def einsum(walk: Walk, node: fx.Node, equation: str, *operands: Any) -> Any:
+def einsum(ctx: LabelContext, node: fx.Node, equation: str, *operands: Any) -> Any:
     tensors = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else list(operands)
     terms, _, out = equation.replace(" ", "").partition("->")
     names = terms.split(",")
     if any(len(set(t.replace("...", ""))) != len(t.replace("...", "")) for t in names) or "->" not in equation:
-        return walk.opaque(node, tensors, "einsum takes a diagonal or leaves its output to be guessed")
+        return ctx.opaque(node, tensors, "einsum takes a diagonal or leaves its output to be guessed")
     spare = [c for c in string.ascii_letters if c not in equation]
     widest = max((v.ndim - len(t.replace("...", "")) for v, t in zip(tensors, names, strict=True) if "..." in t), default=0)
     dots = "".join(spare[:widest])
     full = [t.replace("...", dots[widest - (v.ndim - len(t.replace("...", ""))) :]) for v, t in zip(tensors, names, strict=True)]
     for value in tensors:
-        if walk.is_weight(value):
-            walk.read_as_weight(value)
-    axes, zero = contract(walk, list(zip(tensors, full, strict=True)), out.replace("...", dots), walk.owner(node))
-    return walk.make(node, axes, zero)
+        if ctx.is_weight(value):
+            ctx.read_as_weight(value)
+    axes, zero = contract(ctx, list(zip(tensors, full, strict=True)), out.replace("...", dots), ctx.owner(node))
+    return ctx.make(node, axes, zero)
 
 
 @named("tensordot", inplace=False)
 @functions(torch.functional.tensordot)
-def tensordot(walk: Walk, node: fx.Node, a: Value, b: Value, dims: Any = 2, **_: Any) -> Any:
+def tensordot(ctx: LabelContext, node: fx.Node, a: Value, b: Value, dims: Any = 2, **_: Any) -> Any:
     """``dims``: how many last axes of ``a`` meet first axes of ``b``, or which of the one meet which of the other."""
     pairs = (range(a.ndim - dims, a.ndim), range(dims)) if isinstance(dims, int) else dims
     left, right = list(string.ascii_letters[: a.ndim]), list(string.ascii_letters[a.ndim : a.ndim + b.ndim])
@@ -195,27 +194,27 @@ def tensordot(walk: Walk, node: fx.Node, a: Value, b: Value, dims: Any = 2, **_:
         right[theirs] = left[mine]
     out = "".join(c for c in (*left, *right) if (c in left) != (c in right))
     for value in (a, b):
-        if walk.is_weight(value):
-            walk.read_as_weight(value)
-    axes, zero = contract(walk, [(a, "".join(left)), (b, "".join(right))], out, walk.owner(node))
-    return walk.make(node, axes, zero)
+        if ctx.is_weight(value):
+            ctx.read_as_weight(value)
+    axes, zero = contract(ctx, [(a, "".join(left)), (b, "".join(right))], out, ctx.owner(node))
+    return ctx.make(node, axes, zero)
 
 
 @named("cdist", inplace=False)
 @functions(torch.functional.cdist)
-def distance(walk: Walk, node: fx.Node, x1: Value, x2: Value, *_: Any, **__: Any) -> Any:
+def distance(ctx: LabelContext, node: fx.Node, x1: Value, x2: Value, *_: Any, **__: Any) -> Any:
     """Distances between rows ``x1`` (..., P, M) and ``x2`` (..., R, M): channels that hold zeros in both add nothing."""
     batch = string.ascii_lowercase[: max(x1.ndim, x2.ndim) - 2]
     first, second = (batch[len(batch) - (x.ndim - 2) :] for x in (x1, x2))
-    axes, _zero = contract(walk, [(x1, first + "PM"), (x2, second + "RM")], batch + "PR", walk.owner(node))
+    axes, _zero = contract(ctx, [(x1, first + "PM"), (x2, second + "RM")], batch + "PR", ctx.owner(node))
     if not (x1.ndim - 1 in x1.zero and x2.ndim - 1 in x2.zero):
-        walk.inexact(x1.axes.get(x1.ndim - 1), "a distance over channels")
-    made: Value = walk.make(node, axes)
+        ctx.inexact(x1.axes.get(x1.ndim - 1), "a distance over channels")
+    made: Value = ctx.make(node, axes)
     return made
 
 
 @named("kron", inplace=False)
-def kron(walk: Walk, node: fx.Node, input: Value, other: Value) -> Any:
+def kron(ctx: LabelContext, node: fx.Node, input: Value, other: Value) -> Any:
     """Along every axis each index of ``input`` stands before all of ``other``: the one that has more channels there can lose some."""
     axes: dict[int, Any] = {}
     for axis in range(-max(input.ndim, other.ndim), 0):
@@ -224,35 +223,37 @@ def kron(walk: Walk, node: fx.Node, input: Value, other: Value) -> Any:
         found = [np.repeat(outer, sizes[1])] if outer is not None else []
         found += [np.tile(inner, sizes[0])] if inner is not None else []
         if found:
-            axes[axis + len(node.meta["val"].shape)] = found[0] if len(found) == 1 else walk.same_axis(*found)
-    return walk.make(node, axes)
+            axes[axis + len(node.meta["val"].shape)] = found[0] if len(found) == 1 else ctx.same_axis(*found)
+    return ctx.make(node, axes)
 
 
 @modules(nn.Embedding)
-def embedding_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
-    weight = walk.weight(node, "weight")
+def embedding_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Value) -> Any:
+    weight = ctx.weight(node, "weight")
     assert weight is not None
-    return embedding(walk, node, input, weight)
+    return embedding(ctx, node, input, weight)
 
 
 @functions(F.embedding)
-def embedding(walk: Walk, node: fx.Node, input: Value, weight: Value, *_: Any, **__: Any) -> Value:
+def embedding(ctx: LabelContext, node: fx.Node, input: Value, weight: Value, *_: Any, **__: Any) -> Value:
     """``input`` (...) of indices into ``weight`` (vocabulary, channels): the channels are the last axis of the result."""
-    walk.read_as_weight(weight)
-    walk.pin(weight.axes.get(0), "a vocabulary is not pruned")
-    walk.pin_all(input, "it is used as an index")
-    return walk.make(node, {input.ndim: weight.axes[1]} if 1 in weight.axes else {}, [input.ndim], weight.why)
+    ctx.read_as_weight(weight)
+    ctx.pin(weight.axes.get(0), "a vocabulary is not pruned")
+    ctx.pin_all(input, "it is used as an index")
+    return ctx.make(node, {input.ndim: weight.axes[1]} if 1 in weight.axes else {}, [input.ndim], weight.why)
 
 
 @modules(nn.EmbeddingBag)
-def embedding_bag(walk: Walk, node: fx.Node, module: nn.Module, input: Value, offsets: Any = None, per_sample_weights: Any = None) -> Value:
-    weight = walk.weight(node, "weight")
+def embedding_bag(
+    ctx: LabelContext, node: fx.Node, module: nn.Module, input: Value, offsets: Any = None, per_sample_weights: Any = None
+) -> Value:
+    weight = ctx.weight(node, "weight")
     assert weight is not None
-    walk.pin(weight.axes.get(0), "a vocabulary is not pruned")
-    return walk.make(node, {1: weight.axes[1]} if 1 in weight.axes else {}, [1], weight.why)
+    ctx.pin(weight.axes.get(0), "a vocabulary is not pruned")
+    return ctx.make(node, {1: weight.axes[1]} if 1 in weight.axes else {}, [1], weight.why)
 
 
-def _keep_scale(slim: Any, node: fx.Node) -> None:
+def _keep_scale(slim: Rewriter, node: fx.Node) -> None:
     """Attention divides by sqrt(head_dim) of the original heads, whatever is left of them (design: the softmax scale stays)."""
     query = node.args[0] if node.args else node.kwargs["query"]
     if len(node.args) > 6 or node.kwargs.get("scale") is not None or not slim.pruned(query, -1):
@@ -262,7 +263,7 @@ def _keep_scale(slim: Any, node: fx.Node) -> None:
 
 @functions(F.scaled_dot_product_attention, rewrite=_keep_scale)
 def attention(
-    walk: Walk,
+    ctx: LabelContext,
     node: fx.Node,
     query: Value,
     key: Value,
@@ -276,25 +277,25 @@ def attention(
     """softmax(query key^T * scale + mask) value; query (..., L, E), key (..., S, E), value (..., S, Ev)."""
     if max(key.ndim, value.ndim) > query.ndim:
         mask = [attn_mask] if isinstance(attn_mask, Value) else []
-        return walk.opaque(node, [query, key, value, *mask], "keys have more axes than queries")  # type: ignore[no-any-return]
+        return ctx.opaque(node, [query, key, value, *mask], "keys have more axes than queries")  # type: ignore[no-any-return]
     if enable_gqa:
-        key, value = _repeated(walk, query, key), _repeated(walk, query, value)
+        key, value = _repeated(ctx, query, key), _repeated(ctx, query, value)
     batch = string.ascii_lowercase[: query.ndim - 2]
     kb, vb = batch[len(batch) - (key.ndim - 2) :], batch[len(batch) - (value.ndim - 2) :]
-    layer = walk.owner(node)
-    axes, _ = contract(walk, [(query, batch + "LE"), (key, kb + "SE")], batch + "LS", layer)
+    layer = ctx.owner(node)
+    axes, _ = contract(ctx, [(query, batch + "LE"), (key, kb + "SE")], batch + "LS", layer)
     shape = (*query.shape[:-1], key.shape[-2])
     for axis in (len(batch), len(batch) + 1):
-        walk.inexact(axes.get(axis), "softmax over channels")
-    weights = Value(shape, axes, frozenset(), f"it is the weights of {walk.op_name()}")
+        ctx.inexact(axes.get(axis), "softmax over channels")
+    weights = Value(shape, axes, frozenset(), f"it is the weights of {ctx.op_name()}")
     if isinstance(attn_mask, Value):
-        axes, _spans = walk.combine(shape, [weights, attn_mask])
+        axes, _spans = ctx.combine(shape, [weights, attn_mask])
         weights = Value(shape, axes, frozenset(), weights.why)
-    axes, zero = contract(walk, [(weights, batch + "LS"), (value, vb + "SV")], batch + "LV", layer)
-    return walk.make(node, axes, zero)
+    axes, zero = contract(ctx, [(weights, batch + "LS"), (value, vb + "SV")], batch + "LV", layer)
+    return ctx.make(node, axes, zero)
 
 
-def _repeated(walk: Walk, query: Value, other: Value) -> Value:
+def _repeated(ctx: LabelContext, query: Value, other: Value) -> Value:
     """Grouped queries: each head of ``other`` serves several heads of ``query`` (axis -3)."""
     axis = other.ndim - 3
     times = query.shape[-3] // other.shape[-3]

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Labels, Value, Vector
+from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, modules
-
-if TYPE_CHECKING:
-    from fxprune.passes.coupling.walk import Walk
 
 _MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def _groups(slim: Any, node: fx.Node) -> None:
+def _groups(slim: Rewriter, node: fx.Node) -> None:
     """A functional convolution names its groups, and whole groups may have gone."""
     transposed = "transpose" in getattr(node.target, "__name__", "")
     if slim.argument(node, 6, "groups", 1) == 1:
@@ -37,28 +36,28 @@ def group_count(inputs: int, outputs: int, per_group: int, transposed: bool) -> 
 
 
 @modules(*_MODULES)
-def conv_module(walk: Walk, node: fx.Node, module: Any, input: Value) -> Value:
+def conv_module(ctx: LabelContext, node: fx.Node, module: Any, input: Value) -> Value:
     if module.groups == 1:
-        walk.bind(node, "weight", 1, input.axes.get(input.ndim - module.weight.ndim + 1))
-    weight = walk.weight_dims(node, "weight", (0, 1))
+        ctx.bind(node, "weight", 1, input.axes.get(input.ndim - module.weight.ndim + 1))
+    weight = ctx.weight_dims(node, "weight", (0, 1))
     assert weight is not None
     if module.groups == 1:
-        walk.bind(node, "bias", 0, weight.axes.get(0))
+        ctx.bind(node, "bias", 0, weight.axes.get(0))
     still = _untouched(weight, module.stride, module.padding)
-    return convolve(walk, node, input, weight, walk.weight(node, "bias"), module.groups, False, str(node.target), still)
+    return convolve(ctx, node, input, weight, ctx.weight(node, "bias"), module.groups, False, str(node.target), still)
 
 
 @modules(*_TRANSPOSED)
-def conv_transpose_module(walk: Walk, node: fx.Node, module: Any, input: Value, output_size: Any = None) -> Value:
-    weight = walk.weight_dims(node, "weight", (0, 1))
+def conv_transpose_module(ctx: LabelContext, node: fx.Node, module: Any, input: Value, output_size: Any = None) -> Value:
+    weight = ctx.weight_dims(node, "weight", (0, 1))
     assert weight is not None
     still = _untouched(weight, module.stride, module.padding, module.output_padding)
-    return convolve(walk, node, input, weight, walk.weight(node, "bias"), module.groups, True, str(node.target), still)
+    return convolve(ctx, node, input, weight, ctx.weight(node, "bias"), module.groups, True, str(node.target), still)
 
 
 @functions(F.conv1d, F.conv2d, F.conv3d, rewrite=_groups)
 def conv(
-    walk: Walk,
+    ctx: LabelContext,
     node: fx.Node,
     input: Value,
     weight: Value,
@@ -69,12 +68,12 @@ def conv(
     groups: int = 1,
 ) -> Value:
     still = _untouched(weight, stride, padding)
-    return convolve(walk, node, input, kernel(walk, node, weight), bias, groups, False, walk.owner(node), still)
+    return convolve(ctx, node, input, kernel(ctx, node, weight), bias, groups, False, ctx.owner(node), still)
 
 
 @functions(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, rewrite=_groups)
 def conv_transpose(
-    walk: Walk,
+    ctx: LabelContext,
     node: fx.Node,
     input: Value,
     weight: Value,
@@ -86,15 +85,15 @@ def conv_transpose(
     dilation: Any = 1,
 ) -> Value:
     still = _untouched(weight, stride, padding, output_padding)
-    return convolve(walk, node, input, kernel(walk, node, weight), bias, groups, True, walk.owner(node), still)
+    return convolve(ctx, node, input, kernel(ctx, node, weight), bias, groups, True, ctx.owner(node), still)
 
 
-def kernel(walk: Walk, node: fx.Node, weight: Value) -> Value:
+def kernel(ctx: LabelContext, node: fx.Node, weight: Value) -> Value:
     """A computed weight may carry labels along its kernel's width and height: those stay."""
-    walk.read_as_weight(weight)
+    ctx.read_as_weight(weight)
     for axis, vector in weight.axes.items():
         if axis > 1:
-            walk.pin(vector, "a kernel's width is not pruned")
+            ctx.pin(vector, "a kernel's width is not pruned")
     return Value(weight.shape, {a: v for a, v in weight.axes.items() if a < 2}, weight.zero, weight.why)
 
 
@@ -112,7 +111,7 @@ def _untouched(weight: Value, stride: Any, padding: Any, output_padding: Any = 0
 
 
 def convolve(
-    walk: Walk,
+    ctx: LabelContext,
     node: fx.Node,
     x: Value,
     w: Value,
@@ -127,18 +126,18 @@ def convolve(
     channel = x.ndim - space - 1
     kept = {*range(channel), *(channel + 1 + i for i in still)}  # the axes beside the channels that come through
     for axis in sorted(set(range(channel + 1, x.ndim)) - kept):
-        walk.pin(x.axes.get(axis), "a convolution slides along it")
+        ctx.pin(x.axes.get(axis), "a convolution slides along it")
     arriving = x.axes.get(channel)
     if arriving is None:
         for dim in (0,) if transposed else (1,):
-            walk.pin(w.axes.get(dim), f"the layer reads channels of fixed size ({x.why})")
+            ctx.pin(w.axes.get(dim), f"the layer reads channels of fixed size ({x.why})")
     if groups == 1:
         into, out = (0, 1) if transposed else (1, 0)
         if arriving is not None:
-            _tie(walk, arriving, w, into)
+            _tie(ctx, arriving, w, into)
         made = w.axes.get(out)
     else:
-        made = _grouped(walk, x, channel, arriving, w, groups, transposed)
+        made = _grouped(ctx, x, channel, arriving, w, groups, transposed)
     meta = node.meta["val"]
     axes = {a: v for a, v in x.axes.items() if a in kept}
     zero = {a for a in x.zero if a in kept} if bias is None else set()
@@ -146,24 +145,24 @@ def convolve(
         axes[channel] = made
         zero.add(channel)
         if bias is not None and 0 in bias.axes:
-            walk.unite(made, bias.axes[0])
+            ctx.unite(made, bias.axes[0])
     elif bias is not None:
-        walk.pin(bias.axes.get(0), "the layer's output has a fixed size")
+        ctx.pin(bias.axes.get(0), "the layer's output has a fixed size")
     positions = x.shape if transposed else tuple(meta.shape)
     macs = math.prod(positions) * w.shape[1] * math.prod(w.shape[2:])
     along = (arriving, w.axes.get(1)) if transposed else (made, w.axes.get(1))
-    walk.cost(layer, macs, *along, *(v for a, v in x.axes.items() if a in kept))
-    return walk.make(node, axes, zero)
+    ctx.cost(layer, macs, *along, *(v for a, v in x.axes.items() if a in kept))
+    return ctx.make(node, axes, zero)
 
 
-def _tie(walk: Walk, arriving: Vector, w: Value, dim: int) -> None:
+def _tie(ctx: LabelContext, arriving: Vector, w: Value, dim: int) -> None:
     if dim in w.axes:
-        walk.unite(arriving, w.axes[dim])
+        ctx.unite(arriving, w.axes[dim])
     elif w.shape[dim] != 1:
-        walk.pin(arriving, f"it meets a weight of fixed size ({w.why})")
+        ctx.pin(arriving, f"it meets a weight of fixed size ({w.why})")
 
 
-def _grouped(walk: Walk, x: Value, channel: int, arriving: Vector | None, w: Value, groups: int, transposed: bool) -> Vector | None:
+def _grouped(ctx: LabelContext, x: Value, channel: int, arriving: Vector | None, w: Value, groups: int, transposed: bool) -> Vector | None:
     """A grouped convolution loses whole groups, or the same positions in every group: whichever leaves more units.
 
     Returns the labels of the output's channels.
@@ -173,37 +172,37 @@ def _grouped(walk: Walk, x: Value, channel: int, arriving: Vector | None, w: Val
     own = w.axes.get(0)  # inputs if transposed, else outputs
     if own is None or (not transposed and arriving is None and per_in == 1):
         for vector in (arriving, *w.axes.values()):
-            walk.pin(vector, "a grouped convolution reads channels of fixed size")
+            ctx.pin(vector, "a grouped convolution reads channels of fixed size")
         return None
     if transposed and arriving is not None:
-        walk.unite(arriving, own)
-    if arriving is not None and (per_in == 1 or _whole_groups(walk, arriving, groups, per_in)):
-        lead = walk.labels.find(arriving).reshape(groups, per_in)[:, 0].copy()
-        walk.unite(np.repeat(lead, per_in), arriving)
+        ctx.unite(arriving, own)
+    if arriving is not None and (per_in == 1 or _whole_groups(ctx, arriving, groups, per_in)):
+        lead = ctx.labels.find(arriving).reshape(groups, per_in)[:, 0].copy()
+        ctx.unite(np.repeat(lead, per_in), arriving)
         if 1 in w.axes:
-            walk.pin(w.axes[1], "whole groups of the convolution are removed, so each group keeps its width")
+            ctx.pin(w.axes[1], "whole groups of the convolution are removed, so each group keeps its width")
         made = np.repeat(lead, per_out)
         if transposed:
             return made
-        walk.unite(made, own)
+        ctx.unite(made, own)
         return own
     if arriving is not None:
         inside = arriving.reshape(groups, per_in)[0].copy()
-        walk.unite(np.tile(inside, groups), arriving)
+        ctx.unite(np.tile(inside, groups), arriving)
         if not transposed:
-            _tie(walk, inside, w, 1)
+            _tie(ctx, inside, w, 1)
     if transposed:
         return np.tile(w.axes[1], groups) if 1 in w.axes else None
-    walk.unite(np.tile(own.reshape(groups, per_out)[0], groups), own)
+    ctx.unite(np.tile(own.reshape(groups, per_out)[0], groups), own)
     return own
 
 
-def _whole_groups(walk: Walk, arriving: Vector, groups: int, per_in: int) -> bool:
+def _whole_groups(ctx: LabelContext, arriving: Vector, groups: int, per_in: int) -> bool:
     """Whether removing whole groups leaves more units than removing positions within them, given what is united already."""
-    key = f"{walk.mode}:{walk.node.name}" if walk.node is not None else ""
-    if walk.forced.get(key) == "within":
+    key = f"{ctx.mode}:{ctx.node.name}" if ctx.node is not None else ""
+    if ctx.forced.get(key) == "within":
         return False
-    _, flat = np.unique(walk.labels.find(arriving), return_inverse=True)
+    _, flat = np.unique(ctx.labels.find(arriving), return_inverse=True)
     grid = flat.reshape(groups, per_in)
 
     def units(lead: Any, others: Any) -> int:
@@ -215,7 +214,7 @@ def _whole_groups(walk: Walk, arriving: Vector, groups: int, per_in: int) -> boo
     whole = units(np.repeat(grid[:, :1], per_in, 1), grid)
     within = units(np.repeat(grid[:1], groups, 0), grid)
     if whole > within:
-        walk.whole.add(key)
+        ctx.whole.add(key)
     return whole > within
 
 

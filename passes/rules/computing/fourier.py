@@ -3,57 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
+from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value
+from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, named
-
-if TYPE_CHECKING:
-    from fxprune.passes.coupling.walk import Walk
 
 _ONE = (torch.fft.fft, torch.fft.ifft, torch.fft.rfft, torch.fft.irfft, torch.fft.hfft, torch.fft.ihfft)
 _TWO = (torch.fft.fft2, torch.fft.ifft2, torch.fft.rfft2, torch.fft.irfft2)
 _MANY = (torch.fft.fftn, torch.fft.ifftn, torch.fft.rfftn, torch.fft.irfftn, torch.fft.fftshift, torch.fft.ifftshift)
 
 
-def _along(walk: Walk, node: fx.Node, x: Value, dims: Sequence[int]) -> Any:
+def _along(ctx: LabelContext, node: fx.Node, x: Value, dims: Sequence[int]) -> Any:
     """Every output along ``dims`` reads every input there; the other axes keep their channels."""
-    return walk.through(node, x, mixed=tuple(d % x.ndim for d in dims))
+    return ctx.through(node, x, mixed=tuple(d % x.ndim for d in dims))
 
 
 @functions(*_ONE)
-def one(walk: Walk, node: fx.Node, input: Value, n: Any = None, dim: int = -1, norm: str | None = None) -> Any:
-    return _along(walk, node, input, (dim,))
+def one(ctx: LabelContext, node: fx.Node, input: Value, n: Any = None, dim: int = -1, norm: str | None = None) -> Any:
+    return _along(ctx, node, input, (dim,))
 
 
 @functions(*_TWO)
-def two(walk: Walk, node: fx.Node, input: Value, s: Any = None, dim: Sequence[int] = (-2, -1), norm: str | None = None) -> Any:
-    return _along(walk, node, input, dim)
+def two(ctx: LabelContext, node: fx.Node, input: Value, s: Any = None, dim: Sequence[int] = (-2, -1), norm: str | None = None) -> Any:
+    return _along(ctx, node, input, dim)
 
 
 @functions(*_MANY)
-def many(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+def many(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
     place = 0 if "shift" in node.target.__name__ else 1  # type: ignore[union-attr]
     dim = kwargs.get("dim", args[place] if len(args) > place else None)
-    return _along(walk, node, input, range(input.ndim) if dim is None else dim if isinstance(dim, (tuple, list)) else (dim,))
+    return _along(ctx, node, input, range(input.ndim) if dim is None else dim if isinstance(dim, (tuple, list)) else (dim,))
 
 
-def _whole(slim: Any, node: fx.Node) -> None:
+def _whole(slim: Rewriter, node: fx.Node) -> None:
     """Pairs have to lie together at an even offset; a part of a tensor that lost an odd number of channels may not."""
     node.args = (slim.new.call_method("clone", (node.args[0],), {"memory_format": torch.contiguous_format}),)
 
 
 @named("view_as_complex", rewrite=_whole, inplace=False, always=True)
-def view_as_complex(walk: Walk, node: fx.Node, input: Value) -> Any:
+def view_as_complex(ctx: LabelContext, node: fx.Node, input: Value) -> Any:
     """The last axis (real, imaginary) goes; others stay."""
     last = input.ndim - 1
-    walk.pin(input.axes.get(last), "it holds a real and an imaginary part")
-    return walk.make(node, {a: v for a, v in input.axes.items() if a != last}, [a for a in input.zero if a != last], input.why)
+    ctx.pin(input.axes.get(last), "it holds a real and an imaginary part")
+    return ctx.make(node, {a: v for a, v in input.axes.items() if a != last}, [a for a in input.zero if a != last], input.why)
 
 
 @named("view_as_real", inplace=False)
-def view_as_real(walk: Walk, node: fx.Node, input: Value) -> Any:
-    return walk.make(node, input.axes, input.zero, input.why)
+def view_as_real(ctx: LabelContext, node: fx.Node, input: Value) -> Any:
+    return ctx.make(node, input.axes, input.zero, input.why)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,42 +11,41 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrizations
 
+from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value
+from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, modules
-
-if TYPE_CHECKING:
-    from fxprune.passes.coupling.walk import Walk
 
 _BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _STATE = ("weight", "bias", "running_mean", "running_var")
 
 
-def _per_channel(walk: Walk, node: fx.Node, x: Value, axis: int, others: list[Value | None]) -> Value:
+def _per_channel(ctx: LabelContext, node: fx.Node, x: Value, axis: int, others: list[Value | None]) -> Value:
     """Each channel along ``axis`` of ``x`` has its own entry in every one-dimensional tensor of ``others``."""
     vector = x.axes.get(axis)
     for other in others:
         if other is None or 0 not in other.axes:
             continue
         if vector is None:
-            walk.pin(other.axes[0], f"it normalises channels of fixed size ({x.why})")
+            ctx.pin(other.axes[0], f"it normalises channels of fixed size ({x.why})")
         else:
-            walk.unite(vector, other.axes[0])
+            ctx.unite(vector, other.axes[0])
     # With its affine pair and running mean zeroed, a removed channel is zero after the norm as well. Labels on other axes
     # (heads folded into the batch) get the bias.
     zero = {axis} | (x.zero if others[1] is None and others[2] is None else set())
-    return walk.make(node, x.axes, zero, x.why)
+    return ctx.make(node, x.axes, zero, x.why)
 
 
 @modules(*_BATCH)
-def batch_norm_module(walk: Walk, node: fx.Node, module: Any, input: Value) -> Value:
+def batch_norm_module(ctx: LabelContext, node: fx.Node, module: Any, input: Value) -> Value:
     instance = isinstance(module, nn.modules.instancenorm._InstanceNorm)
     channel = input.ndim - _spatial(module) - 1 if instance else 1
     for key in _STATE:
-        walk.bind(node, key, 0, input.axes.get(channel))
-    parts = [walk.weight(node, k) for k in _STATE]
+        ctx.bind(node, key, 0, input.axes.get(channel))
+    parts = [ctx.weight(node, k) for k in _STATE]
     for axis in range(channel + 1, input.ndim):
-        walk.pin(input.axes.get(axis), "a normalisation averages over it")
-    return _per_channel(walk, node, input, channel, parts)
+        ctx.pin(input.axes.get(axis), "a normalisation averages over it")
+    return _per_channel(ctx, node, input, channel, parts)
 
 
 def _spatial(module: nn.Module) -> int:
@@ -55,7 +54,7 @@ def _spatial(module: nn.Module) -> int:
 
 @functions(F.batch_norm, torch.batch_norm)
 def batch_norm(
-    walk: Walk,
+    ctx: LabelContext,
     node: fx.Node,
     input: Value,
     running_mean: Value | None,
@@ -70,14 +69,14 @@ def batch_norm(
         running_mean, running_var, weight, bias = weight, bias, running_mean, running_var
     if training or running_mean is None:  # its own statistics, as of a weight that is standardised
         for axis in sorted(set(input.axes) - {1}):
-            walk.inexact(input.axes[axis], "statistics over channels")
-    walk.read_as_weight(weight)
-    return _per_channel(walk, node, input, 1, [weight, bias, running_mean, running_var])
+            ctx.inexact(input.axes[axis], "statistics over channels")
+    ctx.read_as_weight(weight)
+    return _per_channel(ctx, node, input, 1, [weight, bias, running_mean, running_var])
 
 
 @functions(F.instance_norm)
 def instance_norm(
-    walk: Walk,
+    ctx: LabelContext,
     node: fx.Node,
     input: Value,
     running_mean: Value | None = None,
@@ -88,12 +87,12 @@ def instance_norm(
     **__: Any,
 ) -> Value:
     for axis in range(2, input.ndim):
-        walk.inexact(input.axes.get(axis), "statistics over channels")
-    walk.read_as_weight(weight)
-    return _per_channel(walk, node, input, 1, [weight, bias, running_mean, running_var])
+        ctx.inexact(input.axes.get(axis), "statistics over channels")
+    ctx.read_as_weight(weight)
+    return _per_channel(ctx, node, input, 1, [weight, bias, running_mean, running_var])
 
 
-def _layer(walk: Walk, node: fx.Node, x: Value, dims: int, weight: Value | None, bias: Value | None) -> Value:
+def _layer(ctx: LabelContext, node: fx.Node, x: Value, dims: int, weight: Value | None, bias: Value | None) -> Value:
     """The last ``dims`` axes of ``x`` share a mean and variance (RMS norm: a mean square)."""
     axes = dict(x.axes)
     for axis in range(x.ndim - dims, x.ndim):
@@ -101,15 +100,15 @@ def _layer(walk: Walk, node: fx.Node, x: Value, dims: int, weight: Value | None,
             if part is None or (own := axis - (x.ndim - dims)) not in part.axes:
                 continue
             if axis in x.axes:
-                walk.unite(x.axes[axis], part.axes[own])
+                ctx.unite(x.axes[axis], part.axes[own])
             else:
-                walk.pin(part.axes[own], f"it normalises channels of fixed size ({x.why})")
-        walk.inexact(axes.get(axis), "statistics over channels")
+                ctx.pin(part.axes[own], f"it normalises channels of fixed size ({x.why})")
+        ctx.inexact(axes.get(axis), "statistics over channels")
     zero = {a for a in axes if a >= x.ndim - dims and weight is not None}
-    return walk.make(node, axes, zero, x.why)
+    return ctx.make(node, axes, zero, x.why)
 
 
-def _shape(slim: Any, node: fx.Node) -> None:
+def _shape(slim: Rewriter, node: fx.Node) -> None:
     x = node.args[0]
     shape = slim.argument(node, 1, "normalized_shape")
     first = slim.value(x).ndim - len(shape)
@@ -117,13 +116,13 @@ def _shape(slim: Any, node: fx.Node) -> None:
 
 
 @modules(nn.LayerNorm, *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []))
-def layer_norm_module(walk: Walk, node: fx.Node, module: Any, input: Value) -> Value:
-    return _layer(walk, node, input, len(module.normalized_shape), walk.weight(node, "weight"), walk.weight(node, "bias"))
+def layer_norm_module(ctx: LabelContext, node: fx.Node, module: Any, input: Value) -> Value:
+    return _layer(ctx, node, input, len(module.normalized_shape), ctx.weight(node, "weight"), ctx.weight(node, "bias"))
 
 
 @functions(F.layer_norm, torch.layer_norm, rewrite=_shape)
 def layer_norm(
-    walk: Walk,
+    ctx: LabelContext,
     node: fx.Node,
     input: Value,
     normalized_shape: Any,
@@ -132,31 +131,33 @@ def layer_norm(
     *_: Any,
     **__: Any,
 ) -> Value:
-    walk.read_as_weight(weight)
-    return _layer(walk, node, input, len(normalized_shape), weight, bias)
+    ctx.read_as_weight(weight)
+    return _layer(ctx, node, input, len(normalized_shape), weight, bias)
 
 
 if hasattr(F, "rms_norm"):
 
     @functions(F.rms_norm, torch.rms_norm, rewrite=_shape)
-    def rms_norm(walk: Walk, node: fx.Node, input: Value, normalized_shape: Any, weight: Value | None = None, *_: Any, **__: Any) -> Value:
-        walk.read_as_weight(weight)
-        return _layer(walk, node, input, len(normalized_shape), weight, None)
+    def rms_norm(
+        ctx: LabelContext, node: fx.Node, input: Value, normalized_shape: Any, weight: Value | None = None, *_: Any, **__: Any
+    ) -> Value:
+        ctx.read_as_weight(weight)
+        return _layer(ctx, node, input, len(normalized_shape), weight, None)
 
 
 @modules(nn.GroupNorm)
-def group_norm_module(walk: Walk, node: fx.Node, module: Any, input: Value) -> Value:
-    return _group(walk, node, input, module.num_groups, walk.weight(node, "weight"), walk.weight(node, "bias"))
+def group_norm_module(ctx: LabelContext, node: fx.Node, module: Any, input: Value) -> Value:
+    return _group(ctx, node, input, module.num_groups, ctx.weight(node, "weight"), ctx.weight(node, "bias"))
 
 
-def _group_arguments(slim: Any, node: fx.Node) -> None:
+def _group_arguments(slim: Rewriter, node: fx.Node) -> None:
     """Whole groups may have gone; where positions within groups went, the number of groups stays."""
     x = slim.argument(node, 0, "input")
     groups = slim.argument(node, 1, "num_groups")
     slim.set_argument(node, 1, "num_groups", groups_left(slim, slim.value(x), groups))
 
 
-def groups_left(slim: Any, x: Value, groups: int) -> int:
+def groups_left(slim: Rewriter, x: Value, groups: int) -> int:
     """How many of the groups of a group norm still have a channel."""
     kept = slim.kept(x, 1)
     return groups if kept is None else len(np.unique(kept // (x.shape[1] // groups)))
@@ -164,13 +165,20 @@ def groups_left(slim: Any, x: Value, groups: int) -> int:
 
 @functions(F.group_norm, torch.group_norm, rewrite=_group_arguments)
 def group_norm(
-    walk: Walk, node: fx.Node, input: Value, num_groups: int, weight: Value | None = None, bias: Value | None = None, *_: Any, **__: Any
+    ctx: LabelContext,
+    node: fx.Node,
+    input: Value,
+    num_groups: int,
+    weight: Value | None = None,
+    bias: Value | None = None,
+    *_: Any,
+    **__: Any,
 ) -> Value:
-    walk.read_as_weight(weight)
-    return _group(walk, node, input, num_groups, weight, bias)
+    ctx.read_as_weight(weight)
+    return _group(ctx, node, input, num_groups, weight, bias)
 
 
-def _group(walk: Walk, node: fx.Node, x: Value, groups: int, weight: Value | None, bias: Value | None) -> Value:
+def _group(ctx: LabelContext, node: fx.Node, x: Value, groups: int, weight: Value | None, bias: Value | None) -> Value:
     """``x`` (N, C, *): statistics over each of ``groups`` runs of channels, which must keep equal widths."""
     vector = x.axes.get(1)
     per = x.shape[1] // groups
@@ -178,69 +186,69 @@ def _group(walk: Walk, node: fx.Node, x: Value, groups: int, weight: Value | Non
         grid = vector.reshape(groups, per)
         if groups > 1 and per > 1:
             if groups > per:
-                walk.unite(np.repeat(grid[:, 0], per), vector)
+                ctx.unite(np.repeat(grid[:, 0], per), vector)
             else:
-                walk.unite(np.tile(grid[0], groups), vector)
+                ctx.unite(np.tile(grid[0], groups), vector)
         if per > 1:
-            walk.inexact(vector, "statistics over channels")
+            ctx.inexact(vector, "statistics over channels")
     for axis in range(2, x.ndim):
-        walk.pin(x.axes.get(axis), "a normalisation averages over it")
-    made = _per_channel(walk, node, x, 1, [weight, bias, None, None])
+        ctx.pin(x.axes.get(axis), "a normalisation averages over it")
+    made = _per_channel(ctx, node, x, 1, [weight, bias, None, None])
     shared = {1} if vector is not None and per > 1 and weight is None else set()  # a removed channel then holds minus the others' mean
-    return walk.make(node, made.axes, made.zero - shared, made.why)
+    return ctx.make(node, made.axes, made.zero - shared, made.why)
 
 
 @functions(F.local_response_norm)
-def local_response_norm(walk: Walk, node: fx.Node, input: Value, *_: Any, **__: Any) -> Value:
-    walk.pin(input.axes.get(1), "a local response norm mixes neighbouring channels")
-    return walk.through(node, input, mixed=())
+def local_response_norm(ctx: LabelContext, node: fx.Node, input: Value, *_: Any, **__: Any) -> Value:
+    ctx.pin(input.axes.get(1), "a local response norm mixes neighbouring channels")
+    return ctx.through(node, input, mixed=())
 
 
 @modules(nn.LocalResponseNorm)
-def local_response_norm_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
-    return local_response_norm(walk, node, input)
+def local_response_norm_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Value) -> Any:
+    return local_response_norm(ctx, node, input)
 
 
 @functions(F.normalize)
-def normalize(walk: Walk, node: fx.Node, input: Value, p: float = 2.0, dim: Any = 1, *_: Any, **__: Any) -> Value:
+def normalize(ctx: LabelContext, node: fx.Node, input: Value, p: float = 2.0, dim: Any = 1, *_: Any, **__: Any) -> Value:
     for axis in dim if isinstance(dim, (tuple, list)) else (dim,):
         # A removed slice is zero and adds nothing to the norm, so the result is the same.
         if axis % input.ndim not in input.zero:
-            walk.inexact(input.axes.get(axis % input.ndim), "a norm over channels")
-    return walk.through(node, input)
+            ctx.inexact(input.axes.get(axis % input.ndim), "a norm over channels")
+    return ctx.through(node, input)
 
 
 @functions(*([torch._weight_norm] if hasattr(torch, "_weight_norm") else []))
-def weight_norm(walk: Walk, node: fx.Node, v: Value, g: Value, dim: int = 0) -> Value:
+def weight_norm(ctx: LabelContext, node: fx.Node, v: Value, g: Value, dim: int = 0) -> Value:
     """``v * g / ||v||``, the norm over every dimension but ``dim``; removed inputs are zero and add nothing to it."""
     rows, lengths = v.axes.get(dim), g.axes.get(dim)
     if rows is not None and lengths is not None:
-        walk.unite(rows, lengths)
-        walk.inexact(rows, "the zeroed original divides zero by zero")
+        ctx.unite(rows, lengths)
+        ctx.inexact(rows, "the zeroed original divides zero by zero")
     elif rows is not None or lengths is not None:
-        walk.pin(rows if lengths is None else lengths, f"its length has a fixed size ({(g if lengths is None else v).why})")
-    return walk.make(node, v.axes, v.axes, v.why)
+        ctx.pin(rows if lengths is None else lengths, f"its length has a fixed size ({(g if lengths is None else v).why})")
+    return ctx.make(node, v.axes, v.axes, v.why)
 
 
 @modules(*([parametrizations._SpectralNorm] if hasattr(parametrizations, "_SpectralNorm") else []))
-def spectral_norm_module(walk: Walk, node: fx.Node, module: Any, weight: Value) -> Value:
+def spectral_norm_module(ctx: LabelContext, node: fx.Node, module: Any, weight: Value) -> Value:
     """``weight`` over its largest singular value, as ``_u`` (along ``dim``) and ``_v`` (along the rest, flattened) estimate it.
 
     Removed rows and columns are zero and add nothing to the product of the three.
     """
     if weight.ndim == 1:
-        return walk.through(node, weight)
+        return ctx.through(node, weight)
     rest = [a for a in range(weight.ndim) if a != module.dim]
     for axis in [a for a in rest if a in weight.axes][1:]:
-        walk.pin(weight.axes[axis], "it is flattened with other channels")
+        ctx.pin(weight.axes[axis], "it is flattened with other channels")
     for name, axes in (("_u", [module.dim]), ("_v", rest)):
-        estimate = walk.weight(node, name)
+        estimate = ctx.weight(node, name)
         labelled = [a for a in axes if a in weight.axes][:1]
         if estimate is None or 0 not in estimate.axes:
             continue
         if not labelled:
-            walk.pin(estimate.axes[0], f"the layer reads channels of fixed size ({weight.why})")
+            ctx.pin(estimate.axes[0], f"the layer reads channels of fixed size ({weight.why})")
         for axis in labelled:
             before, after = (math.prod(weight.shape[a] for a in axes if (a > axis) == later and a != axis) for later in (False, True))
-            walk.unite(np.tile(np.repeat(weight.axes[axis], after), before), estimate.axes[0])
-    return walk.make(node, weight.axes, weight.zero, weight.why)
+            ctx.unite(np.tile(np.repeat(weight.axes[axis], after), before), estimate.axes[0])
+    return ctx.make(node, weight.axes, weight.zero, weight.why)

@@ -3,103 +3,101 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, values
 from fxprune.passes.rules.computing.elementwise import FIRST, KEEP_ZERO, MOVE_ZERO, NONE, PRODUCTS, SUMS
 from fxprune.passes.rules.registry import functions, modules, named
 
-if TYPE_CHECKING:
-    from fxprune.passes.coupling.walk import Walk
-
 
 @named(*KEEP_ZERO)
-def keep_zero(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+def keep_zero(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
     if any(True for _ in values((args, kwargs))):
-        return walk.make(node, input.axes, input.zero, input.why)  # type_as and to(other) read no values
-    return walk.pointwise(node, input, zero="first")
+        return ctx.make(node, input.axes, input.zero, input.why)  # type_as and to(other) read no values
+    return ctx.pointwise(node, input, zero="first")
 
 
 @named(*MOVE_ZERO)
-def move_zero(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    return walk.pointwise(node, input, *args, zero="none")
+def move_zero(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    return ctx.pointwise(node, input, *args, zero="none")
 
 
 @named("clamp", "clip", "clamp_min", "clamp_max")
-def clamp(walk: Walk, node: fx.Node, input: Value, *bounds: Any, **kwargs: Any) -> Any:
-    return walk.pointwise(node, input, *bounds, *kwargs.values(), zero="none")
+def clamp(ctx: LabelContext, node: fx.Node, input: Value, *bounds: Any, **kwargs: Any) -> Any:
+    return ctx.pointwise(node, input, *bounds, *kwargs.values(), zero="none")
 
 
 @named("copy")
-def copy(walk: Walk, node: fx.Node, input: Value, source: Value, *_: Any, **__: Any) -> Any:
+def copy(ctx: LabelContext, node: fx.Node, input: Value, source: Value, *_: Any, **__: Any) -> Any:
     """``input.copy_(source)``: element by element, and nothing is left of what was there."""
-    return walk.pointwise(node, input, source, zero="all")
+    return ctx.pointwise(node, input, source, zero="all")
 
 
 @named(*SUMS)
 @functions(operator.add, operator.sub, operator.iadd, operator.isub)
-def sums(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
-    return walk.pointwise(node, *args, *(v for k, v in kwargs.items() if k != "alpha"), zero="all")
+def sums(ctx: LabelContext, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
+    return ctx.pointwise(node, *args, *(v for k, v in kwargs.items() if k != "alpha"), zero="all")
 
 
 @named(*PRODUCTS)
 @functions(operator.mul, operator.imul, operator.and_, operator.iand)
-def products(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
-    return walk.pointwise(node, *args, *kwargs.values(), zero="one")
+def products(ctx: LabelContext, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
+    return ctx.pointwise(node, *args, *kwargs.values(), zero="one")
 
 
 @named(*FIRST)
 @functions(operator.truediv, operator.itruediv, operator.floordiv, operator.mod)
-def quotients(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
+def quotients(ctx: LabelContext, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
     if len(args) > 1 and isinstance(args[1], Value) and "masked_fill" not in str(getattr(node.target, "__name__", node.target)):
         for axis in args[1].zero:
-            walk.inexact(args[1].axes[axis], "it divides by what is zero once its channels are")
+            ctx.inexact(args[1].axes[axis], "it divides by what is zero once its channels are")
     filled = getattr(node.target, "__name__", node.target) in ("masked_fill", "masked_fill_") and args[-1] != 0
-    return walk.pointwise(node, *args, *kwargs.values(), zero="first" if isinstance(args[0], Value) and not filled else "none")
+    return ctx.pointwise(node, *args, *kwargs.values(), zero="first" if isinstance(args[0], Value) and not filled else "none")
 
 
 @named(*NONE)
 @functions(
     operator.pow, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.or_, operator.xor, operator.invert
 )
-def arithmetic(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
+def arithmetic(ctx: LabelContext, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
     name = getattr(node.target, "__name__", node.target)
     square = name in ("pow", "pow_") and len(args) == 2 and isinstance(args[0], Value) and isinstance(args[1], (int, float)) and args[1] > 0
-    return walk.pointwise(node, *args, *kwargs.values(), zero="first" if square else "none")
+    return ctx.pointwise(node, *args, *kwargs.values(), zero="first" if square else "none")
 
 
 @functions(operator.neg, operator.pos, operator.abs)
-def unary(walk: Walk, node: fx.Node, input: Value) -> Any:
-    return walk.pointwise(node, input, zero="first")
+def unary(ctx: LabelContext, node: fx.Node, input: Value) -> Any:
+    return ctx.pointwise(node, input, zero="first")
 
 
 @named("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros_like", inplace=False)
-def like(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+def like(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
     """The result takes its size from ``input`` when it runs, so its axes are the same channels."""
     zero = input.axes if getattr(node.target, "__name__", node.target) == "zeros_like" else ()
-    return walk.make(node, input.axes, zero, input.why)
+    return ctx.make(node, input.axes, zero, input.why)
 
 
 @functions(F.prelu, torch.prelu)
-def prelu(walk: Walk, node: fx.Node, input: Value, weight: Value) -> Value:
+def prelu(ctx: LabelContext, node: fx.Node, input: Value, weight: Value) -> Value:
     """``weight`` (channels) or (1): one slope for each index of axis 1."""
     axis = 1 if input.ndim > 1 else 0
     if 0 in weight.axes and axis in input.axes:
-        walk.unite(input.axes[axis], weight.axes[0])
+        ctx.unite(input.axes[axis], weight.axes[0])
     elif 0 in weight.axes:
-        walk.pin(weight.axes[0], f"it meets channels of fixed size ({input.why})")
-    return walk.make(node, input.axes, input.zero, input.why)
+        ctx.pin(weight.axes[0], f"it meets channels of fixed size ({input.why})")
+    return ctx.make(node, input.axes, input.zero, input.why)
 
 
 @modules(nn.PReLU)
-def prelu_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
-    weight = walk.weight(node, "weight")
+def prelu_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Value) -> Any:
+    weight = ctx.weight(node, "weight")
     assert weight is not None
-    return prelu(walk, node, input, weight)
+    return prelu(ctx, node, input, weight)
 
 
 KEEP_ZERO_MODULES = (
@@ -132,21 +130,21 @@ MOVE_ZERO_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.
 
 
 @modules(*KEEP_ZERO_MODULES)
-def keep_zero_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
-    return walk.pointwise(node, input, zero="first")
+def keep_zero_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Value) -> Any:
+    return ctx.pointwise(node, input, zero="first")
 
 
 @modules(*MOVE_ZERO_MODULES)
-def move_zero_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
-    return walk.pointwise(node, input, zero="none")
+def move_zero_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Value) -> Any:
+    return ctx.pointwise(node, input, zero="none")
 
 
-def _pooled(walk: Walk, node: fx.Node, x: Value, space: int) -> Any:
+def _pooled(ctx: LabelContext, node: fx.Node, x: Value, space: int) -> Any:
     """The last ``space`` axes are windows; a second result (the indices of a maximum) has the channels of the first."""
     axes = range(x.ndim - space, x.ndim)
     if isinstance(node.meta["val"], torch.Tensor):
-        return walk.through(node, x, mixed=axes)
-    return tuple(walk.through(node, x, mixed=axes, zero=i == 0, index=i) for i in range(len(node.meta["val"])))
+        return ctx.through(node, x, mixed=axes)
+    return tuple(ctx.through(node, x, mixed=axes, zero=i == 0, index=i) for i in range(len(node.meta["val"])))
 
 
 def _space(target: Any) -> int:
@@ -176,23 +174,23 @@ def _space(target: Any) -> int:
         )
     ),
 )
-def pool(walk: Walk, node: fx.Node, input: Value, *_: Any, **__: Any) -> Any:
-    return _pooled(walk, node, input, _space(node.target))
+def pool(ctx: LabelContext, node: fx.Node, input: Value, *_: Any, **__: Any) -> Any:
+    return _pooled(ctx, node, input, _space(node.target))
 
 
 @modules(*(getattr(nn, f"{kind}Pool{n}d") for kind in ("Max", "Avg", "AdaptiveAvg", "AdaptiveMax", "LP") for n in (1, 2, 3)))
-def pool_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
-    return _pooled(walk, node, input, _space(type(module).__name__))
+def pool_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Value) -> Any:
+    return _pooled(ctx, node, input, _space(type(module).__name__))
 
 
 @functions(F.max_unpool1d, F.max_unpool2d, F.max_unpool3d, torch._C._nn.max_unpool2d, torch._C._nn.max_unpool3d)
-def max_unpool(walk: Walk, node: fx.Node, input: Value, indices: Value, *_: Any, **__: Any) -> Any:
+def max_unpool(ctx: LabelContext, node: fx.Node, input: Value, indices: Value, *_: Any, **__: Any) -> Any:
     """Each maximum goes back to where it came from: ``indices`` has the channels of ``input``."""
     for axis in range(input.ndim - _space(node.target), input.ndim):
         for value in (input, indices):
-            walk.pin(value.axes.get(axis), "it is mixed along an axis that is not a channel axis")
-    axes, _spans = walk.combine(input.shape, [input, indices])
-    return walk.make(node, axes, input.zero, input.why)
+            ctx.pin(value.axes.get(axis), "it is mixed along an axis that is not a channel axis")
+    axes, _spans = ctx.combine(input.shape, [input, indices])
+    return ctx.make(node, axes, input.zero, input.why)
 
 
 @functions(
@@ -200,43 +198,43 @@ def max_unpool(walk: Walk, node: fx.Node, input: Value, indices: Value, *_: Any,
     F.upsample,
     *(f for name, f in vars(torch._C._nn).items() if "upsample_" in name and "backward" not in name),
 )
-def interpolate(walk: Walk, node: fx.Node, input: Value, *_: Any, **__: Any) -> Value:
-    return walk.through(node, input, mixed=range(2, input.ndim))
+def interpolate(ctx: LabelContext, node: fx.Node, input: Value, *_: Any, **__: Any) -> Value:
+    return ctx.through(node, input, mixed=range(2, input.ndim))
 
 
 @modules(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
-def upsample_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Value:
-    return walk.through(node, input, mixed=range(2, input.ndim))
+def upsample_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Value) -> Value:
+    return ctx.through(node, input, mixed=range(2, input.ndim))
 
 
 @functions(F.grid_sample, torch.grid_sampler)
-def grid_sample(walk: Walk, node: fx.Node, input: Value, grid: Value, *_: Any, **__: Any) -> Value:
-    walk.pin_all(grid, "it is used as sampling positions")
-    return walk.through(node, input, mixed=range(2, input.ndim))
+def grid_sample(ctx: LabelContext, node: fx.Node, input: Value, grid: Value, *_: Any, **__: Any) -> Value:
+    ctx.pin_all(grid, "it is used as sampling positions")
+    return ctx.through(node, input, mixed=range(2, input.ndim))
 
 
 @functions(F.affine_grid)
-def affine_grid(walk: Walk, node: fx.Node, theta: Value, *_: Any, **__: Any) -> Any:
-    return walk.opaque(node, [theta], "it is a map of sampling positions")
+def affine_grid(ctx: LabelContext, node: fx.Node, theta: Value, *_: Any, **__: Any) -> Any:
+    return ctx.opaque(node, [theta], "it is a map of sampling positions")
 
 
 @named("tril", "triu")
-def triangle(walk: Walk, node: fx.Node, input: Value, *_: Any, **__: Any) -> Value:
-    return walk.through(node, input, mixed=(-1, -2))
+def triangle(ctx: LabelContext, node: fx.Node, input: Value, *_: Any, **__: Any) -> Value:
+    return ctx.through(node, input, mixed=(-1, -2))
 
 
 @functions(F.glu, torch._C._nn.glu)
-def glu(walk: Walk, node: fx.Node, input: Value, dim: int = -1) -> Value:
+def glu(ctx: LabelContext, node: fx.Node, input: Value, dim: int = -1) -> Value:
     """The two halves of axis ``dim`` are multiplied, one of them through a sigmoid: they go together."""
     axis = dim % input.ndim
     axes = dict(input.axes)
     if axis in axes:
         first, second = axes[axis].reshape(2, -1)
-        walk.unite(first.copy(), second.copy())
+        ctx.unite(first.copy(), second.copy())
         axes[axis] = first.copy()
-    return walk.make(node, axes, input.zero, input.why)
+    return ctx.make(node, axes, input.zero, input.why)
 
 
 @modules(nn.GLU)
-def glu_module(walk: Walk, node: fx.Node, module: Any, input: Value) -> Any:
-    return glu(walk, node, input, module.dim)
+def glu_module(ctx: LabelContext, node: fx.Node, module: Any, input: Value) -> Any:
+    return glu(ctx, node, input, module.dim)

@@ -2,61 +2,60 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fxprune.passes.labels.values import Value, Vector, packed
+from fxprune.passes.ir.nested import packed
+from fxprune.passes.labels.context import LabelContext
+from fxprune.passes.labels.values import Value, Vector
 from fxprune.passes.rules.registry import functions, modules
-
-if TYPE_CHECKING:
-    from fxprune.passes.coupling.walk import Walk
 
 
 @modules(nn.LSTM, nn.GRU, nn.RNN)
-def recurrent(walk: Walk, node: fx.Node, module: Any, input: Any, hx: Any = None) -> Any:
+def recurrent(ctx: LabelContext, node: fx.Node, module: Any, input: Any, hx: Any = None) -> Any:
     """``input`` (..., features), maybe packed; weight_ih (gates * hidden, in), weight_hh (gates * hidden, hidden or projection)."""
     given, input = input, input.data if isinstance(input, PackedSequence) else input
     gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
     hidden, projection = module.hidden_size, module.proj_size
     directions = 2 if module.bidirectional else 1
-    cell = _units(walk, node, "weight_hr_l0" if projection else "weight_hh_l0", 1, hidden)
-    seen = _units(walk, node, "weight_hr_l0", 0, projection) if projection else cell
+    cell = _units(ctx, node, "weight_hr_l0" if projection else "weight_hh_l0", 1, hidden)
+    seen = _units(ctx, node, "weight_hr_l0", 0, projection) if projection else cell
     if projection:  # torch looks for a projection only where its size is not the hidden size, and misreads the weights where it is
-        walk.pin(cell, "with a projection the hidden size stays")
+        ctx.pin(cell, "with a projection the hidden size stays")
     arriving = input.axes.get(input.ndim - 1)
     for layer in range(module.num_layers):
         for suffix in [f"l{layer}", f"l{layer}_reverse"][:directions]:
-            _rows(walk, node, f"weight_ih_{suffix}", cell, gates)
-            _rows(walk, node, f"weight_hh_{suffix}", cell, gates)
+            _rows(ctx, node, f"weight_ih_{suffix}", cell, gates)
+            _rows(ctx, node, f"weight_hh_{suffix}", cell, gates)
             for bias in ("bias_ih_", "bias_hh_"):
-                _rows(walk, node, bias + suffix, cell, gates)
-            _columns(walk, node, f"weight_hh_{suffix}", seen, "")
+                _rows(ctx, node, bias + suffix, cell, gates)
+            _columns(ctx, node, f"weight_hh_{suffix}", seen, "")
             if projection:
-                _rows(walk, node, f"weight_hr_{suffix}", seen, 1)
-                _columns(walk, node, f"weight_hr_{suffix}", cell, "")
-            _columns(walk, node, f"weight_ih_{suffix}", arriving, input.why)
+                _rows(ctx, node, f"weight_hr_{suffix}", seen, 1)
+                _columns(ctx, node, f"weight_hr_{suffix}", cell, "")
+            _columns(ctx, node, f"weight_ih_{suffix}", arriving, input.why)
         arriving = np.tile(seen, directions)
     for axis in range(input.ndim - 1):
-        walk.pin(input.axes.get(axis), "a recurrent layer runs along it")
+        ctx.pin(input.axes.get(axis), "a recurrent layer runs along it")
     states = list(hx) if isinstance(hx, (tuple, list)) else [hx]
     for state, units in zip(states, (seen, cell), strict=False):
         if isinstance(state, Value):
-            _state(walk, state, units)
+            _state(ctx, state, units)
     steps = int(np.prod(input.shape[:-1]))
     for name in ("weight_ih_", "weight_hh_"):
         for layer in range(module.num_layers):
             for suffix in [f"l{layer}", f"l{layer}_reverse"][:directions]:
-                weight = walk.weight(node, name + suffix)
+                weight = ctx.weight(node, name + suffix)
                 assert weight is not None
-                walk.cost(str(node.target), steps * weight.shape[0] * weight.shape[1], *weight.axes.values())
+                ctx.cost(str(node.target), steps * weight.shape[0] * weight.shape[1], *weight.axes.values())
     last = input.ndim - 1
     units = np.tile(seen, directions)
     axes = {last: units} if len(units) > 1 else {}
-    out: Any = Value((*input.shape[:-1], len(units)), axes, frozenset(axes if hx is None else ()), f"it comes from {walk.op_name()}")
+    out: Any = Value((*input.shape[:-1], len(units)), axes, frozenset(axes if hx is None else ()), f"it comes from {ctx.op_name()}")
     why, state_of = out.why, node.meta["val"][1]
     if isinstance(given, PackedSequence):
         out = packed(out, *given[1:])
@@ -66,90 +65,90 @@ def recurrent(walk: Walk, node: fx.Node, module: Any, input: Any, hx: Any = None
 
 
 @functions(torch._VF._pack_padded_sequence)
-def pack(walk: Walk, node: fx.Node, input: Value, lengths: Any, batch_first: bool) -> Any:
+def pack(ctx: LabelContext, node: fx.Node, input: Value, lengths: Any, batch_first: bool) -> Any:
     """``input`` (batch, time, channels) or (time, batch, channels) to (batch * time, channels)."""
-    return _repacked(walk, node, input, (0, 1), input.ndim - 2, True)
+    return _repacked(ctx, node, input, (0, 1), input.ndim - 2, True)
 
 
 @functions(torch._VF._pad_packed_sequence)
-def unpack(walk: Walk, node: fx.Node, data: Value, batch_sizes: Value, batch_first: bool, padding: float, steps: Any) -> Any:
-    return _repacked(walk, node, data, (0,), data.ndim, padding == 0)
+def unpack(ctx: LabelContext, node: fx.Node, data: Value, batch_sizes: Value, batch_first: bool, padding: float, steps: Any) -> Any:
+    return _repacked(ctx, node, data, (0,), data.ndim, padding == 0)
 
 
-def _repacked(walk: Walk, node: fx.Node, x: Value, ragged: tuple[int, ...], last: int, zero: bool) -> Any:
+def _repacked(ctx: LabelContext, node: fx.Node, x: Value, ragged: tuple[int, ...], last: int, zero: bool) -> Any:
     for axis in ragged:
-        walk.pin(x.axes.get(axis), "a recurrent layer runs along it")
+        ctx.pin(x.axes.get(axis), "a recurrent layer runs along it")
     axes = {last: x.axes[x.ndim - 1]} if x.ndim - 1 in x.axes else {}
-    return walk.make(node, axes, [last] if zero and x.ndim - 1 in x.zero else [], x.why, 0), walk.make(node, {}, (), "", 1)
+    return ctx.make(node, axes, [last] if zero and x.ndim - 1 in x.zero else [], x.why, 0), ctx.make(node, {}, (), "", 1)
 
 
 @functions(torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell)
 def cell(
-    walk: Walk, node: fx.Node, input: Value, hx: Any, w_ih: Value, w_hh: Value, b_ih: Value | None = None, b_hh: Value | None = None
+    ctx: LabelContext, node: fx.Node, input: Value, hx: Any, w_ih: Value, w_hh: Value, b_ih: Value | None = None, b_hh: Value | None = None
 ) -> Any:
     """One step: ``input`` (..., features), states ``hx`` (..., hidden), w_ih (gates * hidden, features), w_hh (gates * hidden, hidden)."""
     states = list(hx) if isinstance(hx, (tuple, list)) else [hx]
     gates = w_hh.shape[0] // w_hh.shape[1]
     units = w_hh.axes.get(1)
     for weight in (w_ih, w_hh):
-        walk.read_as_weight(weight)
-        walk.cost(node.name, int(np.prod(input.shape[:-1])) * weight.shape[0] * weight.shape[1], *weight.axes.values())
+        ctx.read_as_weight(weight)
+        ctx.cost(node.name, int(np.prod(input.shape[:-1])) * weight.shape[0] * weight.shape[1], *weight.axes.values())
     for part in (w_ih, w_hh, b_ih, b_hh):
         if part is None or 0 not in part.axes:
             continue
         if units is None:
-            walk.pin(part.axes[0], "the cell has a single hidden unit")
+            ctx.pin(part.axes[0], "the cell has a single hidden unit")
         else:
-            walk.unite(part.axes[0], np.tile(units, gates))
+            ctx.unite(part.axes[0], np.tile(units, gates))
     arriving = input.axes.get(input.ndim - 1)
     if arriving is None:
-        walk.pin(w_ih.axes.get(1), f"the layer reads channels of fixed size ({input.why})")
+        ctx.pin(w_ih.axes.get(1), f"the layer reads channels of fixed size ({input.why})")
     elif 1 in w_ih.axes:
-        walk.unite(w_ih.axes[1], arriving)
+        ctx.unite(w_ih.axes[1], arriving)
     for axis in range(input.ndim - 1):
-        walk.pin(input.axes.get(axis), "a recurrent cell runs along it")
+        ctx.pin(input.axes.get(axis), "a recurrent cell runs along it")
     if units is not None:
         for state in states:
-            _state(walk, state, units)
+            _state(ctx, state, units)
     last = states[0].ndim - 1
     zero = {last} if all(last in s.zero for s in states) else set()  # gates of zero leave a state of zero where it is
     axes = {} if units is None else {last: units}
     if isinstance(node.meta["val"], torch.Tensor):
-        return walk.make(node, axes, zero)
-    return tuple(walk.make(node, axes, zero, "", i) for i in range(len(states)))
+        return ctx.make(node, axes, zero)
+    return tuple(ctx.make(node, axes, zero, "", i) for i in range(len(states)))
 
 
-def _units(walk: Walk, node: fx.Node, key: str, dim: int, size: int) -> Vector:
-    name = walk.canonical(str(node.target), key)
+def _units(ctx: LabelContext, node: fx.Node, key: str, dim: int, size: int) -> Vector:
+    name = ctx.canonical(str(node.target), key)
     assert name is not None
-    return walk.parameter(name, dim, size)
+    return ctx.parameter(name, dim, size)
 
 
-def _rows(walk: Walk, node: fx.Node, key: str, units: Vector, gates: int) -> None:
-    name = walk.canonical(str(node.target), key)
+def _rows(ctx: LabelContext, node: fx.Node, key: str, units: Vector, gates: int) -> None:
+    name = ctx.canonical(str(node.target), key)
     if name is not None:
-        walk.tie(name, 0, np.tile(units, gates))
+        ctx.tie(name, 0, np.tile(units, gates))
 
 
-def _columns(walk: Walk, node: fx.Node, key: str, units: Vector | None, why: str) -> None:
-    name = walk.canonical(str(node.target), key)
+def _columns(ctx: LabelContext, node: fx.Node, key: str, units: Vector | None, why: str) -> None:
+    name = ctx.canonical(str(node.target), key)
     if name is None:
         return
     if units is not None:
-        walk.tie(name, 1, units)
+        ctx.tie(name, 1, units)
         return
-    size = walk.traced.skeleton.tensor(name).shape[1]
-    walk.pin(walk.parameter(name, 1, size), f"the layer reads channels of fixed size ({why})")
+    size = ctx.traced.skeleton.tensor(name).shape[1]
+    ctx.pin(ctx.parameter(name, 1, size), f"the layer reads channels of fixed size ({why})")
 
 
-def _state(walk: Walk, state: Value, units: Vector) -> None:
+def _state(ctx: LabelContext, state: Value, units: Vector) -> None:
     axis = state.ndim - 1
     if axis in state.axes:
-        walk.unite(state.axes[axis], units)
+        ctx.unite(state.axes[axis], units)
     else:
-        walk.pin(units, f"its initial state has a fixed size ({state.why})")
+        ctx.pin(units, f"its initial state has a fixed size ({state.why})")
     for other in range(axis):
-        walk.pin(state.axes.get(other), "a recurrent layer runs along it")
+        ctx.pin(state.axes.get(other), "a recurrent layer runs along it")
 
 
 def resize(module: Any) -> None:

@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torchvision
 from torch import fx
 
+from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value
 from fxprune.passes.rules import registry
 from fxprune.passes.rules.computing import conv, pointwise
-
-if TYPE_CHECKING:
-    from fxprune.passes.coupling.walk import Walk
+from fxprune.passes.rules.protocols import Rewriter
 
 
-def _deformable_groups(slim: Any, node: fx.Node) -> None:
+def _deformable_groups(slim: Rewriter, node: fx.Node) -> None:
     x, weight = node.args[0], node.args[1]
     groups = slim.size(x, 1) // slim.size(weight, 1)
     node.args = (*node.args[:11], groups, *node.args[12:])
 
 
-def deformable(walk: Walk, node: fx.Node, input: Value, weight: Value, offset: Value, mask: Value, bias: Value, *sizes: Any) -> Value:
+def deformable(
+    ctx: LabelContext, node: fx.Node, input: Value, weight: Value, offset: Value, mask: Value, bias: Value, *sizes: Any
+) -> Value:
     """A convolution that samples at ``offset`` (N, 2 * window * offset groups, *space); ``sizes`` end in groups, offset groups, a flag."""
     groups, offset_groups, _ = (int(s) for s in sizes[-3:])
     for positions in (offset, mask):
-        walk.pin_all(positions, "it is used as sampling positions")
+        ctx.pin_all(positions, "it is used as sampling positions")
     if offset_groups > 1:
-        walk.pin(input.axes.get(1), "several runs of its channels are sampled at positions of their own")
-    return conv.convolve(walk, node, input, conv.kernel(walk, node, weight), bias, groups, False, walk.owner(node))
+        ctx.pin(input.axes.get(1), "several runs of its channels are sampled at positions of their own")
+    return conv.convolve(ctx, node, input, conv.kernel(ctx, node, weight), bias, groups, False, ctx.owner(node))
 
 
-def regions(walk: Walk, node: fx.Node, input: Value, boxes: Value, *_: Any, **__: Any) -> Any:
+def regions(ctx: LabelContext, node: fx.Node, input: Value, boxes: Value, *_: Any, **__: Any) -> Any:
     """Windows of ``input`` (N, C, H, W) around ``boxes`` (K, 5): each channel by itself, and K in place of N."""
-    walk.pin_all(boxes, "it is used as boxes")
+    ctx.pin_all(boxes, "it is used as boxes")
     for axis in (0, 2, 3):
-        walk.pin(input.axes.get(axis), "boxes are cut out along it")
+        ctx.pin(input.axes.get(axis), "boxes are cut out along it")
     kept = Value(input.shape, {a: v for a, v in input.axes.items() if a == 1}, input.zero & {1}, input.why)
     if isinstance(node.meta["val"], torch.Tensor):
-        return walk.make(node, kept.axes, kept.zero, kept.why)
-    return tuple(walk.make(node, kept.axes, kept.zero, kept.why, i) for i in range(len(node.meta["val"])))
+        return ctx.make(node, kept.axes, kept.zero, kept.why)
+    return tuple(ctx.make(node, kept.axes, kept.zero, kept.why, i) for i in range(len(node.meta["val"])))
 
 
 # A rule of the user's for one of these may have come first, and stays.

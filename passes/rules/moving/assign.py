@@ -5,46 +5,44 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
+from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, values
 from fxprune.passes.rules.moving.indexing import entries_of, pin_pairs, resolved, rewrite_getitem
 from fxprune.passes.rules.registry import functions, named
-
-if TYPE_CHECKING:
-    from fxprune.passes.coupling.walk import Walk
 
 _COMPUTED = "positions in it are computed by the graph"
 
 
 @functions(operator.setitem, rewrite=rewrite_getitem)
-def setitem(walk: Walk, node: fx.Node, target: Value, index: Any, value: Any) -> None:
+def setitem(ctx: LabelContext, node: fx.Node, target: Value, index: Any, value: Any) -> None:
     """``target[index] = value``: the channels of the part that is written are those of what is written there."""
     if isinstance(index, Value) and index.shape == target.shape:  # a mask: element by element, as masked_fill
-        walk.combine(target.shape, [v for v in (target, index, value) if isinstance(v, Value)])
-        walk.overwritten(node.args[0], target.zero if _is_zero(value) else ())
+        ctx.combine(target.shape, [v for v in (target, index, value) if isinstance(v, Value)])
+        ctx.overwritten(node.args[0], target.zero if _is_zero(value) else ())
         return
-    place = _place(walk, node, target, index)
+    place = _place(ctx, node, target, index)
     if place is None:
         for found in (target, *values((index, value))):
-            walk.pin_all(found, "a part of it is assigned to")
+            ctx.pin_all(found, "a part of it is assigned to")
         return
     region, back = place
     zero = target.zero
     if isinstance(value, Value):
         value = _without_ones(value, region.ndim)
-        walk.combine(region.shape, [region, value])
+        ctx.combine(region.shape, [region, value])
         shift = region.ndim - value.ndim
         zero = frozenset(axis for where, axis in back.items() if where - shift in value.zero and axis in target.zero)
     elif not _is_zero(value):
         zero = frozenset()
-    walk.overwritten(node.args[0], zero)
+    ctx.overwritten(node.args[0], zero)
 
 
-def _place(walk: Walk, node: fx.Node, target: Value, index: Any) -> tuple[Value, dict[int, int]] | None:
+def _place(ctx: LabelContext, node: fx.Node, target: Value, index: Any) -> tuple[Value, dict[int, int]] | None:
     """The part that is written, and for its labelled axes the target's; None where the graph computes which channels those are."""
     if isinstance(index, Value) and not any(axis < index.ndim for axis in target.axes) and index.shape == target.shape[: index.ndim]:
         # A mask over axes without channels: how much is written is unknown, which channels is not.
@@ -52,15 +50,15 @@ def _place(walk: Walk, node: fx.Node, target: Value, index: Any) -> tuple[Value,
         shape = (1, *target.shape[index.ndim :])
         return Value(shape, {w: target.axes[a] for w, a in back.items()}, frozenset(), target.why), back
     given: Any = node.args[1]
-    indexed = resolved(walk, node, target, index, list(given) if isinstance(given, (tuple, list)) else [given])
+    indexed = resolved(ctx, node, target, index, list(given) if isinstance(given, (tuple, list)) else [given])
     if indexed is None:
         return None
-    pin_pairs(walk, target, indexed)
+    pin_pairs(ctx, target, indexed)
     entries = entries_of(indexed, target.ndim)
     stepped = any(isinstance(e, slice) and e.step not in (None, 1) for e in entries)
     if stepped and any(isinstance(e, (list, torch.Tensor)) for e in entries):
         return None  # kept channels of a step are listed, and two lists would be taken together
-    return walk.region(node, target, lambda labels: labels[indexed])
+    return ctx.region(node, target, lambda labels: labels[indexed])
 
 
 def _is_zero(value: Any) -> bool:
@@ -75,47 +73,47 @@ def _without_ones(value: Value, ndim: int) -> Value:
 
 
 @named("index_put")
-def index_put(walk: Walk, node: fx.Node, input: Value, indices: Sequence[Any], written: Value, accumulate: bool = False) -> Any:
+def index_put(ctx: LabelContext, node: fx.Node, input: Value, indices: Sequence[Any], written: Value, accumulate: bool = False) -> Any:
     """``input[indices] = written``; channels that are picked by an index stay."""
     parts = entries_of(tuple(slice(None) if i is None else i for i in indices), input.ndim)
     picked = [a for a, e in enumerate(parts) if not isinstance(e, slice)]
     if any(isinstance(e, Value) and e.ndim != 1 for e in parts) or len(picked) != 1:
-        return walk.opaque(node, [input, *values((indices, written))], "a part of it is assigned to")
+        return ctx.opaque(node, [input, *values((indices, written))], "a part of it is assigned to")
     if isinstance(written, Value) and written.ndim != input.ndim and math.prod(written.shape) > 1:
-        return walk.opaque(node, [input, written], "a part of it is assigned to")
-    return _along(walk, node, input, picked[0], values(written))
+        return ctx.opaque(node, [input, written], "a part of it is assigned to")
+    return _along(ctx, node, input, picked[0], values(written))
 
 
 @named("scatter", "scatter_add", "scatter_reduce")
-def scatter(walk: Walk, node: fx.Node, input: Value, dim: int, index: Value, *rest: Any, **kwargs: Any) -> Any:
+def scatter(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Value, *rest: Any, **kwargs: Any) -> Any:
     """``input`` with entries of the source put, or added, at computed positions along ``dim``; the other axes go together."""
     sources = values((rest, kwargs))
     plain = next((v for v in (*rest, *kwargs.values()) if isinstance(v, (int, float)) and not isinstance(v, bool)), 0)
-    return _along(walk, node, input, dim, [index, *sources], sources if not plain else None)
+    return _along(ctx, node, input, dim, [index, *sources], sources if not plain else None)
 
 
 @named("index_add", "index_copy", "index_reduce", "index_fill")
-def index_add(walk: Walk, node: fx.Node, input: Value, dim: int, index: Value, *rest: Any, **kwargs: Any) -> Any:
+def index_add(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Value, *rest: Any, **kwargs: Any) -> Any:
     """Slices of the source put, or added, at computed positions along ``dim``."""
     sources = values((rest, kwargs))
     filled = "fill" in str(getattr(node.target, "__name__", node.target)) and not any(_is_zero(v) for v in (*rest, *kwargs.values()))
-    return _along(walk, node, input, dim, sources, None if filled else sources)
+    return _along(ctx, node, input, dim, sources, None if filled else sources)
 
 
 @named("gather", inplace=False)
-def gather(walk: Walk, node: fx.Node, input: Value, dim: int, index: Value, **_: Any) -> Any:
-    return _along(walk, node, input, dim, [index], [])
+def gather(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Value, **_: Any) -> Any:
+    return _along(ctx, node, input, dim, [index], [])
 
 
 @named("take_along_dim", inplace=False)
-def take_along_dim(walk: Walk, node: fx.Node, input: Value, indices: Value, dim: int | None = None) -> Any:
+def take_along_dim(ctx: LabelContext, node: fx.Node, input: Value, indices: Value, dim: int | None = None) -> Any:
     if dim is None or indices.ndim != input.ndim:
-        return walk.opaque(node, [input, indices], "it is gathered by values the graph computes")
-    return _along(walk, node, input, dim, [indices], [], broadcast=True)
+        return ctx.opaque(node, [input, indices], "it is gathered by values the graph computes")
+    return _along(ctx, node, input, dim, [indices], [], broadcast=True)
 
 
 def _along(
-    walk: Walk,
+    ctx: LabelContext,
     node: fx.Node,
     input: Value,
     dim: int,
@@ -135,10 +133,10 @@ def _along(
     for value in (input, *others):
         for axis, vector in value.axes.items():
             if value.ndim != input.ndim or shape[axis] == 1:
-                walk.pin(vector, _COMPUTED)
+                ctx.pin(vector, _COMPUTED)
         if value.ndim == input.ndim:
             free = {a: v for a, v in value.axes.items() if shape[a] > 1}
             flat.append(Value(tuple(min(n, s) for n, s in zip(value.shape, shape, strict=True)), free, value.zero, value.why))
-    axes, _ = walk.combine(shape, flat)
+    axes, _ = ctx.combine(shape, flat)
     zero = [] if adding is None else [a for a in axes if all(a in v.zero for v in (input, *adding))]
-    return walk.make(node, axes, zero, input.why)
+    return ctx.make(node, axes, zero, input.why)

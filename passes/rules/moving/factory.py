@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import fx
 
+from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value
+from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, named
 
-if TYPE_CHECKING:
-    from fxprune.passes.coupling.walk import Walk
 
-
-def _factory_sizes(slim: Any, node: fx.Node) -> None:
+def _factory_sizes(slim: Rewriter, node: fx.Node) -> None:
     given: Any = node.kwargs.get("size")
     if given is not None:
         node.kwargs = {**node.kwargs, "size": slim.sizes(node, given)}
@@ -27,18 +26,18 @@ def _factory_sizes(slim: Any, node: fx.Node) -> None:
 
 
 @functions(torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn, torch.full, rewrite=_factory_sizes)
-def factory(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
+def factory(ctx: LabelContext, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
     """Every axis gets labels of its own: its size can follow whatever it meets."""
     shape = tuple(node.meta["val"].shape)
-    axes = {a: walk.fresh("factory", n, soft=True) for a, n in enumerate(shape) if n > 1}
-    return walk.make(node, axes, axes if node.target is torch.zeros else (), f"it is made by {walk.op_name()}")
+    axes = {a: ctx.fresh("factory", n, soft=True) for a, n in enumerate(shape) if n > 1}
+    return ctx.make(node, axes, axes if node.target is torch.zeros else (), f"it is made by {ctx.op_name()}")
 
 
 for _name in ("new_zeros", "new_ones", "new_empty", "new_full"):
-    named(_name, rewrite=_factory_sizes, inplace=False)(lambda walk, node, *args, **kwargs: factory(walk, node))
+    named(_name, rewrite=_factory_sizes, inplace=False)(lambda ctx, node, *args, **kwargs: factory(ctx, node))
 
 
-def _picked(slim: Any, node: fx.Node) -> None:
+def _picked(slim: Rewriter, node: fx.Node) -> None:
     """The values stand where the original has them; those of removed channels are left out."""
     value = slim.value(node)
     for axis in sorted(value.axes):
@@ -49,42 +48,42 @@ def _picked(slim: Any, node: fx.Node) -> None:
 
 
 @functions(torch.arange, torch.linspace, torch.logspace, torch.eye, torch.tensor, torch.as_tensor, rewrite=_picked)
-def counted(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
+def counted(ctx: LabelContext, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
     """Numbers made of literals and channel counts alone, one for each channel maybe (the frequencies of a positional encoding)."""
-    static = all(_is_static(walk, source) for source in node.all_input_nodes)
-    axes = {a: walk.fresh("factory", n, soft=True) for a, n in enumerate(node.meta["val"].shape) if n > 1 and static}
-    made: Value = walk.make(node, axes, (), f"it is made by {walk.op_name()}")
+    static = all(_is_static(ctx, source) for source in node.all_input_nodes)
+    axes = {a: ctx.fresh("factory", n, soft=True) for a, n in enumerate(node.meta["val"].shape) if n > 1 and static}
+    made: Value = ctx.make(node, axes, (), f"it is made by {ctx.op_name()}")
     return made
 
 
-def _is_static(walk: Walk, node: fx.Node) -> bool:
+def _is_static(ctx: LabelContext, node: fx.Node) -> bool:
     """Whether a number is the same for every input: channel counts, and what is computed of them."""
     if node.op == "call_method" and node.target == "size":
         source, axis = cast(tuple[fx.Node, int], node.args)
-        value = walk.env[walk.mode][source]
+        value = ctx.env[ctx.mode][source]
         return isinstance(value, Value) and axis % value.ndim in value.axes
     if node.op == "placeholder" or isinstance(node.meta.get("val"), torch.Tensor):
         return False
     if node.target is getattr and node.args[1] in ("device", "dtype"):
         return True
-    return all(_is_static(walk, source) for source in node.all_input_nodes)
+    return all(_is_static(ctx, source) for source in node.all_input_nodes)
 
 
 @functions(torch.scalar_tensor, torch.randint, torch.randperm, torch.tril_indices, torch.triu_indices, torch.normal)
-def positions(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
+def positions(ctx: LabelContext, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
     """Their values depend on where they stand, so their sizes stay."""
-    return walk.make(node, {}, (), f"it is made by {walk.op_name()}")
+    return ctx.make(node, {}, (), f"it is made by {ctx.op_name()}")
 
 
-def _size_read(slim: Any, node: fx.Node) -> None:
+def _size_read(slim: Rewriter, node: fx.Node) -> None:
     """Reads of a pruned axis are answered with its original size while the graph is copied (see ``slim``)."""
 
 
 @named("size", rewrite=_size_read, inplace=False)
-def size(walk: Walk, node: fx.Node, input: Value, *_: Any) -> Any:
+def size(ctx: LabelContext, node: fx.Node, input: Value, *_: Any) -> Any:
     return node.meta["val"]
 
 
 @functions(torch._assert)
-def assertion(walk: Walk, node: fx.Node, *_: Any, **__: Any) -> Any:
+def assertion(ctx: LabelContext, node: fx.Node, *_: Any, **__: Any) -> Any:
     return None

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
 from fxprune.errors import UnsupportedError
+from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, Vector, values
+from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, named
-
-if TYPE_CHECKING:
-    from fxprune.passes.coupling.walk import Walk
 
 
 def entries_of(index: Any, ndim: int) -> list[Any]:
@@ -30,24 +29,24 @@ def entries_of(index: Any, ndim: int) -> list[Any]:
 
 
 @functions(operator.getitem)
-def getitem(walk: Walk, node: fx.Node, input: Any, index: Any) -> Any:
+def getitem(ctx: LabelContext, node: fx.Node, input: Any, index: Any) -> Any:
     if not isinstance(input, Value):
         return input[index]
     raw = list(node.args[1]) if isinstance(node.args[1], (tuple, list)) and isinstance(index, (tuple, list)) else [node.args[1]]
-    indexed = resolved(walk, node, input, index, raw)
+    indexed = resolved(ctx, node, input, index, raw)
     if indexed is None:
-        return walk.opaque(node, [input, *values(index)], "it is indexed by values the graph computes")
-    pin_pairs(walk, input, indexed)
+        return ctx.opaque(node, [input, *values(index)], "it is indexed by values the graph computes")
+    pin_pairs(ctx, input, indexed)
     axis = -1
     for entry in entries_of(indexed, input.ndim):
         axis += entry is not None
         # What is left of every second channel is listed, and a list copies.
-        if isinstance(entry, slice) and entry.step not in (None, 1) and axis in input.axes and walk.stays_view(node):
-            walk.pin(input.axes[axis], "every second or so of its channels is written in place")
-    return walk.move(node, input, lambda labels: _picked(labels, indexed))
+        if isinstance(entry, slice) and entry.step not in (None, 1) and axis in input.axes and ctx.stays_view(node):
+            ctx.pin(input.axes[axis], "every second or so of its channels is written in place")
+    return ctx.move(node, input, lambda labels: _picked(labels, indexed))
 
 
-def pin_pairs(walk: Walk, x: Value, index: Any) -> None:
+def pin_pairs(ctx: LabelContext, x: Value, index: Any) -> None:
     """Lists along two axes pick pairs: what is left of one would no longer stand beside what is left of the other."""
     axis = -1
     listed = []
@@ -56,7 +55,7 @@ def pin_pairs(walk: Walk, x: Value, index: Any) -> None:
         if isinstance(entry, (list, tuple, range, torch.Tensor)):
             listed.append(axis)
     for axis in listed if len(listed) > 1 else ():
-        walk.pin(x.axes.get(axis), "it is picked from by two lists at once")
+        ctx.pin(x.axes.get(axis), "it is picked from by two lists at once")
 
 
 def _picked(labels: torch.Tensor, index: Any) -> torch.Tensor:
@@ -71,7 +70,7 @@ def _picked(labels: torch.Tensor, index: Any) -> torch.Tensor:
     return thin.reshape(*index.shape, *shape).expand(*index.shape, *labels.shape[1:])
 
 
-def resolved(walk: Walk, node: fx.Node, x: Value, index: Any, raw: Sequence[Any]) -> Any:
+def resolved(ctx: LabelContext, node: fx.Node, x: Value, index: Any, raw: Sequence[Any]) -> Any:
     """The index with every tensor in it replaced by its actual values, or by zeros where it picks along an axis without labels."""
     parts = (
         list(index)
@@ -87,7 +86,7 @@ def resolved(walk: Walk, node: fx.Node, x: Value, index: Any, raw: Sequence[Any]
         if part is Ellipsis:
             axis += spread
         elif isinstance(part, Value):
-            actual = walk.real(source)
+            actual = ctx.real(source)
             if actual is None:
                 if axis in x.axes:
                     return None
@@ -104,7 +103,7 @@ def resolved(walk: Walk, node: fx.Node, x: Value, index: Any, raw: Sequence[Any]
     return tuple(done)
 
 
-def rewrite_getitem(slim: Any, node: fx.Node) -> None:
+def rewrite_getitem(slim: Rewriter, node: fx.Node) -> None:
     x = slim.value(node.args[0])
     if not isinstance(x, Value) or not any(slim.kept(x, a) is not None for a in x.axes):
         return
@@ -137,7 +136,7 @@ def _is_list(entry: Any) -> bool:
     return isinstance(entry, (list, tuple, range)) or (isinstance(entry, fx.Node) and "number" not in entry.meta)
 
 
-def _kept_entry(slim: Any, node: fx.Node, entry: Any, kept: Vector, size: int) -> Any:
+def _kept_entry(slim: Rewriter, node: fx.Node, entry: Any, kept: Vector, size: int) -> Any:
     """One entry of an index, in terms of the kept channels of its axis."""
     if isinstance(entry, slice):
         bounds = slice(*(None if b is None else slim.number(b) for b in (entry.start, entry.stop, entry.step)))
@@ -170,7 +169,7 @@ def left_of(node: fx.Node, chosen: np.ndarray[Any, Any], kept: Vector) -> np.nda
     raise UnsupportedError(f"{where}: an index picks channels of which not whole slices go; pass their layer to ignore=")
 
 
-def _index_select(slim: Any, node: fx.Node) -> None:
+def _index_select(slim: Rewriter, node: fx.Node) -> None:
     x = slim.value(slim.argument(node, 0, "input"))
     kept = slim.kept(x, slim.argument(node, 1, "dim") % x.ndim)
     if kept is not None:
@@ -180,11 +179,11 @@ def _index_select(slim: Any, node: fx.Node) -> None:
 
 
 @named("index_select", rewrite=_index_select, inplace=False)
-def index_select(walk: Walk, node: fx.Node, input: Value, dim: int, index: Value) -> Any:
+def index_select(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Value) -> Any:
     axis = dim % input.ndim
     if axis not in input.axes:
-        return walk.make(node, input.axes, input.zero, input.why)
-    actual = walk.real(node.args[2] if len(node.args) > 2 else node.kwargs["index"])
+        return ctx.make(node, input.axes, input.zero, input.why)
+    actual = ctx.real(node.args[2] if len(node.args) > 2 else node.kwargs["index"])
     if actual is None:
-        return walk.opaque(node, [input, index], "it is indexed by values the graph computes")
-    return walk.move(node, input, lambda labels: labels.index_select(axis, actual.cpu()))
+        return ctx.opaque(node, [input, index], "it is indexed by values the graph computes")
+    return ctx.move(node, input, lambda labels: labels.index_select(axis, actual.cpu()))

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
+from fxprune.passes.ir.nodes import target_name
+from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, Vector
-from fxprune.passes.rules.registry import functions, named, target_name
-
-if TYPE_CHECKING:
-    from fxprune.passes.coupling.walk import Walk
+from fxprune.passes.rules.registry import functions, named
 
 
 @named("cat", "concat", "concatenate", inplace=False)
-def cat(walk: Walk, node: fx.Node, tensors: Sequence[Value], dim: int = 0, **kwargs: Any) -> Value:
+def cat(ctx: LabelContext, node: fx.Node, tensors: Sequence[Value], dim: int = 0, **kwargs: Any) -> Value:
     parts = [t for t in tensors if t.shape != (0,)]
-    return _joined(walk, node, parts, kwargs.get("axis", dim) % parts[0].ndim)
+    return _joined(ctx, node, parts, kwargs.get("axis", dim) % parts[0].ndim)
 
 
-def _joined(walk: Walk, node: fx.Node, parts: Sequence[Value], dim: int) -> Value:
+def _joined(ctx: LabelContext, node: fx.Node, parts: Sequence[Value], dim: int) -> Value:
     axes: dict[int, Vector] = {}
     zero: set[int] = set()
     for axis in {a for p in parts for a in p.axes} - {dim}:
@@ -30,12 +29,12 @@ def _joined(walk: Walk, node: fx.Node, parts: Sequence[Value], dim: int) -> Valu
         having = [p for p in parts if axis in p.axes]
         if bare is not None:
             for part in having:
-                walk.clash(part.axes[axis], bare)
-                walk.pin(part.axes[axis], f"it is concatenated with a tensor of fixed size ({bare.why})")
+                ctx.clash(part.axes[axis], bare)
+                ctx.pin(part.axes[axis], f"it is concatenated with a tensor of fixed size ({bare.why})")
             continue
-        first = next((p.axes[axis] for p in having if not walk.is_soft(p.axes[axis])), having[0].axes[axis])
+        first = next((p.axes[axis] for p in having if not ctx.is_soft(p.axes[axis])), having[0].axes[axis])
         for part in having:
-            walk.unite(first, part.axes[axis])
+            ctx.unite(first, part.axes[axis])
         axes[axis] = first
         if all(axis in p.zero for p in parts):
             zero.add(axis)
@@ -44,17 +43,17 @@ def _joined(walk: Walk, node: fx.Node, parts: Sequence[Value], dim: int) -> Valu
         for part in parts:
             piece = part.axes.get(dim)
             if piece is None:
-                piece = walk.fresh("cat", part.shape[dim])
-                walk.pin(piece, f"it is a part of fixed size ({part.why})")
+                piece = ctx.fresh("cat", part.shape[dim])
+                ctx.pin(piece, f"it is a part of fixed size ({part.why})")
             pieces.append(piece)
         axes[dim] = np.concatenate(pieces)
         if all(dim in p.zero or dim not in p.axes for p in parts):  # a part of fixed size loses nothing
             zero.add(dim)
-    return walk.make(node, axes, zero, parts[0].why)
+    return ctx.make(node, axes, zero, parts[0].why)
 
 
 @named("stack", inplace=False)
-def stack(walk: Walk, node: fx.Node, tensors: Sequence[Value], dim: int = 0, **_: Any) -> Value:
+def stack(ctx: LabelContext, node: fx.Node, tensors: Sequence[Value], dim: int = 0, **_: Any) -> Value:
     place = dim % (tensors[0].ndim + 1)
     shifted = [
         Value(
@@ -65,26 +64,26 @@ def stack(walk: Walk, node: fx.Node, tensors: Sequence[Value], dim: int = 0, **_
         )
         for t in tensors
     ]
-    return _joined(walk, node, shifted, place)
+    return _joined(ctx, node, shifted, place)
 
 
 _ALONG = {"hstack": 1, "column_stack": 1, "vstack": 0, "row_stack": 0, "dstack": 2}
 
 
 @named(*_ALONG, inplace=False)
-def stacked(walk: Walk, node: fx.Node, tensors: Sequence[Value], **_: Any) -> Any:
+def stacked(ctx: LabelContext, node: fx.Node, tensors: Sequence[Value], **_: Any) -> Any:
     """Concatenation along an axis that the name says; tensors that lack it get one."""
     name, dims = target_name(node), {t.ndim for t in tensors}
     dim, least = _ALONG[name], max(_ALONG[name], 1)
     if len(dims) > 1 or min(dims) < least:
-        return walk.opaque(node, tensors, "tensors of different dimensions are stacked")
+        return ctx.opaque(node, tensors, "tensors of different dimensions are stacked")
     if min(dims) > least or name == "hstack":
-        return _joined(walk, node, tensors, min(dim, min(dims) - 1))
-    return stack(walk, node, tensors, dim)
+        return _joined(ctx, node, tensors, min(dim, min(dims) - 1))
+    return stack(ctx, node, tensors, dim)
 
 
 @functions(torch.broadcast_tensors)
-def broadcast_tensors(walk: Walk, node: fx.Node, *tensors: Value) -> Any:
+def broadcast_tensors(ctx: LabelContext, node: fx.Node, *tensors: Value) -> Any:
     shape = tuple(node.meta["val"][0].shape)
-    axes, _ = walk.combine(shape, tensors)
-    return tuple(walk.make(node, axes, (), t.why, i) for i, t in enumerate(tensors))
+    axes, _ = ctx.combine(shape, tensors)
+    return tuple(ctx.make(node, axes, (), t.why, i) for i, t in enumerate(tensors))

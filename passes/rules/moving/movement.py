@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, Vector, values
+from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, modules, named
-
-if TYPE_CHECKING:
-    from fxprune.passes.coupling.walk import Walk
 
 
 def call(node: fx.Node, x: Value, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -36,10 +35,10 @@ def call(node: fx.Node, x: Value, args: Sequence[Any], kwargs: dict[str, Any]) -
     return run
 
 
-def moved(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+def moved(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
     if computed := values((args, kwargs)):
-        return walk.opaque(node, [input, *computed], "where its parts begin and end is computed by the graph")
-    return walk.move(node, input, call(node, input, args, kwargs))
+        return ctx.opaque(node, [input, *computed], "where its parts begin and end is computed by the graph")
+    return ctx.move(node, input, call(node, input, args, kwargs))
 
 
 def flat(args: Sequence[Any]) -> list[Any]:
@@ -64,24 +63,24 @@ def flat(args: Sequence[Any]) -> list[Any]:
     "rot90",
     "adjoint",
 )
-def move(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    return moved(walk, node, input, *args, **kwargs)
+def move(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    return moved(ctx, node, input, *args, **kwargs)
 
 
 @named("diagonal")
-def diagonal(walk: Walk, node: fx.Node, input: Value, offset: int = 0, dim1: int | None = None, dim2: int | None = None) -> Any:
+def diagonal(ctx: LabelContext, node: fx.Node, input: Value, offset: int = 0, dim1: int | None = None, dim2: int | None = None) -> Any:
     """Channels that meet on the diagonal go together; where only one axis has any, or it is not the main one, they stay."""
     usual = (-2, -1) if node.target is torch.linalg.diagonal else (0, 1)
     first, second = ((default if d is None else d) % input.ndim for d, default in zip((dim1, dim2), usual, strict=True))
     rows, columns = input.axes.get(first), input.axes.get(second)
     if offset or rows is None or columns is None:
-        walk.pin(rows, "a diagonal is taken")
-        walk.pin(columns, "a diagonal is taken")
-        return walk.make(node, _others(input, first, second), (), input.why)
+        ctx.pin(rows, "a diagonal is taken")
+        ctx.pin(columns, "a diagonal is taken")
+        return ctx.make(node, _others(input, first, second), (), input.why)
     shorter = min(len(rows), len(columns))
-    walk.unite(rows[:shorter], columns[:shorter])
+    ctx.unite(rows[:shorter], columns[:shorter])
     alone = Value(input.shape, {a: v for a, v in input.axes.items() if a != second}, input.zero, input.why)
-    return walk.move(node, alone, lambda labels: labels.diagonal(offset, first, second))
+    return ctx.move(node, alone, lambda labels: labels.diagonal(offset, first, second))
 
 
 def _others(x: Value, first: int, second: int) -> dict[int, Vector]:
@@ -90,7 +89,7 @@ def _others(x: Value, first: int, second: int) -> dict[int, Vector]:
 
 
 @functions(getattr)
-def attribute(walk: Walk, node: fx.Node, input: Any, name: str) -> Any:
+def attribute(ctx: LabelContext, node: fx.Node, input: Any, name: str) -> Any:
     if isinstance(input, tuple):  # x.max(1).values: a named result of an operation that gives several
         source = node.args[0].meta["val"]  # type: ignore[union-attr]
         return next(v for v, meta in zip(input, source, strict=True) if meta is getattr(source, name))
@@ -99,40 +98,40 @@ def attribute(walk: Walk, node: fx.Node, input: Any, name: str) -> Any:
     if not isinstance(node.meta["val"], torch.Tensor):
         return node.meta["val"]
     if name in ("T", "mT", "H", "mH"):
-        return walk.move(node, input, lambda labels: getattr(labels, name))
+        return ctx.move(node, input, lambda labels: getattr(labels, name))
     if name in ("data", "real", "imag"):
-        return walk.make(node, input.axes, input.zero, input.why)
-    return walk.opaque(node, [input], f"its attribute {name!r} is read")
+        return ctx.make(node, input.axes, input.zero, input.why)
+    return ctx.opaque(node, [input], f"its attribute {name!r} is read")
 
 
 @named("pixel_shuffle", "pixel_unshuffle")
-def pixels(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    return moved(walk, node, _between(walk, node, input), *args, **kwargs)
+def pixels(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    return moved(ctx, node, _between(ctx, node, input), *args, **kwargs)
 
 
 @modules(nn.PixelShuffle, nn.PixelUnshuffle)
-def pixels_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
-    return walk.move(node, _between(walk, node, input), lambda labels: module.forward(labels))
+def pixels_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Value) -> Any:
+    return ctx.move(node, _between(ctx, node, input), lambda labels: module.forward(labels))
 
 
-def _between(walk: Walk, node: fx.Node, x: Value) -> Value:
+def _between(ctx: LabelContext, node: fx.Node, x: Value) -> Value:
     """Channels (axis -3) to be spread over space: those that become one channel go together, and what lies along space stays."""
     channel, made = x.ndim - 3, node.meta["val"].shape[-3]
     for axis in (x.ndim - 2, x.ndim - 1):
-        walk.pin(x.axes.get(axis), "pixels are moved along it")
+        ctx.pin(x.axes.get(axis), "pixels are moved along it")
     axes = {a: v for a, v in x.axes.items() if a <= channel}
     if channel in axes and made < x.shape[channel]:
         grid = axes[channel].reshape(made, -1)
-        walk.unite(np.repeat(grid[:, 0], grid.shape[1]), axes[channel])
+        ctx.unite(np.repeat(grid[:, 0], grid.shape[1]), axes[channel])
     return Value(x.shape, axes, x.zero, x.why)
 
 
 @modules(nn.Flatten)
-def move_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
-    return walk.move(node, input, lambda labels: module.forward(labels))
+def move_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Value) -> Any:
+    return ctx.move(node, input, lambda labels: module.forward(labels))
 
 
-def _shuffled(slim: Any, node: fx.Node) -> None:
+def _shuffled(slim: Rewriter, node: fx.Node) -> None:
     """Any channels may have gone, so what is left no longer falls into groups of equal width: it is picked by its order."""
     x = slim.value(node.args[0])
     kept = slim.kept(x, 1)
@@ -145,7 +144,7 @@ def _shuffled(slim: Any, node: fx.Node) -> None:
 named("channel_shuffle", "native_channel_shuffle", rewrite=_shuffled, inplace=False)(move)
 
 
-def _squeezed(slim: Any, node: fx.Node) -> None:
+def _squeezed(slim: Rewriter, node: fx.Node) -> None:
     """``squeeze()`` drops every axis of size one: a channel axis left with one channel must stay."""
     x = slim.value(node.args[0])
     if len(node.args) + len(node.kwargs) == 1:
@@ -155,60 +154,60 @@ def _squeezed(slim: Any, node: fx.Node) -> None:
 named("squeeze", rewrite=_squeezed)(move)
 
 
-def _unfold(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    return moved(walk, node, input, *args, **kwargs)
+def _unfold(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    return moved(ctx, node, input, *args, **kwargs)
 
 
 @functions(F.unfold)
-def unfold(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+def unfold(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
     """Windows of ``input`` (N, C, H, W) as columns (N, C * window, positions); padding holds no channel, so it takes its neighbour's."""
     kernel = args[0] if args else kwargs["kernel_size"]
-    return _columns(walk, node, input, math.prod(kernel) if isinstance(kernel, (tuple, list)) else kernel**2)
+    return _columns(ctx, node, input, math.prod(kernel) if isinstance(kernel, (tuple, list)) else kernel**2)
 
 
 @modules(nn.Unfold)
-def unfold_module(walk: Walk, node: fx.Node, module: Any, input: Value) -> Any:
+def unfold_module(ctx: LabelContext, node: fx.Node, module: Any, input: Value) -> Any:
     kernel = module.kernel_size
-    return _columns(walk, node, input, math.prod(kernel) if isinstance(kernel, (tuple, list)) else kernel**2)
+    return _columns(ctx, node, input, math.prod(kernel) if isinstance(kernel, (tuple, list)) else kernel**2)
 
 
-def _columns(walk: Walk, node: fx.Node, x: Value, window: int) -> Any:
+def _columns(ctx: LabelContext, node: fx.Node, x: Value, window: int) -> Any:
     channel = x.ndim - 3
     for axis in (x.ndim - 2, x.ndim - 1):
-        walk.pin(x.axes.get(axis), "it is unfolded along it")
+        ctx.pin(x.axes.get(axis), "it is unfolded along it")
     axes = {a: v for a, v in x.axes.items() if a < channel}
     if channel in x.axes:
         axes[channel] = np.repeat(x.axes[channel], window)
-    return walk.make(node, axes, x.zero, x.why)
+    return ctx.make(node, axes, x.zero, x.why)
 
 
 @functions(F.fold)
-def fold(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    return _folded(walk, node, input)
+def fold(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    return _folded(ctx, node, input)
 
 
 @modules(nn.Fold)
-def fold_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
-    return _folded(walk, node, input)
+def fold_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Value) -> Any:
+    return _folded(ctx, node, input)
 
 
-def _folded(walk: Walk, node: fx.Node, x: Value) -> Any:
+def _folded(ctx: LabelContext, node: fx.Node, x: Value) -> Any:
     """Columns (N, C * window, positions) summed back to (N, C, H, W): the entries of one window go together."""
     channel = x.ndim - 2
-    walk.pin(x.axes.get(x.ndim - 1), "it is folded along it")
+    ctx.pin(x.axes.get(x.ndim - 1), "it is folded along it")
     channels = node.meta["val"].shape[-3]
     axes = {a: v for a, v in x.axes.items() if a < channel}
     if channel in x.axes:
         grid = x.axes[channel].reshape(channels, -1)
-        walk.unite(np.repeat(grid[:, 0], grid.shape[1]), x.axes[channel])
+        ctx.unite(np.repeat(grid[:, 0], grid.shape[1]), x.axes[channel])
         axes[channel] = grid[:, 0].copy()
-    return walk.make(node, axes, x.zero, x.why)
+    return ctx.make(node, axes, x.zero, x.why)
 
 
 @named("unfold", "unfold_copy", inplace=False)
-def windows(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+def windows(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
     if node.op == "call_function" and node.target is F.unfold:
-        return unfold(walk, node, input, *args, **kwargs)
+        return unfold(ctx, node, input, *args, **kwargs)
     axis = (args[0] if args else kwargs["dimension"]) % input.ndim
-    walk.pin(input.axes.get(axis), "a window slides along it")
-    return walk.make(node, {a: v for a, v in input.axes.items() if a != axis}, input.zero, input.why)
+    ctx.pin(input.axes.get(axis), "a window slides along it")
+    return ctx.make(node, {a: v for a, v in input.axes.items() if a != axis}, input.zero, input.why)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value
 from fxprune.passes.rules.moving.movement import move, moved
+from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, modules, named
 
-if TYPE_CHECKING:
-    from fxprune.passes.coupling.walk import Walk
 
-
-def _split_sizes(slim: Any, node: fx.Node) -> None:
+def _split_sizes(slim: Rewriter, node: fx.Node) -> None:
     """Each part's new size: parts of one tensor may lose different numbers of channels, whatever split them."""
     x = slim.value(slim.argument(node, 0, "tensor" if "tensor" in node.kwargs else "input"))
     dim = slim.argument(node, 2, "dim", 0) % x.ndim
@@ -34,14 +33,14 @@ def _split_sizes(slim: Any, node: fx.Node) -> None:
 
 @named("split", "chunk", "split_with_sizes", "tensor_split", rewrite=_split_sizes, inplace=False)
 @functions(torch.functional.split)
-def split(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+def split(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % input.ndim
     if dim in input.axes:
-        return moved(walk, node, input, *args, **kwargs)
-    return tuple(walk.make(node, input.axes, input.zero, input.why, i) for i in range(len(node.meta["val"])))
+        return moved(ctx, node, input, *args, **kwargs)
+    return tuple(ctx.make(node, input.axes, input.zero, input.why, i) for i in range(len(node.meta["val"])))
 
 
-def _narrow(slim: Any, node: fx.Node) -> None:
+def _narrow(slim: Rewriter, node: fx.Node) -> None:
     x = slim.value(slim.argument(node, 0, "input"))
     dim = slim.argument(node, 1, "dim") % x.ndim
     start, length = (slim.number(slim.argument(node, i, n)) for i, n in ((2, "start"), (3, "length")))
@@ -55,7 +54,7 @@ def _narrow(slim: Any, node: fx.Node) -> None:
 named("narrow", rewrite=_narrow, inplace=False)(move)
 
 
-def _select(slim: Any, node: fx.Node) -> None:
+def _select(slim: Rewriter, node: fx.Node) -> None:
     x = slim.value(slim.argument(node, 0, "input"))
     dim = slim.argument(node, 1, "dim") % x.ndim
     kept = slim.kept(x, dim)
@@ -66,7 +65,7 @@ def _select(slim: Any, node: fx.Node) -> None:
 named("select", rewrite=_select, inplace=False)(move)
 
 
-def _roll(slim: Any, node: fx.Node) -> None:
+def _roll(slim: Rewriter, node: fx.Node) -> None:
     """Rolling by s moves the last s indices to the front; of those, the kept ones count."""
     x = slim.value(slim.argument(node, 0, "input"))
     shifts, dims = slim.argument(node, 1, "shifts"), slim.argument(node, 2, "dims", None)
@@ -81,17 +80,17 @@ def _roll(slim: Any, node: fx.Node) -> None:
 
 
 @named("roll", rewrite=_roll, inplace=False)
-def roll(walk: Walk, node: fx.Node, input: Value, shifts: Any, dims: Any = None) -> Any:
+def roll(ctx: LabelContext, node: fx.Node, input: Value, shifts: Any, dims: Any = None) -> Any:
     if dims is None:
-        walk.pin_all(input, "it is rolled as one flat row")
-        return walk.make(node, {}, (), input.why)
+        ctx.pin_all(input, "it is rolled as one flat row")
+        return ctx.make(node, {}, (), input.why)
     rolled = {d % input.ndim for d in (dims if isinstance(dims, (tuple, list)) else (dims,))}
     if not rolled & set(input.axes):
-        return walk.make(node, input.axes, input.zero, input.why)
-    return moved(walk, node, input, shifts, dims)
+        return ctx.make(node, input.axes, input.zero, input.why)
+    return moved(ctx, node, input, shifts, dims)
 
 
-def _pads(slim: Any, node: fx.Node) -> None:
+def _pads(slim: Rewriter, node: fx.Node) -> None:
     """Padded positions have labels of their own; the new amount is how many of them are kept."""
     x, out = slim.value(slim.argument(node, 0, "input")), slim.value(node)
     pad = list(slim.argument(node, 1, "pad"))
@@ -109,13 +108,13 @@ def _pads(slim: Any, node: fx.Node) -> None:
 
 
 @functions(F.pad, torch._C._nn.pad, rewrite=_pads)
-def pad(walk: Walk, node: fx.Node, input: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
-    return _padded_value(walk, node, input, list(pad), mode, value)
+def pad(ctx: LabelContext, node: fx.Node, input: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
+    return _padded_value(ctx, node, input, list(pad), mode, value)
 
 
 @functions(torch.constant_pad_nd, rewrite=_pads)
-def constant_pad(walk: Walk, node: fx.Node, input: Value, pad: Sequence[int], value: float = 0) -> Any:
-    return _padded_value(walk, node, input, list(pad), "constant", value)
+def constant_pad(ctx: LabelContext, node: fx.Node, input: Value, pad: Sequence[int], value: float = 0) -> Any:
+    return _padded_value(ctx, node, input, list(pad), "constant", value)
 
 
 @modules(
@@ -135,14 +134,14 @@ def constant_pad(walk: Walk, node: fx.Node, input: Value, pad: Sequence[int], va
     nn.CircularPad2d,
     nn.CircularPad3d,
 )
-def pad_module(walk: Walk, node: fx.Node, module: Any, input: Value) -> Any:
+def pad_module(ctx: LabelContext, node: fx.Node, module: Any, input: Value) -> Any:
     """Modules pad space; one that reaches into the channels would need its amounts rewritten, so those channels stay."""
-    return walk.through(
+    return ctx.through(
         node, input, mixed=[input.ndim - 1 - i // 2 for i in range(0, len(module.padding), 2) if module.padding[i] or module.padding[i + 1]]
     )
 
 
-def _padded_value(walk: Walk, node: fx.Node, x: Value, pad: list[int], mode: str, value: float | None) -> Value:
+def _padded_value(ctx: LabelContext, node: fx.Node, x: Value, pad: list[int], mode: str, value: float | None) -> Value:
     axes = dict(x.axes)
     zero = set(x.zero)
     for i in range(0, len(pad), 2):
@@ -151,10 +150,10 @@ def _padded_value(walk: Walk, node: fx.Node, x: Value, pad: list[int], mode: str
         if axis not in axes or (before, after) == (0, 0):
             continue
         if mode != "constant":
-            walk.pin(axes.pop(axis), f"it is padded in {mode} mode")
+            ctx.pin(axes.pop(axis), f"it is padded in {mode} mode")
             continue
         vector = axes[axis][max(0, -before) : len(axes[axis]) + min(0, after)]
-        axes[axis] = np.concatenate([walk.fresh("before", max(0, before)), vector, walk.fresh("after", max(0, after))])
+        axes[axis] = np.concatenate([ctx.fresh("before", max(0, before)), vector, ctx.fresh("after", max(0, after))])
         if value:
             zero.discard(axis)
-    return walk.make(node, axes, zero, x.why)
+    return ctx.make(node, axes, zero, x.why)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx, nn
 
+from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, values
 from fxprune.passes.rules.moving.movement import flat, moved
+from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import modules, named
 
-if TYPE_CHECKING:
-    from fxprune.passes.coupling.walk import Walk
 
-
-def _view_sizes(slim: Any, node: fx.Node) -> None:
+def _view_sizes(slim: Rewriter, node: fx.Node) -> None:
     name = "size" if "size" in node.kwargs else "shape"
     if name in node.kwargs:
         node.kwargs = {**node.kwargs, name: slim.sizes(node, node.kwargs[name])}
@@ -30,14 +29,14 @@ def _view_sizes(slim: Any, node: fx.Node) -> None:
 
 
 @named("view", "reshape", "_unsafe_view", rewrite=_view_sizes, inplace=False)
-def view(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+def view(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
     if args and isinstance(args[0], torch.dtype):
-        return walk.opaque(node, [input], "its bits are read as another dtype")
+        return ctx.opaque(node, [input], "its bits are read as another dtype")
     shape = node.meta["val"].shape
     quick = _same_places(input, shape)
     if quick is not None:
-        return walk.make(node, {quick[a]: v for a, v in input.axes.items()}, [quick[a] for a in input.zero], input.why)
-    return walk.move(node, input, lambda labels: labels.reshape(shape))
+        return ctx.make(node, {quick[a]: v for a, v in input.axes.items()}, [quick[a] for a in input.zero], input.why)
+    return ctx.move(node, input, lambda labels: labels.reshape(shape))
 
 
 def _same_places(x: Value, shape: Sequence[int]) -> dict[int, int] | None:
@@ -57,13 +56,13 @@ def _same_places(x: Value, shape: Sequence[int]) -> dict[int, int] | None:
 
 
 @named("view_as", "reshape_as", inplace=False)
-def view_as(walk: Walk, node: fx.Node, input: Value, other: Value) -> Any:
-    moved = walk.move(node, input, lambda labels: labels.reshape(node.meta["val"].shape))
-    axes, _ = walk.combine(moved.shape, [moved, other])
-    return walk.make(node, axes, [a for a in moved.zero if a in axes], input.why)
+def view_as(ctx: LabelContext, node: fx.Node, input: Value, other: Value) -> Any:
+    moved = ctx.move(node, input, lambda labels: labels.reshape(node.meta["val"].shape))
+    axes, _ = ctx.combine(moved.shape, [moved, other])
+    return ctx.make(node, axes, [a for a in moved.zero if a in axes], input.why)
 
 
-def _unflatten_sizes(slim: Any, node: fx.Node) -> None:
+def _unflatten_sizes(slim: Rewriter, node: fx.Node) -> None:
     x = slim.value(slim.argument(node, 0, "input"))
     sizes = slim.argument(node, 2, "sizes" if "sizes" in node.kwargs else "unflattened_size")
     name = "sizes" if "sizes" in node.kwargs else "unflattened_size"
@@ -71,38 +70,38 @@ def _unflatten_sizes(slim: Any, node: fx.Node) -> None:
 
 
 @named("unflatten", rewrite=_unflatten_sizes, inplace=False)
-def unflatten(walk: Walk, node: fx.Node, input: Value, *_: Any, **__: Any) -> Any:
-    return view(walk, node, input)
+def unflatten(ctx: LabelContext, node: fx.Node, input: Value, *_: Any, **__: Any) -> Any:
+    return view(ctx, node, input)
 
 
 @modules(nn.Unflatten)
-def unflatten_module(walk: Walk, node: fx.Node, module: nn.Module, input: Value) -> Any:
-    return view(walk, node, input)
+def unflatten_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Value) -> Any:
+    return view(ctx, node, input)
 
 
-def _expand_sizes(slim: Any, node: fx.Node) -> None:
+def _expand_sizes(slim: Rewriter, node: fx.Node) -> None:
     _view_sizes(slim, node)
 
 
 @named("expand", "broadcast_to", rewrite=_expand_sizes, inplace=False)
-def expand(walk: Walk, node: fx.Node, input: Value, *_: Any, **__: Any) -> Any:
+def expand(ctx: LabelContext, node: fx.Node, input: Value, *_: Any, **__: Any) -> Any:
     """An axis that is expanded gets labels of its own: its size can follow whatever it meets."""
     shape = tuple(node.meta["val"].shape)
     shift = len(shape) - input.ndim
     axes = {a + shift: v for a, v in input.axes.items()}
     for axis, size in enumerate(shape):
         if size > 1 and (axis < shift or input.shape[axis - shift] == 1):
-            axes[axis] = walk.fresh("expand", size, soft=True)
-    return walk.make(node, axes, [a + shift for a in input.zero], input.why)
+            axes[axis] = ctx.fresh("expand", size, soft=True)
+    return ctx.make(node, axes, [a + shift for a in input.zero], input.why)
 
 
 @named("expand_as", inplace=False)
-def expand_as(walk: Walk, node: fx.Node, input: Value, other: Value) -> Any:
-    axes, _ = walk.combine(other.shape, [input, other])
-    return walk.make(node, axes, [a for a in axes if a - other.ndim + input.ndim in input.zero], input.why)
+def expand_as(ctx: LabelContext, node: fx.Node, input: Value, other: Value) -> Any:
+    axes, _ = ctx.combine(other.shape, [input, other])
+    return ctx.make(node, axes, [a for a in axes if a - other.ndim + input.ndim in input.zero], input.why)
 
 
-def _repeats(slim: Any, node: fx.Node) -> None:
+def _repeats(slim: Rewriter, node: fx.Node) -> None:
     x, out = slim.value(node.args[0]), slim.value(node)
     times = flat(node.args[1:]) if len(node.args) > 1 else list(node.kwargs.get("dims", node.kwargs.get("repeats", ())))  # type: ignore[arg-type]
     shift = out.ndim - x.ndim
@@ -114,14 +113,14 @@ def _repeats(slim: Any, node: fx.Node) -> None:
 
 
 @named("repeat", "tile", rewrite=_repeats, inplace=False)
-def repeat(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    moved = walk.move(node, input, lambda labels: labels.expand(input.shape).repeat(*_padded(input, args, kwargs)))
+def repeat(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+    moved = ctx.move(node, input, lambda labels: labels.expand(input.shape).repeat(*_padded(input, args, kwargs)))
     shift = moved.ndim - input.ndim
     axes = dict(moved.axes)
     for axis, size in enumerate(moved.shape):
         if size > 1 and axis not in axes and (axis < shift or input.shape[axis - shift] == 1):
-            axes[axis] = walk.fresh("repeat", size, soft=True)
-    return walk.make(node, axes, moved.zero, input.why)
+            axes[axis] = ctx.fresh("repeat", size, soft=True)
+    return ctx.make(node, axes, moved.zero, input.why)
 
 
 def _padded(x: Value, args: Sequence[Any], kwargs: dict[str, Any]) -> list[int]:
@@ -130,7 +129,7 @@ def _padded(x: Value, args: Sequence[Any], kwargs: dict[str, Any]) -> list[int]:
 
 
 @named("repeat_interleave", inplace=False)
-def repeat_interleave(walk: Walk, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+def repeat_interleave(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
     if any(True for _ in values((args, kwargs))):
-        return walk.opaque(node, [input, *values((args, kwargs))], "it is repeated a different number of times per index")
-    return moved(walk, node, input, *args, **kwargs)
+        return ctx.opaque(node, [input, *values((args, kwargs))], "it is repeated a different number of times per index")
+    return moved(ctx, node, input, *args, **kwargs)

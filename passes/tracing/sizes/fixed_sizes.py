@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from fxprune.passes.rules.registry import target_name
+from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.tracing.sizes.axis_origin import arguments, listed, number, picked, places
 
 Modules = Callable[[str], nn.Module]

@@ -1,0 +1,264 @@
+"""The label algebra as a rule sees it: the verbs that a rule may use while one node is interpreted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxprune.passes.ir.constants import evaluate
+from fxprune.passes.ir.nodes import op_name
+from fxprune.passes.ir.traced import TracedModel
+from fxprune.passes.ir.writes import is_rewritten_later, memory
+from fxprune.passes.labels.ledger import Cost, Meeting
+from fxprune.passes.labels.parameters import ParameterLabels
+from fxprune.passes.labels.rectangles import rectangle
+from fxprune.passes.labels.values import Value, Vector, lift
+
+
+class LabelContext(ParameterLabels):
+    """What a rule may ask and do: ``rule(ctx, node, *values) -> Value``.
+
+    Axes of new channels are ``fresh``; what meets is united by ``unite``, ``combine`` or ``pointwise``; what must stay is pinned, with the
+    reason; operations that only move elements are run on the labels themselves by ``move``; ``make`` builds the result.
+    ``parameters[(name, dim)]`` are the labels of that dimension of a parameter or buffer; ``env[mode][node]`` is what each node gave.
+    """
+
+    def __init__(
+        self, traced: TracedModel, attention: str = "auto", fixed: Iterable[tuple[str, int]] = (), forced: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(traced, fixed)
+        self.attention, self.forced = attention, dict(forced or {})
+        self.meetings: list[Meeting] = []
+        self.costs: dict[str, list[Cost]] = {}
+        self.env: dict[str, dict[fx.Node, Any]] = {}
+        self.unknown: dict[str, str] = {}
+        self.choices: dict[str, Vector] = {}
+        self.whole: set[str] = set()  # grouped convolutions that lose whole groups, where positions within them were possible
+        self.clashes: list[tuple[Vector, Vector]] = []
+        self.sized: dict[str, list[tuple[Value, int]]] = {}
+        self._soft: list[tuple[int, int]] = []
+        self._real: dict[Any, Any] = {}
+        self.mode = ""
+
+    # -- helpers for rules --------------------------------------------------------------------------------------------------
+
+    def fresh(self, key: str, size: int, soft: bool = False) -> Vector:
+        """New labels for an axis that the current node makes. ``soft`` ones yield where they meet a fixed size."""
+        vector = self.labels.new(size)
+        if soft and size:
+            self._soft.append((int(vector[0]), int(vector[-1])))
+        return vector
+
+    def is_soft(self, vector: Vector) -> bool:
+        """Whether all labels were made by an expansion or a factory and have met no other label."""
+        if not self._soft or not np.array_equal(self.labels.find(vector), vector):
+            return False
+        starts = np.array([s for s, _ in self._soft])
+        ends = np.array([e for _, e in self._soft])
+        slot = np.searchsorted(starts, vector, side="right") - 1
+        return bool((slot >= 0).all() and (vector <= ends[slot]).all())
+
+    def pin(self, vector: Vector | None, reason: str) -> None:
+        if vector is not None and len(vector):
+            at = f" at {self.op_name()} ({self.where()})" if self.node is not None and self.node.op != "output" else ""
+            self.labels.pin(vector, reason + at)
+
+    def pin_all(self, value: Value, reason: str) -> None:
+        for vector in value.axes.values():
+            self.pin(vector, reason)
+
+    def inexact(self, vector: Vector | None, reason: str) -> None:
+        """The zeroing oracle is not defined for these labels; pruning them is allowed and changes a statistic."""
+        if vector is not None:
+            self.labels.inexact.append((vector, f"{reason} at {self.op_name()}"))
+
+    def unite(self, a: Vector, b: Vector) -> None:
+        if a is b:
+            return
+        first, second = int(self.labels.find(a[:1])[0]), int(self.labels.find(b[:1])[0])
+        if first != second:
+            self.meetings.append(Meeting(int(a[0]), int(b[0]), self.op_name(), self.where()))
+        self.labels.unite(a, b)
+
+    def cost(self, layer: str, macs: int, *along: Vector | None) -> None:
+        self.costs[self.mode].append(Cost(layer, macs, tuple(v for v in along if v is not None)))
+
+    def owner(self, node: fx.Node) -> str:
+        return str(node.target) if node.op == "call_module" else str(node.meta.get("owner") or node.name)
+
+    def make(self, node: fx.Node, axes: dict[int, Vector], zero: Iterable[int] = (), why: str = "", index: int | None = None) -> Value:
+        """The Value of the node's result (or of its ``index``-th result), with labels ``axes``."""
+        meta = node.meta["val"] if index is None else node.meta["val"][index]
+        shape = tuple(meta.shape)
+        axes = {a: v for a, v in axes.items() if shape[a] > 1}
+        return Value(shape, axes, frozenset(a for a in zero if a in axes), why or f"it comes from {self.op_name()}")
+
+    def opaque(self, node: fx.Node, inputs: Sequence[Value], reason: str = "") -> Any:
+        """No rule: pin everything that goes in; what comes out has fixed sizes."""
+        name = op_name(node, self.traced)
+        why = reason or f"{name} has no rule"
+        if not reason:
+            self.unknown.setdefault(name, self.where())
+        for value in inputs:
+            self.pin_all(value, why)
+        return lift(node.meta.get("val"), f"it comes from {name}")
+
+    def combine(self, shape: Sequence[int], values: Sequence[Value]) -> tuple[dict[int, Vector], dict[int, list[Value]]]:
+        """Broadcast ``values`` against each other: labels united index by index where they meet.
+
+        Along an axis where one operand carries labels and another has a full extent without any, the labels are pinned.
+        Returns the labels by axis of the result, and for each axis the operands that span it.
+        """
+        axes: dict[int, Vector] = {}
+        spans: dict[int, list[Value]] = {}
+        n = len(shape)
+        for axis in range(n):
+            if shape[axis] == 1:
+                continue
+            spanning = [v for v in values if axis - n + v.ndim >= 0 and v.shape[axis - n + v.ndim] != 1]
+            with_labels = [(v, v.axes[axis - n + v.ndim]) for v in spanning if axis - n + v.ndim in v.axes]
+            if not with_labels:
+                continue
+            spans[axis] = spanning
+            bare = next((v for v in spanning if axis - n + v.ndim not in v.axes), None)
+            if bare is not None:
+                for _, vector in with_labels:
+                    self.clash(vector, bare)
+                    self.pin(vector, f"it meets a tensor of fixed size ({bare.why})")
+                continue
+            first = next((vector for _, vector in with_labels if not self.is_soft(vector)), with_labels[0][1])
+            for _, vector in with_labels:
+                self.unite(first, vector)
+            axes[axis] = first
+        return axes, spans
+
+    def clash(self, vector: Vector, other: Value) -> None:
+        """Labels meet a fixed axis of a tensor that carries labels elsewhere: two attention tensors may have chosen different axes."""
+        if self.is_soft(np.unique(vector)):
+            return  # made by an expansion: it yields, no choice was made
+        alone = [vector] if self.attention == "auto" else []  # a tensor without channels fixes one axis, the other may be free
+        for mine in other.axes.values() or alone:
+            self.clashes.append((vector, mine))
+
+    def pointwise(self, node: fx.Node, *operands: Any, zero: str = "none") -> Any:
+        """Element-wise on any number of tensors and numbers.
+
+        ``zero``: what is known of the result where inputs are zero: "one" (zero if any input is, as a product), "all" (zero if
+        all inputs are, as a sum; a nonzero number counts as an input), "first" (zero where the first is), "none".
+        """
+        values = [v for v in operands if isinstance(v, Value)]
+        meta = node.meta["val"]
+        if not isinstance(meta, torch.Tensor):
+            return self.opaque(node, values)
+        axes, spans = self.combine(tuple(meta.shape), values)
+        zeros = set()
+        for axis in axes:
+            flags = (
+                [axis - meta.ndim + v.ndim in v.zero for v in values if v in spans[axis]] if len(values) > 1 else [axis in values[0].zero]
+            )
+            whole = len(flags) == len(values) and all(o == 0 for o in operands if isinstance(o, (int, float)) and not isinstance(o, bool))
+            if zero == "one" and any(flags) or zero == "all" and whole and all(flags):
+                zeros.add(axis)
+            elif zero == "first" and values and axis - meta.ndim + values[0].ndim in values[0].zero:
+                zeros.add(axis)
+        return self.make(node, axes, zeros, next((v.why for v in values if v.ndim == meta.ndim), values[0].why if values else ""))
+
+    def through(self, node: fx.Node, x: Value, mixed: Sequence[int] = (), zero: bool = True, index: int | None = None) -> Value:
+        """Same axes out as in; the axes ``mixed`` are mixed by the operation, so labels there are pinned."""
+        held = {a % x.ndim for a in mixed}
+        for axis in held & set(x.axes):
+            self.pin(x.axes[axis], "it is mixed along an axis that is not a channel axis")
+        axes = {a: v for a, v in x.axes.items() if a not in held}
+        return self.make(node, axes, x.zero if zero else (), x.why, index)
+
+    def move(self, node: fx.Node, x: Value, run: Callable[[torch.Tensor], Any], fill: str = "") -> Any:
+        """A data movement: ``run`` is applied to the labels themselves, one axis at a time.
+
+        ``run`` maps a tensor of x's shape to what the operation gives on it (a tensor or a tuple).
+        """
+        metas = node.meta["val"]
+        single = isinstance(metas, torch.Tensor)
+        outs = [metas] if single else list(metas)
+        axes: list[dict[int, Vector]] = [{} for _ in outs]
+        zeros: list[set[int]] = [set() for _ in outs]
+        for axis, vector in x.axes.items():
+            shape = [1] * x.ndim
+            shape[axis] = len(vector)
+            full = torch.from_numpy(self.labels.find(vector)).view(shape).expand(x.shape)
+            results = [run(full)] if single else list(run(full))
+            for i, result in enumerate(results):
+                placed = self.rectangle(node, result)
+                if placed is None:
+                    continue
+                where, found = placed
+                if where in axes[i]:
+                    found = self.same_axis(axes[i][where], found)
+                axes[i][where] = found
+                if axis in x.zero:
+                    zeros[i].add(where)
+        made = [self.make(node, axes[i], zeros[i], x.why, None if single else i) for i in range(len(outs))]
+        return made[0] if single else tuple(made)
+
+    def region(self, node: fx.Node, x: Value, run: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Value, dict[int, int]]:
+        """The part of ``x`` that ``run`` picks, and for each of its labelled axes that of ``x``; one channel alone is pinned."""
+        axes, back = {}, {}
+        for axis, vector in x.axes.items():
+            along = [1] * x.ndim
+            along[axis] = len(vector)
+            placed = self.rectangle(node, run(torch.from_numpy(self.labels.find(vector)).view(along).expand(x.shape)))
+            if placed is not None:
+                axes[placed[0]], back[placed[0]] = placed[1], axis
+        return Value(tuple(run(torch.zeros(()).expand(x.shape)).shape), axes, frozenset(), x.why), back
+
+    def rectangle(self, node: fx.Node, labels: torch.Tensor) -> tuple[int, Vector] | None:
+        """Bring a label tensor down to one axis: (axis, labels), or None where one label fills the whole tensor, which is pinned then."""
+        key = f"{self.mode}:{node.name}"
+        found = rectangle(labels, node, self.forced.get(key, self.attention))
+        if found.united is not None:
+            self.labels.unite(*found.united)
+        if found.chosen:
+            self.choices[key] = np.unique(labels.numpy())
+        if found.axis is not None:
+            return found.axis, found.labels
+        if len(found.labels):  # it belongs to no axis any more, so the tensor as a whole must stay, be it a single number
+            self.pin(found.labels, "one channel fills a whole tensor")
+        return None
+
+    def same_axis(self, a: Vector, b: Vector) -> Vector:
+        """Two sets of labels came to lie on one axis. An index goes if either of its labels does, which two sparsities cannot both
+        decide: those that an expansion made yield, of others those with fewer units stay."""
+        few, many = sorted((a, b), key=lambda v: (not self.is_soft(np.unique(v)), self.labels.units(v)))
+        self.pin(few, "it is folded into one axis with other channels")
+        return many
+
+    def stays_view(self, node: fx.Node) -> bool:
+        """Whether ``node`` has to share memory with what it is a part of: one of them is written into later."""
+        return is_rewritten_later(node, self.traced.skeleton.module)
+
+    def overwritten(self, target: Any, zero: Iterable[int]) -> None:
+        """Something is written into ``target``: only along ``zero`` removed slices still hold zeros, in all that hold the same memory."""
+        env, left = self.env[self.mode], frozenset(zero)
+        if not isinstance(before := env.get(target), Value) or before.zero <= left:
+            return
+        meta = target.meta["val"]
+        for node, value in env.items():
+            if isinstance(value, Value) and value.zero and memory(node) == memory(target):
+                same = node.meta["val"].shape == meta.shape and node.meta["val"].stride() == meta.stride()
+                env[node] = Value(value.shape, value.axes, value.zero & left if same else frozenset(), value.why)
+
+    # -- constants ----------------------------------------------------------------------------------------------------------
+
+    def real(self, node: Any) -> torch.Tensor | None:
+        """The actual tensor of a node that depends on constants and buffers alone (an index table), or None."""
+        found = evaluate(node, self._named, self._real) if isinstance(node, fx.Node) else None
+        return found if isinstance(found, torch.Tensor) else None
+
+    def _named(self, name: str) -> torch.Tensor | None:
+        if name in self.traced.constants:
+            return self.traced.constants[name]
+        tensor = self.traced.skeleton.real(name)
+        return tensor if tensor.device.type != "meta" else None

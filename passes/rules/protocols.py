@@ -1,0 +1,50 @@
+"""What a rewrite may ask of the slim graph under construction."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import fx
+
+from fxprune.passes.labels.values import Value, Vector
+
+
+class Rewriter(Protocol):
+    """``rewrite(slim: Rewriter, node: fx.Node) -> None`` edits the arguments of ``node``, a copy in the graph under construction.
+
+    Positions are those of the original: ``kept`` answers which of them are left.
+    """
+
+    new: fx.Graph
+    """The graph under construction: a rewrite may add nodes in front of the one that it is given."""
+
+    def value(self, node: Any) -> Any:
+        """What the analysis knows of a node's tensor: a ``Value``, or nested ones where the node gives several."""
+
+    def kept(self, value: Value, axis: int) -> Vector | None:
+        """The positions along ``axis`` that are left, shape ``(kept,)``; None where all are."""
+
+    def count(self, value: Value, axis: int) -> int:
+        """How many positions along ``axis`` are left."""
+
+    def size(self, node: Any, axis: int) -> int:
+        """``count`` of a node's tensor."""
+
+    def pruned(self, node: Any, axis: int) -> bool:
+        """Whether a node's tensor loses positions along ``axis``, which may be negative."""
+
+    def sizes(self, node: Any, sizes: Any, first: int = 0) -> list[Any]:
+        """Size arguments, one per axis of the node's tensor from axis ``first``: those of pruned axes replaced by what is left."""
+
+    def number(self, value: Any) -> int:
+        """The number that a literal or an integer node stands for on the example."""
+
+    def argument(self, node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+        """An argument by position or name."""
+
+    def set_argument(self, node: fx.Node, position: int, name: str, value: Any) -> None:
+        """Replace an argument where it stands."""
+
+    def renumbered(self, node: fx.Node, index: Any, kept: Vector, size: int) -> Any:
+        """An index tensor along an axis of ``size`` positions of which ``kept`` are left: entries of removed ones dropped, the others
+        renumbered."""
