@@ -10,10 +10,9 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from fxprune.passes.ir.factories import DETERMINED
 from fxprune.passes.ir.nested import has_tensor
 from fxprune.passes.ir.writes import is_rewritten, memory, sharing, written
-
-_MADE = frozenset({"arange", "zeros", "ones", "full", "eye", "linspace", "tensor", "as_tensor", "tril_indices", "triu_indices"})
 
 
 def evaluate(node: fx.Node, named: Callable[[str], torch.Tensor | None], memo: dict[fx.Node, Any]) -> Any:
@@ -68,7 +67,7 @@ def _known(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> dict[fx.Node, A
         known[source] = value_of(source) if has_tensor(value) else value
         if known[source] is None or source.op == "placeholder":
             return None
-    return known if known or getattr(node.target, "__name__", "") in _MADE else None
+    return known if known or getattr(node.target, "__name__", "") in DETERMINED else None
 
 
 def _run(node: fx.Node, known: dict[fx.Node, Any]) -> Any:

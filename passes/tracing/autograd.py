@@ -8,7 +8,7 @@ argument in the body may have to change with the channels, or it reads a size or
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -16,9 +16,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointFunction
 
 from fxprune.passes.rules import registry
-
-if TYPE_CHECKING:
-    from fxprune.passes.tracing.tracer import ShapeTracer
+from fxprune.passes.tracing.recorder import Recorder
 
 Function = type[torch.autograd.Function]
 
@@ -59,7 +57,7 @@ class _Context:
         raise AttributeError(name)
 
 
-def traced_call(tracer: ShapeTracer, function: Function, args: tuple[Any, ...]) -> Any:
+def traced_call(tracer: Recorder, function: Function, args: tuple[Any, ...]) -> Any:
     """What tracing makes of ``function.apply(*args)``."""
     forward = functools.partial(_forward, function)
     if function is CheckpointFunction:  # it saves memory; the gradient is that of what it runs

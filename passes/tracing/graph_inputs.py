@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -19,11 +19,9 @@ from torch.fx.graph import CodeGen, _PyTreeCodeGen
 from torch.fx.node import map_arg
 
 from fxprune.errors import TraceError
+from fxprune.passes.ir.factories import FACTORIES, RANDOM_FACTORIES
 from fxprune.passes.ir.slim_module import SlimModule
-from fxprune.passes.tracing.patching import FACTORIES, RANDOM_FACTORIES
-
-if TYPE_CHECKING:
-    from fxprune.passes.tracing.tracer import ShapeTracer
+from fxprune.passes.tracing.recorder import Recorder
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _BLOCKS = {"wrap_with_set_grad_enabled": ("no_grad", 1), "wrap_with_autocast": ("autocast", 4)}
@@ -41,7 +39,7 @@ def graph_of(module: nn.Module) -> fx.Graph | None:
     return graph if type(graph._codegen) in (CodeGen, _PyTreeCodeGen) else None
 
 
-def interpret(tracer: ShapeTracer, module: Any, graph: fx.Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def interpret(tracer: Recorder, module: Any, graph: fx.Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run ``graph`` of ``module`` on proxies and return what the module would."""
     env: dict[fx.Node, Any] = {}
     given = _inputs(module, graph, args, kwargs)
@@ -87,7 +85,7 @@ def _inputs(module: Any, graph: fx.Graph, args: tuple[Any, ...], kwargs: Mapping
     return iter(fx_pytree.tree_flatten_spec(flat, spec))
 
 
-def _run(tracer: ShapeTracer, module: Any, node: fx.Node, args: Any, kwargs: Any) -> Any:
+def _run(tracer: Recorder, module: Any, node: fx.Node, args: Any, kwargs: Any) -> Any:
     target: Any = node.target
     if node.op == "get_attr":
         return _attribute(module, target)
@@ -108,7 +106,7 @@ def _attribute(module: Any, path: str) -> Any:
     return module
 
 
-def _block(tracer: ShapeTracer, target: Any, args: tuple[Any, ...]) -> Any:
+def _block(tracer: Recorder, target: Any, args: tuple[Any, ...]) -> Any:
     """A block of an exported graph, written out. What a graph cannot keep of it is said where it would matter."""
     name = target.name() if callable(getattr(target, "name", None)) else str(target)
     if name not in _BLOCKS:
@@ -121,7 +119,7 @@ def _block(tracer: ShapeTracer, target: Any, args: tuple[Any, ...]) -> Any:
     return body(*inner)
 
 
-def _learned(tracer: ShapeTracer, value: Any) -> bool:
+def _learned(tracer: Recorder, value: Any) -> bool:
     """Whether a gradient would flow into ``value``: it was computed from a parameter."""
     todo, seen = [value.node] if isinstance(value, fx.Proxy) else [], set()
     while todo:

@@ -14,10 +14,10 @@ from torch.fx.node import map_arg
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
+from fxprune.passes.ir.factories import FACTORIES, RANDOM_FACTORIES
 from fxprune.passes.ir.nested import packed
 from fxprune.passes.ir.skeleton import Skeleton
 from fxprune.passes.tracing import shapes
-from fxprune.passes.tracing.patching import FACTORIES, RANDOM_FACTORIES
 
 _isinstance = builtins.isinstance  # the real one: it is patched while tracing
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.passes.tracing.proxies import ShapeProxy
-
-if TYPE_CHECKING:
-    from fxprune.passes.tracing.tracer import ShapeTracer
+from fxprune.passes.tracing.recorder import Recorder
 
 Snapshot = list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]]
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _NUMBERS = (bool, int, float, str)
 
 
-def keep_state(tracer: ShapeTracer, graph: fx.Graph, before: Snapshot) -> None:
+def keep_state(tracer: Recorder, graph: fx.Graph, before: Snapshot) -> None:
     """``before``: what every module held when the trace began, as ``Skeleton.snapshot`` gives it."""
     bound: dict[str, ShapeProxy] = {}
     for module, state, registered in before:
@@ -39,7 +37,7 @@ def keep_state(tracer: ShapeTracer, graph: fx.Graph, before: Snapshot) -> None:
         _write(tracer, graph, bound)
 
 
-def _write(tracer: ShapeTracer, graph: fx.Graph, bound: dict[str, ShapeProxy]) -> None:
+def _write(tracer: Recorder, graph: fx.Graph, bound: dict[str, ShapeProxy]) -> None:
     """``self.steps = self.steps + 1`` as a write into ``steps`` at the end. Reads of what is written read a copy, as a tensor that autograd
     kept must not change, and two buffers may change places."""
     copies: dict[fx.Node, fx.Node] = {}
@@ -54,13 +52,13 @@ def _write(tracer: ShapeTracer, graph: fx.Graph, bound: dict[str, ShapeProxy]) -
             _made(tracer, "copy_", (buffer, copies.get(proxy.node, proxy.node)), proxy.node)
 
 
-def _made(tracer: ShapeTracer, method: str, args: tuple[fx.Node, ...], at: fx.Node) -> fx.Node:
+def _made(tracer: Recorder, method: str, args: tuple[fx.Node, ...], at: fx.Node) -> fx.Node:
     node = tracer.create_node("call_method", method, args, {})
     node.meta["where"] = at.meta["where"]
     return node
 
 
-def _note(tracer: ShapeTracer, path: str, key: str, proxy: ShapeProxy | None) -> None:
+def _note(tracer: Recorder, path: str, key: str, proxy: ShapeProxy | None) -> None:
     where = "" if proxy is None else f"{proxy.node.meta['where']}: "
     name = f"{path}.{key}" if path else key
     tracer.notes[f"{where}forward sets {name!r}, which the slim module does not do"] = None

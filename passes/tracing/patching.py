@@ -7,7 +7,7 @@ import builtins
 import contextlib
 import importlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,24 +15,17 @@ from torch._functorch import apis
 from torch.fx import _symbolic_trace as symbolic
 from torch.fx._symbolic_trace import _find_proxy
 
+from fxprune.passes.ir.factories import FACTORIES, LIKE, RANDOM_FACTORIES
 from fxprune.passes.tracing import decompositions as openers
 from fxprune.passes.tracing.autograd import traced_call
 from fxprune.passes.tracing.proxies import ShapeAttribute, ShapeProxy
-
-if TYPE_CHECKING:
-    from fxprune.passes.tracing.tracer import ShapeTracer
+from fxprune.passes.tracing.recorder import Recorder
 
 _isinstance, _len = builtins.isinstance, builtins.len
-# Factories take no tensor, so fx would not see them: a size among their arguments would be turned into a number, and what is drawn
-# while tracing would be the same at every call.
-FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "tensor", "as_tensor", "tril_indices", "triu_indices")
-RANDOM_FACTORIES = ("rand", "randn", "randint", "randperm", "normal")
-# Older versions of torch look at ``dtype`` before they look for a proxy, and refuse one in its place.
-LIKE = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
 
 
 @contextlib.contextmanager
-def patched(tracer: ShapeTracer) -> Iterator[None]:
+def patched(tracer: Recorder) -> Iterator[None]:
     """While tracing: factories record, ``isinstance`` sees through proxies, attention takes its written-out path."""
     # Torch imports parts of itself on their first use. One that is imported within the block would keep the patched functions for
     # good, and torch.compile and exporters would later not know them.

@@ -6,7 +6,7 @@ import builtins
 import math
 import operator
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,7 @@ from torch.fx._symbolic_trace import _find_proxy
 from fxprune.errors import TraceError
 from fxprune.passes.ir.constants import held
 from fxprune.passes.ir.nodes import AUGMENTED, RESHAPING
-
-if TYPE_CHECKING:
-    from fxprune.passes.tracing.tracer import ShapeTracer
+from fxprune.passes.tracing.recorder import Recorder
 
 # ``isinstance`` is patched while tracing (see ``patching``); here the real one is meant.
 _isinstance = builtins.isinstance
@@ -42,7 +40,7 @@ class ShapeTuple(tuple):  # type: ignore[type-arg]
 class ShapeProxy(fx.Proxy):
     """A proxy that knows its value on the example inputs."""
 
-    tracer: ShapeTracer
+    tracer: Recorder  # type: ignore[assignment]
     __array_priority__ = 1000  # a NumPy number leaves arithmetic with a proxy to the proxy, as with a tensor
 
     def __getitem__(self, index: Any) -> Any:

@@ -1,0 +1,12 @@
+"""The functions of ``torch`` that make a tensor from no tensor, by name."""
+
+from __future__ import annotations
+
+# Without a tensor among their arguments fx would not see them: a size there would be turned into a number.
+FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "tensor", "as_tensor", "tril_indices", "triu_indices")
+# What is drawn while tracing would be the same at every call.
+RANDOM_FACTORIES = ("rand", "randn", "randint", "randperm", "normal")
+# Older versions of torch look at ``dtype`` before they look for a proxy, and refuse one in its place.
+LIKE = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+# Those whose result follows from their arguments.
+DETERMINED = frozenset(FACTORIES) - {"empty"}

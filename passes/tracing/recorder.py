@@ -1,0 +1,60 @@
+"""What the parts of the tracer may ask of it: proxies, patches, functions with a backward, graphs as input and module state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from fxprune.passes.ir.skeleton import Skeleton
+from fxprune.passes.tracing.sizes.specialisation import Asked
+
+
+class Recorder(Protocol):
+    """The tracer at work, as those see it whom it uses itself.
+
+    ``graph``: what is being recorded. ``notes``: what was specialised or lost, in order, as keys. ``read``: names of tensors whose values
+    Python code has read. ``constants``: attribute name -> tensor that the graph holds beside parameters and buffers. ``busy``: an
+    operation runs for its shape, and nothing is recorded meanwhile. ``source``: the node being traced, where the module is a graph already.
+    """
+
+    graph: fx.Graph
+    skeleton: Skeleton
+    notes: dict[str, None]
+    read: set[str]
+    constants: dict[str, torch.Tensor]
+    asked: Asked
+    busy: bool
+    source: fx.Node | None
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
+        """A proxy for a new node."""
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None) -> fx.Node:
+        """A new node, with its value and its place in the user's source."""
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """The proxy of a parameter or buffer; anything else as it is."""
+
+    def aside(self, function: Callable[..., Any], args: tuple[Any, ...]) -> fx.Graph:
+        """``function(*args)`` traced into a graph of its own, with an input for every proxy in the order in which fx meets them."""
+
+    def shape_of(self, proxy: Any) -> Any:
+        """The shape of a tensor's proxy, as a tuple of size proxies."""
+
+    def actual(self, node: fx.Node) -> Any:
+        """The values of a tensor (or of several) that does not depend on the inputs, or None."""
+
+    def specialised(self, proxy: Any, what: str) -> None:
+        """Code asked ``proxy`` for a number."""
+
+    def unrolled(self, proxy: Any) -> None:
+        """Code loops over a tensor, or over the parts of one."""
+
+    def refuse_block(self, what: str) -> None:
+        """Raise ``TraceError`` where the module at work is better kept whole than traced without its ``what`` block."""
+
+    def here(self) -> str:
+        """file:line in the user's source."""
