@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxprune.api import analyze, compress, record
 from fxprune.costs.profiling import profile
-from fxprune.errors import FxPruneError, VerificationError
+from fxprune.errors import FxPruneError, PruningWarning, VerificationError
 from fxprune.exporting.folding import fold_batchnorm
 from fxprune.files.slim_file import load, rebuild, save
 from fxprune.passes.rules import register_op
@@ -36,6 +36,7 @@ __all__ = [
     "FxPruneError",
     "Hint",
     "Policy",
+    "PruningWarning",
     "SearchConfig",
     "SearchResult",
     "VerificationError",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +14,17 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune import example_inputs as forms
-from fxprune.errors import FxPruneError, InputError
+from fxprune.errors import FxPruneError, InputError, PruningWarning
 from fxprune.evaluation.accuracy import device_of
+from fxprune.evaluation.wrappers import unwrapped
 from fxprune.files.record_json import indices
-from fxprune.importance.criteria import Importance, scores
+from fxprune.importance.criteria import Importance, importance_name, scores
 from fxprune.passes.base import run_passes
 from fxprune.passes.coupling.graph import CouplingGraph
-from fxprune.passes.pipeline import Plan, Slim, analysed, traced_graph
+from fxprune.passes.pipeline import Plan, Slim, analysed, listed, module_names, traced_graph
 from fxprune.passes.planning.cost import cost_model
+from fxprune.passes.planning.naming import limits, resolved
+from fxprune.passes.planning.shortfall import shortfall
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.verify import verify as zeroing_oracle
 from fxprune.policies import Policy, checked_sparsity, units_removed
@@ -32,21 +36,30 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 Given = Policy | float | Mapping[str, float] | str | os.PathLike[str]
+Ignore = str | nn.Module | type[nn.Module] | Iterable[Any]
 
 
 def analyze(
-    model: nn.Module | ExportedProgram, example_inputs: Any = None, *, ignore: Iterable[Any] = (), attention: str = "auto"
+    model: nn.Module | ExportedProgram, example_inputs: Any = None, *, ignore: Ignore = (), attention: str = "auto"
 ) -> CouplingGraph:
-    """Find which channels of ``model`` must be removed together.
+    """Find which channels of ``model`` must be removed together. The model is not touched.
 
-    ``example_inputs``: a tensor, a tuple of positional inputs, or a dict of keyword inputs; only shapes and dtypes are used.
-    ``ignore``: modules, qualified names or globs whose output channels stay. ``attention``: prune "heads", "head_dim", or "auto"
-    (the axis with more units). The model is not touched; of an exported program its ``module()`` is meant. Raises ``TraceError`` and
-    ``InputError`` with the line in the user's source.
+    Args:
+        model: a module, bare or in the wrappers of ``torch.compile``, DDP or FSDP; of a ``torch.export.ExportedProgram`` its ``module()``.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs; only shapes and dtypes are used.
+        ignore: what keeps its output channels: a module, a qualified name, a glob over qualified names, a class of modules, or several.
+        attention: prune "heads", "head_dim", or "auto" (the axis with more units).
+
+    Returns:
+        The coupling graph, which ``compress`` takes in place of the model.
+
+    Raises:
+        TraceError: the model cannot be traced; names the line in the user's source.
+        InputError: the inputs are missing or do not fit, or ``ignore`` names nothing.
     """
     model = _module(model)
     example = _example(model, example_inputs, None)
-    graph: CouplingGraph = analysed(model, example, tuple(ignore), attention).meta["coupling"]
+    graph: CouplingGraph = analysed(model, example, listed(ignore), attention).meta["coupling"]
     return graph
 
 
@@ -55,77 +68,108 @@ def compress(
     policy: Given,
     example_inputs: Any = None,
     *,
-    ignore: Iterable[Any] = (),
+    ignore: Ignore = (),
     importance: Importance = "auto",
     calibration: Iterable[Any] | None = None,
-    round_to: int = 1,
+    round_to: int | None = None,
     attention: str = "auto",
     repair: str = "none",
     verify: bool = False,
     keep_class: bool = False,
+    most: float | Mapping[str, float] | None = None,
 ) -> fx.GraphModule:
     """Remove channels of ``model`` as ``policy`` says and return the slim network as a ``torch.fx.GraphModule``.
 
-    ``policy``: a ``Policy``, one sparsity for every group (0 keeps all), a mapping from group name to sparsity, or a policy file's path.
-    ``round_to``: channels kept in every pruned dimension are rounded up to a multiple of it. ``verify``: run the zeroing oracle and raise
-    ``VerificationError`` where it fails. ``repair``: what then mends the slim module on ``calibration`` without training (see
-    ``fxprune.repair``): "bn" estimates BatchNorm statistics anew, "bias" puts what a layer's output lacks in the mean into its bias,
-    "lstsq" fits the remaining weights anew to the original's responses; "none" leaves all as sliced.
-    ``model`` may be a ``CouplingGraph``: then nothing is traced again and the weights its model holds now are sliced.
-
-    ``keep_class``: return an instance of the model's own class with slim submodules, whose other methods work too, in place of a graph
-    module. ``UnsupportedError`` names the node and line where that cannot be: where a number in the code changes with the channels.
-
     The slim module shares no storage with ``model``, keeps its parameter names, modes and ``requires_grad`` flags; ``record`` tells what
     was done.
+
+    Args:
+        model: as for ``analyze``; or a ``CouplingGraph``: then nothing is traced again and the weights its model holds now are sliced.
+        policy: a ``Policy``; one sparsity for every group (0 keeps all); a mapping to sparsities from names of groups, names of modules
+            (every group that the module's layers produce) and globs over both; or a policy file's path.
+        example_inputs: as for ``analyze``; may be left out where the policy records them.
+        ignore: as for ``analyze``.
+        importance: what ranks the units of a group: "taylor", "l2", "l1", "variance", "random", "reconstruction", "auto" (taylor where
+            there is ``calibration``, else l2), or a callable ``(group, module) -> scores``, one number a unit; the lowest go first.
+        calibration: batches, ``(inputs, targets)`` or inputs alone, for the importance and the repair.
+        round_to: channels kept in every pruned dimension are rounded up to a multiple of it; None: what the policy says, else 1.
+        attention: as for ``analyze``.
+        repair: what then repairs the slim module on ``calibration`` without training (see ``fxprune.repair``): "bn" estimates BatchNorm
+            statistics again, "bias" puts what a layer's output lacks in the mean into its bias, "lstsq" fits the remaining weights again to
+            the original's responses; "none" leaves all as sliced.
+        verify: run the zeroing oracle.
+        keep_class: return an instance of the model's own class with slim submodules, whose other methods work too, in place of a graph
+            module.
+        most: the largest share of its units that any group loses; or a mapping with keys as in ``policy``, where the lowest counts.
+
+    Returns:
+        The slim module.
+
+    Raises:
+        PolicyError: a key of the policy names nothing, or a sparsity is out of range.
+        UnsupportedError: ``keep_class`` where a number in the code changes with the channels; names the node and line.
+        VerificationError: the zeroing oracle fails.
+
+    Warns:
+        PruningWarning: nothing was removed, or less than half of what was asked because the rest is locked.
     """
     chosen = _policy(policy)
     options = dict(chosen.options)
-    ignore = tuple(ignore) or tuple(options.get("ignore") or ())
-    attention = attention if attention != "auto" else str(options.get("attention") or "auto")
-    round_to = round_to if round_to != 1 else int(options.get("round_to") or 1)
+    graph_given = isinstance(model, CouplingGraph)
+    ignored, chosen_attention = listed(ignore), attention
+    if not graph_given:
+        ignored = ignored or listed(options.get("ignore") or ())
+        chosen_attention = attention if attention != "auto" else str(options.get("attention") or "auto")
+    multiple = round_to if round_to is not None else int(options.get("round_to") or 1)
     importance = importance if importance != "auto" else str(options.get("importance") or "auto")
-    if round_to < 1:
-        raise InputError(f"round_to is {round_to}; it must be 1 or more")
+    if multiple < 1:
+        raise InputError(f"round_to is {multiple}; it must be 1 or more")
     checked(repair)
     batches = None if calibration is None else list(calibration)
     if isinstance(model, CouplingGraph):
+        _fits_graph(model, ignored, attention)
         carrier = traced_graph(model.walk.traced)
         carrier.meta["coupling"] = model
-        example = example_inputs if example_inputs is not None else None
+        example = example_inputs
     else:
         model = _module(model)
         example = _example(model, example_inputs, chosen.inputs)
-        carrier = analysed(model, example, ignore, attention)
+        carrier = analysed(model, example, ignored, chosen_attention)
     graph: CouplingGraph = carrier.meta["coupling"]
-    wanted: Mapping[str, float] | float = (
-        checked_sparsity(policy, "a uniform policy") if isinstance(policy, (int, float)) else chosen.sparsity
-    )
+    wanted = resolved(graph, checked_sparsity(policy, "a uniform policy") if isinstance(policy, (int, float)) else chosen.sparsity)
     units = options.get("units") if importance == options.get("importance", "auto") else None
 
     def score(graph: CouplingGraph) -> Mapping[str, Any]:
-        return _recorded(graph, wanted, units) or scores(graph, importance, batches)
+        return _recorded(graph, wanted.sparsity, units) or scores(graph, importance, batches)
 
-    run_passes(carrier, [Plan(wanted, score, round_to), Slim(keep_class)])
+    run_passes(carrier, [Plan(wanted.sparsity, score, multiple, most), Slim(keep_class)])
     slim: fx.GraphModule = carrier.meta["slim"]
     slimmer: Slimmer = carrier.meta["slimmer"]
     keep = carrier.meta["keep"]
-    used = {
-        "attention": attention,
-        "ignore": list(graph.options.get("ignore", ())),
-        "round_to": round_to,
-        "importance": importance if isinstance(importance, str) else "callable",
-    }
-    applied = {g.name: float(wanted) for g in graph.groups if g.prunable} if isinstance(wanted, (int, float)) else dict(wanted)
-    made = made_record(graph, slimmer, keep, Policy(applied, graph.inputs, {**graph.options, **used}, chosen.meta), keep_class)
+    used = {"round_to": multiple, "importance": importance_name(importance)}
+    notes = graph.notes
+    lacking = shortfall(graph, wanted, keep, multiple, limits(graph, most))
+    if lacking:
+        warnings.warn(lacking, PruningWarning, stacklevel=2)
+        notes = (*notes, lacking)
+    applied = Policy(wanted.sparsity, graph.inputs, {**graph.options, **used}, chosen.meta)
+    made = made_record(graph, slimmer, keep, applied, keep_class, notes)
     slim.__dict__["_record"], slim.__dict__["_sources"] = made, Sources(graph.model)
     if verify:
         given = example if _has_values(example) else forms.build(graph.inputs, device=device_of(graph.model))
         zeroing_oracle(graph, keep, slim, *forms.call_form(given))
     if repair != "none":
-        notes = Repairer(graph, batches or (), repair)(slim, slimmer)
-        slim.__dict__["_record"] = made.with_repair(repair, notes)
+        slim.__dict__["_record"] = made.with_repair(repair, Repairer(graph, batches or (), repair)(slim, slimmer))
     return slim
+
+
+def _fits_graph(graph: CouplingGraph, ignored: tuple[Any, ...], attention: str) -> None:
+    """What a graph was analysed with cannot be changed by ``compress``; a different wish is not passed over in silence."""
+    analysed_with = graph.options.get("attention")
+    if attention not in ("auto", analysed_with):
+        raise InputError(f"the graph was analysed with attention={analysed_with!r}; pass attention={attention!r} to analyze")
+    if ignored and module_names(graph.model, ignored) != list(graph.options.get("ignore", ())):
+        raise InputError("the graph was analysed with another ignore=; pass ignore to analyze, which decides what is locked")
 
 
 def _has_values(example: Any) -> bool:
@@ -164,7 +208,7 @@ def _policy(policy: Given) -> Policy:
 def _module(model: Any) -> nn.Module:
     """``model``, or the module of a ``torch.export.ExportedProgram``, a new one at each call that shares the program's parameters."""
     if isinstance(model, nn.Module):
-        return model
+        return unwrapped(model)
     if type(model).__name__ != "ExportedProgram":  # by name: torch imports torch.export when it is asked for
         raise InputError(f"model is a {type(model).__name__}; pass a torch.nn.Module or a torch.export.ExportedProgram")
     found: nn.Module = model.module()
@@ -185,14 +229,26 @@ def _example(model: nn.Module, given: Any, recorded: Any) -> Any:
 
 
 def record(slim: nn.Module) -> PruningRecord:
-    """What was done to a slim module. Raises ``FxPruneError`` for a module that fxprune did not make."""
-    found = getattr(slim, "_record", None)
+    """What was done to a slim module.
+
+    Args:
+        slim: what ``compress``, ``search`` or ``load`` returned, bare or in the wrappers of ``torch.compile``, DDP or FSDP.
+
+    Returns:
+        The record, in terms of the outermost original.
+
+    Raises:
+        FxPruneError: fxprune did not make this module.
+    """
+    found = getattr(unwrapped(slim), "_record", None)
     if not isinstance(found, PruningRecord):
         raise FxPruneError(f"this {type(slim).__name__} carries no pruning record; pass what compress, search or load returned")
     return found
 
 
-def made_record(graph: CouplingGraph, slimmer: Slimmer, keep: Any, policy: Policy, keep_class: bool = False) -> PruningRecord:
+def made_record(
+    graph: CouplingGraph, slimmer: Slimmer, keep: Any, policy: Policy, keep_class: bool = False, notes: tuple[str, ...] = ()
+) -> PruningRecord:
     """The record of one rewrite, in terms of the outermost original (Habit: facts are computed once and are plain data)."""
     skeleton = graph.walk.traced.skeleton
     kept: dict[str, dict[int, torch.Tensor]] = {}
@@ -209,7 +265,7 @@ def made_record(graph: CouplingGraph, slimmer: Slimmer, keep: Any, policy: Polic
     costs = cost_model(graph)
     before, after = costs.profile(), costs.profile(keep)
     renumbered = tuple(sorted(slimmer.renumber))
-    made = PruningRecord(kept, removed, policy, "none", before, after, renumbered, graph.notes, keep_class=keep_class)
+    made = PruningRecord(kept, removed, policy, "none", before, after, renumbered, notes, keep_class=keep_class)
     earlier = getattr(graph.model, "_record", None)
     return _composed(earlier, made) if isinstance(earlier, PruningRecord) else made
 

@@ -13,7 +13,7 @@
     ├── EvaluationError     the user's evaluate function or training gave no usable number
     └── VerificationError   the slim module does not compute what it must
 
-Messages are one line: what is wrong, where in the user's code, what to do next.
+``PruningWarning`` is a ``UserWarning``. Messages are one line: what is wrong, where in the user's code, what to do next.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ def in_a_line(error: BaseException) -> str:
     frame = next((one for one in reversed(frames) if "site-packages" not in one.filename), frames[-1] if frames else None)
     where = "" if frame is None else f" ({Path(frame.filename).name}:{frame.lineno})"
     return f"{type(error).__name__}: {said}{where}"
+
+
+class PruningWarning(UserWarning):
+    """A policy removed nothing, or much less than it asks for because channels are locked; ``record(slim).notes`` has the same text."""
 
 
 class FxPruneError(Exception):

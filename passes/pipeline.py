@@ -43,7 +43,7 @@ def traced_graph(traced: TracedModel) -> TracedGraph:
 
 
 def fixed_dimensions(model: nn.Module, ignore: Iterable[Any], functional: Mapping[str, Iterable[int]]) -> list[tuple[str, int]]:
-    """The output dimensions of what ``ignore`` names: modules, qualified names, or globs over qualified names.
+    """The output dimensions of what ``ignore`` names: modules, classes of modules, qualified names, or globs over qualified names.
 
     A layer's output channels stay and its inputs may still go; a parameter named itself stays whole. ``functional``: the output
     dimensions of parameters that functions read as weights.
@@ -52,17 +52,16 @@ def fixed_dimensions(model: nn.Module, ignore: Iterable[Any], functional: Mappin
     tensors = dict(model.named_parameters(remove_duplicate=False))
     found: set[tuple[str, int]] = set()
     for item in ignore:
-        if isinstance(item, nn.Module):
-            chosen = [p for p, m in paths.items() if m is item]
+        if isinstance(item, (nn.Module, type)):
+            chosen = [p for p, m in paths.items() if _is_meant(m, item)]
             named = []
         else:
             chosen = [p for p in paths if p and fnmatch.fnmatchcase(p, str(item))]
             within = tuple(f"{p}." for p in chosen)
             named = [n for n in tensors if fnmatch.fnmatchcase(n, str(item)) and not n.startswith(within)]
         if not chosen and not named:
-            raise InputError(
-                f"ignore names {item if isinstance(item, str) else type(item).__name__!r}, which is no module or parameter of this model"
-            )
+            named_as = repr(item) if isinstance(item, str) else item.__name__ if isinstance(item, type) else f"a {type(item).__name__}"
+            raise InputError(f"ignore names {named_as}, which is no module or parameter of this model")
         found.update((n, d) for n in named for d in range(tensors[n].ndim))
         for path in chosen:
             for name in tensors:
@@ -90,15 +89,30 @@ class Couple(GraphPass):
         traced: TracedModel = module.meta["traced"]
         fixed = fixed_dimensions(traced.skeleton.original, self.ignore, output_dims(traced) if self.ignore else {})
         walk = _settled(traced, self.attention, fixed)
-        names = [n if isinstance(n, str) else _path(traced.skeleton.original, n) for n in self.ignore]
+        names = module_names(traced.skeleton.original, self.ignore)
         graph = CouplingGraph(walk, self.inputs, {"attention": self.attention, "ignore": names})
         module.meta["coupling"] = _finer(graph, fixed)
         return module
 
 
-def _path(model: nn.Module, module: nn.Module) -> str:
-    found: str = next(p for p, m in model.named_modules() if m is module)
-    return found
+def listed(ignore: Any) -> tuple[Any, ...]:
+    """What ``ignore`` names, as a tuple: one module, name, glob or class may stand alone."""
+    return (ignore,) if isinstance(ignore, (str, nn.Module, type)) else tuple(ignore)
+
+
+def module_names(model: nn.Module, ignore: Iterable[Any]) -> list[str]:
+    """``ignore`` as names and globs, as a policy records it: modules by their first name, classes by the names of their modules."""
+    found: dict[str, None] = {}
+    for item in ignore:
+        if isinstance(item, str):
+            found[item] = None
+        else:
+            found.update(dict.fromkeys(path for path, module in model.named_modules() if _is_meant(module, item)))
+    return list(found)
+
+
+def _is_meant(module: nn.Module, item: nn.Module | type) -> bool:
+    return isinstance(module, item) if isinstance(item, type) else module is item
 
 
 def _settled(traced: TracedModel, attention: str, fixed: list[tuple[str, int]]) -> Walk:
@@ -156,13 +170,21 @@ def _clashing(walk: Walk) -> list[str]:
 class Plan(GraphPass):
     """Which units stay: puts one boolean per unit under ``meta["keep"]``."""
 
-    def __init__(self, policy: Mapping[str, float] | float, score: Callable[[CouplingGraph], Mapping[str, Any]], round_to: int = 1) -> None:
-        self.policy, self.score, self.round_to = policy, score, round_to
+    def __init__(
+        self,
+        policy: Mapping[str, float] | float,
+        score: Callable[[CouplingGraph], Mapping[str, Any]],
+        round_to: int = 1,
+        most: Mapping[str, float] | float | None = None,
+    ) -> None:
+        self.policy, self.score, self.round_to, self.most = policy, score, round_to, most
 
     def run(self, module: fx.GraphModule) -> fx.GraphModule:
         graph: CouplingGraph = module.meta["coupling"]
         nothing = not any(self.policy.values()) if isinstance(self.policy, Mapping) else self.policy == 0
-        module.meta["keep"] = keep_counts(graph, {}, {}) if nothing else plan(graph, self.policy, self.score(graph), self.round_to)
+        module.meta["keep"] = (
+            keep_counts(graph, {}, {}) if nothing else plan(graph, self.policy, self.score(graph), self.round_to, self.most)
+        )
         return module
 
 

@@ -93,7 +93,7 @@ def _kept_first(slim: nn.Module) -> Callable[..., Tensor]:
 def test_what_cannot_be() -> None:
     with pytest.raises(InputError, match="steps is 0; it must be at least 1"):
         fxprune.shrink(network(), 0.5, lambda slim: None, X, steps=0)
-    with pytest.raises(PolicyError, match="a group 'fist' .* did you mean 'first'"):
+    with pytest.raises(PolicyError, match="'fist' names no group .* did you mean group 'first'"):
         fxprune.shrink(network(), {"fist": 0.5}, lambda slim: None, X)
 
 

@@ -23,7 +23,15 @@ from fxprune.passes.labels.values import Vector
 
 Scores = Mapping[str, npt.NDArray[np.float64]]
 Importance = str | Callable[[Group, nn.Module], Any]
+CALLABLE = "callable:"  # in front of the name of a function of the user's, which no policy can hold
 NAMES = ("auto", "taylor", "l2", "l1", "variance", "random", "reconstruction")
+
+
+def importance_name(importance: Importance) -> str:
+    """An importance as records and policies name it: a callable as "callable:" and its qualified name."""
+    if isinstance(importance, str):
+        return importance
+    return f"{CALLABLE}{getattr(importance, '__qualname__', type(importance).__qualname__)}"
 
 
 def scores(graph: CouplingGraph, importance: Importance = "auto", calibration: Iterable[Any] | None = None, seed: int = 0) -> Scores:
@@ -36,6 +44,10 @@ def scores(graph: CouplingGraph, importance: Importance = "auto", calibration: I
     """
     if callable(importance):
         return {g.name: _checked(importance(g, graph.model), g) for g in graph.groups if g.prunable}
+    if importance.startswith(CALLABLE):
+        raise PolicyError(
+            f"the policy was made with the function {importance.removeprefix(CALLABLE)!r} as importance; pass it as importance= again"
+        )
     if importance not in NAMES:
         raise PolicyError(
             f"importance {importance!r} is not known; choose one of {', '.join(NAMES)} or pass a callable (group, module) -> scores"

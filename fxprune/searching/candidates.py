@@ -14,11 +14,11 @@ from torch import fx, nn
 from fxprune.api import analyze, compress, record
 from fxprune.costs.profiling import profile
 from fxprune.driver import Problem, SearchConfig, SearchOutcome, run
-from fxprune.errors import FAULTS, EvaluationError, in_a_line
+from fxprune.errors import FAULTS, EvaluationError, SearchError, in_a_line
 from fxprune.evaluation.accuracy import device_of, one_thread
 from fxprune.example_inputs import build
 from fxprune.files.record_json import ranges
-from fxprune.importance.criteria import Scores, scores
+from fxprune.importance.criteria import Scores, importance_name, scores
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.planning.cost import cost_model
 from fxprune.passes.planning.plan import Keep, Rounding, keep_counts
@@ -288,7 +288,9 @@ def search(
     ``checkpoint_dir``, ``resume``: where the state is kept after every round, and whether to go on from it.
     Raises ``TargetError`` where no candidate is on target, ``SearchError`` for options that do not fit.
     """
-    config = config or SearchConfig()
+    config = SearchConfig() if config is None else config
+    if not isinstance(config, SearchConfig):
+        raise SearchError(f"config is a {type(config).__name__}; pass fxprune.SearchConfig(...), whose fields are the options")
     graph = analyze(model, example_inputs, ignore=config.ignore, attention=config.attention)
     importance = config.importance
     problem, candidates = make_problem(
@@ -323,7 +325,6 @@ def result_of(outcome: SearchOutcome, candidates: Candidates, config: SearchConf
         "strategy": config.described()["strategy"],
         "evaluations": outcome.evaluations,
     }
-    importance = config.importance if isinstance(config.importance, str) else "l2"
-    policy = candidates.policy(outcome.removed, meta, importance)
+    policy = candidates.policy(outcome.removed, meta, importance_name(config.importance))
     slim = mended(compress(candidates.graph, policy), outcome.removed, candidates, repairer)
     return SearchResult(policy, slim, outcome.history, outcome.reward, outcome.evaluations, outcome)

@@ -13,8 +13,8 @@ from torch import nn
 
 from fxprune.api import analyze, compress
 from fxprune.errors import InputError
-from fxprune.importance.criteria import Importance, scores
-from fxprune.passes.planning.plan import sparsities
+from fxprune.importance.criteria import Importance, importance_name, scores
+from fxprune.passes.planning.naming import sparsities
 from fxprune.policies import Policy, units_removed
 from fxprune.searching.candidates import Candidates
 from fxprune.searching.recovery import put_back
@@ -74,7 +74,7 @@ def shrink(
         keep = candidates.keep(removed)
         for group in candidates.groups:
             gone[group.name] = ~keep[graph.starts[group.number] : graph.starts[group.number + 1]]
-        chosen = candidates.policy(removed, {"steps": steps}, importance if isinstance(importance, str) else "l2")
+        chosen = candidates.policy(removed, {"steps": steps}, importance_name(importance))
         slim = compress(graph, chosen, calibration=batches, repair=repair)
         pruned = time.perf_counter()
         recovery = recover(slim)

@@ -8,40 +8,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fxprune.errors import PolicyError
 from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.passes.planning.naming import limits, sparsities
 from fxprune.policies import units_removed
 
 Keep = npt.NDArray[np.bool_]
 
 
-def sparsities(graph: CouplingGraph, policy: Mapping[str, float] | float) -> dict[str, float]:
-    """Sparsity by group name for the groups that lose units. Unknown and locked names are errors that say what to write instead."""
-    if isinstance(policy, (int, float)):
-        return {g.name: float(policy) for g in graph.groups if g.prunable}
-    for name, p in policy.items():
-        group = graph.by_name.get(name)
-        if group is None:
-            raise PolicyError(f"the policy names a group {name!r} that this model does not have; {_nearest(graph, name)}")
-        if p > 0 and not group.prunable:
-            raise PolicyError(f"group {name!r} cannot be pruned: {group.reason}; set its sparsity to 0 or leave it out")
-    return dict(policy)
-
-
-def _nearest(graph: CouplingGraph, name: str) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, [g.name for g in graph.groups if g.prunable], 3, 0.4)
-    return f"did you mean {', '.join(map(repr, close))}?" if close else "fxprune.visualize(model, inputs) prints the groups"
-
-
-def plan(graph: CouplingGraph, policy: Mapping[str, float] | float, scores: Mapping[str, Any], round_to: int = 1) -> Keep:
+def plan(
+    graph: CouplingGraph,
+    policy: Mapping[str, float] | float,
+    scores: Mapping[str, Any],
+    round_to: int = 1,
+    most: Mapping[str, float] | float | None = None,
+) -> Keep:
     """Which units stay: one boolean per unit of the graph.
 
-    ``scores``: group name -> one number per unit; the lowest go first, the first of equals first.
-    ``round_to``: the channels kept in every pruned dimension are rounded up to a multiple of it, never above the original.
+    ``policy``: as ``passes.planning.naming.resolved`` reads it. ``scores``: group name -> one number per unit; the lowest go first, the
+    first of equals first. ``round_to``: the channels kept in every pruned dimension are rounded up to a multiple of it, never above the
+    original. ``most``: the share that no group may lose more of; see ``passes.planning.naming.limits``.
     """
     counts = {name: units_removed(p, graph.by_name[name].size) for name, p in sparsities(graph, policy).items()}
+    for name, allowed in limits(graph, most).items():
+        counts[name] = min(counts.get(name, 0), allowed)
     return keep_counts(graph, {n: c for n, c in counts.items() if c}, scores, round_to)
 
 

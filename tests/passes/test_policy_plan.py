@@ -90,7 +90,9 @@ def test_rounding_gives_units_back_and_takes_none() -> None:
 
 def test_rounding_up_to_the_original_width_keeps_all() -> None:
     model, inputs = network("chain")
-    assert not fxprune.record(fxprune.compress(model, 0.3, inputs, round_to=64)).kept
+    with pytest.warns(fxprune.PruningWarning, match="round_to=64 rounds every width up"):
+        slim = fxprune.compress(model, 0.3, inputs, round_to=64)
+    assert not fxprune.record(slim).kept and "round_to=64" in fxprune.record(slim).notes[-1]
 
 
 @pytest.mark.parametrize("bad", [0, -2])

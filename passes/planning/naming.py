@@ -1,0 +1,170 @@
+"""The keys of a policy: group names, module names, and globs over both, resolved to groups of one network."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fxprune.errors import PolicyError
+from fxprune.passes.coupling.graph import CouplingGraph, Group
+from fxprune.policies import units_removed
+
+_GLOB = frozenset("*?[")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A policy in terms of groups.
+
+    ``sparsity``: group name -> share of its units to remove, for prunable groups. ``locked``: likewise for groups that a uniform policy, a
+    module name or a glob asks for and that cannot be pruned.
+    """
+
+    sparsity: dict[str, float]
+    locked: dict[str, float]
+
+
+def resolved(graph: CouplingGraph, policy: Mapping[str, float] | float) -> Wanted:
+    """The groups that a policy means.
+
+    Args:
+        graph: the analysed network.
+        policy: one share for every group, or a mapping. Its keys are, in the order in which they are tried: names of groups; names of
+            modules, for every group that a layer of the module produces (or, where it produces none, that its parameters belong to); globs
+            over the names of both. Where several keys name one group the most exact counts: its own name, then the innermost module, then
+            the glob written last.
+
+    Raises:
+        PolicyError: for a key that names nothing, with the groups and modules that are near; for a locked group named by itself.
+    """
+    if isinstance(policy, (int, float)):
+        shares = {g.name: float(policy) for g in graph.groups}
+    else:
+        shares = _by_group(graph, policy)
+    by_name = graph.by_name
+    return Wanted(
+        {name: p for name, p in shares.items() if by_name[name].prunable},
+        {name: p for name, p in shares.items() if p > 0 and not by_name[name].prunable},
+    )
+
+
+def groups_named(graph: CouplingGraph, key: str) -> list[Group]:
+    """The groups that one key means; see ``resolved``. Raises ``PolicyError`` where there are none."""
+    if key in graph.by_name:
+        return [graph.by_name[key]]
+    names = _Names(graph)
+    found = names.of_module(key) or names.of_glob(key)
+    if not found:
+        raise PolicyError(_unknown(graph, key, names))
+    return found
+
+
+def sparsities(graph: CouplingGraph, policy: Mapping[str, float] | float) -> dict[str, float]:
+    """Sparsity by group name for the prunable groups that a policy means; see ``resolved``."""
+    return resolved(graph, policy).sparsity
+
+
+def limits(graph: CouplingGraph, most: Mapping[str, float] | float | None) -> dict[str, int]:
+    """The most units that groups may lose, by group name: never all; groups without a limit of their own are left out.
+
+    ``most``: one share (0 to 1) for every group, or a mapping with the keys that a policy has; where several keys name one group, the
+    lowest counts. Raises ``PolicyError`` for a share out of range or a key that names nothing.
+    """
+    if most is None:
+        return {}
+    pairs = [("every group", most)] if isinstance(most, (int, float)) else [(repr(key), share) for key, share in most.items()]
+    for where, share in pairs:
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise PolicyError(f"most of {where} is {share!r}; it must be a share from 0 (nothing goes) to 1 (all but one unit may go)")
+    named = [graph.groups] if isinstance(most, (int, float)) else [groups_named(graph, str(key)) for key in most]
+    found: dict[str, int] = {}
+    for (_, share), groups in zip(pairs, named, strict=True):
+        for group in groups:
+            allowed = units_removed(share, group.size)
+            found[group.name] = min(found.get(group.name, allowed), allowed)
+    return found
+
+
+def _by_group(graph: CouplingGraph, policy: Mapping[str, float]) -> dict[str, float]:
+    names: _Names | None = None
+    globs: dict[str, float] = {}
+    modules: dict[str, tuple[int, float]] = {}
+    own: dict[str, float] = {}
+    for key, p in policy.items():
+        group = graph.by_name.get(key)
+        if group is not None:
+            if p > 0 and not group.prunable:
+                raise PolicyError(f"group {key!r} cannot be pruned: {group.reason}; set its sparsity to 0 or leave it out")
+            own[key] = p
+            continue
+        names = names or _Names(graph)
+        found = names.of_module(key)
+        if found:
+            if p > 0 and not any(g.prunable for g in found):
+                raise PolicyError(f"no group of module {key!r} can be pruned: {found[0].reason}; set its sparsity to 0 or leave it out")
+            depth = key.count(".") + 1 if key else 0
+            for g in found:
+                if depth >= modules.get(g.name, (-1, 0.0))[0]:
+                    modules[g.name] = depth, p
+            continue
+        found = names.of_glob(key)
+        if not found:
+            raise PolicyError(_unknown(graph, key, names))
+        globs.update((g.name, p) for g in found)
+    shares = {**globs, **{name: p for name, (_, p) in modules.items()}, **own}
+    return {g.name: shares[g.name] for g in graph.groups if g.name in shares}
+
+
+class _Names:
+    """The modules of a network and the groups that belong to each."""
+
+    def __init__(self, graph: CouplingGraph) -> None:
+        self.graph = graph
+        self.modules = [path for path, _ in graph.model.named_modules(remove_duplicate=False) if path]
+        self._produced: dict[str, dict[int, None]] = {}
+        self._held: dict[str, dict[int, None]] = {}
+        aliases = graph.walk.traced.skeleton.aliases
+        for key in graph.keys:
+            numbers = [g for g in np.unique(graph.group_of_unit[graph.unit_of[key]]).tolist() if g in graph.by_number]
+            table = self._produced if graph.is_output(key) else self._held
+            for name in aliases.get(key[0], [key[0]]):
+                path = name.rpartition(".")[0]
+                # The tensors of parametrizations and of torch.nn.utils.prune lie where the layer is or below it.
+                table.setdefault(path.partition(".parametrizations.")[0], {}).update(dict.fromkeys(numbers))
+
+    def of_module(self, path: str) -> list[Group]:
+        """The groups that the layers in a module produce; where there are none, those that its parameters belong to."""
+        if path not in self.modules:
+            return []
+        for table in (self._produced, self._held):
+            numbers = {n for owner, held in table.items() if owner == path or owner.startswith(f"{path}.") for n in held}
+            if numbers:
+                return [self.graph.by_number[n] for n in sorted(numbers)]
+        return []
+
+    def of_glob(self, pattern: str) -> list[Group]:
+        if not _GLOB & set(pattern):
+            return []
+        found = {g.number for g in self.graph.groups if fnmatch.fnmatchcase(g.name, pattern)}
+        for path in self.modules:
+            if fnmatch.fnmatchcase(path, pattern):
+                found.update(g.number for g in self.of_module(path))
+        return [self.graph.by_number[n] for n in sorted(found)]
+
+
+def _unknown(graph: CouplingGraph, key: str, names: _Names) -> str:
+    groups = _near(key, (g.name for g in graph.groups if g.prunable))[:3]
+    modules = [path for path in _near(key, names.modules) if path not in groups and any(g.prunable for g in names.of_module(path))][:3]
+    near = [f"{kind} {', '.join(map(repr, found))}" for kind, found in (("group", groups), ("module", modules)) if found]
+    advice = f"did you mean {' or '.join(near)}?" if near else "fxprune.visualize(model, inputs) prints the groups"
+    what = "matches no group or module" if _GLOB & set(key) else "names no group or module"
+    return f"the policy's key {key!r} {what} of this model; {advice}"
+
+
+def _near(key: str, names: Iterable[str]) -> list[str]:
+    bare = key.strip("*?[].") or key
+    return difflib.get_close_matches(bare, list(dict.fromkeys(names)), 8, 0.4)
