@@ -130,7 +130,9 @@ def test_no_group_loses_more_than_its_limit(most: Any, gone: dict[str, int]) -> 
     assert all(count <= gone[name] for name, count in rounded.items()) and rounded
 
 
-@pytest.mark.parametrize(("bad", "words"), [(1.5, "every group is 1.5"), ({"stem": -1}, "'stem' is -1"), ({"zebra": 0.5}, "'zebra' names no")])
+@pytest.mark.parametrize(
+    ("bad", "words"), [(1.5, "every group is 1.5"), ({"stem": -1}, "'stem' is -1"), ({"zebra": 0.5}, "'zebra' names no")]
+)
 def test_a_limit_that_is_none_is_refused(bad: Any, words: str) -> None:
     with pytest.raises(PolicyError, match=words):
         fxprune.compress(net(), 0.5, X, most=bad)
@@ -149,7 +151,8 @@ def test_a_string_of_ignore_is_one_name() -> None:
 
 @pytest.mark.parametrize("ignore", [nn.Linear, [nn.Linear], (nn.Linear, "stem")])
 def test_ignore_takes_classes(ignore: Any) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 2))
+    head = (nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 2))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head)
     if isinstance(ignore, tuple):
         with pytest.raises(InputError, match="ignore names 'stem'"):
             fxprune.analyze(model, X, ignore=ignore)
@@ -297,7 +300,8 @@ class Locked(nn.Module):
 
 
 def test_most_of_the_network_locked_warns_with_the_largest_parts() -> None:
-    with pytest.warns(fxprune.PruningWarning, match=r"9% can go, the others are locked: the largest are 'wider' \(60 channels: .*\); 'wide' \(40"):
+    words = r"9% can go, the others are locked: the largest are 'wider' \(60 channels: .*\); 'wide' \(40"
+    with pytest.warns(fxprune.PruningWarning, match=words):
         slim = fxprune.compress(Locked().eval(), 0.5, torch.randn(2, 8))
     assert slim.get_parameter("narrow.weight").shape[0] == 5 and "'wider' (60 channels" in fxprune.record(slim).notes[-1]
 
