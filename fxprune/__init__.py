@@ -13,7 +13,7 @@ from fxprune.costs.profiling import profile
 from fxprune.errors import FxPruneError, PruningWarning, VerificationError
 from fxprune.exporting.folding import fold_batchnorm
 from fxprune.files.slim_file import load, rebuild, save
-from fxprune.passes.rules import register_op
+from fxprune.passes.rules import LayerSpec, register_layer, register_op
 from fxprune.policies import Policy
 from fxprune.training.distillation import DistillConfig, distill
 from fxprune.training.hints import Hint
@@ -35,6 +35,7 @@ __all__ = [
     "Exported",
     "FxPruneError",
     "Hint",
+    "LayerSpec",
     "Policy",
     "PruningWarning",
     "SearchConfig",
@@ -51,6 +52,7 @@ __all__ = [
     "rebind",
     "rebuild",
     "record",
+    "register_layer",
     "register_op",
     "save",
     "search",

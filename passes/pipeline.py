@@ -16,7 +16,7 @@ from fxprune.example_inputs import build, describe
 from fxprune.passes import rules
 from fxprune.passes.base import GraphPass
 from fxprune.passes.collector import paused_collector
-from fxprune.passes.coupling.graph import LAYERS, SINGLE, CouplingGraph
+from fxprune.passes.coupling.graph import SINGLE, CouplingGraph
 from fxprune.passes.coupling.walk import Walk
 from fxprune.passes.ir.slim_module import SlimModule
 from fxprune.passes.ir.traced import TracedModel
@@ -24,6 +24,7 @@ from fxprune.passes.planning.plan import Keep, keep_counts, plan
 from fxprune.passes.rewriting.keep_class import kept_class
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.rules.functional_weights import output_dims
+from fxprune.passes.rules.layers import outputs_of
 from fxprune.passes.tracing.modes import trace
 from fxprune.passes.tracing.partial import trace_parts
 
@@ -66,17 +67,10 @@ def fixed_dimensions(model: nn.Module, ignore: Iterable[Any], functional: Mappin
         for path in chosen:
             for name in tensors:
                 if path == "" or name.startswith(f"{path}."):
-                    found.update((name, d) for d in functional.get(name) or _outputs(paths[name.rpartition(".")[0]], tensors[name]))
+                    owner, _, key = name.rpartition(".")
+                    dims = functional.get(name) or outputs_of(paths[owner], key, tensors[name].ndim)
+                    found.update((name, d) for d in (range(tensors[name].ndim) if dims is None else dims))
     return sorted(found)
-
-
-def _outputs(owner: nn.Module, tensor: torch.Tensor) -> Iterable[int]:
-    """The dimensions of a parameter that are output channels of the module that holds it."""
-    if isinstance(owner, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        return (1,) if tensor.ndim > 1 else (0,)
-    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
-        return (1,)
-    return (0,) if isinstance(owner, LAYERS) else range(tensor.ndim)
 
 
 class Couple(GraphPass):

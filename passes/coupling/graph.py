@@ -10,26 +10,13 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import torch
-from torch import nn
 
 from fxprune.passes.coupling.untraced import pin_unseen
 from fxprune.passes.coupling.walk import Walk
 from fxprune.passes.labels.values import Value, Vector
 from fxprune.passes.rules.functional_weights import output_dims
+from fxprune.passes.rules.layers import is_layer, produced_dim
 
-LAYERS = (
-    nn.Linear,
-    nn.Bilinear,
-    nn.modules.conv._ConvNd,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RNNBase,
-    nn.PReLU,
-    *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []),
-)
 SINGLE = "all its channels are tied into one unit"
 Member = tuple[str, int, torch.Tensor]
 
@@ -88,10 +75,10 @@ class CouplingGraph:
         walk, skeleton = self.walk, self.walk.traced.skeleton
         unread = "it is used by code that could not be traced" if walk.traced.parts else "no operation reads it"
         for path, module in skeleton.original.named_modules():
-            if not isinstance(module, LAYERS):
+            if not is_layer(module):
                 continue
             inside = next((o for o in walk.traced.opaque if path == o or path.startswith(f"{o}.")), None)
-            for key, _ in module.named_parameters(recurse=False):  # type: ignore[attr-defined]
+            for key, _ in module.named_parameters(recurse=False):
                 name = walk.canonical(path, key)
                 if name is None:
                     continue
@@ -214,7 +201,7 @@ class CouplingGraph:
     def _is_layer(self, key: tuple[str, int]) -> bool:
         path = key[0].rpartition(".")[0]
         skeleton = self.walk.traced.skeleton
-        return key[0] in skeleton.parameter_names and isinstance(skeleton.original_module(path), LAYERS)
+        return key[0] in skeleton.parameter_names and is_layer(skeleton.original_module(path))
 
     def members_of(self, number: int) -> tuple[Member, ...]:
         low, high = self.starts[number], self.starts[number + 1]
@@ -249,13 +236,8 @@ class CouplingGraph:
         name, dim = key
         skeleton = self.walk.traced.skeleton
         module = skeleton.original_module(name.rpartition(".")[0])
-        if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-            return name.endswith("weight") and dim == (1 if module.groups == 1 else 0)
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            return dim == 1
-        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.RNNBase)):
-            return dim == 0 and skeleton.tensor(name).ndim > 1
-        return dim in self._functional.get(name, ())
+        made = produced_dim(module, name.rpartition(".")[2], skeleton.tensor(name).ndim)
+        return dim == made if made is not None else dim in self._functional.get(name, ())
 
     # -- the networkx graph -------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ axis (a view into heads and head dimension, a channel shuffle), ``rectangles`` p
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,15 +19,21 @@ from torch.fx.node import map_arg
 from torch.nn.utils.rnn import PackedSequence
 
 from fxprune.passes.ir.nested import has_tensor, packed, tensors
+from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.ir.writes import written
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, lift, values
 from fxprune.passes.rules import registry
-from fxprune.passes.rules.layers import called_again
+from fxprune.passes.rules.layers import called_again, channel_dims
 
 
 class Walk(LabelContext):
     """One interpretation of the traced graphs with labels; see the module's docstring."""
+
+    def __init__(
+        self, traced: TracedModel, attention: str = "auto", fixed: Iterable[tuple[str, int]] = (), forced: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(traced, attention, fixed, forced, channel_dims)
 
     def run(self) -> Walk:
         for mode, graph in self.traced.graphs.items():

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxprune.passes.ir.constants import evaluate
 from fxprune.passes.ir.nodes import op_name
@@ -28,9 +28,14 @@ class LabelContext(ParameterLabels):
     """
 
     def __init__(
-        self, traced: TracedModel, attention: str = "auto", fixed: Iterable[tuple[str, int]] = (), forced: dict[str, str] | None = None
+        self,
+        traced: TracedModel,
+        attention: str = "auto",
+        fixed: Iterable[tuple[str, int]] = (),
+        forced: dict[str, str] | None = None,
+        channel_dims: Callable[[nn.Module, int], int] = lambda _, ndim: ndim,
     ) -> None:
-        super().__init__(traced, fixed)
+        super().__init__(traced, fixed, channel_dims)
         self.attention, self.forced = attention, dict(forced or {})
         self.meetings: list[Meeting] = []
         self.costs: dict[str, list[Cost]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import fx, nn
@@ -20,8 +20,11 @@ class ParameterLabels:
     where a dimension was first read; ``weights`` the labels of whatever is used as a layer's weight.
     """
 
-    def __init__(self, traced: TracedModel, fixed: Iterable[tuple[str, int]]) -> None:
+    def __init__(
+        self, traced: TracedModel, fixed: Iterable[tuple[str, int]], channel_dims: Callable[[nn.Module, int], int] = lambda _, ndim: ndim
+    ) -> None:
         self.traced = traced
+        self._channel_dims = channel_dims
         self.fixed = frozenset(fixed)
         self.labels = Labels()
         self.parameters: dict[tuple[str, int], Vector] = {}
@@ -43,12 +46,12 @@ class ParameterLabels:
         return Value(shape, axes, frozenset(axes) if zeroed else frozenset(), f"it comes from {name!r}")
 
     def _channels_end(self, name: str, ndim: int) -> int:
-        """How many dimensions of a tensor may carry channels: two of a convolution's weight (or mask), whose width is never pruned."""
+        """How many leading dimensions of a tensor may carry channels, by the layers that hold it."""
+        ends = []
         for alias in self.traced.skeleton.aliases.get(name, ()):
             owner = self.traced.skeleton.original_module(alias.rpartition(".")[0].partition(".parametrizations.")[0])
-            if isinstance(owner, nn.modules.conv._ConvNd) and ndim == len(owner.kernel_size) + 2:
-                return 2
-        return ndim
+            ends.append(self._channel_dims(owner, ndim))
+        return min(ends, default=ndim)
 
     def parameter(self, name: str, dim: int, size: int) -> Vector:
         """The labels of dimension ``dim`` of a parameter; made the first time it is asked for."""

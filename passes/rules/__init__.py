@@ -7,10 +7,12 @@ import sys
 
 from fxprune.passes.rules import registry
 from fxprune.passes.rules.computing import contract, conv, fourier, norm, pointwise, recurrent, reduce
+from fxprune.passes.rules.layers import LayerSpec, register_layer
 from fxprune.passes.rules.moving import assign, factory, indexing, joining, movement, parts, sizes
 from fxprune.passes.rules.registry import is_known, register_op
 
 __all__ = [
+    "LayerSpec",
     "assign",
     "contract",
     "complete",
@@ -26,6 +28,7 @@ __all__ = [
     "pointwise",
     "recurrent",
     "reduce",
+    "register_layer",
     "register_op",
     "registry",
     "sizes",

@@ -1,40 +1,170 @@
-"""The sizes that a module keeps as attributes, set to what its sliced parameters have."""
+"""What is known of each type of layer, said once: which parameters hold output and input channels, which attributes hold sizes.
+
+The facts of torch's own layers stand beside their rules (``rules.computing``, ``rules.moving``); ``register_layer`` opens the table to
+users. Everything that asks about a layer's type asks ``spec_of``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
 
+from fxprune.errors import InputError
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value
-from fxprune.passes.rules.computing import conv, norm, recurrent
 from fxprune.passes.rules.protocols import Rewriter
+from fxprune.passes.rules.registry import MODULES, Rule
 
-# torch's own layers that keep sizes as attributes, beside those with a normalized_shape.
-_SIZED = (
-    nn.modules.conv._ConvNd,
-    nn.Linear,
-    nn.Bilinear,
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.RNNBase,
-    nn.PReLU,
-    nn.Unflatten,
-)
+Dims = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Everything that fxprune knows of one type of layer.
+
+    Args:
+        outputs: Parameter -> its dimension (or dimensions) of output channels, ``{"weight": 0, "bias": 0}``; a function of the module where
+            that depends on its options. Parameters left out have them along dimension 0.
+        inputs: Parameter -> its dimension of input channels, ``{"weight": 1}``. Only the rule made from ``axis`` reads it.
+        produces: Whether the outputs are new channels, which groups are named after; a norm passes on those that it is given.
+        sizes: Attribute -> (parameter, dimension): the size that the attribute repeats, ``{"out_features": ("weight", 0)}``.
+        resize: ``resize(slim, module, x, y)`` sets whatever else depends on the sizes, from the ``Value`` of the (first) input and output.
+        without_parameters: ``(module, x, y) -> [(Value, axis), ...]``: the axes of input and output whose size an attribute holds although
+            no parameter of the module has that size, so that the module can have one size only wherever it is called.
+        axis: The channel axis of input and output, for a layer that treats everything beside it alike. With it no rule is needed: input
+            channels are tied to ``inputs``, output channels are those of ``outputs``. Without it, add a rule by ``register_op``.
+        channel_dims: How many leading dimensions of ``weight`` may carry channels; None for all (a kernel's width is never pruned).
+        shape: ``shape(module, args) -> result`` on meta tensors, by arithmetic; None where the module has to be run. Only for speed.
+        function: ``torch.nn.functional`` name of the same operation, for questions about which sizes are fixed; empty where there is none.
+    """
+
+    outputs: Mapping[str, Dims] | Callable[[Any], Mapping[str, Dims]] = field(default_factory=dict)
+    inputs: Mapping[str, int] = field(default_factory=dict)
+    produces: bool = True
+    sizes: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    resize: Callable[[Rewriter, Any, Value, Value], None] | None = None
+    without_parameters: Callable[[Any, Value, Value], list[tuple[Value, int]]] | None = None
+    axis: int | None = None
+    channel_dims: int | None = None
+    shape: Callable[[Any, tuple[Any, ...]], Any] | None = None
+    function: str | Callable[[Any], str] = ""
+    has_channels: bool = True
+    """False for a module that keeps sizes without being a layer (``nn.Unflatten``): its parameters need no group."""
+
+    @property
+    def has_sizes(self) -> bool:
+        """Whether a module of the type holds sizes in attributes."""
+        return bool(self.sizes) or self.resize is not None
+
+
+SPECS: dict[type, LayerSpec] = {}
+
+
+def register_layer(cls: type[nn.Module], spec: LayerSpec | None = None, **facts: Any) -> None:
+    """Say what fxprune has to know of a layer class of your own; subclasses that do not say otherwise inherit it.
+
+    The tracer keeps a registered layer whole: it is sliced, its sizes are set, groups are named after it, and the slim network runs it.
+
+    Args:
+        cls: The class, a subclass of ``torch.nn.Module``.
+        spec: What is known of it. The fields of ``LayerSpec`` may also be given by name.
+        **facts: Fields of ``LayerSpec``, where no ``spec`` is given.
+
+    Raises:
+        InputError: ``cls`` is no module class, a field does not exist, or there is neither ``axis`` nor a rule of ``register_op``.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise InputError(f"register_layer takes a subclass of torch.nn.Module, not {cls!r}")
+    known = LayerSpec.__dataclass_fields__
+    if wrong := sorted(facts.keys() - known.keys()):
+        raise InputError(f"register_layer({cls.__name__}): LayerSpec has no field {wrong[0]!r}; it has {', '.join(known)}")
+    if spec is not None and facts:
+        raise InputError(f"register_layer({cls.__name__}): give a LayerSpec or its fields, not both")
+    found = LayerSpec(**facts) if spec is None else spec
+    if found.axis is None and MODULES.get(cls) is None:
+        raise InputError(
+            f"register_layer({cls.__name__}): say axis= (the channel axis of input and output), "
+            f"or add a rule first: @register_op({cls.__name__})"
+        )
+    if found.axis is not None and MODULES.get(cls) is None:
+        MODULES[cls] = Rule(_plain_rule(found))
+    SPECS[cls] = found
+
+
+def layers(*types: type, **facts: Any) -> None:
+    """The facts of torch's own layers, beside their rules."""
+    SPECS.update(dict.fromkeys(types, LayerSpec(**facts)))
+
+
+def spec_of(module: nn.Module) -> LayerSpec | None:
+    """What is known of a module's type: that of its class or of the first base that has any."""
+    for cls in type(module).__mro__:
+        if (spec := SPECS.get(cls)) is not None:
+            return spec
+    return NORMALISED if hasattr(module, "normalized_shape") else None
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer: every channel of its parameters has to be in a group."""
+    spec = spec_of(module)
+    return spec is not None and spec.has_channels
+
+
+def outputs_of(module: nn.Module, key: str, ndim: int) -> tuple[int, ...] | None:
+    """The dimensions of the module's parameter ``key`` that are output channels; None where the module is no layer."""
+    spec = spec_of(module)
+    if spec is None or not spec.has_channels:
+        return None
+    if ndim < 2:
+        return (0,)
+    outputs = spec.outputs(module) if callable(spec.outputs) else spec.outputs
+    dims = outputs.get(key, 0)
+    return dims if isinstance(dims, tuple) else (dims,)
+
+
+def produced_dim(module: nn.Module, key: str, ndim: int) -> int | None:
+    """The dimension of the module's parameter ``key`` that holds channels which the layer makes, -1 for none; None where the module makes
+    no channels, so that its parameters may be the weights of functions."""
+    spec, outputs = spec_of(module), outputs_of(module, key, ndim)
+    if spec is None or outputs is None or not spec.produces:
+        return None
+    return outputs[0] if ndim > 1 else -1
+
+
+def channel_dims(module: nn.Module, ndim: int) -> int:
+    """How many leading dimensions of a weight of ``ndim`` dimensions (or of a mask of its form) may carry channels."""
+    spec = spec_of(module)
+    weight = getattr(module, "kernel_size", ())
+    return spec.channel_dims if spec is not None and spec.channel_dims is not None and ndim == len(weight) + 2 else ndim
 
 
 def has_sizes(module: nn.Module) -> bool:
     """Whether ``resize`` has anything to do."""
-    return isinstance(module, _SIZED) or hasattr(module, "normalized_shape")
+    spec = spec_of(module)
+    return spec is not None and spec.has_sizes
+
+
+def resize(slim: Rewriter, module: Any, x: Value, y: Value) -> None:
+    """Set ``module``'s sizes from what is left of its parameters, its input ``x`` and its output ``y``."""
+    spec = spec_of(module)
+    if spec is None:
+        return
+    for attribute, (parameter, dim) in spec.sizes.items():
+        tensor = getattr(module, parameter, None)
+        if tensor is not None:
+            setattr(module, attribute, tensor.shape[dim])
+    if spec.resize is not None:
+        spec.resize(slim, module, x, y)
 
 
 def called_again(ctx: LabelContext, node: fx.Node, module: nn.Module, inputs: Sequence[Value], outputs: Sequence[Value]) -> None:
     """A module that keeps sizes without having parameters of them can be given one size only, wherever it is called."""
-    found = _sized(module, inputs[0], outputs[0]) if inputs and outputs and has_sizes(module) else []
+    spec = spec_of(module)
+    asks = spec.without_parameters if spec is not None and inputs and outputs and not any(True for _ in module.parameters()) else None
+    found = asks(module, inputs[0], outputs[0]) if asks is not None else []
     before = ctx.sized.setdefault(str(node.target), found)
     for (value, axis), (first, place) in zip(found, before, strict=True):
         a, b = value.axes.get(axis), first.axes.get(place)
@@ -45,48 +175,48 @@ def called_again(ctx: LabelContext, node: fx.Node, module: nn.Module, inputs: Se
             ctx.pin(a if b is None else b, f"{str(node.target)!r} is called on channels of fixed size as well ({why})")
 
 
-def _sized(module: Any, x: Value, y: Value) -> list[tuple[Value, int]]:
-    """The axes of its input ``x`` or output ``y`` whose size a module keeps as an attribute although no parameter of it has that size."""
-    if any(True for _ in module.parameters()):
-        return []
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        return [(x, _channel(module, x))]
-    if isinstance(module, nn.GroupNorm):
-        return [(x, 1)]
-    if hasattr(module, "normalized_shape"):
-        return [(x, a) for a in range(x.ndim - len(module.normalized_shape), x.ndim)]
-    if isinstance(module, nn.Unflatten):
-        return [(y, module.dim % x.ndim + i) for i, s in enumerate(module.unflattened_size) if s != -1]
-    return []
+def _plain_rule(spec: LayerSpec) -> Callable[..., Any]:
+    """The rule of a layer that reads channels along ``spec.axis`` and gives new ones there, alike at every other position."""
+
+    def rule(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Value, *others: Any, **named: Any) -> Any:
+        assert spec.axis is not None
+        axis = spec.axis % input.ndim
+        arriving = input.axes.get(axis)
+        for key, dim in spec.inputs.items():
+            weight = ctx.weight(node, key)
+            if weight is None:
+                continue
+            if arriving is None:
+                ctx.pin(weight.axes.get(dim), f"the layer reads channels of fixed size ({input.why})")
+            elif dim in weight.axes:
+                ctx.unite(weight.axes[dim], arriving)
+            else:
+                ctx.pin(arriving, f"it meets a weight of fixed size ({weight.why})")
+        made = None if spec.produces else arriving
+        for key, _ in module.named_parameters(recurse=False):
+            weight = ctx.weight(node, key)
+            dims = outputs_of(module, key, 0 if weight is None else weight.ndim) or ()
+            for vector in [] if weight is None else [weight.axes[d] for d in dims if d in weight.axes]:
+                made = vector if made is None else made
+                ctx.unite(made, vector)
+        axes = {a: v for a, v in input.axes.items() if a != axis}
+        return ctx.make(node, axes if made is None else {**axes, axis: made})
+
+    return rule
 
 
-def _channel(module: Any, x: Value) -> int:
-    return x.ndim - norm._spatial(module) - 1 if isinstance(module, nn.modules.instancenorm._InstanceNorm) else 1
+def _normalised_axes(module: Any, x: Value) -> range:
+    return range(x.ndim - len(module.normalized_shape), x.ndim)
 
 
-def resize(slim: Rewriter, module: Any, x: Value, y: Value) -> None:
-    """Set ``module``'s sizes from what is left of its input ``x`` and its output ``y``."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        channel = x.ndim - module.weight.ndim + 1
-        conv.resize(module, slim.count(x, channel), slim.count(y, channel))
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.Bilinear):
-        module.out_features, module.in1_features, module.in2_features = module.weight.shape
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        module.num_features = slim.count(x, _channel(module, x))
-    elif isinstance(module, nn.GroupNorm):
-        module.num_groups = norm.groups_left(slim, x, module.num_groups)
-        module.num_channels = slim.count(x, 1)
-    elif hasattr(module, "normalized_shape"):
-        first = x.ndim - len(module.normalized_shape)
-        module.normalized_shape = tuple(slim.count(x, a) for a in range(first, x.ndim))
-    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        module.embedding_dim = module.weight.shape[1]
-    elif isinstance(module, nn.RNNBase):
-        recurrent.resize(module)
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = module.weight.shape[0]
-    elif isinstance(module, nn.Unflatten):
-        axis = module.dim % x.ndim
-        module.unflattened_size = tuple(slim.count(y, axis + i) if s != -1 else -1 for i, s in enumerate(module.unflattened_size))
+def _resize_normalised(slim: Rewriter, module: Any, x: Value, y: Value) -> None:
+    module.normalized_shape = tuple(slim.count(x, a) for a in _normalised_axes(module, x))
+
+
+# Any module with a ``normalized_shape``: libraries have norms of their own that keep it as torch's do.
+NORMALISED = LayerSpec(
+    produces=False,
+    resize=_resize_normalised,
+    without_parameters=lambda module, x, y: [(x, a) for a in _normalised_axes(module, x)],
+    has_channels=False,
+)

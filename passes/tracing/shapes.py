@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fxprune.passes.ir.nested import packed
 from fxprune.passes.rules.computing import pointwise
+from fxprune.passes.rules.layers import SPECS, spec_of
 
-_SAME = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []))
 _SAME_EXACT = frozenset(pointwise.KEEP_ZERO_MODULES) | frozenset(pointwise.MOVE_ZERO_MODULES)
 _SAME_FUNCTIONS = frozenset(
     {F.relu, F.relu6, F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.dropout, F.leaky_relu, torch.relu, torch.sigmoid, torch.tanh}
@@ -25,23 +25,18 @@ _FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16
 
 
 def quick(module: Any, args: tuple[Any, ...]) -> torch.Tensor | None:
-    """What ``module(*args)`` would give, as a meta tensor; None where it has to be run to be known.
-
-    Norms are never run: in training mode they refuse one value per channel, which says nothing about shapes.
-    """
+    """What ``module(*args)`` would give, as a meta tensor; None where it has to be run to be known."""
     if len(args) != 1 or not isinstance(args[0], torch.Tensor):
         return None
     x = args[0]
     kind = type(module)
-    if isinstance(module, _SAME):
-        return _like(x)
     if kind in _SAME_EXACT:
         return x if getattr(module, "inplace", False) else _like(x)
-    if kind is nn.Linear and x.ndim > 1:
-        return torch.empty((*x.shape[:-1], module.out_features), dtype=module.weight.dtype, device="meta")
-    if kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        return _convolved(module, x)
-    return None
+    spec = spec_of(module)
+    if spec is None or spec.shape is None or (spec.produces and kind not in SPECS):  # a subclass may compute something else
+        return None
+    found: torch.Tensor | None = spec.shape(module, args)
+    return found
 
 
 def recurrent(module: Any, args: tuple[Any, ...]) -> tuple[Any, Any] | None:
@@ -60,19 +55,6 @@ def recurrent(module: Any, args: tuple[Any, ...]) -> tuple[Any, Any] | None:
         return None
     out, state = module.forward(x.narrow(time, 0, 1), *args[1:])
     return out.new_empty([x.shape[a] if a == time else size for a, size in enumerate(out.shape)]), state
-
-
-def _convolved(module: Any, x: torch.Tensor) -> torch.Tensor | None:
-    n = len(module.kernel_size)
-    if x.ndim != n + 2 or isinstance(module.padding, str) or x.shape[1] != module.in_channels:
-        return None
-    space = [
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, p, d, k, s in zip(x.shape[2:], module.padding, module.dilation, module.kernel_size, module.stride, strict=True)
-    ]
-    if min(space) < 1:
-        return None
-    return torch.empty((x.shape[0], module.out_channels, *space), dtype=module.weight.dtype, device="meta")
 
 
 def _pack(x: torch.Tensor, lengths: Any, batch_first: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value
+from fxprune.passes.rules.layers import layers
 from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, modules, named
 
@@ -92,6 +93,21 @@ def _need_labels(ctx: LabelContext, x: Value, axis: int, weight: Value, dim: int
         ctx.pin(weight.axes[dim], f"the layer reads channels of fixed size ({x.why})")
 
 
+def _linear_shape(module: Any, args: tuple[Any, ...]) -> torch.Tensor | None:
+    x = args[0]
+    return torch.empty((*x.shape[:-1], module.out_features), dtype=module.weight.dtype, device="meta") if x.ndim > 1 else None
+
+
+layers(
+    nn.Linear,
+    outputs={"weight": 0, "bias": 0},
+    inputs={"weight": 1},
+    sizes={"out_features": ("weight", 0), "in_features": ("weight", 1)},
+    shape=_linear_shape,
+    function="linear",
+)
+
+
 @modules(nn.Linear)
 def linear_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Value) -> Value:
     ctx.bind(node, "weight", 1, input.axes.get(input.ndim - 1))
@@ -105,6 +121,14 @@ def linear_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Va
 def linear(ctx: LabelContext, node: fx.Node, input: Value, weight: Value, bias: Value | None = None) -> Value:
     ctx.read_as_weight(weight)
     return linear_value(ctx, node, input, weight, bias, ctx.owner(node))
+
+
+layers(
+    nn.Bilinear,
+    outputs={"weight": 0, "bias": 0},
+    sizes={"out_features": ("weight", 0), "in1_features": ("weight", 1), "in2_features": ("weight", 2)},
+    function="bilinear",
+)
 
 
 @modules(nn.Bilinear)
@@ -225,6 +249,9 @@ def kron(ctx: LabelContext, node: fx.Node, input: Value, other: Value) -> Any:
         if found:
             axes[axis + len(node.meta["val"].shape)] = found[0] if len(found) == 1 else ctx.same_axis(*found)
     return ctx.make(node, axes)
+
+
+layers(nn.Embedding, nn.EmbeddingBag, outputs={"weight": 1}, sizes={"embedding_dim": ("weight", 1)}, function="embedding")
 
 
 @modules(nn.Embedding)

@@ -6,11 +6,13 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Labels, Value, Vector
+from fxprune.passes.rules.layers import layers
 from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, modules
 
@@ -33,6 +35,44 @@ def _groups(slim: Rewriter, node: fx.Node) -> None:
 def group_count(inputs: int, outputs: int, per_group: int, transposed: bool) -> int:
     """How many groups a sliced convolution has; ``per_group`` is its weight's size along dimension 1."""
     return (outputs if transposed else inputs) // per_group
+
+
+def _resize(slim: Rewriter, module: Any, x: Value, y: Value) -> None:
+    """The channels of a convolution whose weight was sliced, and the groups that are left."""
+    channel = x.ndim - module.weight.ndim + 1
+    inputs, outputs = slim.count(x, channel), slim.count(y, channel)
+    if module.groups > 1:
+        module.groups = group_count(inputs, outputs, module.weight.shape[1], module.transposed)
+    module.in_channels, module.out_channels = inputs, outputs
+
+
+def _shape(module: Any, args: tuple[Any, ...]) -> torch.Tensor | None:
+    x, n = args[0], len(module.kernel_size)
+    if x.ndim != n + 2 or isinstance(module.padding, str) or x.shape[1] != module.in_channels:
+        return None
+    space = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, p, d, k, s in zip(x.shape[2:], module.padding, module.dilation, module.kernel_size, module.stride, strict=True)
+    ]
+    if min(space) < 1:
+        return None
+    return torch.empty((x.shape[0], module.out_channels, *space), dtype=module.weight.dtype, device="meta")
+
+
+def _function(module: Any) -> str:
+    return f"conv{module.weight.ndim - 2}d"
+
+
+layers(*_MODULES, outputs={"weight": 0, "bias": 0}, inputs={"weight": 1}, channel_dims=2, resize=_resize, shape=_shape, function=_function)
+layers(
+    *_TRANSPOSED,
+    # The weight is (inputs, outputs / groups, *kernel): with groups, whole ones go along its inputs, positions within them along the other.
+    outputs=lambda module: {"weight": 1 if module.groups == 1 else (0, 1), "bias": 0},
+    inputs={"weight": 0},
+    channel_dims=2,
+    resize=_resize,
+    function=_function,
+)
 
 
 @modules(*_MODULES)
@@ -216,11 +256,3 @@ def _whole_groups(ctx: LabelContext, arriving: Vector, groups: int, per_in: int)
     if whole > within:
         ctx.whole.add(key)
     return whole > within
-
-
-def resize(module: Any, inputs: int, outputs: int) -> None:
-    """Set the attributes of a convolution whose weight was sliced: its channels, and the groups that are left."""
-    transposed = isinstance(module, _TRANSPOSED)
-    if module.groups > 1:
-        module.groups = group_count(inputs, outputs, module.weight.shape[1], transposed)
-    module.in_channels, module.out_channels = inputs, outputs

@@ -13,10 +13,12 @@ from torch.nn.utils import parametrizations
 
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value
+from fxprune.passes.rules.layers import NORMALISED, layers
 from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, modules
 
 _BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_LAYER = (nn.LayerNorm, *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []))
 _STATE = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -36,10 +38,32 @@ def _per_channel(ctx: LabelContext, node: fx.Node, x: Value, axis: int, others: 
     return ctx.make(node, x.axes, zero, x.why)
 
 
+def _batch_channel(module: Any, x: Value) -> int:
+    return x.ndim - _spatial(module) - 1 if isinstance(module, nn.modules.instancenorm._InstanceNorm) else 1
+
+
+def _resize_batch(slim: Rewriter, module: Any, x: Value, y: Value) -> None:
+    module.num_features = slim.count(x, _batch_channel(module, x))
+
+
+def _same_shape(module: Any, args: tuple[Any, ...]) -> torch.Tensor:
+    """Norms are never run for their shape: in training mode they refuse one value per channel, which says nothing about shapes."""
+    x: torch.Tensor = args[0]
+    return torch.empty(x.shape, dtype=x.dtype, device="meta") if x.is_contiguous() else torch.empty_like(x)
+
+
+layers(
+    nn.modules.batchnorm._NormBase,
+    produces=False,
+    resize=_resize_batch,
+    without_parameters=lambda module, x, y: [(x, _batch_channel(module, x))],
+    shape=_same_shape,
+)
+
+
 @modules(*_BATCH)
 def batch_norm_module(ctx: LabelContext, node: fx.Node, module: Any, input: Value) -> Value:
-    instance = isinstance(module, nn.modules.instancenorm._InstanceNorm)
-    channel = input.ndim - _spatial(module) - 1 if instance else 1
+    channel = _batch_channel(module, input)
     for key in _STATE:
         ctx.bind(node, key, 0, input.axes.get(channel))
     parts = [ctx.weight(node, k) for k in _STATE]
@@ -115,7 +139,16 @@ def _shape(slim: Rewriter, node: fx.Node) -> None:
     slim.set_argument(node, 1, "normalized_shape", slim.sizes(x, shape, first))
 
 
-@modules(nn.LayerNorm, *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []))
+layers(
+    *_LAYER,
+    produces=False,
+    resize=NORMALISED.resize,
+    without_parameters=NORMALISED.without_parameters,
+    shape=_same_shape,
+)
+
+
+@modules(*_LAYER)
 def layer_norm_module(ctx: LabelContext, node: fx.Node, module: Any, input: Value) -> Value:
     return _layer(ctx, node, input, len(module.normalized_shape), ctx.weight(node, "weight"), ctx.weight(node, "bias"))
 
@@ -155,6 +188,14 @@ def _group_arguments(slim: Rewriter, node: fx.Node) -> None:
     x = slim.argument(node, 0, "input")
     groups = slim.argument(node, 1, "num_groups")
     slim.set_argument(node, 1, "num_groups", groups_left(slim, slim.value(x), groups))
+
+
+def _resize_group(slim: Rewriter, module: Any, x: Value, y: Value) -> None:
+    module.num_groups = groups_left(slim, x, module.num_groups)
+    module.num_channels = slim.count(x, 1)
+
+
+layers(nn.GroupNorm, produces=False, resize=_resize_group, without_parameters=lambda module, x, y: [(x, 1)], shape=_same_shape)
 
 
 def groups_left(slim: Rewriter, x: Value, groups: int) -> int:

@@ -12,6 +12,7 @@ from torch import fx, nn
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, values
 from fxprune.passes.rules.computing.elementwise import FIRST, KEEP_ZERO, MOVE_ZERO, NONE, PRODUCTS, SUMS
+from fxprune.passes.rules.layers import layers
 from fxprune.passes.rules.registry import functions, modules, named
 
 
@@ -91,6 +92,9 @@ def prelu(ctx: LabelContext, node: fx.Node, input: Value, weight: Value) -> Valu
     elif 0 in weight.axes:
         ctx.pin(weight.axes[0], f"it meets channels of fixed size ({input.why})")
     return ctx.make(node, input.axes, input.zero, input.why)
+
+
+layers(nn.PReLU, produces=False, sizes={"num_parameters": ("weight", 0)})
 
 
 @modules(nn.PReLU)

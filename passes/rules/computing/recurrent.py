@@ -12,14 +12,30 @@ from torch.nn.utils.rnn import PackedSequence
 from fxprune.passes.ir.nested import packed
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, Vector
+from fxprune.passes.rules.layers import layers
+from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, modules
+
+
+def _gates(module: Any) -> int:
+    return {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+
+
+def _resize(slim: Rewriter, module: Any, x: Value, y: Value) -> None:
+    module.input_size = module.weight_ih_l0.shape[1]
+    module.hidden_size = module.weight_ih_l0.shape[0] // _gates(module)
+    if module.proj_size:
+        module.proj_size = module.weight_hr_l0.shape[0]
+
+
+layers(nn.RNNBase, resize=_resize)
 
 
 @modules(nn.LSTM, nn.GRU, nn.RNN)
 def recurrent(ctx: LabelContext, node: fx.Node, module: Any, input: Any, hx: Any = None) -> Any:
     """``input`` (..., features), maybe packed; weight_ih (gates * hidden, in), weight_hh (gates * hidden, hidden or projection)."""
     given, input = input, input.data if isinstance(input, PackedSequence) else input
-    gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+    gates = _gates(module)
     hidden, projection = module.hidden_size, module.proj_size
     directions = 2 if module.bidirectional else 1
     cell = _units(ctx, node, "weight_hr_l0" if projection else "weight_hh_l0", 1, hidden)
@@ -149,12 +165,3 @@ def _state(ctx: LabelContext, state: Value, units: Vector) -> None:
         ctx.pin(units, f"its initial state has a fixed size ({state.why})")
     for other in range(axis):
         ctx.pin(state.axes.get(other), "a recurrent layer runs along it")
-
-
-def resize(module: Any) -> None:
-    """Set a sliced recurrent layer's sizes from its weights."""
-    gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
-    module.input_size = module.weight_ih_l0.shape[1]
-    module.hidden_size = module.weight_ih_l0.shape[0] // gates
-    if module.proj_size:
-        module.proj_size = module.weight_hr_l0.shape[0]

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, values
+from fxprune.passes.rules.layers import layers
 from fxprune.passes.rules.moving.movement import flat, moved
 from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import modules, named
@@ -72,6 +73,19 @@ def _unflatten_sizes(slim: Rewriter, node: fx.Node) -> None:
 @named("unflatten", rewrite=_unflatten_sizes, inplace=False)
 def unflatten(ctx: LabelContext, node: fx.Node, input: Value, *_: Any, **__: Any) -> Any:
     return view(ctx, node, input)
+
+
+def _resize_unflatten(slim: Rewriter, module: Any, x: Value, y: Value) -> None:
+    axis = module.dim % x.ndim
+    module.unflattened_size = tuple(slim.count(y, axis + i) if s != -1 else -1 for i, s in enumerate(module.unflattened_size))
+
+
+layers(
+    nn.Unflatten,
+    has_channels=False,
+    resize=_resize_unflatten,
+    without_parameters=lambda module, x, y: [(y, module.dim % x.ndim + i) for i, s in enumerate(module.unflattened_size) if s != -1],
+)
 
 
 @modules(nn.Unflatten)

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.conv import _ConvNd
 
 from fxprune.passes.ir.nodes import target_name
+from fxprune.passes.rules.layers import spec_of
 from fxprune.passes.tracing.sizes.axis_origin import arguments, listed, number, picked, places
 
 Modules = Callable[[str], nn.Module]
@@ -105,9 +105,10 @@ def _name(node: fx.Node, layer: nn.Module | None) -> str:
     if layer is None:
         home = getattr(node.target, "__module__", None) or "torch"
         return target_name(node) if node.op == "call_method" or home.partition(".")[0] in _HOMES else ""
-    if isinstance(layer, _ConvNd):
-        return f"conv{layer.weight.ndim - 2}d"
-    base = next((base for base in (nn.Linear, nn.Embedding, nn.Flatten) if isinstance(layer, base)), type(layer))
+    spec = spec_of(layer)
+    if spec is not None and spec.function:
+        return str(spec.function(layer)) if callable(spec.function) else spec.function
+    base = nn.Flatten if isinstance(layer, nn.Flatten) else type(layer)
     return base.__name__.lower() if base.__module__.startswith("torch.nn.") else ""
 
 
