@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,38 +10,30 @@ import numpy as np
 from torch import nn
 
 from fxprune.api import analyze
-from fxprune.passes.coupling.graph import SINGLE, CouplingGraph, Group
+from fxprune.passes.coupling.graph import CouplingGraph, Group
+from fxprune.passes.ir.reasons import Reason, ReasonKind, is_as_it_must_be
 from fxprune.passes.planning.cost import cost_model
 from fxprune.passes.planning.plan import plan
 
-# What to do about a reason, by words of it; the first that fits. An empty text: it is as it must be.
-ADVICE = (
-    ("reaches the network's output", ""),
-    ("from the network's input", ""),
-    (SINGLE, ""),
-    ("vocabulary", ""),
-    ("kernel's width", ""),
-    ("hidden size stays", ""),
-    ("each group keeps its width", ""),
-    ("ignore", "take it out of ignore= to have it pruned"),
-    ("has no rule", "say what the operation does to channels with fxprune.register_op (examples/own_operation.py)"),
-    (
-        "could not be traced",
-        "make what it names depend on shapes only, or export the model: "
-        "fxprune.compress(torch.export.export(model, inputs).module(), policy, inputs)",
-    ),
-    ("a part traced by itself", "parts keep their outer sizes; a model that torch.export takes whole is pruned across them"),
-    ("no operation reads it", "the network does not use it: delete it"),
-    ("values the graph computes", "where the index does not depend on the inputs, keep it in a buffer"),
-    ("assigned to", "join the parts with torch.cat instead of assigning into a slice"),
-    ("written in place", "assign instead (x[:, ::2] = ...), or join the parts with torch.cat"),
-    ("two lists at once", "pick along one axis after the other"),
-    ("reads the values", "compute with the tensor itself: a number taken out of it by item() or float() stays what it was"),
-    ("one flat row", "roll along a named dimension: torch.roll(x, shift, dims=...)"),
-    ("folded into one axis", "the other channels on that axis can be pruned; attention= chooses between heads and head_dim"),
-    ("of fixed size", "look at what the brackets name: it fixes the size that these channels meet"),
-    ("fixed size", "look at what gives that tensor its size"),
-)
+# What to do about channels that are held by each kind of reason.
+ADVICE = {
+    ReasonKind.IGNORED: "take it out of ignore= to have it pruned",
+    ReasonKind.NO_RULE: "say what the operation does to channels with fxprune.register_op (examples/own_operation.py)",
+    ReasonKind.RULE_FAILED: "the rule of this operation failed; please report it, with the line that it names",
+    ReasonKind.UNTRACED: "make what it names depend on shapes only, or export the model: "
+    "fxprune.compress(torch.export.export(model, inputs).module(), policy, inputs)",
+    ReasonKind.UNUSED: "the network does not use it: delete it",
+    ReasonKind.COMPUTED_INDEX: "where the index does not depend on the inputs, keep it in a buffer",
+    ReasonKind.ASSIGNED: "join the parts with torch.cat instead of assigning into a slice",
+    ReasonKind.WRITTEN_IN_PLACE: "assign instead (x[:, ::2] = ...), or join the parts with torch.cat",
+    ReasonKind.TWO_INDICES: "pick along one axis after the other",
+    ReasonKind.PYTHON: "compute with the tensor itself: a number taken out of it by item() or float() stays what it was",
+    ReasonKind.FLAT: "roll along a named dimension: torch.roll(x, shift, dims=...)",
+    ReasonKind.FOLDED: "the other channels on that axis can be pruned; attention= chooses between heads and head_dim",
+    ReasonKind.FIXED_SIZE: "look at what gives that tensor its size",
+}
+BRACKETS = "look at what the brackets name: it fixes the size that these channels meet"
+PARTS = "parts keep their outer sizes; a model that torch.export takes whole is pruned across them"
 OTHERWISE = "the operation needs all of these channels together"
 
 
@@ -130,19 +121,29 @@ def _locks(groups: list[Group]) -> tuple[Lock, ...]:
     for group in groups:
         alike.setdefault(_general(group.reason), []).append(group)
     found = [
-        Lock(reason, advice(reason), tuple(g.name for g in members), sum(g.size for g in members)) for reason, members in alike.items()
+        Lock(text, advice(_reason(members[0])), tuple(g.name for g in members), sum(g.size for g in members))
+        for text, members in alike.items()
     ]
     return tuple(sorted(found, key=lambda x: (not x.advice, -x.channels, x.reason)))
 
 
-def advice(reason: str) -> str:
-    """What to do about a reason; empty where the channels are locked as they must be."""
-    return next((text for words, text in ADVICE if words in reason), OTHERWISE)
-
-
 def _general(reason: str) -> str:
-    """A reason without the place of one group: " at layer (Conv2d) (file:line)"."""
-    return re.sub(r" at [^ ]+( \(\w+\))?( \([^()]*:\d+\))?$", "", reason)
+    return reason.general if isinstance(reason, Reason) else reason
+
+
+def _reason(group: Group) -> Reason:
+    return group.reason if isinstance(group.reason, Reason) else Reason(ReasonKind.OPERATION, group.reason)
+
+
+def advice(reason: Reason) -> str:
+    """What to do about a reason; empty where the channels are locked as they must be."""
+    if reason.kind is ReasonKind.OUTPUT or reason.root.kind is ReasonKind.INPUT:
+        return PARTS if reason.root.part else ""
+    if reason.kind is not ReasonKind.UNUSED and is_as_it_must_be(reason):
+        return ""
+    if reason.kind is ReasonKind.FIXED_SIZE and reason.because is not None:
+        return BRACKETS
+    return ADVICE.get(reason.kind, OTHERWISE)
 
 
 def _traced(graph: CouplingGraph) -> str:

@@ -20,6 +20,7 @@ from fxprune.example_inputs import build
 from fxprune.files.record_json import ranges
 from fxprune.importance.criteria import Scores, importance_name, scores
 from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.planning.cost import cost_model
 from fxprune.passes.planning.plan import Keep, Rounding, keep_counts
 from fxprune.passes.rewriting.slimmer import Slimmer
@@ -259,8 +260,8 @@ def output_channels(graph: CouplingGraph) -> tuple[Any, int]:
             units = graph.unit_of[key]
             inside = graph.prunable_unit[units]
             per_unit += np.bincount(units[inside], minlength=len(per_unit))
-            reasons = {graph.by_number[g].reason for g in np.unique(graph.group_of_unit[units]).tolist() if g in graph.by_number}
-            if not any("the network's output" in r for r in reasons):
+            groups = [graph.by_number[g] for g in np.unique(graph.group_of_unit[units]).tolist() if g in graph.by_number]
+            if not any(g.kind is ReasonKind.OUTPUT for g in groups):
                 fixed += int((~inside).sum())
     prunable = [g for g in graph.groups if g.prunable]
     return np.array([round(per_unit[graph.starts[g.number]]) for g in prunable], dtype=np.int64), fixed

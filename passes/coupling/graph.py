@@ -13,11 +13,12 @@ import torch
 
 from fxprune.passes.coupling.untraced import pin_unseen
 from fxprune.passes.coupling.walk import Walk
+from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.labels.values import Value, Vector
 from fxprune.passes.rules.functional_weights import output_dims
 from fxprune.passes.rules.layers import is_layer, produced_dim
 
-SINGLE = "all its channels are tied into one unit"
+SINGLE = Reason(ReasonKind.SINGLE_UNIT, "all its channels are tied into one unit")
 Member = tuple[str, int, torch.Tensor]
 
 
@@ -38,6 +39,11 @@ class Group:
     notes: tuple[str, ...]
     number: int = field(repr=False)
     graph: CouplingGraph = field(repr=False, compare=False)
+
+    @property
+    def kind(self) -> ReasonKind | None:
+        """The kind of ``reason``, None where the group is prunable."""
+        return self.reason.kind if isinstance(self.reason, Reason) else None
 
     @cached_property
     def members(self) -> tuple[Member, ...]:
@@ -73,7 +79,11 @@ class CouplingGraph:
     def _cover_layers(self) -> None:
         """Layers the graph never reaches (unused, or inside a module that could not be traced) are locked, and say so."""
         walk, skeleton = self.walk, self.walk.traced.skeleton
-        unread = "it is used by code that could not be traced" if walk.traced.parts else "no operation reads it"
+        unread = (
+            Reason(ReasonKind.UNTRACED, "it is used by code that could not be traced")
+            if walk.traced.parts
+            else Reason(ReasonKind.UNUSED, "no operation reads it")
+        )
         for path, module in skeleton.original.named_modules():
             if not is_layer(module):
                 continue
@@ -90,7 +100,7 @@ class CouplingGraph:
                             vector = walk.labels.new(size)
                         walk.parameters[name, dim] = vector
                         why = (
-                            f"it is inside {inside!r}, which could not be traced: {walk.traced.opaque[inside]}"
+                            Reason(ReasonKind.UNTRACED, f"it is inside {inside!r}, which could not be traced: {walk.traced.opaque[inside]}")
                             if inside is not None
                             else unread
                         )
@@ -182,7 +192,7 @@ class CouplingGraph:
         for group_ in groups:
             self.prunable_unit[self.starts[group_.number] : self.starts[group_.number + 1]] = group_.prunable
 
-    def _reason_of(self, pins: Sequence[tuple[Vector, str]], classes: Vector) -> Vector:
+    def _reason_of(self, pins: Sequence[tuple[Vector, Reason]], classes: Vector) -> Vector:
         """1 + the number of the first reason given for each class, or 0."""
         reason = np.zeros(len(classes), dtype=np.int64)
         if not pins or not len(classes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fxprune.passes.coupling.walk import Walk
+from fxprune.passes.ir.reasons import Reason, ReasonKind
 
 
 def pin_unseen(walk: Walk) -> None:
@@ -21,11 +22,11 @@ def pin_unseen(walk: Walk) -> None:
                     walk.labels.pin(walk.parameters[name, dim], why)
 
 
-def _unseen(walk: Walk, path: str) -> str | None:
+def _unseen(walk: Walk, path: str) -> Reason | None:
     for kept, reason in walk.traced.opaque.items():
         if path == kept or path.startswith(f"{kept}."):
-            return f"it is inside {kept!r}, which could not be traced: {reason}"
+            return Reason(ReasonKind.UNTRACED, f"it is inside {kept!r}, which could not be traced: {reason}")
     parts = walk.traced.parts
     if parts and not any(path == p or path.startswith(f"{p}.") for p in parts):
-        return "it is used by code that could not be traced"
+        return Reason(ReasonKind.UNTRACED, "it is used by code that could not be traced")
     return None

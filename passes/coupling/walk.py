@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 from torch.nn.utils.rnn import PackedSequence
 
 from fxprune.passes.ir.nested import has_tensor, packed, tensors
+from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.ir.writes import written
 from fxprune.passes.labels.context import LabelContext
@@ -54,14 +55,17 @@ class Walk(LabelContext):
     def _step(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         value = node.meta.get("val")
         if node.op == "placeholder":
-            return lift(value, f"it comes from {self._edge('input', f' {node.name!r}')}")
+            return lift(
+                value, Reason(ReasonKind.INPUT, f"it comes from {self._edge('input', f' {node.name!r}')}", name=node.name, part=self._part)
+            )
         if node.op == "get_attr":
             return self.attribute(str(node.target)) if isinstance(value, torch.Tensor) else value
         args = map_arg(node.args, env.__getitem__)
         kwargs = map_arg(node.kwargs, env.__getitem__)
         if node.op == "output":
             for found in values(args):
-                self.pin_all(found, f"it reaches {self._edge('output')}")
+                for vector in found.axes.values():
+                    self.labels.pin(vector, Reason(ReasonKind.OUTPUT, f"it reaches {self._edge('output')}", part=self._part))
             return None
         if "body" in node.meta:
             return self._checked(node, self._body(node, env))
@@ -96,9 +100,13 @@ class Walk(LabelContext):
             inner[node] = given.pop(0) if node.op == "placeholder" else self._step(node, inner)
         return map_arg(output.args[0], inner.__getitem__)
 
+    @property
+    def _part(self) -> str:
+        return self.mode.rpartition(":")[0]
+
     def _edge(self, what: str, name: str = "") -> str:
         """The network's input or output, or that of the part of it that the walk is in."""
-        part = self.mode.rpartition(":")[0]
+        part = self._part
         return f"the {what}{name} of {part!r}, a part traced by itself" if part else f"the network's {what}{name}"
 
     def _checked(self, node: fx.Node, result: Any) -> Any:

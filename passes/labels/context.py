@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from fxprune.passes.ir.constants import evaluate
 from fxprune.passes.ir.nodes import op_name
+from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.ir.writes import is_rewritten_later, memory
 from fxprune.passes.labels.ledger import Cost, Meeting
@@ -67,19 +68,27 @@ class LabelContext(ParameterLabels):
         slot = np.searchsorted(starts, vector, side="right") - 1
         return bool((slot >= 0).all() and (vector <= ends[slot]).all())
 
-    def pin(self, vector: Vector | None, reason: str) -> None:
+    def pin(self, vector: Vector | None, detail: str, kind: ReasonKind | None = None, because: Reason | None = None) -> None:
+        """Keep these labels. ``detail``: why, without the place; ``because``: the ``why`` of a value that the reason rests on."""
         if vector is not None and len(vector):
-            at = f" at {self.op_name()} ({self.where()})" if self.node is not None and self.node.op != "output" else ""
-            self.labels.pin(vector, reason + at)
+            self.labels.pin(vector, self.reason(detail, kind, because))
 
-    def pin_all(self, value: Value, reason: str) -> None:
+    def pin_all(self, value: Value, detail: str, kind: ReasonKind | None = None) -> None:
+        """``pin`` along every axis of a value."""
         for vector in value.axes.values():
-            self.pin(vector, reason)
+            self.pin(vector, detail, kind)
 
-    def inexact(self, vector: Vector | None, reason: str) -> None:
+    def reason(self, detail: str, kind: ReasonKind | None = None, because: Reason | None = None) -> Reason:
+        """A reason at the current node."""
+        kind = kind or (ReasonKind.OPERATION if because is None else ReasonKind.FIXED_SIZE)
+        if self.node is None or self.node.op == "output":
+            return Reason(kind, detail, because=because)
+        return Reason(kind, detail, operation=self.op_name(), where=self.where(), because=because)
+
+    def inexact(self, vector: Vector | None, detail: str) -> None:
         """The zeroing oracle is not defined for these labels; pruning them is allowed and changes a statistic."""
         if vector is not None:
-            self.labels.inexact.append((vector, f"{reason} at {self.op_name()}"))
+            self.labels.inexact.append((vector, Reason(ReasonKind.STATISTIC, detail, operation=self.op_name())))
 
     def unite(self, a: Vector, b: Vector) -> None:
         if a is b:
@@ -100,17 +109,23 @@ class LabelContext(ParameterLabels):
         meta = node.meta["val"] if index is None else node.meta["val"][index]
         shape = tuple(meta.shape)
         axes = {a: v for a, v in axes.items() if shape[a] > 1}
-        return Value(shape, axes, frozenset(a for a in zero if a in axes), why or f"it comes from {self.op_name()}")
+        return Value(shape, axes, frozenset(a for a in zero if a in axes), self.origin(why))
 
-    def opaque(self, node: fx.Node, inputs: Sequence[Value], reason: str = "") -> Any:
+    def origin(self, why: str = "") -> Reason:
+        """Why the axes without labels of what the current node gives have a fixed size: ``why``, or that the node made it."""
+        if isinstance(why, Reason):
+            return why
+        return Reason(ReasonKind.COMPUTED, why or f"it comes from {self.op_name()}")
+
+    def opaque(self, node: fx.Node, inputs: Sequence[Value], reason: str = "", kind: ReasonKind | None = None) -> Any:
         """No rule: pin everything that goes in; what comes out has fixed sizes."""
         name = op_name(node, self.traced)
-        why = reason or f"{name} has no rule"
         if not reason:
             self.unknown.setdefault(name, self.where())
+            kind = ReasonKind.NO_RULE
         for value in inputs:
-            self.pin_all(value, why)
-        return lift(node.meta.get("val"), f"it comes from {name}")
+            self.pin_all(value, reason or f"{name} has no rule", kind)
+        return lift(node.meta.get("val"), Reason(ReasonKind.COMPUTED, f"it comes from {name}"))
 
     def combine(self, shape: Sequence[int], values: Sequence[Value]) -> tuple[dict[int, Vector], dict[int, list[Value]]]:
         """Broadcast ``values`` against each other: labels united index by index where they meet.
@@ -133,7 +148,7 @@ class LabelContext(ParameterLabels):
             if bare is not None:
                 for _, vector in with_labels:
                     self.clash(vector, bare)
-                    self.pin(vector, f"it meets a tensor of fixed size ({bare.why})")
+                    self.pin(vector, "it meets a tensor of fixed size", because=bare.why)
                 continue
             first = next((vector for _, vector in with_labels if not self.is_soft(vector)), with_labels[0][1])
             for _, vector in with_labels:
@@ -170,7 +185,12 @@ class LabelContext(ParameterLabels):
                 zeros.add(axis)
             elif zero == "first" and values and axis - meta.ndim + values[0].ndim in values[0].zero:
                 zeros.add(axis)
-        return self.make(node, axes, zeros, next((v.why for v in values if v.ndim == meta.ndim), values[0].why if values else ""))
+        return self.make(node, axes, zeros, self._why_of(values, meta.ndim))
+
+    def _why_of(self, values: Sequence[Value], ndim: int) -> str:
+        """That of the first operand of full rank. What is computed from an activation is no parameter, though one of the operands is."""
+        activations = [v for v in values if v.why.kind is not ReasonKind.PARAMETER] or list(values)
+        return next((v.why for v in activations if v.ndim == ndim), activations[0].why if activations else "")
 
     def through(self, node: fx.Node, x: Value, mixed: Sequence[int] = (), zero: bool = True, index: int | None = None) -> Value:
         """Same axes out as in; the axes ``mixed`` are mixed by the operation, so labels there are pinned."""
@@ -237,7 +257,7 @@ class LabelContext(ParameterLabels):
         """Two sets of labels came to lie on one axis. An index goes if either of its labels does, which two sparsities cannot both
         decide: those that an expansion made yield, of others those with fewer units stay."""
         few, many = sorted((a, b), key=lambda v: (not self.is_soft(np.unique(v)), self.labels.units(v)))
-        self.pin(few, "it is folded into one axis with other channels")
+        self.pin(few, "it is folded into one axis with other channels", ReasonKind.FOLDED)
         return many
 
     def stays_view(self, node: fx.Node) -> bool:

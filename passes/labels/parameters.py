@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.passes.ir.nodes import op_name
+from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.labels.ledger import Tie
 from fxprune.passes.labels.values import Labels, Value, Vector
@@ -43,7 +44,7 @@ class ParameterLabels:
         width = self._channels_end(name, len(shape)) if floating or mask or tensor.is_complex() else 0
         axes = {d: self.parameter(name, d, n) for d, n in enumerate(shape[:width]) if n > 1}
         zeroed = floating and name not in self.traced.constants  # a removed slice of a parameter is one of zeros; of a literal it is not
-        return Value(shape, axes, frozenset(axes) if zeroed else frozenset(), f"it comes from {name!r}")
+        return Value(shape, axes, frozenset(axes) if zeroed else frozenset(), _from(name))
 
     def _channels_end(self, name: str, ndim: int) -> int:
         """How many leading dimensions of a tensor may carry channels, by the layers that hold it."""
@@ -66,9 +67,9 @@ class ParameterLabels:
 
     def _pin_fixed(self, key: tuple[str, int], vector: Vector) -> None:
         if key in self.fixed:
-            self.labels.pin(vector, "the user asked to leave it alone (ignore)")
+            self.labels.pin(vector, Reason(ReasonKind.IGNORED, "the user asked to leave it alone (ignore)"))
         if key[0] in self.traced.read:
-            self.labels.pin(vector, f"Python code reads the values of {key[0]!r}")
+            self.labels.pin(vector, Reason(ReasonKind.PYTHON, f"Python code reads the values of {key[0]!r}", name=key[0]))
 
     def bind(self, node: fx.Node, key: str, dim: int, vector: Vector | None) -> None:
         """A tensor of the called module is read along ``vector``: where it has no labels yet it takes these, which saves uniting them."""
@@ -104,7 +105,7 @@ class ParameterLabels:
             return None
         shape = tuple(self.traced.skeleton.tensor(name).shape)
         axes = {d: self.parameter(name, d, shape[d]) for d in dims if shape[d] > 1}
-        return Value(shape, axes, frozenset(axes), f"it comes from {name!r}")
+        return Value(shape, axes, frozenset(axes), _from(name))
 
     def read_as_weight(self, value: Value | None) -> None:
         """A tensor is used as a layer's weight: its channels are a layer's channels, whoever holds the parameter."""
@@ -113,10 +114,14 @@ class ParameterLabels:
 
     def is_weight(self, value: Value) -> bool:
         """Whether a value is a parameter, or one that was only moved."""
-        return value.why.startswith("it comes from '") and value.why[15:-1] in self.traced.skeleton.parameter_names
+        return value.why.kind is ReasonKind.PARAMETER and value.why.name in self.traced.skeleton.parameter_names
 
     def op_name(self) -> str:
         return op_name(self.node, self.traced) if self.node is not None else ""
 
     def where(self) -> str:
         return str(self.node.meta.get("where", "")) if self.node is not None else ""
+
+
+def _from(name: str) -> Reason:
+    return Reason(ReasonKind.PARAMETER, f"it comes from {name!r}", name=name)

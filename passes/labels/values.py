@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from fxprune.passes.ir.nested import collect
+from fxprune.passes.ir.reasons import Reason
 
 Vector = npt.NDArray[np.int64]
 
@@ -20,8 +21,8 @@ class Labels:
     def __init__(self) -> None:
         self._parent: Vector = np.arange(1024, dtype=np.int64)
         self.count = 0
-        self.pins: list[tuple[Vector, str]] = []
-        self.inexact: list[tuple[Vector, str]] = []
+        self.pins: list[tuple[Vector, Reason]] = []
+        self.inexact: list[tuple[Vector, Reason]] = []
 
     def new(self, size: int) -> Vector:
         start, self.count = self.count, self.count + size
@@ -54,7 +55,7 @@ class Labels:
             # Several pairs may name one root: it takes the smallest partner, and the next round unites the others.
             np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
 
-    def pin(self, vector: Vector, reason: str) -> None:
+    def pin(self, vector: Vector, reason: Reason) -> None:
         self.pins.append((vector, reason))
 
     def units(self, vector: Vector) -> int:
@@ -73,14 +74,14 @@ class Value:
     shape: tuple[int, ...]
     axes: dict[int, Vector]
     zero: frozenset[int]
-    why: str
+    why: Reason
 
     @property
     def ndim(self) -> int:
         return len(self.shape)
 
 
-def lift(value: Any, why: str) -> Any:
+def lift(value: Any, why: Reason) -> Any:
     if isinstance(value, torch.Tensor):
         return Value(tuple(value.shape), {}, frozenset(), why)
     if isinstance(value, dict):

@@ -6,16 +6,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fxprune.passes.coupling.graph import SINGLE, CouplingGraph, Group
+from fxprune.passes.coupling.graph import CouplingGraph, Group
+from fxprune.passes.ir.reasons import Reason, ReasonKind, is_as_it_must_be
 from fxprune.passes.planning.naming import Wanted
 from fxprune.passes.planning.plan import Keep
 
-# Words of the reasons for which channels are locked in every network, or because the user said so: nobody expects these to go.
-_AS_IT_MUST = (
-    *("reaches the network's output", "from the network's input", SINGLE, "a vocabulary is not pruned", "a kernel's width"),
-    *("the hidden size stays", "so each group keeps its width", "no operation reads it"),
-)
-_IGNORED = "the user asked to leave it alone (ignore)"
 _SHOWN = 3  # locked parts that the sentence names
 
 
@@ -31,7 +26,7 @@ def shortfall(graph: CouplingGraph, wanted: Wanted, keep: Keep, round_to: int, l
         return ""
     width = _outputs(graph)
     locked = [graph.by_name[name] for name in wanted.locked]
-    missed = [g for g in locked if not _must(g) and g.reason != _IGNORED]
+    missed = [g for g in locked if not _must(g) and g.kind is not ReasonKind.IGNORED]
     free = sum(p * width[graph.by_name[name].number] for name, p in asked.items())
     held = sum(wanted.locked[g.name] * width[g.number] for g in missed)
     if keep.all():
@@ -59,7 +54,7 @@ def _why_nothing(graph: CouplingGraph, asked: Mapping[str, float], locked: list[
 
 
 def _must(group: Group) -> bool:
-    return any(words in group.reason for words in _AS_IT_MUST)
+    return isinstance(group.reason, Reason) and is_as_it_must_be(group.reason)
 
 
 def _largest(groups: list[Group], width: np.ndarray[tuple[int], np.dtype[np.int64]]) -> str:

@@ -172,7 +172,7 @@ def called_again(ctx: LabelContext, node: fx.Node, module: nn.Module, inputs: Se
             ctx.unite(a, b)
         elif a is not None or b is not None:
             why = (value if a is None else first).why
-            ctx.pin(a if b is None else b, f"{str(node.target)!r} is called on channels of fixed size as well ({why})")
+            ctx.pin(a if b is None else b, f"{str(node.target)!r} is called on channels of fixed size as well", because=why)
 
 
 def _plain_rule(spec: LayerSpec) -> Callable[..., Any]:
@@ -187,11 +187,11 @@ def _plain_rule(spec: LayerSpec) -> Callable[..., Any]:
             if weight is None:
                 continue
             if arriving is None:
-                ctx.pin(weight.axes.get(dim), f"the layer reads channels of fixed size ({input.why})")
+                ctx.pin(weight.axes.get(dim), "the layer reads channels of fixed size", because=input.why)
             elif dim in weight.axes:
                 ctx.unite(weight.axes[dim], arriving)
             else:
-                ctx.pin(arriving, f"it meets a weight of fixed size ({weight.why})")
+                ctx.pin(arriving, "it meets a weight of fixed size", because=weight.why)
         made = None if spec.produces else arriving
         for key, _ in module.named_parameters(recurse=False):
             weight = ctx.weight(node, key)

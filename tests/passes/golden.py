@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -16,11 +17,16 @@ FOLDER = Path(__file__).parent / "golden"
 COMMAND = "python -m tests.passes.golden"
 
 
-def report(name: str) -> str:
-    """The coupling report of a network of the zoo: one paragraph per group, members as name:dimension[indices]."""
+@functools.lru_cache(1)
+def graph_of(name: str) -> CouplingGraph:
     torch.manual_seed(0)
     network = ZOO[name]
-    graph = fxprune.analyze(network.make().eval(), network.inputs())
+    return fxprune.analyze(network.make().eval(), network.inputs())
+
+
+def report(name: str) -> str:
+    """The coupling report of a network of the zoo: one paragraph per group, members as name:dimension[indices]."""
+    graph = graph_of(name)
     return f"# {COMMAND} {name}\n" + "".join(_group(graph, i) for i in range(len(graph.groups)))
 
 

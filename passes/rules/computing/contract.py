@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value
 from fxprune.passes.rules.layers import layers
@@ -45,7 +46,7 @@ def contract(ctx: LabelContext, operands: Sequence[Operand], out: str, layer: st
         if bare is not None:
             for _, _, vector in with_labels:
                 ctx.clash(vector, bare)
-                ctx.pin(vector, f"it is multiplied with a tensor of fixed size ({bare.why})")
+                ctx.pin(vector, "it is multiplied with a tensor of fixed size", because=bare.why)
             continue
         vector = next((x for _, _, x in with_labels if not ctx.is_soft(x)), with_labels[0][2])
         for _, _, other in with_labels:
@@ -82,15 +83,15 @@ def _bias(ctx: LabelContext, axes: dict[int, Any], axis: int, bias: Value) -> No
     if 0 in bias.axes and axis in axes:
         ctx.unite(axes[axis], bias.axes[0])
     elif 0 in bias.axes:
-        ctx.pin(bias.axes[0], "the layer's output has a fixed size")
+        ctx.pin(bias.axes[0], "the layer's output has a fixed size", ReasonKind.FIXED_SIZE)
     elif axis in axes and bias.shape[0] != 1:
-        ctx.pin(axes.pop(axis), f"its bias has a fixed size ({bias.why})")
+        ctx.pin(axes.pop(axis), "its bias has a fixed size", because=bias.why)
 
 
 def _need_labels(ctx: LabelContext, x: Value, axis: int, weight: Value, dim: int) -> None:
     """A layer that reads a fixed-size axis keeps all its inputs: say so in the layer's own words."""
     if axis not in x.axes and dim in weight.axes:
-        ctx.pin(weight.axes[dim], f"the layer reads channels of fixed size ({x.why})")
+        ctx.pin(weight.axes[dim], "the layer reads channels of fixed size", because=x.why)
 
 
 def _linear_shape(module: Any, args: tuple[Any, ...]) -> torch.Tensor | None:
@@ -265,7 +266,7 @@ def embedding_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input:
 def embedding(ctx: LabelContext, node: fx.Node, input: Value, weight: Value, *_: Any, **__: Any) -> Value:
     """``input`` (...) of indices into ``weight`` (vocabulary, channels): the channels are the last axis of the result."""
     ctx.read_as_weight(weight)
-    ctx.pin(weight.axes.get(0), "a vocabulary is not pruned")
+    ctx.pin(weight.axes.get(0), "a vocabulary is not pruned", ReasonKind.STRUCTURE)
     ctx.pin_all(input, "it is used as an index")
     return ctx.make(node, {input.ndim: weight.axes[1]} if 1 in weight.axes else {}, [input.ndim], weight.why)
 
@@ -276,7 +277,7 @@ def embedding_bag(
 ) -> Value:
     weight = ctx.weight(node, "weight")
     assert weight is not None
-    ctx.pin(weight.axes.get(0), "a vocabulary is not pruned")
+    ctx.pin(weight.axes.get(0), "a vocabulary is not pruned", ReasonKind.STRUCTURE)
     return ctx.make(node, {1: weight.axes[1]} if 1 in weight.axes else {}, [1], weight.why)
 
 
@@ -314,7 +315,7 @@ def attention(
     shape = (*query.shape[:-1], key.shape[-2])
     for axis in (len(batch), len(batch) + 1):
         ctx.inexact(axes.get(axis), "softmax over channels")
-    weights = Value(shape, axes, frozenset(), f"it is the weights of {ctx.op_name()}")
+    weights = Value(shape, axes, frozenset(), ctx.origin(f"it is the weights of {ctx.op_name()}"))
     if isinstance(attn_mask, Value):
         axes, _spans = ctx.combine(shape, [weights, attn_mask])
         weights = Value(shape, axes, frozenset(), weights.why)

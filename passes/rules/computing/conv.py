@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Labels, Value, Vector
 from fxprune.passes.rules.layers import layers
@@ -133,7 +134,7 @@ def kernel(ctx: LabelContext, node: fx.Node, weight: Value) -> Value:
     ctx.read_as_weight(weight)
     for axis, vector in weight.axes.items():
         if axis > 1:
-            ctx.pin(vector, "a kernel's width is not pruned")
+            ctx.pin(vector, "a kernel's width is not pruned", ReasonKind.STRUCTURE)
     return Value(weight.shape, {a: v for a, v in weight.axes.items() if a < 2}, weight.zero, weight.why)
 
 
@@ -170,7 +171,7 @@ def convolve(
     arriving = x.axes.get(channel)
     if arriving is None:
         for dim in (0,) if transposed else (1,):
-            ctx.pin(w.axes.get(dim), f"the layer reads channels of fixed size ({x.why})")
+            ctx.pin(w.axes.get(dim), "the layer reads channels of fixed size", because=x.why)
     if groups == 1:
         into, out = (0, 1) if transposed else (1, 0)
         if arriving is not None:
@@ -187,7 +188,7 @@ def convolve(
         if bias is not None and 0 in bias.axes:
             ctx.unite(made, bias.axes[0])
     elif bias is not None:
-        ctx.pin(bias.axes.get(0), "the layer's output has a fixed size")
+        ctx.pin(bias.axes.get(0), "the layer's output has a fixed size", ReasonKind.FIXED_SIZE)
     positions = x.shape if transposed else tuple(meta.shape)
     macs = math.prod(positions) * w.shape[1] * math.prod(w.shape[2:])
     along = (arriving, w.axes.get(1)) if transposed else (made, w.axes.get(1))
@@ -199,7 +200,7 @@ def _tie(ctx: LabelContext, arriving: Vector, w: Value, dim: int) -> None:
     if dim in w.axes:
         ctx.unite(arriving, w.axes[dim])
     elif w.shape[dim] != 1:
-        ctx.pin(arriving, f"it meets a weight of fixed size ({w.why})")
+        ctx.pin(arriving, "it meets a weight of fixed size", because=w.why)
 
 
 def _grouped(ctx: LabelContext, x: Value, channel: int, arriving: Vector | None, w: Value, groups: int, transposed: bool) -> Vector | None:
@@ -212,7 +213,7 @@ def _grouped(ctx: LabelContext, x: Value, channel: int, arriving: Vector | None,
     own = w.axes.get(0)  # inputs if transposed, else outputs
     if own is None or (not transposed and arriving is None and per_in == 1):
         for vector in (arriving, *w.axes.values()):
-            ctx.pin(vector, "a grouped convolution reads channels of fixed size")
+            ctx.pin(vector, "a grouped convolution reads channels of fixed size", ReasonKind.FIXED_SIZE)
         return None
     if transposed and arriving is not None:
         ctx.unite(arriving, own)
@@ -220,7 +221,7 @@ def _grouped(ctx: LabelContext, x: Value, channel: int, arriving: Vector | None,
         lead = ctx.labels.find(arriving).reshape(groups, per_in)[:, 0].copy()
         ctx.unite(np.repeat(lead, per_in), arriving)
         if 1 in w.axes:
-            ctx.pin(w.axes[1], "whole groups of the convolution are removed, so each group keeps its width")
+            ctx.pin(w.axes[1], "whole groups of the convolution are removed, so each group keeps its width", ReasonKind.STRUCTURE)
         made = np.repeat(lead, per_out)
         if transposed:
             return made

@@ -29,7 +29,7 @@ def _per_channel(ctx: LabelContext, node: fx.Node, x: Value, axis: int, others: 
         if other is None or 0 not in other.axes:
             continue
         if vector is None:
-            ctx.pin(other.axes[0], f"it normalises channels of fixed size ({x.why})")
+            ctx.pin(other.axes[0], "it normalises channels of fixed size", because=x.why)
         else:
             ctx.unite(vector, other.axes[0])
     # With its affine pair and running mean zeroed, a removed channel is zero after the norm as well. Labels on other axes
@@ -126,7 +126,7 @@ def _layer(ctx: LabelContext, node: fx.Node, x: Value, dims: int, weight: Value 
             if axis in x.axes:
                 ctx.unite(x.axes[axis], part.axes[own])
             else:
-                ctx.pin(part.axes[own], f"it normalises channels of fixed size ({x.why})")
+                ctx.pin(part.axes[own], "it normalises channels of fixed size", because=x.why)
         ctx.inexact(axes.get(axis), "statistics over channels")
     zero = {a for a in axes if a >= x.ndim - dims and weight is not None}
     return ctx.make(node, axes, zero, x.why)
@@ -267,7 +267,7 @@ def weight_norm(ctx: LabelContext, node: fx.Node, v: Value, g: Value, dim: int =
         ctx.unite(rows, lengths)
         ctx.inexact(rows, "the zeroed original divides zero by zero")
     elif rows is not None or lengths is not None:
-        ctx.pin(rows if lengths is None else lengths, f"its length has a fixed size ({(g if lengths is None else v).why})")
+        ctx.pin(rows if lengths is None else lengths, "its length has a fixed size", because=(g if lengths is None else v).why)
     return ctx.make(node, v.axes, v.axes, v.why)
 
 
@@ -288,7 +288,7 @@ def spectral_norm_module(ctx: LabelContext, node: fx.Node, module: Any, weight: 
         if estimate is None or 0 not in estimate.axes:
             continue
         if not labelled:
-            ctx.pin(estimate.axes[0], f"the layer reads channels of fixed size ({weight.why})")
+            ctx.pin(estimate.axes[0], "the layer reads channels of fixed size", because=weight.why)
         for axis in labelled:
             before, after = (math.prod(weight.shape[a] for a in axes if (a > axis) == later and a != axis) for later in (False, True))
             ctx.unite(np.tile(np.repeat(weight.axes[axis], after), before), estimate.axes[0])

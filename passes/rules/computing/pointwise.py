@@ -90,7 +90,7 @@ def prelu(ctx: LabelContext, node: fx.Node, input: Value, weight: Value) -> Valu
     if 0 in weight.axes and axis in input.axes:
         ctx.unite(input.axes[axis], weight.axes[0])
     elif 0 in weight.axes:
-        ctx.pin(weight.axes[0], f"it meets channels of fixed size ({input.why})")
+        ctx.pin(weight.axes[0], "it meets channels of fixed size", because=input.why)
     return ctx.make(node, input.axes, input.zero, input.why)
 
 

@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fxprune.passes.ir.nested import packed
+from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, Vector
 from fxprune.passes.rules.layers import layers
@@ -41,7 +42,7 @@ def recurrent(ctx: LabelContext, node: fx.Node, module: Any, input: Any, hx: Any
     cell = _units(ctx, node, "weight_hr_l0" if projection else "weight_hh_l0", 1, hidden)
     seen = _units(ctx, node, "weight_hr_l0", 0, projection) if projection else cell
     if projection:  # torch looks for a projection only where its size is not the hidden size, and misreads the weights where it is
-        ctx.pin(cell, "with a projection the hidden size stays")
+        ctx.pin(cell, "with a projection the hidden size stays", ReasonKind.STRUCTURE)
     arriving = input.axes.get(input.ndim - 1)
     for layer in range(module.num_layers):
         for suffix in [f"l{layer}", f"l{layer}_reverse"][:directions]:
@@ -49,10 +50,10 @@ def recurrent(ctx: LabelContext, node: fx.Node, module: Any, input: Any, hx: Any
             _rows(ctx, node, f"weight_hh_{suffix}", cell, gates)
             for bias in ("bias_ih_", "bias_hh_"):
                 _rows(ctx, node, bias + suffix, cell, gates)
-            _columns(ctx, node, f"weight_hh_{suffix}", seen, "")
+            _columns(ctx, node, f"weight_hh_{suffix}", seen, None)
             if projection:
                 _rows(ctx, node, f"weight_hr_{suffix}", seen, 1)
-                _columns(ctx, node, f"weight_hr_{suffix}", cell, "")
+                _columns(ctx, node, f"weight_hr_{suffix}", cell, None)
             _columns(ctx, node, f"weight_ih_{suffix}", arriving, input.why)
         arriving = np.tile(seen, directions)
     for axis in range(input.ndim - 1):
@@ -71,7 +72,7 @@ def recurrent(ctx: LabelContext, node: fx.Node, module: Any, input: Any, hx: Any
     last = input.ndim - 1
     units = np.tile(seen, directions)
     axes = {last: units} if len(units) > 1 else {}
-    out: Any = Value((*input.shape[:-1], len(units)), axes, frozenset(axes if hx is None else ()), f"it comes from {ctx.op_name()}")
+    out: Any = Value((*input.shape[:-1], len(units)), axes, frozenset(axes if hx is None else ()), ctx.origin())
     why, state_of = out.why, node.meta["val"][1]
     if isinstance(given, PackedSequence):
         out = packed(out, *given[1:])
@@ -118,7 +119,7 @@ def cell(
             ctx.unite(part.axes[0], np.tile(units, gates))
     arriving = input.axes.get(input.ndim - 1)
     if arriving is None:
-        ctx.pin(w_ih.axes.get(1), f"the layer reads channels of fixed size ({input.why})")
+        ctx.pin(w_ih.axes.get(1), "the layer reads channels of fixed size", because=input.why)
     elif 1 in w_ih.axes:
         ctx.unite(w_ih.axes[1], arriving)
     for axis in range(input.ndim - 1):
@@ -146,7 +147,7 @@ def _rows(ctx: LabelContext, node: fx.Node, key: str, units: Vector, gates: int)
         ctx.tie(name, 0, np.tile(units, gates))
 
 
-def _columns(ctx: LabelContext, node: fx.Node, key: str, units: Vector | None, why: str) -> None:
+def _columns(ctx: LabelContext, node: fx.Node, key: str, units: Vector | None, why: Reason | None) -> None:
     name = ctx.canonical(str(node.target), key)
     if name is None:
         return
@@ -154,7 +155,7 @@ def _columns(ctx: LabelContext, node: fx.Node, key: str, units: Vector | None, w
         ctx.tie(name, 1, units)
         return
     size = ctx.traced.skeleton.tensor(name).shape[1]
-    ctx.pin(ctx.parameter(name, 1, size), f"the layer reads channels of fixed size ({why})")
+    ctx.pin(ctx.parameter(name, 1, size), "the layer reads channels of fixed size", because=why)
 
 
 def _state(ctx: LabelContext, state: Value, units: Vector) -> None:
@@ -162,6 +163,6 @@ def _state(ctx: LabelContext, state: Value, units: Vector) -> None:
     if axis in state.axes:
         ctx.unite(state.axes[axis], units)
     else:
-        ctx.pin(units, f"its initial state has a fixed size ({state.why})")
+        ctx.pin(units, "its initial state has a fixed size", because=state.why)
     for other in range(axis):
         ctx.pin(state.axes.get(other), "a recurrent layer runs along it")

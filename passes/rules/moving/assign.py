@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, values
 from fxprune.passes.rules.moving.indexing import entries_of, pin_pairs, resolved, rewrite_getitem
@@ -28,7 +29,7 @@ def setitem(ctx: LabelContext, node: fx.Node, target: Value, index: Any, value: 
     place = _place(ctx, node, target, index)
     if place is None:
         for found in (target, *values((index, value))):
-            ctx.pin_all(found, "a part of it is assigned to")
+            ctx.pin_all(found, "a part of it is assigned to", ReasonKind.ASSIGNED)
         return
     region, back = place
     zero = target.zero
@@ -78,9 +79,9 @@ def index_put(ctx: LabelContext, node: fx.Node, input: Value, indices: Sequence[
     parts = entries_of(tuple(slice(None) if i is None else i for i in indices), input.ndim)
     picked = [a for a, e in enumerate(parts) if not isinstance(e, slice)]
     if any(isinstance(e, Value) and e.ndim != 1 for e in parts) or len(picked) != 1:
-        return ctx.opaque(node, [input, *values((indices, written))], "a part of it is assigned to")
+        return ctx.opaque(node, [input, *values((indices, written))], "a part of it is assigned to", ReasonKind.ASSIGNED)
     if isinstance(written, Value) and written.ndim != input.ndim and math.prod(written.shape) > 1:
-        return ctx.opaque(node, [input, written], "a part of it is assigned to")
+        return ctx.opaque(node, [input, written], "a part of it is assigned to", ReasonKind.ASSIGNED)
     return _along(ctx, node, input, picked[0], values(written))
 
 
@@ -108,7 +109,7 @@ def gather(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Valu
 @named("take_along_dim", inplace=False)
 def take_along_dim(ctx: LabelContext, node: fx.Node, input: Value, indices: Value, dim: int | None = None) -> Any:
     if dim is None or indices.ndim != input.ndim:
-        return ctx.opaque(node, [input, indices], "it is gathered by values the graph computes")
+        return ctx.opaque(node, [input, indices], "it is gathered by values the graph computes", ReasonKind.COMPUTED_INDEX)
     return _along(ctx, node, input, dim, [indices], [], broadcast=True)
 
 
@@ -133,7 +134,7 @@ def _along(
     for value in (input, *others):
         for axis, vector in value.axes.items():
             if value.ndim != input.ndim or shape[axis] == 1:
-                ctx.pin(vector, _COMPUTED)
+                ctx.pin(vector, _COMPUTED, ReasonKind.COMPUTED_INDEX)
         if value.ndim == input.ndim:
             free = {a: v for a, v in value.axes.items() if shape[a] > 1}
             flat.append(Value(tuple(min(n, s) for n, s in zip(value.shape, shape, strict=True)), free, value.zero, value.why))

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from fxprune.errors import UnsupportedError
+from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, Vector, values
 from fxprune.passes.rules.protocols import Rewriter
@@ -35,14 +36,14 @@ def getitem(ctx: LabelContext, node: fx.Node, input: Any, index: Any) -> Any:
     raw = list(node.args[1]) if isinstance(node.args[1], (tuple, list)) and isinstance(index, (tuple, list)) else [node.args[1]]
     indexed = resolved(ctx, node, input, index, raw)
     if indexed is None:
-        return ctx.opaque(node, [input, *values(index)], "it is indexed by values the graph computes")
+        return ctx.opaque(node, [input, *values(index)], "it is indexed by values the graph computes", ReasonKind.COMPUTED_INDEX)
     pin_pairs(ctx, input, indexed)
     axis = -1
     for entry in entries_of(indexed, input.ndim):
         axis += entry is not None
         # What is left of every second channel is listed, and a list copies.
         if isinstance(entry, slice) and entry.step not in (None, 1) and axis in input.axes and ctx.stays_view(node):
-            ctx.pin(input.axes[axis], "every second or so of its channels is written in place")
+            ctx.pin(input.axes[axis], "every second or so of its channels is written in place", ReasonKind.WRITTEN_IN_PLACE)
     return ctx.move(node, input, lambda labels: _picked(labels, indexed))
 
 
@@ -55,7 +56,7 @@ def pin_pairs(ctx: LabelContext, x: Value, index: Any) -> None:
         if isinstance(entry, (list, tuple, range, torch.Tensor)):
             listed.append(axis)
     for axis in listed if len(listed) > 1 else ():
-        ctx.pin(x.axes.get(axis), "it is picked from by two lists at once")
+        ctx.pin(x.axes.get(axis), "it is picked from by two lists at once", ReasonKind.TWO_INDICES)
 
 
 def _picked(labels: torch.Tensor, index: Any) -> torch.Tensor:
@@ -185,5 +186,5 @@ def index_select(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index
         return ctx.make(node, input.axes, input.zero, input.why)
     actual = ctx.real(node.args[2] if len(node.args) > 2 else node.kwargs["index"])
     if actual is None:
-        return ctx.opaque(node, [input, index], "it is indexed by values the graph computes")
+        return ctx.opaque(node, [input, index], "it is indexed by values the graph computes", ReasonKind.COMPUTED_INDEX)
     return ctx.move(node, input, lambda labels: labels.index_select(axis, actual.cpu()))

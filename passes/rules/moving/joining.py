@@ -30,7 +30,7 @@ def _joined(ctx: LabelContext, node: fx.Node, parts: Sequence[Value], dim: int) 
         if bare is not None:
             for part in having:
                 ctx.clash(part.axes[axis], bare)
-                ctx.pin(part.axes[axis], f"it is concatenated with a tensor of fixed size ({bare.why})")
+                ctx.pin(part.axes[axis], "it is concatenated with a tensor of fixed size", because=bare.why)
             continue
         first = next((p.axes[axis] for p in having if not ctx.is_soft(p.axes[axis])), having[0].axes[axis])
         for part in having:
@@ -44,7 +44,7 @@ def _joined(ctx: LabelContext, node: fx.Node, parts: Sequence[Value], dim: int) 
             piece = part.axes.get(dim)
             if piece is None:
                 piece = ctx.fresh("cat", part.shape[dim])
-                ctx.pin(piece, f"it is a part of fixed size ({part.why})")
+                ctx.pin(piece, "it is a part of fixed size", because=part.why)
             pieces.append(piece)
         axes[dim] = np.concatenate(pieces)
         if all(dim in p.zero or dim not in p.axes for p in parts):  # a part of fixed size loses nothing

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value
 from fxprune.passes.rules.moving.movement import move, moved
@@ -82,7 +83,7 @@ def _roll(slim: Rewriter, node: fx.Node) -> None:
 @named("roll", rewrite=_roll, inplace=False)
 def roll(ctx: LabelContext, node: fx.Node, input: Value, shifts: Any, dims: Any = None) -> Any:
     if dims is None:
-        ctx.pin_all(input, "it is rolled as one flat row")
+        ctx.pin_all(input, "it is rolled as one flat row", ReasonKind.FLAT)
         return ctx.make(node, {}, (), input.why)
     rolled = {d % input.ndim for d in (dims if isinstance(dims, (tuple, list)) else (dims,))}
     if not rolled & set(input.axes):
