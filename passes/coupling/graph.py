@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,7 @@ import networkx as nx
 import numpy as np
 import torch
 
+from fxprune.passes.coupling.grouping import partition
 from fxprune.passes.coupling.untraced import pin_unseen
 from fxprune.passes.coupling.walk import Walk
 from fxprune.passes.ir.reasons import Reason, ReasonKind
@@ -108,105 +109,29 @@ class CouplingGraph:
 
     def _build(self) -> None:
         walk = self.walk
-        keys = [k for k in walk.parameters if len(walk.parameters[k])]
-        self.keys = keys
+        self.keys = [key for key, vector in walk.parameters.items() if len(vector)]
         # Dimensions that share one vector of labels (a norm's weight, bias and statistics) are one line.
-        vectors = [walk.parameters[k] for k in keys]
-        lines = {id(v): v for v in vectors}
+        vectors = [walk.parameters[key] for key in self.keys]
+        lines = {id(vector): vector for vector in vectors}
         number = {line: i for i, line in enumerate(lines)}
-        line_of_key = np.array([number[id(v)] for v in vectors], dtype=np.int64)
-        roots = [walk.labels.find(v) for v in lines.values()]
-        lengths = np.array([len(r) for r in roots], dtype=np.int64)
-        flat = np.concatenate(roots) if roots else np.zeros(0, dtype=np.int64)
-        line_of = np.repeat(np.arange(len(roots)), lengths)
-        # np.unique would sort; roots are small numbers, so a table does it in one pass.
-        first_at = np.full(walk.labels.count + 1, -1, dtype=np.int64)
-        first_at[flat[::-1]] = np.arange(len(flat))[::-1]
-        classes = np.flatnonzero(first_at >= 0)
-        first = first_at[classes]
-        n = len(classes)
-        place_of = np.zeros(walk.labels.count + 1, dtype=np.int64)
-        place_of[classes] = np.arange(n)
-        inverse = place_of[flat]
-        # Units that occupy the same dimensions equally often are of one kind: a random number per dimension, summed, tells kinds apart.
-        rng = np.random.Generator(np.random.PCG64(2024))
-        marks = rng.integers(1, 1 << 62, size=max(len(keys), 1), dtype=np.uint64)
-        kind = np.zeros(n, dtype=np.uint64)
-        line_marks = np.zeros(len(roots), dtype=np.uint64)
-        np.add.at(line_marks, line_of_key, marks[: len(keys)])
-        np.add.at(kind, inverse, line_marks[line_of])
-        reason_of = self._reason_of(walk.labels.pins, classes)
-        note_of = self._reason_of(walk.labels.inexact, classes)
-        in_layer = np.zeros(n, dtype=bool)
-        layer_lines = np.zeros(len(roots), dtype=bool)
-        layer_lines[line_of_key[np.array([self._is_layer(k) for k in keys], dtype=bool)]] = True
-        in_layer[inverse[layer_lines[line_of]]] = True
-        if walk.weights:
-            found = np.searchsorted(classes, walk.labels.find(np.concatenate(walk.weights)))
-            in_layer[found[found < n]] = True
-        # Group number of every class: the order is that of the first index in the order of execution.
-        for facts, mark in zip((reason_of, note_of, in_layer), rng.integers(1, 1 << 62, size=3, dtype=np.uint64), strict=True):
-            kind += facts.astype(np.uint64) * mark
-        _, group = np.unique(kind, return_inverse=True)
-        group = group.reshape(-1)
-        count = int(group.max()) + 1 if n else 0
-        lead = np.full(count, np.iinfo(np.int64).max)
-        np.minimum.at(lead, group, first)
-        rank = np.empty(count, dtype=np.int64)
-        rank[np.argsort(lead, kind="stable")] = np.arange(count)
-        group = rank[group]
-        order = np.lexsort((first, group))
-        unit = np.empty(n, dtype=np.int64)
-        unit[order] = np.arange(n)
-        self.starts = np.searchsorted(group[order], np.arange(count + 1))
-        self.group_of_unit = group[order]
-        self.unit_of: dict[tuple[str, int], Vector] = {}
-        bounds = np.concatenate([[0], np.cumsum(lengths)])
-        units = [unit[inverse[low:high]] for low, high in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
-        self.unit_of.update((key, units[line]) for key, line in zip(keys, line_of_key.tolist(), strict=True))
-        self._unit_of_label = np.full(walk.labels.count, -1, dtype=np.int64)
-        everything = walk.labels.find(np.arange(walk.labels.count))
-        hit = first_at[everything] >= 0
-        self._unit_of_label[hit] = unit[place_of[everything[hit]]]
-        present = np.zeros((count, max(len(roots), 1)), dtype=bool)
-        present[group[inverse], line_of] = True
-        self._group_keys = [np.flatnonzero(row[line_of_key]) for row in present]
+        line_of_key = np.array([number[id(vector)] for vector in vectors], dtype=np.int64)
+        of_layers = np.zeros(len(lines), dtype=bool)
+        of_layers[line_of_key[np.array([self._is_layer(key) for key in self.keys], dtype=bool)]] = True
+        made = partition(walk.labels, list(lines.values()), of_layers, walk.labels.pins, walk.labels.inexact, walk.weights)
+        self.starts, self.group_of_unit, self._unit_of_label = made.starts, made.group_of_unit, made.unit_of_label
+        self.unit_of = {key: made.units_of_line[line] for key, line in zip(self.keys, line_of_key.tolist(), strict=True)}
+        self._group_keys = [np.flatnonzero(row[line_of_key]) for row in made.lines]
         sizes = np.diff(self.starts)
-        reasons = np.zeros(count, dtype=np.int64)
-        notes = np.zeros(count, dtype=np.int64)
-        layer = np.zeros(count, dtype=bool)
-        reasons[group], notes[group], layer[group] = reason_of, note_of, in_layer
+        names = self._names(len(sizes))
         groups = []
-        names = self._names(count)
-        self.by_number: dict[int, Group] = {}
-        for g in range(count):
-            if not layer[g]:
-                continue
-            reason = walk.labels.pins[reasons[g] - 1][1] if reasons[g] else SINGLE if sizes[g] == 1 else ""
-            note = (walk.labels.inexact[notes[g] - 1][1],) if notes[g] else ()
+        for g in np.flatnonzero(made.in_layer).tolist():
+            reason = walk.labels.pins[made.reason[g] - 1][1] if made.reason[g] else SINGLE if sizes[g] == 1 else ""
+            note = (walk.labels.inexact[made.note[g] - 1][1],) if made.note[g] else ()
             groups.append(Group(names[g], int(sizes[g]), not reason, reason, note, g, self))
-            self.by_number[g] = groups[-1]
         self.groups: tuple[Group, ...] = tuple(groups)
-        self.by_name = {g.name: g for g in groups}
-        self.prunable_unit = np.zeros(n, dtype=bool)
-        for group_ in groups:
-            self.prunable_unit[self.starts[group_.number] : self.starts[group_.number + 1]] = group_.prunable
-
-    def _reason_of(self, pins: Sequence[tuple[Vector, Reason]], classes: Vector) -> Vector:
-        """1 + the number of the first reason given for each class, or 0."""
-        reason = np.zeros(len(classes), dtype=np.int64)
-        if not pins or not len(classes):
-            return reason
-        vectors = [v for v, _ in pins]
-        flat = self.walk.labels.find(np.concatenate(vectors))
-        number = np.repeat(np.arange(1, len(pins) + 1), [len(v) for v in vectors])
-        # One sentence per text: the same words at several places are one reason.
-        first_of: dict[str, int] = {}
-        canonical = np.array([first_of.setdefault(text, i + 1) for i, (_, text) in enumerate(pins)])
-        place = np.minimum(np.searchsorted(classes, flat), len(classes) - 1)
-        hit = classes[place] == flat
-        reason[place[hit][::-1]] = canonical[number[hit] - 1][::-1]
-        return reason
+        self.by_name = {group.name: group for group in groups}
+        self.by_number = {group.number: group for group in groups}
+        self.prunable_unit = np.isin(self.group_of_unit, [group.number for group in groups if group.prunable])
 
     def _is_layer(self, key: tuple[str, int]) -> bool:
         path = key[0].rpartition(".")[0]

@@ -17,7 +17,8 @@ class Gained(nn.Module):
         self.gain, self.table = nn.Parameter(torch.rand(8)), nn.Parameter(torch.rand(8, 5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.gain * self.a(x)) @ self.b(x).transpose(0, 1) @ (self.a(x) @ self.table.exp())
+        out: Tensor = (self.gain * self.a(x)) @ self.b(x).transpose(0, 1) @ (self.a(x) @ self.table.exp())
+        return out
 
 
 def test_an_activation_scaled_by_a_parameter_is_no_weight() -> None:
