@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,9 @@ from fxprune.evaluation.accuracy import device_of
 from fxprune.evaluation.wrappers import unwrapped
 from fxprune.files.record_json import indices
 from fxprune.importance.criteria import Importance, importance_name, scores
-from fxprune.passes.base import run_passes
+from fxprune.passes.base import GraphPass, Observer, UserPass, run_passes
 from fxprune.passes.coupling.graph import CouplingGraph
-from fxprune.passes.pipeline import Plan, Slim, analysed, listed, module_names, traced_graph
+from fxprune.passes.pipeline import Plan, Slim, analysed, compilation, listed, module_names, traced_graph
 from fxprune.passes.planning.cost import cost_model
 from fxprune.passes.planning.naming import limits, resolved
 from fxprune.passes.planning.shortfall import shortfall
@@ -59,8 +59,7 @@ def analyze(
     """
     model = _module(model)
     example = _example(model, example_inputs, None)
-    graph: CouplingGraph = analysed(model, example, listed(ignore), attention).meta["coupling"]
-    return graph
+    return analysed(model, example, listed(ignore), attention)
 
 
 def compress(
@@ -77,6 +76,8 @@ def compress(
     verify: bool = False,
     keep_class: bool = False,
     most: float | Mapping[str, float] | None = None,
+    passes: Sequence[Any] = (),
+    observe: Observer | None = None,
 ) -> fx.GraphModule:
     """Remove channels of ``model`` as ``policy`` says and return the slim network as a ``torch.fx.GraphModule``.
 
@@ -101,6 +102,9 @@ def compress(
         keep_class: return an instance of the model's own class with slim submodules, whose other methods work too, in place of a graph
             module.
         most: the largest share of its units that any group loses; or a mapping with keys as in ``policy``, where the lowest counts.
+        passes: passes of your own that run on the slim graph module afterwards: ``torch.fx.passes`` passes, or functions from graph module
+            to graph module. Each gets a copy, which it may edit.
+        observe: called as ``observe(step, result, seconds)`` after each step: "Trace", "Couple", "Plan", "Slim" and your own passes.
 
     Returns:
         The slim module.
@@ -128,24 +132,22 @@ def compress(
     batches = None if calibration is None else list(calibration)
     if isinstance(model, CouplingGraph):
         _fits_graph(model, ignored, attention)
-        carrier = traced_graph(model.walk.traced)
-        carrier.meta["coupling"] = model
-        example = example_inputs
+        graph, example = model, example_inputs
     else:
         model = _module(model)
         example = _example(model, example_inputs, chosen.inputs)
-        carrier = analysed(model, example, ignored, chosen_attention)
-    graph: CouplingGraph = carrier.meta["coupling"]
+        graph = analysed(model, example, ignored, chosen_attention, observe)
     wanted = resolved(graph, checked_sparsity(policy, "a uniform policy") if isinstance(policy, (int, float)) else chosen.sparsity)
     units = options.get("units") if importance == options.get("importance", "auto") else None
 
     def score(graph: CouplingGraph) -> Mapping[str, Any]:
         return _recorded(graph, wanted.sparsity, units) or scores(graph, importance, batches)
 
-    run_passes(carrier, [Plan(wanted.sparsity, score, multiple, most), Slim(keep_class)])
-    slim: fx.GraphModule = carrier.meta["slim"]
-    slimmer: Slimmer = carrier.meta["slimmer"]
-    keep = carrier.meta["keep"]
+    carrier = traced_graph(graph.walk.traced, graph)
+    run_passes(carrier, [Plan(wanted.sparsity, score, multiple, most), Slim(keep_class)], observe)
+    done = compilation(carrier)
+    keep, (slimmer, made_slim) = done.planned(), done.rewritten()
+    slim: Any = made_slim
     used = {"round_to": multiple, "importance": importance_name(importance)}
     notes = graph.notes
     lacking = shortfall(graph, wanted, keep, multiple, limits(graph, most))
@@ -160,7 +162,22 @@ def compress(
         zeroing_oracle(graph, keep, slim, *forms.call_form(given))
     if repair != "none":
         slim.__dict__["_record"] = made.with_repair(repair, Repairer(graph, batches or (), repair)(slim, slimmer))
-    return slim
+    return _passed(slim, passes, observe)
+
+
+def _passed(slim: Any, passes: Sequence[Any], observe: Observer | None) -> fx.GraphModule:
+    """``slim`` after the user's passes; the record, which goes along, names them."""
+    if passes and not isinstance(slim, fx.GraphModule):
+        name = type(slim).__name__
+        raise InputError(f"passes= needs the graph of the whole network; this {name} has none (keep_class, or traced in parts)")
+    steps = [step if isinstance(step, GraphPass) else UserPass(step) for step in passes]
+    made: Any = run_passes(slim, steps, observe) if steps else slim
+    if made is not slim:
+        ran = ", ".join(step.name for step in steps)
+        made_by = slim.__dict__["_record"]
+        note = f"after the rewrite {ran} ran, which load() does not run again"
+        made.__dict__["_record"], made.__dict__["_sources"] = replace(made_by, notes=(*made_by.notes, note)), slim.__dict__["_sources"]
+    return made  # type: ignore[no-any-return]
 
 
 def _fits_graph(graph: CouplingGraph, ignored: tuple[Any, ...], attention: str) -> None:

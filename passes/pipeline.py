@@ -1,9 +1,14 @@
-"""The compiler's steps as passes: trace, couple, plan, slim. Facts a step finds travel in the graph module's ``meta``."""
+"""The compiler's steps as passes: trace, couple, plan, slim.
+
+What they hand on is a ``Compilation``, which each step completes; it travels in the ``meta`` of the graph module that stands for it.
+"""
 
 from __future__ import annotations
 
 import fnmatch
+import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune.errors import InputError, TraceError
 from fxprune.example_inputs import build, describe
 from fxprune.passes import rules
-from fxprune.passes.base import GraphPass
+from fxprune.passes.base import GraphPass, Observer, run_passes
 from fxprune.passes.collector import paused_collector
 from fxprune.passes.coupling.graph import SINGLE, CouplingGraph
 from fxprune.passes.coupling.walk import Walk
@@ -28,6 +33,8 @@ from fxprune.passes.rules.layers import outputs_of
 from fxprune.passes.tracing.modes import trace
 from fxprune.passes.tracing.partial import trace_parts
 
+_KEY = "compilation"
+
 
 class TracedGraph(fx.GraphModule):
     """The traced graph on the way through the passes. It is never run, so no code is generated for it."""
@@ -36,10 +43,56 @@ class TracedGraph(fx.GraphModule):
         return None
 
 
-def traced_graph(traced: TracedModel) -> TracedGraph:
+@dataclass(frozen=True)
+class Compilation:
+    """How far the compilation of a model has come.
+
+    ``traced``: the traced model. ``graph``: which channels go together. ``keep`` (units,): which units stay. ``slimmer``: the rewrite,
+    which knows what was kept of each tensor. ``slim``: the slim network, a graph module unless only parts were traced or the class is kept.
+    """
+
+    traced: TracedModel
+    graph: CouplingGraph | None = None
+    keep: Keep | None = None
+    slimmer: Slimmer | None = None
+    slim: nn.Module | None = None
+
+    def coupled(self) -> CouplingGraph:
+        """The coupling graph. Raises ``InputError`` before ``Couple`` has run."""
+        if self.graph is None:
+            raise InputError("the model has not been analysed yet: run the pass Couple first")
+        return self.graph
+
+    def planned(self) -> Keep:
+        """Which units stay. Raises ``InputError`` before ``Plan`` has run."""
+        if self.keep is None:
+            raise InputError("nothing has been planned yet: run the pass Plan first")
+        return self.keep
+
+    def rewritten(self) -> tuple[Slimmer, nn.Module]:
+        """The rewrite and the slim network. Raises ``InputError`` before ``Slim`` has run."""
+        if self.slimmer is None or self.slim is None:
+            raise InputError("nothing has been rewritten yet: run the pass Slim first")
+        return self.slimmer, self.slim
+
+
+def compilation(carrier: fx.GraphModule) -> Compilation:
+    """How far the compilation has come that ``carrier`` stands for. Raises ``InputError`` for any other module."""
+    found = carrier.meta.get(_KEY)
+    if not isinstance(found, Compilation):
+        raise InputError("this graph module stands for no compilation; passes of fxprune take what passes.pipeline.traced_graph makes")
+    return found
+
+
+def _advance(carrier: fx.GraphModule, **found: Any) -> None:
+    carrier.meta[_KEY] = replace(compilation(carrier), **found)
+
+
+def traced_graph(traced: TracedModel, graph: CouplingGraph | None = None) -> TracedGraph:
+    """The module that stands for the compilation of a traced model, maybe one that is analysed already."""
     carrier = TracedGraph(nn.Module(), fx.Graph())
     carrier._graph = next(iter(traced.graphs.values()))
-    carrier.meta["traced"] = traced
+    carrier.meta[_KEY] = Compilation(traced, graph)
     return carrier
 
 
@@ -74,18 +127,18 @@ def fixed_dimensions(model: nn.Module, ignore: Iterable[Any], functional: Mappin
 
 
 class Couple(GraphPass):
-    """Which channels go together: puts a ``CouplingGraph`` under ``meta["coupling"]``."""
+    """Which channels go together: completes the compilation's ``graph``."""
 
     def __init__(self, inputs: Any, ignore: Iterable[Any] = (), attention: str = "auto") -> None:
         self.inputs, self.ignore, self.attention = inputs, tuple(ignore), attention
 
     def run(self, module: fx.GraphModule) -> fx.GraphModule:
-        traced: TracedModel = module.meta["traced"]
+        traced = compilation(module).traced
         fixed = fixed_dimensions(traced.skeleton.original, self.ignore, output_dims(traced) if self.ignore else {})
         walk = _settled(traced, self.attention, fixed)
         names = module_names(traced.skeleton.original, self.ignore)
         graph = CouplingGraph(walk, self.inputs, {"attention": self.attention, "ignore": names})
-        module.meta["coupling"] = _finer(graph, fixed)
+        _advance(module, graph=_finer(graph, fixed))
         return module
 
 
@@ -162,7 +215,7 @@ def _clashing(walk: Walk) -> list[str]:
 
 
 class Plan(GraphPass):
-    """Which units stay: puts one boolean per unit under ``meta["keep"]``."""
+    """Which units stay: completes the compilation's ``keep``."""
 
     def __init__(
         self,
@@ -174,16 +227,15 @@ class Plan(GraphPass):
         self.policy, self.score, self.round_to, self.most = policy, score, round_to, most
 
     def run(self, module: fx.GraphModule) -> fx.GraphModule:
-        graph: CouplingGraph = module.meta["coupling"]
+        graph = compilation(module).coupled()
         nothing = not any(self.policy.values()) if isinstance(self.policy, Mapping) else self.policy == 0
-        module.meta["keep"] = (
-            keep_counts(graph, {}, {}) if nothing else plan(graph, self.policy, self.score(graph), self.round_to, self.most)
-        )
+        keep = keep_counts(graph, {}, {}) if nothing else plan(graph, self.policy, self.score(graph), self.round_to, self.most)
+        _advance(module, keep=keep)
         return module
 
 
 class Slim(GraphPass):
-    """The rewrite: puts the ``Slimmer`` under ``meta["slimmer"]`` and the slim network under ``meta["slim"]``.
+    """The rewrite: completes the compilation's ``slimmer`` and ``slim``.
 
     Where the whole network was traced the slim network is the pass's result; where only parts were, or the user's class is kept, it is no
     graph module.
@@ -194,20 +246,22 @@ class Slim(GraphPass):
 
     @paused_collector()
     def run(self, module: fx.GraphModule) -> fx.GraphModule:
-        graph: CouplingGraph = module.meta["coupling"]
-        keep: Keep = module.meta["keep"]
-        slimmer = Slimmer(graph, keep)
+        known = compilation(module)
+        slimmer = Slimmer(known.coupled(), known.planned())
         slim = kept_class(slimmer) if self.keep_class else slimmer.run()
-        module.meta.update(slimmer=slimmer, slim=slim)
+        _advance(module, slimmer=slimmer, slim=slim)
         # Shared graphs are looked at once, not for each candidate of a search.
         return slim if isinstance(slim, SlimModule) and not slim.borrowed else module
 
 
 @paused_collector()
-def analysed(model: nn.Module, example_inputs: Any, ignore: Iterable[Any], attention: str) -> TracedGraph:
+def analysed(
+    model: nn.Module, example_inputs: Any, ignore: Iterable[Any], attention: str, observe: Observer | None = None
+) -> CouplingGraph:
     """Trace and couple; the steps every use of a model shares."""
     if attention not in ("auto", "heads", "head_dim"):
         raise InputError(f'attention is {attention!r}; it must be "auto", "heads" or "head_dim"')
+    start = time.perf_counter()
     rules.complete()
 
     def has_rule(target: Any) -> bool:
@@ -219,9 +273,11 @@ def analysed(model: nn.Module, example_inputs: Any, ignore: Iterable[Any], atten
         # The parts' inputs are known only by running the model, so recorded shapes become values first.
         values = build(describe(example_inputs), device=device_of(model)) if _on_meta(example_inputs) else example_inputs
         traced = trace_parts(model, values, rules.is_known, has_rule, error)
+    if observe is not None:
+        observe("Trace", traced, time.perf_counter() - start)
     carrier = traced_graph(traced)
-    Couple(describe(example_inputs), ignore, attention)(carrier)
-    return carrier
+    run_passes(carrier, [Couple(describe(example_inputs), ignore, attention)], observe)
+    return compilation(carrier).coupled()
 
 
 def _on_meta(example: Any) -> bool:

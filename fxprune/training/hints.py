@@ -218,7 +218,7 @@ def _analysed(student: nn.Module, teacher: nn.Module) -> CouplingGraph | None:
     if not isinstance(record, PruningRecord) or record.policy.inputs is None:
         return None
     example = forms.build(record.policy.inputs, device="meta")
-    graph: CouplingGraph = analysed(teacher, example, (), str(record.policy.options.get("attention", "auto"))).meta["coupling"]
+    graph = analysed(teacher, example, (), str(record.policy.options.get("attention", "auto")))
     return graph
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,11 +13,11 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from torch.utils._pytree import tree_leaves
 
 import fxprune
-from fxprune.errors import PolicyError, TraceError, UnsupportedError
+from fxprune.errors import InputError, PolicyError, TraceError, UnsupportedError
 from fxprune.importance.criteria import scores
 from fxprune.passes import rules
 from fxprune.passes.base import GraphPass, run_passes
-from fxprune.passes.pipeline import Couple, Plan, Slim, TracedGraph, analysed, traced_graph
+from fxprune.passes.pipeline import Couple, Plan, Slim, TracedGraph, analysed, compilation, traced_graph
 from fxprune.passes.planning.plan import keep_counts
 from fxprune.passes.tracing import shapes
 from fxprune.passes.tracing.modes import trace
@@ -27,6 +28,11 @@ def carrier_of(name: str = "residual") -> tuple[nn.Module, Any, TracedGraph]:
     torch.manual_seed(0)
     model, inputs = ZOO[name].make().eval(), ZOO[name].inputs()
     return model, inputs, traced_graph(trace(model, inputs, rules.is_known, rules.registry.FUNCTIONS.__contains__))
+
+
+def coupled(model: nn.Module, inputs: Any) -> TracedGraph:
+    graph = analysed(model, inputs, (), "auto")
+    return traced_graph(graph.walk.traced, graph)
 
 
 def nodes(module: fx.GraphModule) -> list[str]:
@@ -48,22 +54,22 @@ def test_couple_reports_no_change_and_edits_nothing() -> None:
     before = nodes(carrier)
     result = applied(Couple(None), carrier)
     assert not result.modified and result.graph_module is carrier and nodes(carrier) == before
-    assert carrier.meta["coupling"].groups
+    assert compilation(carrier).coupled().groups
 
 
 def test_plan_reports_no_change_and_edits_nothing() -> None:
     model, inputs, _ = carrier_of()
-    carrier = analysed(model, inputs, (), "auto")
+    carrier = coupled(model, inputs)
     before = nodes(carrier)
     result = applied(plan_of(0.5), carrier)
     assert not result.modified and result.graph_module is carrier and nodes(carrier) == before
-    kept = carrier.meta["keep"]
+    kept = compilation(carrier).planned()
     assert 0 < int(kept.sum()) < len(kept)
 
 
 def test_slim_reports_a_change_and_leaves_its_input() -> None:
     model, inputs, _ = carrier_of()
-    carrier = analysed(model, inputs, (), "auto")
+    carrier = coupled(model, inputs)
     plan_of(0.5)(carrier)
     before, weight = nodes(carrier), model.get_parameter("stem.0.weight").clone()
     result = applied(Slim(), carrier)
@@ -76,15 +82,15 @@ def test_slim_reports_a_change_and_leaves_its_input() -> None:
 def test_slim_reports_no_change_where_only_parts_were_traced() -> None:
     """The slim network is then no graph module: it travels beside the carrier."""
     model, inputs = HalfTraceable().eval(), (torch.randn(2, 3, 8, 8),)
-    carrier = analysed(model, inputs, (), "auto")
+    carrier = coupled(model, inputs)
     plan_of(0.5)(carrier)
     result = applied(Slim(), carrier)
     assert not result.modified and result.graph_module is carrier
-    assert not isinstance(carrier.meta["slim"], fx.GraphModule)
+    assert not isinstance(compilation(carrier).rewritten()[1], fx.GraphModule)
 
 
 def test_the_edges_of_a_part_are_not_called_the_networks() -> None:
-    graph = analysed(HalfTraceable().eval(), (torch.randn(2, 3, 8, 8),), (), "auto").meta["coupling"]
+    graph = analysed(HalfTraceable().eval(), (torch.randn(2, 3, 8, 8),), (), "auto")
     reasons = {g.name: g.reason for g in graph.groups if not g.prunable}
     assert reasons["body.2"] == "it reaches the output of 'body', a part traced by itself"
     assert "the input 'input_1' of 'body', a part traced by itself" in reasons["body.0:in"]
@@ -105,14 +111,14 @@ class HalfTraceable(nn.Module):
 def test_a_keep_all_plan_keeps_every_unit() -> None:
     model, inputs, _ = carrier_of()
     for nothing in (0.0, 0, {}, {"a.0": 0.0}):
-        carrier = analysed(model, inputs, (), "auto")
+        carrier = coupled(model, inputs)
         plan_of(nothing)(carrier)
-        assert carrier.meta["keep"].all()
+        assert compilation(carrier).planned().all()
 
 
 def test_the_steps_run_under_the_pass_manager_of_torch() -> None:
     model, inputs, _ = carrier_of()
-    carrier = analysed(model, inputs, (), "auto")
+    carrier = coupled(model, inputs)
     result = PassManager([plan_of(0.5), Slim()])(carrier)
     assert result.modified
     with torch.no_grad():
@@ -147,6 +153,80 @@ def test_a_pass_that_edits_its_input_is_caught() -> None:
         run_passes(small(), [Edits()])
 
 
+class Retargets(GraphPass):
+    """Changes a target in place: as many nodes as before."""
+
+    def run(self, module: fx.GraphModule) -> fx.GraphModule:
+        next(n for n in module.graph.nodes if n.op == "call_module").target = "1"
+        return module
+
+
+class Zeroes(GraphPass):
+    def __init__(self, write: Callable[[torch.Tensor], Any]) -> None:
+        self.write = write
+
+    def run(self, module: fx.GraphModule) -> fx.GraphModule:
+        with torch.no_grad():
+            self.write(module.get_parameter("0.weight"))
+        return module
+
+
+def test_a_pass_that_edits_a_node_or_a_weight_is_caught() -> None:
+    with pytest.raises(AssertionError, match="Retargets edited its input: node '_0' was changed"):
+        run_passes(small(), [Retargets()])
+    for write in (lambda p: p.zero_(), lambda p: p.data.zero_(), lambda p: p.data.mul_(-1)):
+        with pytest.raises(AssertionError, match=r"Zeroes edited its input: tensor '0.weight' was written"):
+            run_passes(small(), [Zeroes(write)])
+
+
+def test_passes_of_ones_own_run_in_compress_and_an_observer_sees_every_step() -> None:
+    model, inputs, _ = carrier_of()
+    seen: dict[str, Any] = {}
+
+    def doubled(module: fx.GraphModule) -> None:
+        output = next(iter(reversed(module.graph.nodes)))
+        with module.graph.inserting_before(output):
+            output.args = (module.graph.call_function(torch.mul, (output.args[0], 2.0)),)
+
+    class Counts(GraphPass):
+        def run(self, module: fx.GraphModule) -> fx.GraphModule:
+            return module
+
+    def observe(step: str, result: Any, seconds: float) -> None:
+        seen[step] = result
+        assert seconds >= 0
+
+    plain = fxprune.compress(model, 0.5, inputs)
+    slim = fxprune.compress(model, 0.5, inputs, passes=[doubled, Counts()], observe=observe)
+    assert list(seen) == ["Trace", "Couple", "Plan", "Slim", "doubled", "Counts"]
+    assert isinstance(seen["Slim"], fx.GraphModule) and seen["doubled"] is slim
+    assert "doubled, Counts ran" in fxprune.record(slim).notes[-1]
+    assert fxprune.record(plain).kept.keys() == fxprune.record(slim).kept.keys()
+    with torch.no_grad():
+        assert torch.equal(2 * plain(*inputs), slim(*inputs))
+
+
+def test_a_pass_that_returns_no_graph_module_is_named() -> None:
+    model, inputs, _ = carrier_of()
+    with pytest.raises(InputError, match="pass str returned a str"):
+        fxprune.compress(model, 0.5, inputs, passes=[str])
+    with pytest.raises(InputError, match="passes= takes functions"):
+        fxprune.compress(model, 0.5, inputs, passes=[3])
+    with pytest.raises(InputError, match="needs the graph of the whole network"):
+        fxprune.compress(HalfTraceable().eval(), 0.5, torch.randn(2, 3, 8, 8), passes=[lambda module: module])
+
+
+def test_steps_out_of_order_say_which_is_missing() -> None:
+    _, _, carrier = carrier_of()
+    with pytest.raises(InputError, match="run the pass Couple first"):
+        applied(plan_of(0.5), carrier)
+    applied(Couple(None), carrier)
+    with pytest.raises(InputError, match="run the pass Plan first"):
+        applied(Slim(), carrier)
+    with pytest.raises(InputError, match="stands for no compilation"):
+        compilation(small())
+
+
 @pytest.mark.parametrize("error", [PolicyError("p"), UnsupportedError("u"), TraceError("t"), KeyError("k"), AssertionError("a")])
 def test_errors_arrive_as_they_were_raised(error: Exception) -> None:
     with pytest.raises(type(error)) as caught:
@@ -158,7 +238,7 @@ def test_an_observer_sees_every_step_with_its_time() -> None:
     model, inputs, _ = carrier_of()
     seen: list[tuple[str, float]] = []
     steps = [plan_of(0.5), Slim()]
-    run_passes(analysed(model, inputs, (), "auto"), steps, lambda step, module, seconds: seen.append((type(step).__name__, seconds)))
+    run_passes(coupled(model, inputs), steps, lambda step, module, seconds: seen.append((step, seconds)))
     assert [name for name, _ in seen] == ["Plan", "Slim"] and all(seconds > 0 for _, seconds in seen)
 
 
