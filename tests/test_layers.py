@@ -19,6 +19,7 @@ ROOMS = (
     "example_inputs",
     "records",
     "evaluation",
+    "passes.compat",
     "passes.base",
     "passes.collector",
     "passes.ir",

@@ -41,7 +41,6 @@ _HOOKS = frozenset(
 )
 _VALUES = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
 _PLAIN = frozenset({tuple, list, dict, set, OrderedDict})
-_watched: dict[type, type] = {}
 
 
 class Skeleton:
@@ -83,11 +82,11 @@ class Skeleton:
                     self.tensor_names[id(meta)] = name
         originals = list(dict.fromkeys(self._original_modules.values()))
         for module in originals:
-            twin: nn.Module = object.__new__(type(module) if is_known(module) else self._watch(type(module)))
-            memo[id(module)] = twin
+            memo[id(module)] = object.__new__(type(module))
         for module in originals:
             fill(module, memo[id(module)], memo)
-            memo[id(module)].__dict__["_fxprune_skeleton"] = self
+            if not is_known(module):  # whose reads of ``training`` count
+                memo[id(module)].__dict__["_fxprune_skeleton"] = self
         self.keep_alive.append(memo)
         self.root: nn.Module = memo[id(model)]
         self._modules: dict[str, nn.Module] = {path: memo[id(m)] for path, m in self._original_modules.items()}
@@ -100,30 +99,6 @@ class Skeleton:
             for key, value in module.__dict__.items():
                 if isinstance(value, torch.Tensor):
                     self.attribute_names.setdefault(id(value), f"{name}.{key}" if name else key)
-
-    def _watch(self, cls: type) -> type:
-        if cls not in _watched:
-
-            def read(module: Any) -> bool:
-                skeleton = module.__dict__.get("_fxprune_skeleton")  # a module made in forward has none
-                if skeleton is not None:
-                    skeleton.training_was_read = True
-                return bool(module.__dict__["training"])
-
-            def write(module: Any, value: bool) -> None:
-                module.__dict__["training"] = value
-
-            made = type(cls.__name__, (cls,), {"training": property(read, write), "__module__": cls.__module__, "_fxprune_watch": cls})
-            if issubclass(cls, fx.GraphModule):  # each has a class of its own, which a table would keep alive
-                return made
-            _watched[cls] = made
-        return _watched[cls]
-
-    @staticmethod
-    def type_of(module: nn.Module) -> type:
-        """The user's class of a module of the skeleton."""
-        found: type = type(module).__dict__.get("_fxprune_watch", type(module))
-        return found
 
     def module(self, name: str) -> nn.Module:
         return self._modules[name]

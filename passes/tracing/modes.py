@@ -58,7 +58,7 @@ def add_traced(
             try:
                 return tracer, _one(tracer, example, training)
             except TraceError as error:
-                culprit = tracer.stack[-1] if tracer.stack else ""
+                culprit = _culprit(error)
                 if not culprit or culprit in blocked:
                     first = blocked.get(tracer.failed)  # why it was kept whole says more than how running it failed
                     raise (error if first is None else TraceError(first)) from error.__cause__
@@ -82,6 +82,15 @@ def add_traced(
     traced.constants.update(constants)
     traced.opaque.update(blocked)
     traced.notes = tuple(dict.fromkeys((*traced.notes, *notes)))
+
+
+def _culprit(error: BaseException | None) -> str:
+    """The innermost module or function that was traced into where the error began, or "" for the root's own code."""
+    while error is not None:
+        if found := getattr(error, "traced_within", ""):
+            return str(found)
+        error = error.__cause__
+    return ""
 
 
 def _one(tracer: ShapeTracer, example: Any, training: bool) -> fx.Graph:

@@ -1,4 +1,8 @@
-"""What is patched while a model is traced, and put back afterwards."""
+"""What is replaced while a model is traced, and put back afterwards: ``PATCHES``.
+
+One trace runs at a time in a process. Every replacement asks whether it runs on the tracing thread, outside of operations that run for
+their shapes; anywhere else it is the original.
+"""
 
 from __future__ import annotations
 
@@ -6,37 +10,85 @@ import abc
 import builtins
 import contextlib
 import importlib
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch._functorch import apis
-from torch.fx import _symbolic_trace as symbolic
-from torch.fx._symbolic_trace import _find_proxy
 
+from fxprune.errors import TraceError
+from fxprune.passes import compat
 from fxprune.passes.ir.factories import FACTORIES, LIKE, RANDOM_FACTORIES
+from fxprune.passes.ir.skeleton import Skeleton
 from fxprune.passes.tracing import decompositions as openers
 from fxprune.passes.tracing.autograd import traced_call
 from fxprune.passes.tracing.proxies import ShapeAttribute, ShapeProxy
 from fxprune.passes.tracing.recorder import Recorder
 
 _isinstance, _len = builtins.isinstance, builtins.len
+_LOCK = threading.RLock()
+_tracing = False  # guarded by the lock: whether the thread that holds it is within a trace
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Patch:
+    """``owner.name`` becomes ``wrap(tracer, original)`` for the time of a trace; ``original`` is what the owner itself holds, or None."""
+
+    owner: Any
+    name: str
+    wrap: Callable[[Recorder, Any], Any]
 
 
 @contextlib.contextmanager
 def patched(tracer: Recorder) -> Iterator[None]:
-    """While tracing: factories record, ``isinstance`` sees through proxies, attention takes its written-out path."""
+    """While tracing: factories record, ``isinstance`` sees through proxies, attention takes its written-out path.
+
+    Raises:
+        TraceError: A trace is running on this thread already, so the call comes from the ``forward`` that is being traced.
+    """
     # Torch imports parts of itself on their first use. One that is imported within the block would keep the patched functions for
     # good, and torch.compile and exporters would later not know them.
     importlib.import_module("torch._dynamo")
-    saved = {name: getattr(torch, name) for name in FACTORIES + RANDOM_FACTORIES + LIKE}
+    global _tracing
+    with _LOCK, contextlib.ExitStack() as stack:
+        if _tracing:
+            raise TraceError(f"{tracer.here()}: forward analyses a model itself while it is traced; do that outside of forward")
+        _tracing = True
+        stack.callback(_not_tracing)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        for patch in PATCHES:
+            held = vars(patch.owner).get(patch.name, _ABSENT)
+            stack.callback(_put_back, patch.owner, patch.name, held)
+            setattr(patch.owner, patch.name, patch.wrap(tracer, None if held is _ABSENT else held))
+        yield
 
-    def recorder(original: Any) -> Any:
-        def record(*args: Any, **kwargs: Any) -> Any:
-            return original(*args, **kwargs) if tracer.busy else tracer.create_proxy("call_function", original, args, kwargs)
 
-        return record
+def _not_tracing() -> None:
+    global _tracing
+    _tracing = False
+
+
+def _put_back(owner: Any, name: str, held: Any) -> None:
+    if held is not _ABSENT:
+        setattr(owner, name, held)
+    elif name in vars(owner):
+        delattr(owner, name)
+
+
+def _factory(tracer: Recorder, original: Any) -> Any:
+    def record(*args: Any, **kwargs: Any) -> Any:
+        return tracer.create_proxy("call_function", original, args, kwargs) if tracer.recording else original(*args, **kwargs)
+
+    return record
+
+
+def _is_instance(tracer: Recorder, original: Any) -> Any:
+    """Only the tracing thread has proxies, so it is asked by looking for one: this is called all the time."""
 
     def isinstance_(obj: Any, cls: Any) -> bool:
         kind = type(obj)
@@ -46,96 +98,141 @@ def patched(tracer: Recorder) -> Iterator[None]:
             return _isinstance(obj.value, cls)
         return _isinstance(obj, cls)
 
+    return isinstance_
+
+
+def _length(tracer: Recorder, original: Any) -> Any:
+    """The length of a tensor stays in the graph, as its size does."""
+
     def len_(obj: Any) -> Any:
-        """The length of a tensor stays in the graph, as its size does."""
         known = type(obj) in (ShapeProxy, ShapeAttribute) and _isinstance(obj.value, torch.Tensor) and obj.value.ndim
         return tracer.shape_of(obj)[0] if known else _len(obj)
 
-    def wrapped(original: Any) -> Any:
+    return len_
+
+
+def _can_be_called(tracer: Recorder, original: Any) -> Any:
+    def callable_(obj: Any) -> bool:
+        if type(obj) is ShapeProxy or (type(obj) is ShapeAttribute and _isinstance(obj.value, torch.Tensor)):
+            return bool(original(obj.value))
+        return bool(original(obj))
+
+    return callable_
+
+
+def _hidden(tracer: Recorder, original: Any) -> Any:
+    """How fx wraps functions that hide from it. Its own wrapper expects one proxy back; one that is traced into may return anything."""
+
+    def wrapped(function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            found = not tracer.busy and _find_proxy(args, kwargs) is not None
-            return tracer.create_proxy("call_function", original, args, kwargs) if found else original(*args, **kwargs)
+            found = tracer.recording and compat.find_proxy(args, kwargs) is not None
+            return tracer.create_proxy("call_function", function, args, kwargs) if found else function(*args, **kwargs)
 
         return call
 
-    def limits(original: Any) -> Any:
-        def of(*args: Any) -> Any:
-            return tracer.create_proxy("call_function", original, args, {}) if _find_proxy(args, {}) is not None else original(*args)
+    return wrapped
 
-        return of
 
-    def scripted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """TorchScript takes tensors alone; the Python function that was scripted or traced takes proxies as well."""
+def _limits(tracer: Recorder, original: Any) -> Any:
+    def of(*args: Any, **kwargs: Any) -> Any:
+        found = tracer.recording and compat.find_proxy(args, kwargs) is not None
+        return tracer.create_proxy("call_function", original, args, kwargs) if found else original(*args, **kwargs)
+
+    return of
+
+
+def _scripted(tracer: Recorder, original: Any) -> Any:
+    """TorchScript takes tensors alone; the Python function that was scripted or traced takes proxies as well."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         body = getattr(self, "_torchdynamo_inline", None)
-        if body is None or tracer.busy or _find_proxy(args, kwargs) is None:
-            return run_script(self, *args, **kwargs)
+        if body is None or not tracer.recording or compat.find_proxy(args, kwargs) is None:
+            return original.__get__(self, type(self))(*args, **kwargs)
         return body(*args, **kwargs)
 
-    def mapped(func: Any, in_dims: Any, out_dims: Any, randomness: str, chunk_size: Any, *args: Any, **kwargs: Any) -> Any:
-        if tracer.busy or _find_proxy(args, {}) is None:
-            return map_(func, in_dims, out_dims, randomness, chunk_size, *args, **kwargs)
+    return call
+
+
+def _mapped(tracer: Recorder, original: Any) -> Any:
+    def vmap_impl(func: Any, in_dims: Any, out_dims: Any, randomness: str, chunk_size: Any, *args: Any, **kwargs: Any) -> Any:
+        if not tracer.recording or compat.find_proxy(args, {}) is None:
+            return original(func, in_dims, out_dims, randomness, chunk_size, *args, **kwargs)
         return openers.unrolled_vmap(func, in_dims, out_dims, *args, **kwargs)
 
-    def noted(original: Any, what: str) -> Any:
-        def enter(context: Any) -> Any:
-            if not tracer.busy:
+    return vmap_impl
+
+
+def _block(what: str) -> Callable[[Recorder, Any], Any]:
+    def wrap(tracer: Recorder, original: Any) -> Any:
+        def enter(context: Any, *args: Any, **kwargs: Any) -> Any:
+            if tracer.recording and not _within_no_grad(sys._getframe(1)):
                 tracer.refuse_block(what)
                 tracer.notes[f"{tracer.here()}: a {what} block cannot be kept in a graph; the slim module computes without it"] = None
-            return original(context)
+            return original(context, *args, **kwargs)
 
         return enter
 
+    return wrap
+
+
+def _within_no_grad(frame: Any) -> bool:
+    """Whether ``no_grad`` itself is at work: it is made of ``set_grad_enabled``."""
+    return frame.f_globals.get("__name__") == torch.no_grad.__module__ and frame.f_code.co_name in ("__enter__", "__exit__")
+
+
+def _apply(tracer: Recorder, original: Any) -> Any:
     def apply(function: Any, *args: Any, **kwargs: Any) -> Any:
-        if tracer.busy or _find_proxy(args, kwargs) is None:
-            return own_apply.__get__(None, function)(*args, **kwargs)
+        if not tracer.recording or compat.find_proxy(args, kwargs) is None:
+            return original.__get__(None, function)(*args, **kwargs)
         return traced_call(tracer, function, args)
 
-    def members(original: Any) -> Any:
-        """Parameters and buffers that code loops over are those of the graph, as by their names."""
+    return classmethod(apply)
 
-        def named(module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
-            for name, tensor in original(module, *args, **kwargs):
-                yield name, tracer.getattr(name, tensor, {})
 
-        return named
+def _members(tracer: Recorder, original: Any) -> Any:
+    """Parameters and buffers that code loops over are those of the graph, as by their names."""
 
-    autograd: Any = torch.autograd.Function
-    own_apply = autograd.__dict__["apply"]
-    autograd.apply = classmethod(apply)
-    blocks: list[tuple[Any, str]] = [(torch.no_grad, "no_grad"), (torch.enable_grad, "enable_grad"), (torch.autocast, "autocast")]
-    entered = [(cls, cls.__enter__) for cls, _ in blocks]
-    for cls, what in blocks:
-        cls.__enter__ = noted(cls.__enter__, what)
-    # fx's own wrapper expects one proxy back; a function that is traced into may return anything.
-    fx_tracing: Any = symbolic
-    wrapper, fx_tracing._create_wrapped_func = fx_tracing._create_wrapped_func, wrapped
-    mapping: Any = apis
-    map_, mapping.vmap_impl = mapping.vmap_impl, mapped
-    script: Any = torch._C.ScriptFunction
-    run_script, script.__call__ = script.__call__, scripted
-    ranges = {name: getattr(torch, name) for name in ("finfo", "iinfo")}
-    for name, original in ranges.items():
-        setattr(torch, name, limits(original))
-    module_type: Any = nn.Module
-    loops = {name: getattr(nn.Module, name) for name in ("named_parameters", "named_buffers")}
-    for name, original in loops.items():
-        setattr(module_type, name, members(original))
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    for name, original in saved.items():
-        setattr(torch, name, recorder(original))
-    builtins.isinstance, builtins.len = isinstance_, len_
-    try:
-        yield
-    finally:
-        builtins.isinstance, builtins.len = _isinstance, _len
-        autograd.apply = own_apply
-        for cls, enter in entered:
-            cls.__enter__ = enter
-        fx_tracing._create_wrapped_func = wrapper
-        for name, original in loops.items():
-            setattr(module_type, name, original)
-        mapping.vmap_impl, script.__call__ = map_, run_script
-        for name, original in (*saved.items(), *ranges.items()):
-            setattr(torch, name, original)
-        torch.backends.mha.set_fastpath_enabled(fast)
+    def named(module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        for name, tensor in original(module, *args, **kwargs):
+            yield name, tracer.getattr(name, tensor, {})
+
+    return named
+
+
+def _training(tracer: Recorder, original: Any) -> Any:
+    """``module.training`` says that it was read. The user's modules keep their classes, so ``type(m) is Block`` holds."""
+
+    def read(module: nn.Module) -> Any:
+        state = module.__dict__
+        if "training" not in state:  # a scripted module answers for itself
+            raise AttributeError("training")
+        skeleton: Skeleton | None = state.get("_fxprune_skeleton")
+        if skeleton is not None:
+            skeleton.training_was_read = True
+        return state["training"]
+
+    def write(module: nn.Module, value: bool) -> None:
+        module.__dict__["training"] = value
+
+    return property(read, write)
+
+
+PATCHES: tuple[Patch, ...] = (
+    *(Patch(torch, name, _factory) for name in FACTORIES + RANDOM_FACTORIES + LIKE),
+    *(Patch(torch, name, _limits) for name in ("finfo", "iinfo")),
+    Patch(torch.autograd.Function, "apply", _apply),
+    Patch(torch.no_grad, "__enter__", _block("no_grad")),
+    Patch(torch.enable_grad, "__enter__", _block("enable_grad")),
+    Patch(torch.set_grad_enabled, "__init__", _block("set_grad_enabled")),
+    Patch(torch.inference_mode, "__enter__", _block("inference_mode")),
+    Patch(torch.autocast, "__enter__", _block("autocast")),
+    Patch(compat.fx_tracing, "_create_wrapped_func", _hidden),
+    Patch(compat.vmap_home, "vmap_impl", _mapped),
+    Patch(compat.ScriptFunction, "__call__", _scripted),
+    Patch(nn.Module, "named_parameters", _members),
+    Patch(nn.Module, "named_buffers", _members),
+    Patch(nn.Module, "training", _training),
+    Patch(builtins, "callable", _can_be_called),
+    Patch(builtins, "isinstance", _is_instance),
+    Patch(builtins, "len", _length),
+)

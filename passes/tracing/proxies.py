@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
-from torch.fx._symbolic_trace import _find_proxy
 
 from fxprune.errors import TraceError
+from fxprune.passes import compat
 from fxprune.passes.ir.constants import held
 from fxprune.passes.ir.nodes import AUGMENTED, RESHAPING
 from fxprune.passes.tracing.recorder import Recorder
@@ -67,9 +67,9 @@ class ShapeProxy(fx.Proxy):
     @classmethod
     def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
         args, kwargs = args or (), kwargs or {}
-        tracer: Any = _find_proxy(args, kwargs).tracer  # type: ignore[union-attr]
+        tracer: Any = compat.find_proxy(args, kwargs).tracer  # type: ignore[union-attr]
         tracer.asked.recorded(tracer.source)
-        if _isinstance(orig_method, torch._C.ScriptMethod):
+        if _isinstance(orig_method, compat.ScriptMethod):
             return super().__torch_function__(orig_method, types, args, kwargs)
         if torch.overrides.is_tensor_method_or_property(orig_method):
             return tracer.create_proxy("call_method", orig_method.__name__, args, kwargs)

@@ -29,6 +29,10 @@ class Recorder(Protocol):
     busy: bool
     source: fx.Node | None
 
+    @property
+    def recording(self) -> bool:
+        """Whether the caller runs on the tracing thread, and not within an operation that runs for its shape."""
+
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
         """A proxy for a new node."""
 

@@ -13,9 +13,10 @@ import inspect
 import operator
 import os
 import sys
+import threading
 import types
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -73,12 +74,31 @@ class ShapeTracer(fx.Tracer):
         self.read: set[str] = set()
         self.graph_is_training = False
         self.busy = False  # running an operation for its shape: nothing is recorded meanwhile
-        self.stack: list[str] = []
+        self.thread = threading.get_ident()
+        self.stack: list[str] = []  # names of the modules and functions at work, outermost first
         self.failed = ""  # what was kept whole and could not be run either
         self.source: fx.Node | None = None  # the node being traced, where the module is a graph already
         self._shapes: dict[fx.Node, ShapeTuple] = {}
         self._attributes: dict[str, ShapeProxy] = {}
         self.constants: dict[str, torch.Tensor] = {}
+
+    @property
+    def recording(self) -> bool:
+        return not self.busy and threading.get_ident() == self.thread
+
+    @contextlib.contextmanager
+    def entered(self, name: str) -> Iterator[None]:
+        """``name``, a module or a function that is traced into, is at work. An error remembers the innermost one that it came from."""
+        self.stack.append(name)
+        try:
+            yield
+        except BaseException as error:
+            if not hasattr(error, "traced_within"):
+                with contextlib.suppress(AttributeError):  # an exception with slots
+                    error.traced_within = name  # type: ignore[attr-defined]
+            raise
+        finally:
+            self.stack.pop()
 
     # -- what fx asks of a tracer -------------------------------------------------------------------------------------------
 
@@ -92,19 +112,19 @@ class ShapeTracer(fx.Tracer):
         return self.skeleton.module_names[mod]
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.busy or m not in self.skeleton.module_names:  # made in forward, or held where torch does not look: its code is seen
+        if (
+            not self.recording or m not in self.skeleton.module_names
+        ):  # made in forward, or held where torch does not look: its code is seen
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
         if self.is_leaf_module(m, name) and not any(_isinstance(t, fx.Proxy) for t in (*m._parameters.values(), *m._buffers.values())):
             return self.create_proxy("call_module", name, args, kwargs)
-        self.stack.append(name)
         graph = graph_of(m)
-        result = forward(*args, **kwargs) if graph is None else interpret(self, m, graph, args, kwargs)
-        self.stack.pop()
-        return result
+        with self.entered(name):
+            return forward(*args, **kwargs) if graph is None else interpret(self, m, graph, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if self.busy or not _isinstance(attr_val, torch.Tensor):
+        if not self.recording or not _isinstance(attr_val, torch.Tensor):
             return attr_val
         name = self.skeleton.tensor_names.get(id(attr_val))
         if name is None:
@@ -120,10 +140,8 @@ class ShapeTracer(fx.Tracer):
             body = openers.OPENERS.get(target) if _isinstance(target, types.FunctionType) else None
             body = body or (target if self._is_wrapped(target) else None)
             if body is not None:
-                self.stack.append(_qualified(target))
-                result = body(*args, **kwargs)
-                self.stack.pop()
-                return result
+                with self.entered(_qualified(target)):
+                    return body(*args, **kwargs)
         return super().create_proxy(kind, target, args, kwargs, *rest, **named)
 
     def aside(self, function: Callable[..., Any], args: tuple[Any, ...]) -> fx.Graph:
