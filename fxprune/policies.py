@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from fxprune.atomic import replace_text
 from fxprune.errors import PolicyError
 
 FORMAT = "fxprune-policy/1"
@@ -87,12 +88,7 @@ class Policy:
             "meta": dict(self.meta),
         }
         target = Path(path)
-        scratch = target.with_name(target.name + ".part")
-        try:
-            scratch.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-            os.replace(scratch, target)
-        except OSError as error:
-            raise PolicyError(f"cannot write the policy to {target}: {error.strerror}; choose a folder that can be written") from error
+        replace_text(target, json.dumps(data, indent=2) + "\n", "the policy", PolicyError)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Policy:

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.api import analyze, compress, record
+from fxprune.attached import attach
 from fxprune.costs.profiling import profile
 from fxprune.driver import Problem, SearchConfig, SearchOutcome, run
 from fxprune.errors import FAULTS, EvaluationError, SearchError, in_a_line
@@ -312,7 +313,7 @@ def search(
 def mended(slim: fx.GraphModule, removed: Any, candidates: Candidates, repairer: Repairer) -> fx.GraphModule:
     """``slim``, what is left without the units ``removed``, repaired in place as its record then says."""
     notes = repairer(slim, Slimmer(candidates.graph, candidates.keep(removed)))
-    slim.__dict__["_record"] = record(slim).with_repair(repairer.kind, notes)
+    attach(slim, record(slim).with_repair(repairer.kind, notes))
     return slim
 
 
