@@ -161,7 +161,9 @@ def compress(
         given = example if _has_values(example) else forms.build(graph.inputs, device=device_of(graph.model))
         zeroing_oracle(graph, keep, slim, *forms.call_form(given))
     if repair != "none":
-        attach(slim, made.with_repair(repair, Repairer(graph, batches or (), repair)(slim, slimmer)))
+        repairer = Repairer(graph, batches or (), repair)
+        notes = repairer(slim, slimmer)
+        attach(slim, made.with_repair(repair, notes, repairer.layers))
     return _passed(slim, passes, observe)
 
 

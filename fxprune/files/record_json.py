@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxprune.errors import FileError, PolicyError
 from fxprune.policies import Policy
-from fxprune.records import Profile, PruningRecord
+from fxprune.records import LayerRepair, Profile, PruningRecord
 
 Json = Any
 MOST = 2**24  # indices in the lists of one record; the largest networks have some millions
@@ -66,6 +66,7 @@ def encode_record(record: PruningRecord) -> Json:
         "notes": list(record.notes),
         "keep_class": record.keep_class,
         "folded": record.folded,
+        "repaired": {name: [one.done, one.ridge, one.before, one.after] for name, one in record.repaired.items()},
         "steps": [encode_record(step) for step in record.steps],
     }
 
@@ -91,6 +92,7 @@ def decode_record(data: Json, *, within: bool = False) -> PruningRecord:
             steps=tuple(decode_record(step, within=True) for step in steps),
             keep_class=bool(data.get("keep_class", False)),
             folded=bool(data.get("folded", False)),
+            repaired={str(name): _layer_repair(*one) for name, one in data.get("repaired", {}).items()},
         )
     except KeyError as error:
         raise FileError(f"its record is damaged: {str(error)[:80]} is missing") from error
@@ -125,6 +127,10 @@ def _checked(value: Json, kind: type[Any], what: str) -> Any:
     if not isinstance(value, kind):
         raise FileError(f"its record is damaged: {what!r} holds {str(value)[:40]!r}, no {kind.__name__}")
     return value
+
+
+def _layer_repair(done: Json, ridge: Json, before: Json, after: Json) -> LayerRepair:
+    return LayerRepair(_checked(done, str, "repaired"), None if ridge is None else float(ridge), float(before), float(after))
 
 
 def _encode_profile(profile: Profile) -> Json:

@@ -313,7 +313,7 @@ def search(
 def mended(slim: fx.GraphModule, removed: Any, candidates: Candidates, repairer: Repairer) -> fx.GraphModule:
     """``slim``, what is left without the units ``removed``, repaired in place as its record then says."""
     notes = repairer(slim, Slimmer(candidates.graph, candidates.keep(removed)))
-    attach(slim, record(slim).with_repair(repairer.kind, notes))
+    attach(slim, record(slim).with_repair(repairer.kind, notes, repairer.layers))
     return slim
 
 
