@@ -18,8 +18,8 @@ from fxprune.attached import Sources, attach, record_of, sources_of
 from fxprune.errors import FxPruneError, InputError, PruningWarning
 from fxprune.evaluation.accuracy import device_of
 from fxprune.evaluation.wrappers import unwrapped
-from fxprune.files.record_json import indices
 from fxprune.importance.criteria import Importance, importance_name, scores
+from fxprune.index_lists import indices
 from fxprune.passes.base import GraphPass, Observer, UserPass, run_passes
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.pipeline import Plan, Slim, analysed, compilation, listed, module_names, traced_graph

@@ -18,8 +18,8 @@ from fxprune.driver import Problem, SearchConfig, SearchOutcome, run
 from fxprune.errors import FAULTS, EvaluationError, SearchError, in_a_line
 from fxprune.evaluation.accuracy import device_of, one_thread
 from fxprune.example_inputs import build
-from fxprune.files.record_json import ranges
 from fxprune.importance.criteria import Scores, importance_name, scores
+from fxprune.index_lists import ranges
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.planning.cost import cost_model
