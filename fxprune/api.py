@@ -14,12 +14,11 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune import example_inputs as forms
-from fxprune.attached import Sources, attach, record_of, sources_of
 from fxprune.errors import FxPruneError, InputError, PruningWarning
 from fxprune.evaluation.accuracy import device_of
 from fxprune.evaluation.wrappers import unwrapped
+from fxprune.files.record_json import indices
 from fxprune.importance.criteria import Importance, importance_name, scores
-from fxprune.index_lists import indices
 from fxprune.passes.base import GraphPass, Observer, UserPass, run_passes
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.pipeline import Plan, Slim, analysed, compilation, listed, module_names, traced_graph
@@ -31,6 +30,7 @@ from fxprune.passes.verify import verify as zeroing_oracle
 from fxprune.policies import Policy, checked_sparsity, units_removed
 from fxprune.records import PruningRecord
 from fxprune.repair.repairer import Repairer, checked
+from fxprune.training.rebinding import Sources
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -100,7 +100,7 @@ def compress(
             the original's responses; "none" leaves all as sliced.
         verify: run the zeroing oracle.
         keep_class: return an instance of the model's own class with slim submodules, whose other methods work too, in place of a graph
-            module.
+            module. Attributes that hold sizes are set and named in ``record(slim).notes``; halves of a ``chunk`` stay even.
         most: the largest share of its units that any group loses; or a mapping with keys as in ``policy``, where the lowest counts.
         passes: passes of your own that run on the slim graph module afterwards: ``torch.fx.passes`` passes, or functions from graph module
             to graph module. Each gets a copy, which it may edit.
@@ -144,7 +144,7 @@ def compress(
         return _recorded(graph, wanted.sparsity, units) or scores(graph, importance, batches)
 
     carrier = traced_graph(graph.walk.traced, graph)
-    run_passes(carrier, [Plan(wanted.sparsity, score, multiple, most), Slim(keep_class)], observe)
+    run_passes(carrier, [Plan(wanted.sparsity, score, multiple, most, keep_class), Slim(keep_class)], observe)
     done = compilation(carrier)
     keep, (slimmer, made_slim) = done.planned(), done.rewritten()
     slim: Any = made_slim
@@ -156,14 +156,12 @@ def compress(
         notes = (*notes, lacking)
     applied = Policy(wanted.sparsity, graph.inputs, {**graph.options, **used}, chosen.meta)
     made = made_record(graph, slimmer, keep, applied, keep_class, notes)
-    attach(slim, made, Sources(graph.model))
+    slim.__dict__["_record"], slim.__dict__["_sources"] = made, Sources(graph.model)
     if verify:
         given = example if _has_values(example) else forms.build(graph.inputs, device=device_of(graph.model))
         zeroing_oracle(graph, keep, slim, *forms.call_form(given))
     if repair != "none":
-        repairer = Repairer(graph, batches or (), repair)
-        notes = repairer(slim, slimmer)
-        attach(slim, made.with_repair(repair, notes, repairer.layers))
+        slim.__dict__["_record"] = made.with_repair(repair, Repairer(graph, batches or (), repair)(slim, slimmer))
     return _passed(slim, passes, observe)
 
 
@@ -176,9 +174,9 @@ def _passed(slim: Any, passes: Sequence[Any], observe: Observer | None) -> fx.Gr
     made: Any = run_passes(slim, steps, observe) if steps else slim
     if made is not slim:
         ran = ", ".join(step.name for step in steps)
-        made_by = record(slim)
+        made_by = slim.__dict__["_record"]
         note = f"after the rewrite {ran} ran, which load() does not run again"
-        attach(made, replace(made_by, notes=(*made_by.notes, note)), sources_of(slim))
+        made.__dict__["_record"], made.__dict__["_sources"] = replace(made_by, notes=(*made_by.notes, note)), slim.__dict__["_sources"]
     return made  # type: ignore[no-any-return]
 
 
@@ -239,8 +237,8 @@ def _example(model: nn.Module, given: Any, recorded: Any) -> Any:
         return given
     if recorded is not None:
         return forms.build(recorded, device="meta")
-    earlier = record_of(model)
-    if earlier is not None and earlier.policy.inputs is not None:
+    earlier = getattr(model, "_record", None)
+    if isinstance(earlier, PruningRecord) and earlier.policy.inputs is not None:
         return forms.build(earlier.policy.inputs, device="meta")
     if isinstance(model, fx.GraphModule) and (found := forms.of_graph(model)) is not None:
         return found
@@ -259,8 +257,8 @@ def record(slim: nn.Module) -> PruningRecord:
     Raises:
         FxPruneError: fxprune did not make this module.
     """
-    found = record_of(unwrapped(slim))
-    if found is None:
+    found = getattr(unwrapped(slim), "_record", None)
+    if not isinstance(found, PruningRecord):
         raise FxPruneError(f"this {type(slim).__name__} carries no pruning record; pass what compress, search or load returned")
     return found
 
@@ -284,9 +282,9 @@ def made_record(
     costs = cost_model(graph)
     before, after = costs.profile(), costs.profile(keep)
     renumbered = tuple(sorted(slimmer.renumber))
-    made = PruningRecord(kept, removed, policy, "none", before, after, renumbered, notes, keep_class=keep_class)
-    earlier = record_of(graph.model)
-    return made if earlier is None else _composed(earlier, made)
+    made = PruningRecord(kept, removed, policy, "none", before, after, renumbered, (*notes, *slimmer.settings), keep_class=keep_class)
+    earlier = getattr(graph.model, "_record", None)
+    return _composed(earlier, made) if isinstance(earlier, PruningRecord) else made
 
 
 def _composed(first: PruningRecord, second: PruningRecord) -> PruningRecord:

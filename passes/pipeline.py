@@ -25,8 +25,9 @@ from fxprune.passes.coupling.graph import SINGLE, CouplingGraph
 from fxprune.passes.coupling.walk import Walk
 from fxprune.passes.ir.slim_module import SlimModule
 from fxprune.passes.ir.traced import TracedModel
+from fxprune.passes.planning.even import evened
 from fxprune.passes.planning.plan import Keep, keep_counts, plan
-from fxprune.passes.rewriting.keep_class import kept_class
+from fxprune.passes.rewriting.keep_class import kept_class, uneven
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.rules.functional_weights import output_dims
 from fxprune.passes.rules.layers import outputs_of
@@ -215,7 +216,10 @@ def _clashing(walk: Walk) -> list[str]:
 
 
 class Plan(GraphPass):
-    """Which units stay: completes the compilation's ``keep``."""
+    """Which units stay: completes the compilation's ``keep``.
+
+    ``keep_class``: as many units stay of one part as of another where the model's class could not be kept otherwise.
+    """
 
     def __init__(
         self,
@@ -223,13 +227,17 @@ class Plan(GraphPass):
         score: Callable[[CouplingGraph], Mapping[str, Any]],
         round_to: int = 1,
         most: Mapping[str, float] | float | None = None,
+        keep_class: bool = False,
     ) -> None:
-        self.policy, self.score, self.round_to, self.most = policy, score, round_to, most
+        self.policy, self.score, self.round_to, self.most, self.keep_class = policy, score, round_to, most, keep_class
 
     def run(self, module: fx.GraphModule) -> fx.GraphModule:
         graph = compilation(module).coupled()
         nothing = not any(self.policy.values()) if isinstance(self.policy, Mapping) else self.policy == 0
-        keep = keep_counts(graph, {}, {}) if nothing else plan(graph, self.policy, self.score(graph), self.round_to, self.most)
+        scores = {} if nothing else self.score(graph)
+        keep = keep_counts(graph, {}, {}) if nothing else plan(graph, self.policy, scores, self.round_to, self.most)
+        if self.keep_class and not nothing:
+            keep = evened(graph, keep, scores, lambda keep: uneven(Slimmer(graph, keep)), self.round_to)
         _advance(module, keep=keep)
         return module
 

@@ -15,15 +15,10 @@ PACKAGE = ROOT / "fxprune"
 # A room is a folder or, at the top of ``fxprune`` and of ``passes``, a module. It may import itself and every room above it.
 ROOMS = (
     "errors",
-    "atomic",
-    "imports",
-    "index_lists",
-    "example_inputs",
-    "evaluation",
-    "zeros",
     "policies",
+    "example_inputs",
     "records",
-    "attached",
+    "evaluation",
     "passes.compat",
     "passes.base",
     "passes.collector",
@@ -50,9 +45,9 @@ ROOMS = (
 )
 # Beside the order: what each of these may import, apart from itself. From ``api`` on every room may import them.
 ASIDE = {
-    "driver": {"errors", "atomic", "imports", "policies", "records"},
-    "models": {"errors", "imports"},
-    "data": {"errors", "imports"},
+    "driver": {"errors", "policies", "records"},
+    "models": {"errors"},
+    "data": {"errors", "models"},
 }
 WIDEST = 16  # modules that may lie side by side in one folder
 

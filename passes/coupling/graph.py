@@ -170,6 +170,8 @@ class CouplingGraph:
     def _produces(self, key: tuple[str, int]) -> bool:
         name, dim = key
         skeleton = self.walk.traced.skeleton
+        if name in self.walk.traced.constants:  # a tensor held as a plain attribute
+            return False
         module = skeleton.original_module(name.rpartition(".")[0])
         made = produced_dim(module, name.rpartition(".")[2], skeleton.tensor(name).ndim)
         return dim == made if made is not None else dim in self._functional.get(name, ())

@@ -1,31 +1,64 @@
 """A slim network that keeps the user's class: a copy of the model with slim tensors, whose own ``forward`` and other methods run.
 
-It computes what the slim graph computes only if no number in the code has to change with the channels. That is not assumed: the
-rewritten graph must be the traced one, and the copy, traced in turn, must give that graph again.
+Numbers in the user's code follow the channels where they are read of a tensor, left to be inferred (``-1``), or held by an attribute,
+which is then set. That they do is not assumed: the copy is traced in turn, and every operation has to do what the slim graph does.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.node import map_arg
 
 from fxprune.errors import TraceError, UnsupportedError
 from fxprune.example_inputs import build
+from fxprune.passes.ir.traced import TracedModel
+from fxprune.passes.labels.values import Vector
+from fxprune.passes.rewriting import attributes
+from fxprune.passes.rewriting.agreement import Agreement, Difference
+from fxprune.passes.rewriting.attributes import Attributes, Slot
+from fxprune.passes.rewriting.literals import Literal, even_parts, literals
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.rules import is_known, registry
 from fxprune.passes.tracing.modes import trace
 
 _INSTEAD = "leave keep_class out for a graph module, or pass the layer to ignore="
+_TRIALS = 24  # combinations of attributes that are traced before the first is given up
+
+
+def uneven(slimmer: Slimmer) -> list[list[Vector]]:
+    """What the class can only keep if as much is left of one as of the others: halves of a ``chunk``, axes that one attribute sizes.
+
+    Each entry holds the labels of axes that had one size; those that still have are left out.
+    """
+    if slimmer.walk.traced.parts:
+        return []
+    ties = []
+    found: list[Literal] = []
+    for mode, graph in slimmer.walk.traced.graphs.items():
+        ties += list(even_parts(slimmer, mode, graph))
+        found += literals(slimmer, mode, graph, slimmer.copy(mode, graph))
+    known = Attributes(slimmer.skeleton.original, found)
+    for of in known.values(next(known.choices(1))).values():
+        along = [one.along for one, _ in of]
+        if all(vector is not None and len(vector) == of[0][0].old for vector in along):
+            ties.append(along)  # type: ignore[arg-type]
+    return [tie for tie in ties if len({_left(slimmer, vector) for vector in tie}) > 1]
+
+
+def _left(slimmer: Slimmer, vector: Vector) -> int:
+    kept = slimmer.kept_of(vector)
+    return len(vector) if kept is None else len(kept)
 
 
 def kept_class(slimmer: Slimmer) -> nn.Module:
     """The slim network of ``slimmer`` as an instance of the model's class, with modules of the user's classes all through.
 
-    Plain numbers that modules keep (``self.channels``) stay those of the original, apart from the attributes of torch's own layers.
-    Raises ``UnsupportedError`` naming the node and line where a number has to change.
+    What is set of their attributes is added to ``slimmer.settings``; plain numbers that the computation does not read stay those of the
+    original. Raises ``UnsupportedError`` naming the node and line where a number stands in the way.
     """
     traced, original = slimmer.walk.traced, slimmer.skeleton.original
     kind = type(original).__name__
@@ -33,28 +66,179 @@ def kept_class(slimmer: Slimmer) -> nn.Module:
         raise UnsupportedError(f"keep_class: this model is a {kind} already and has no class of its own to keep; leave keep_class out")
     if traced.parts:
         raise UnsupportedError(f"keep_class: only parts of {kind} could be traced; it keeps its class without, and {_INSTEAD}")
-    for mode, graph in traced.graphs.items():
-        changed = _changed(graph, slimmer.copy(mode, graph))
-        if changed is not None:
-            raise UnsupportedError(f"{_place(changed)} holds a number that changes with the channels, so {kind} cannot stay; {_INSTEAD}")
+    rewritten = {mode: slimmer.copy(mode, graph) for mode, graph in traced.graphs.items()}
+    if slimmer.constants:
+        raise UnsupportedError(f"keep_class: forward picks channels by an index that no buffer holds, so {kind} cannot stay; {_INSTEAD}")
     for name in sorted(traced.constants):
         if slimmer.kept_dims(name) and not _is_attribute(original, name):
             raise UnsupportedError(f"keep_class: forward makes a tensor ({name}) that loses channels, so {kind} cannot stay; {_INSTEAD}")
     made = slimmer.tree(own_classes=True)
     _unshare(original, made)
-    _check_again(slimmer, made, kind)
-    return made
+    found = [one for mode, graph in traced.graphs.items() for one in literals(slimmer, mode, graph, rewritten[mode])]
+    known = Attributes(original, found)
+    first: UnsupportedError | None = None
+    for choice in known.choices(_TRIALS):
+        slots = known.values(choice)
+        setting = _Setting(original, made, {slot: _value(of) for slot, of in slots.items()})
+        error = _disagreement(slimmer, rewritten, made, setting, known, choice)
+        if error is None:
+            slimmer.settings = setting.notes()
+            return made
+        setting.undo()
+        first = first or error
+    raise first or AssertionError("there is always one choice")
 
 
-def _changed(old: fx.Graph, new: fx.Graph) -> fx.Node | None:
-    """The first node whose arguments the rewrite changed, or that it added; what it only left out was read by nobody."""
-    before = {node.name: _shape(node) for node in old.nodes}
-    lines = {node.name: node for node in old.nodes}
-    return next((lines.get(node.name, node) for node in new.nodes if before.get(node.name) != _shape(node)), None)
+def _value(of: Sequence[tuple[Literal, int]]) -> int:
+    """What an attribute has to be; where its uses differ, the check that follows says so."""
+    return next((value for one, value in of if one.old != one.new), of[0][1])
 
 
-def _shape(node: fx.Node) -> tuple[Any, ...]:
-    return node.op, node.target, repr(map_arg((node.args, node.kwargs), lambda n: fx.Node.__str__(n)))
+class _Setting:
+    """Attributes of a kept class set to new values, and what they were."""
+
+    def __init__(self, original: nn.Module, made: nn.Module, values: Mapping[Slot, int]) -> None:
+        self.originals = dict(original.named_modules(remove_duplicate=False))
+        self.modules = dict(made.named_modules(remove_duplicate=False))
+        self.before: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
+        self.done: dict[Slot, tuple[int, int]] = {}
+        self.set(values)
+
+    def set(self, values: Mapping[Slot, int], own: bool = False) -> None:
+        """Objects that modules share (a ``config``) are changed for all, and copied where these need different values, or with ``own``."""
+        shared: dict[tuple[int, Any], dict[int, list[Slot]]] = defaultdict(lambda: defaultdict(list))
+        for slot, value in values.items():
+            shared[id(self.holder(slot)), slot.keys[-1]][value].append(slot)
+        for of in shared.values():
+            for value, slots in sorted(of.items()):
+                for slot in slots:
+                    if value == attributes.value_of(self.modules[slot.path], slot.keys):
+                        continue
+                    module = self.modules[slot.path]
+                    self.before.setdefault(id(module), (module, dict(module.__dict__)))
+                    self.done[slot] = (attributes.value_of(module, slot.keys), value)
+                    if (
+                        own or len(of) > 1 or self.holder(slot) is self.holder(slot, self.originals)
+                    ):  # some objects cannot be copied in depth
+                        attributes.unshare(module, slot.keys)
+                    attributes.write(module, slot.keys, value)
+
+    def holder(self, slot: Slot, modules: Mapping[str, nn.Module] | None = None) -> Any:
+        held: Any = (modules or self.modules)[slot.path]
+        for key in slot.keys[:-1]:
+            held = attributes.read(held, key)
+        return held
+
+    def undo(self) -> None:
+        for slot, (old, _) in self.done.items():
+            attributes.write(self.modules[slot.path], slot.keys, old)
+        for module, state in self.before.values():
+            module.__dict__.clear()
+            module.__dict__.update(state)
+
+    def notes(self) -> tuple[str, ...]:
+        """One sentence for each attribute of a class."""
+        by: dict[tuple[str, str], list[tuple[Slot, int, int]]] = defaultdict(list)
+        for slot, (old, new) in self.done.items():
+            by[type(self.modules[slot.path]).__name__, str(Slot("", slot.keys))].append((slot, old, new))
+        notes = []
+        for (kind, key), of in by.items():
+            changes = sorted({f"{old} -> {new}" for _, old, new in of})
+            where = ", ".join(sorted(slot.path or "the model" for slot, *_ in of)[:3]) + (f" and {len(of) - 3} more" if len(of) > 3 else "")
+            notes.append(f"keep_class set {kind}.{key} ({', '.join(changes)}) in {where}")
+        return tuple(notes)
+
+
+def _disagreement(
+    slimmer: Slimmer,
+    rewritten: Mapping[str, fx.Graph],
+    made: nn.Module,
+    setting: _Setting,
+    known: Attributes,
+    choice: Mapping[Any, Any],
+) -> UnsupportedError | None:
+    """Why the kept class does not compute what the slim graph does, or None. Sizes that its code only checks are set on the way."""
+    kind = type(slimmer.skeleton.original).__name__
+    traced = slimmer.walk.traced
+    tried: set[str] = set()
+    while True:
+        try:
+            again = _trace_again(slimmer, made)
+            break
+        except TraceError as error:
+            path = getattr(error, "module", "")
+            more = {} if path in tried else _sizes_of(slimmer, made, path, setting)
+            if not more:
+                unmet = next((one for one in _unanswered(known, choice)), None)
+                if unmet is not None:
+                    return _literal_error(kind, unmet)
+                return UnsupportedError(f"with fewer channels {kind} does not run: {error}; {_INSTEAD}")
+            tried.add(path)
+            setting.set(more, own=True)
+    for mode, graph in traced.graphs.items():
+        if mode not in again.graphs:
+            return UnsupportedError(f"with fewer channels {kind} takes another path in {mode} mode; {_INSTEAD}")
+        different = Agreement(slimmer, mode, graph, rewritten[mode], again.graphs[mode]).difference()
+        if different is not None:
+            return _error(kind, different, known, choice)
+    return None
+
+
+def _trace_again(slimmer: Slimmer, made: nn.Module) -> TracedModel:
+    whole = slimmer.walk.traced.opaque
+    return trace(made, build(slimmer.graph.inputs, device="meta"), is_known, registry.FUNCTIONS.__contains__, whole)
+
+
+def _sizes_of(slimmer: Slimmer, made: nn.Module, path: str, setting: _Setting) -> dict[Slot, int]:
+    """New values for the integers that the module at ``path`` holds and its code reads, where its parameters say them: every dimension of
+    that size has become one other size."""
+    module = setting.modules.get(path)
+    if module is None:
+        return {}
+    old = slimmer.skeleton.original_module(path)
+    became: dict[int, set[int]] = defaultdict(set)
+    for a, b in zip(old.parameters(), module.parameters(), strict=True):
+        for before, after in zip(a.shape, b.shape, strict=True):
+            became[before].add(after)
+    kind: Any = type(module)
+    names = attributes.names_of_class(kind)
+    found = {}
+    for keys, value in attributes.integers(module):
+        name = next(k for k in reversed(keys) if isinstance(k, str))
+        sizes = became.get(value, set())
+        slot = Slot(path, keys)
+        if slot not in setting.done and name in names and len(sizes) == 1 and value not in sizes:
+            found[slot] = next(iter(sizes))
+    return found
+
+
+def _unanswered(known: Attributes, choice: Mapping[Any, Any]) -> Iterable[Literal]:
+    return (one for site, of in known.sites.items() if site not in choice for one in of if one.old != one.new)
+
+
+def _literal_error(kind: str, literal: Literal) -> UnsupportedError:
+    what = f"{literal.where}: {literal.operation} holds the number {literal.old}, which becomes {literal.new} with the channels that stay"
+    if literal.site[0].__module__.startswith("torch.nn."):
+        layer = literal.site[0].__name__
+        return UnsupportedError(f"{what}, and torch's {layer} has no attribute for it, so {kind} cannot stay; {_INSTEAD}")
+    return UnsupportedError(
+        f"{what}, so {kind} cannot stay; make it an attribute that {literal.site[0].__name__} reads there (self.width = {literal.old}), "
+        f"write -1, or read it of a tensor's shape; or {_INSTEAD}"
+    )
+
+
+def _error(kind: str, different: Difference, known: Attributes, choice: Mapping[Any, Any]) -> UnsupportedError:
+    node = different.node
+    where = "forward" if node is None else _place(node)
+    if node is not None:
+        line = str(node.meta.get("where"))
+        unmet = next((one for one in _unanswered(known, choice) if one.where == line), None)
+        if unmet is not None:
+            return _literal_error(kind, unmet)
+    if different.path:
+        return UnsupportedError(f"{where} depends on a number of channels, so {kind} cannot stay; {_INSTEAD}")
+    numbers = "" if different.wanted is None else f" ({different.found} where the slim graph has {different.wanted})"
+    return UnsupportedError(f"{where} holds a number that changes with the channels{numbers}, so {kind} cannot stay; {_INSTEAD}")
 
 
 def _place(node: fx.Node) -> str:
@@ -74,19 +258,3 @@ def _unshare(original: nn.Module, made: nn.Module) -> None:
         for key, value in module.__dict__.items():
             if isinstance(value, torch.Tensor) and id(value) in theirs:
                 module.__dict__[key] = value.detach().clone()
-
-
-def _check_again(slimmer: Slimmer, made: nn.Module, kind: str) -> None:
-    """Code may branch on a channel count, or compute with one outside the graph: tracing the copy tells."""
-    try:
-        again = trace(made, build(slimmer.graph.inputs, device="meta"), is_known, registry.FUNCTIONS.__contains__).graphs
-    except TraceError as error:
-        raise UnsupportedError(f"with fewer channels {kind} does not run: {error}; {_INSTEAD}") from error
-    for mode, graph in slimmer.walk.traced.graphs.items():
-        if mode not in again:
-            raise UnsupportedError(f"with fewer channels {kind} takes another path in {mode} mode; {_INSTEAD}")
-        pairs = zip(graph.nodes, again[mode].nodes, strict=False)
-        other = next((old for old, new in pairs if _shape(old) != _shape(new)), None)
-        if other is not None or len(graph.nodes) != len(again[mode].nodes):
-            where = _place(other) if other is not None else "forward"
-            raise UnsupportedError(f"{where} depends on a number of channels, so {kind} cannot stay; {_INSTEAD}")

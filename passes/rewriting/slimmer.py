@@ -56,6 +56,8 @@ class Slimmer:
         self._by_units: dict[int, torch.Tensor | None] = {}
         self.renumber: dict[str, torch.Tensor] = {}
         self.constants: dict[str, torch.Tensor] = {}
+        self.copied: dict[fx.Node, fx.Node] = {}  # node of a rewritten graph -> the original's
+        self.settings: tuple[str, ...] = ()  # what a kept class's attributes were set to
         self.new: fx.Graph = fx.Graph()
         self._prefix = ""
 
@@ -255,6 +257,7 @@ class Slimmer:
                 with self.new.inserting_before(node):
                     rule.rewrite(self, node)
         self._sweep()
+        self.copied.update((node, old) for old, node in made.items() if isinstance(node, fx.Node))
         for node in self.new.nodes:
             node.meta = {key: node.meta[key] for key in ("where", "owner") if node.meta.get(key)}
         return self.new

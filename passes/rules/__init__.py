@@ -37,5 +37,5 @@ __all__ = [
 
 def complete() -> None:
     """Add the rules for torchvision where it has been imported: no model can use its operations before that."""
-    if sys.modules.get("torchvision") is not None:
+    if "torchvision" in sys.modules:
         importlib.import_module("fxprune.passes.rules.computing.vision")

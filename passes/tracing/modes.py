@@ -5,7 +5,7 @@ What is traced is a structural copy of the user's model on the meta device (``pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,16 +22,21 @@ from fxprune.passes.tracing.tracer import ShapeTracer, is_skipped
 
 
 def trace(
-    model: nn.Module, example_inputs: Any, is_known: Callable[[nn.Module], bool], has_rule: Callable[[Any], bool] = lambda _: False
+    model: nn.Module,
+    example_inputs: Any,
+    is_known: Callable[[nn.Module], bool],
+    has_rule: Callable[[Any], bool] = lambda _: False,
+    whole: Mapping[str, str] | None = None,
 ) -> TracedModel:
     """Trace ``model`` in evaluation mode and, where the traced code reads ``self.training``, in training mode as well.
 
     ``is_known(module)`` says whether a module is kept whole as one node; ``has_rule(function)`` whether a wrapped function is. A submodule
-    that cannot be traced is kept whole. Raises ``TraceError`` with the line of the user's source where tracing of the root stopped.
+    that cannot be traced is kept whole; where ``whole`` (path -> why) is given, those are and no others. Raises ``TraceError`` with the
+    line of the user's source where tracing of the root stopped.
     """
     skeleton = Skeleton(model, is_known)
-    found = TracedModel(skeleton, {}, {})
-    add_traced(found, "", call_form(example_inputs), is_known, has_rule)
+    found = TracedModel(skeleton, {}, {}, opaque=dict(whole or {}))
+    add_traced(found, "", call_form(example_inputs), is_known, has_rule, strict=whole is not None)
     return found
 
 
@@ -42,10 +47,12 @@ def add_traced(
     is_known: Callable[[nn.Module], bool],
     has_rule: Callable[[Any], bool],
     device: torch.device | None = None,
+    strict: bool = False,
 ) -> None:
     """Trace the module at ``path`` and add its graphs, "eval" and where it differs "train", under ``path:`` for a part of the model.
 
-    ``device``: where the inputs are, if the example only stands for them.
+    ``device``: where the inputs are, if the example only stands for them. ``strict``: what cannot be traced raises; the error's ``module``
+    is the path of the module whose code was at work.
     """
     skeleton = traced.skeleton
     device = device or next((t.device for t in _tensors(example) if t.device.type != "meta"), torch.device("cpu"))
@@ -59,6 +66,9 @@ def add_traced(
                 return tracer, _one(tracer, example, training)
             except TraceError as error:
                 culprit = _culprit(error)
+                if strict:
+                    error.module = culprit
+                    raise
                 if not culprit or culprit in blocked:
                     first = blocked.get(tracer.failed)  # why it was kept whole says more than how running it failed
                     raise (error if first is None else TraceError(first)) from error.__cause__

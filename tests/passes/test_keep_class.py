@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import UnsupportedError
+from fxprune.files.rebuilding import units_kept
+from fxprune.passes.rewriting.slimmer import Slimmer
 from tests.passes.helpers import call, leaves, prime
 from tests.passes.networks import ZOO
 
@@ -123,16 +125,6 @@ class Asserting(Net):
         return logits
 
 
-@pytest.mark.parametrize("kind", [Literal, Scaled, Branching, Outside, Asserting])
-def test_a_number_that_changes_is_named_with_its_line(kind: type[nn.Module]) -> None:
-    lines = Path(__file__).read_text().splitlines()
-    line = next(n for n, text in enumerate(lines, 1) if text.endswith(f"# line of {kind.__name__}"))
-    with pytest.raises(UnsupportedError, match=rf"test_keep_class.py:{line}: .*leave keep_class out") as caught:
-        made(primed(kind), keep_class=True)
-    assert "\n" not in str(caught.value)
-    made(primed(kind), verify=True)  # the graph module can
-
-
 def test_what_has_no_class_to_keep() -> None:
     with pytest.raises(UnsupportedError, match="is a .* already and has no class of its own"):
         fxprune.compress(made(Net()), 0.5, X, keep_class=True)
@@ -146,20 +138,220 @@ def test_networks_of_torchvision(name: str) -> None:
     assert type(slim) is type(model) and torch.equal(slim(x), fxprune.compress(model, 0.5, x)(x))
 
 
+def as_graph(model: nn.Module, inputs: Any, slim: nn.Module, **options: Any) -> Any:
+    """The graph module with the channels of ``slim``, a kept class, which may be others than a graph module would keep."""
+    graph = fxprune.analyze(model, inputs, **options)
+    names = {alias: name for name, aliases in graph.walk.traced.skeleton.aliases.items() for alias in aliases}
+    return Slimmer(graph, units_kept(graph, fxprune.record(slim).kept, names)).run()
+
+
+def agree(model: nn.Module, inputs: Any, slim: Any, **options: Any) -> None:
+    """A kept class, its copy and the graph module with the same channels compute the same, bit for bit, in both modes."""
+    graph, modes = as_graph(model, inputs, slim, **options), {name: one.training for name, one in slim.named_modules()}
+    for training in (False, True):
+        found = []
+        for one in (graph, slim, copy.deepcopy(slim)):
+            one.train(training)
+            torch.manual_seed(1)
+            found.append(leaves(call(copy.deepcopy(one), inputs)))
+        for a, b, c in zip(*found, strict=True):
+            assert torch.equal(a, b) and torch.equal(b, c)
+    for name, one in slim.named_modules():
+        one.training = modes[name]
+
+
 def sound(name: str) -> bool:
     """Whether the class of a test network can stay; where it can, it computes what the graph module does."""
     torch.manual_seed(0)
     inputs = ZOO[name].inputs()
     model = prime(ZOO[name].make(), inputs)
-    graph = fxprune.compress(model, 0.5, inputs)
     try:
         slim = fxprune.compress(model, 0.5, inputs, keep_class=True)
     except UnsupportedError:
         return False
     assert type(slim) is type(model)
-    for a, b in zip(leaves(call(graph.eval(), inputs)), leaves(call(slim.eval(), inputs)), strict=True):
-        assert torch.equal(a, b), name
+    agree(model, inputs, slim)
     return True
+
+
+class Sizes:
+    """A ``config``."""
+
+    def __init__(self, hidden: int) -> None:
+        self.sizes = {"hidden": hidden}
+
+
+class Block(nn.Module):
+    def __init__(self, dims: int, heads: int, config: Sizes) -> None:
+        super().__init__()
+        self.config, self.heads, self.head_dim, self.widths = config, heads, dims // heads, [dims, dims, dims]
+        self.scale = self.head_dim**-0.5
+        self.qkv, self.out = nn.Linear(dims, 3 * dims), nn.Linear(dims, dims)
+        self.up, self.down = nn.Linear(dims, config.sizes["hidden"]), nn.Linear(config.sizes["hidden"], dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (p.view(b, n, self.heads, self.head_dim).transpose(1, 2) for p in self.qkv(x).split(self.widths, dim=-1))
+        y = ((q @ k.transpose(-1, -2)) * self.scale).softmax(-1) @ v
+        x = x + self.out(y.transpose(1, 2).reshape(b, n, self.heads * self.head_dim))
+        y = self.up(x).relu().view(b, n, 2, self.config.sizes["hidden"] // 2).flatten(2)
+        z: Tensor = x + self.down(y)
+        return z
+
+
+class Attending(nn.Module):
+    """Sizes as attributes, in a list, and in a ``config`` that two blocks share and that need not be pruned alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = Sizes(24)
+        self.first = nn.Linear(6, 16)
+        self.blocks = nn.ModuleList(Block(16, 4, self.config) for _ in range(2))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(x.mean(1))
+        return logits
+
+
+@pytest.mark.parametrize("attention", ["heads", "head_dim"])
+def test_attributes_are_set_and_named(attention: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = (torch.randn(2, 5, 6),)
+    model: Any = prime(Attending(), inputs)
+    graph = fxprune.analyze(model, inputs, attention=attention)
+    policy = {g.name: 0.5 if "blocks.0" in g.name else 0.25 for g in graph.groups if g.prunable and ("qkv" in g.name or "up" not in g.name)}
+    slim: Any = fxprune.compress(graph, policy, keep_class=True, verify=attention == "heads")
+    assert type(slim) is Attending and model.blocks[0].heads == 4 and model.blocks[0].head_dim == 4
+    if attention == "heads":
+        assert [b.heads for b in slim.blocks] == [2, 3] and [b.widths for b in slim.blocks] == [[8] * 3, [12] * 3]
+    else:
+        assert [b.head_dim for b in slim.blocks] == [2, 3] and [b.heads for b in slim.blocks] == [4, 4]
+        assert [b.scale for b in slim.blocks] == [0.5, 0.5]  # what is computed from a size stays what it was
+    notes = [note for note in fxprune.record(slim).notes if note.startswith("keep_class set Block.")]
+    assert any("blocks.0" in note and "4 -> 2" in note for note in notes)
+    agree(model, inputs, slim, attention=attention)
+    fxprune.save(slim, tmp_path / "slim.safetensors")
+    back: Any = fxprune.load(tmp_path / "slim.safetensors", Attending().eval())
+    assert type(back) is Attending and torch.equal(back(*inputs), slim(*inputs))
+
+
+def test_a_config_that_modules_share_is_copied_where_they_differ() -> None:
+    torch.manual_seed(0)
+    inputs = (torch.randn(2, 5, 6),)
+    model: Any = prime(Attending(), inputs)
+    before = model.config.sizes
+    graph = fxprune.analyze(model, inputs)
+    first = next(g.name for g in graph.groups if g.prunable and ".up" in g.name)
+    slim: Any = fxprune.compress(graph, {first: 0.5}, keep_class=True)
+    assert slim.blocks[0].config.sizes["hidden"] == slim.blocks[0].up.out_features == 12
+    assert slim.blocks[1].config.sizes["hidden"] == 24 and before == {"hidden": 24} == model.config.sizes
+    agree(model, inputs, slim)
+
+
+class Halved(nn.Module):
+    """As YOLO's C2f: one half goes further than the other, and code cuts in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Conv2d(3, 16, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(24, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.first(x).chunk(2, 1)
+        y: Tensor = self.last(torch.cat([a, b, self.inner(b).relu()], 1))
+        return y
+
+
+class Exchanged(Halved):
+    """Both halves are of one group, whose scores know nothing of halves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.first(x).split(8, dim=1)
+        y: Tensor = self.last(torch.cat([b, a, a * 0.5], 1))
+        return y
+
+
+class Exchange(Exchanged):
+    """The same with the size in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.first(x).split((self.part, self.part), dim=1)
+        y: Tensor = self.last(torch.cat([b, a, a * 0.5], 1))
+        return y
+
+
+@pytest.mark.parametrize("round_to", [1, 4])
+def test_halves_stay_even(round_to: int) -> None:
+    inputs = (X,)
+    model: Any = prime(Halved(), inputs)
+    names = [g.name for g in fxprune.analyze(model, inputs).groups if g.prunable and g.name.startswith("first")]
+    assert len(names) == 2
+    uneven: Any = fxprune.compress(model, {names[0]: 0.75, names[1]: 0.25}, inputs)
+    assert uneven.first.out_channels == 8
+    slim: Any = fxprune.compress(model, {names[0]: 0.75, names[1]: 0.25}, inputs, keep_class=True, round_to=round_to, verify=True)
+    assert slim.first.out_channels == (12 if round_to == 1 else 16)  # units return, none goes that nobody asked for
+    agree(model, inputs, slim)
+    model = prime(Exchange(), inputs)
+    slim = fxprune.compress(model, 0.5, inputs, keep_class=True, verify=True)
+    assert slim.part == slim.first.out_channels // 2 == 4 and model.part == 8
+    agree(model, inputs, slim)
+    with pytest.raises(UnsupportedError, match="split holds the number 8, which becomes 4 .*an attribute that Exchanged reads there"):
+        fxprune.compress(prime(Exchanged(), inputs), 0.5, inputs, keep_class=True)
+
+
+class Asks(Net):
+    """Code that checks a size that an attribute holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        assert x.shape[1] == self.channels
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels = 12
+
+
+class Computes(Asks):
+    """The attribute is part of a result, where its old value has to stay."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        logits: Tensor = self.head((x.view(len(x), self.channels, 64) * self.channels**-0.5).mean(2))  # line of Computes
+        return logits
+
+
+class Writes(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x).clone()
+        x[:, 3:6] = 0.0  # line of Writes
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("kind", [Literal, Scaled, Branching, Outside, Asserting, Computes, Writes])
+def test_a_number_that_changes_is_named_with_its_line(kind: type[nn.Module]) -> None:
+    lines = Path(__file__).read_text().splitlines()
+    line = next(n for n, text in enumerate(lines, 1) if text.endswith(f"# line of {kind.__name__}"))
+    with pytest.raises(UnsupportedError, match=rf"test_keep_class.py:{line}: .*leave keep_class out") as caught:
+        made(primed(kind), keep_class=True)
+    assert "\n" not in str(caught.value)
+    made(primed(kind), verify=True)  # the graph module can
+
+
+def test_an_attribute_that_code_checks_or_computes_with() -> None:
+    model = primed(Asks)
+    slim = made(model, keep_class=True, verify=True)
+    assert slim.channels == 6 and model.channels == 12 and slim.width == 16
+    agree(model, (X,), slim)
 
 
 NAMES = sorted(ZOO)

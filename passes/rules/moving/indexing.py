@@ -38,6 +38,11 @@ def getitem(ctx: LabelContext, node: fx.Node, input: Any, index: Any) -> Any:
     if indexed is None:
         return ctx.opaque(node, [input, *values(index)], "it is indexed by values the graph computes", ReasonKind.COMPUTED_INDEX)
     pin_pairs(ctx, input, indexed)
+    table = node.args[0]
+    if isinstance(table, fx.Node) and table.op == "get_attr":
+        owner = ctx.traced.skeleton.module_or_none(str(table.target).rpartition(".")[0])
+        if isinstance(owner, torch.nn.Embedding):  # positions beyond the example's are read by longer inputs
+            ctx.pin(input.axes.get(0), "a vocabulary is not pruned", ReasonKind.STRUCTURE)
     axis = -1
     for entry in entries_of(indexed, input.ndim):
         axis += entry is not None

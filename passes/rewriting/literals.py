@@ -1,0 +1,133 @@
+"""The numbers of the user's code that stand in a graph: where they come from, what they were, and what the slim graph has instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from fxprune.passes.ir.nodes import target_name
+from fxprune.passes.labels.values import Value, Vector
+from fxprune.passes.rewriting.slimmer import Slimmer
+
+VIEWS = frozenset({"view", "reshape", "_unsafe_view", "expand", "broadcast_to"})
+SPLITS = frozenset({"split", "chunk", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"})
+FACTORIES = frozenset({"zeros", "ones", "empty", "rand", "randn"})
+
+
+@dataclass(frozen=True, eq=False)
+class Literal:
+    """``owner``: the module whose code gave the number. ``site``: what is the same for all modules that run that code.
+    ``old``, ``new``: the number and what it has to be. ``along``: the labels of the axis whose size it is, None where it is no size."""
+
+    owner: str
+    where: str
+    operation: str
+    site: tuple[Any, ...]
+    old: int
+    new: int
+    along: Vector | None
+
+
+def leaves(nested: Any) -> Iterator[Any]:
+    """What stands in a node's arguments, in order, without the lists and slices around it."""
+    if isinstance(nested, (tuple, list)):
+        for one in nested:
+            yield from leaves(one)
+    elif isinstance(nested, dict):
+        for key in nested:
+            yield from leaves(nested[key])
+    elif isinstance(nested, slice):
+        yield from (nested.start, nested.stop, nested.step)
+    else:
+        yield nested
+
+
+def is_number(leaf: Any) -> bool:
+    return isinstance(leaf, int) and not isinstance(leaf, bool)
+
+
+def literals(slimmer: Slimmer, mode: str, old: fx.Graph, new: fx.Graph) -> Iterator[Literal]:
+    """The numbers of ``old`` that say a size or change in ``new``, its rewrite."""
+    known = slimmer.walk.env[mode]
+    made = {slimmer.copied[node]: node for node in new.nodes if node in slimmer.copied}
+    for node in old.nodes:
+        if node.op not in ("call_function", "call_method") or node not in made:
+            continue
+        name = target_name(node)
+        if name in SPLITS:
+            yield from _parts(slimmer, node, name, known)
+            continue
+        before, after = list(leaves((node.args, node.kwargs))), list(leaves((made[node].args, made[node].kwargs)))
+        if len(before) != len(after):
+            continue
+        value = known.get(node)
+        for place, (a, b) in enumerate(zip(before, after, strict=True)):
+            if not is_number(a) or not is_number(b):
+                continue
+            along = _axis_of(name, place, node, value, len(before))
+            if a != b or along is not None:
+                yield _literal(slimmer, node, name, place, a, b, along)
+
+
+def _axis_of(name: str, place: int, node: fx.Node, value: Any, count: int) -> Vector | None:
+    """The labels of the axis whose size the argument at ``place`` is."""
+    if not isinstance(value, Value):
+        return None
+    first = 1 if name in VIEWS else 0 if name in FACTORIES else None
+    if name == "unflatten" and len(node.args) > 1 and is_number(node.args[1]):
+        source = node.args[0]
+        ndim = source.meta["val"].ndim  # type: ignore[union-attr]
+        first = 2 - int(node.args[1]) % ndim  # type: ignore[arg-type]
+    if first is None or not first <= place or place - first >= value.ndim:
+        return None
+    return value.axes.get(place - first)
+
+
+def _parts(slimmer: Slimmer, node: fx.Node, name: str, known: Mapping[fx.Node, Any]) -> Iterator[Literal]:
+    sizes, dim = _split_arguments(node)
+    parts = known.get(node)
+    if name in ("chunk", "unsafe_chunk", "tensor_split") or not isinstance(parts, tuple) or not is_number(dim):
+        return
+    for place, part in enumerate(parts):
+        axis = int(dim) % part.ndim
+        size = sizes[place] if isinstance(sizes, (tuple, list)) and len(sizes) == len(parts) else sizes
+        if not isinstance(size, int) or size != part.shape[axis]:
+            continue
+        at = place if isinstance(sizes, (tuple, list)) else 0  # one number stands for all parts
+        yield _literal(slimmer, node, name, at, size, slimmer.count(part, axis), part.axes.get(axis))
+
+
+def _split_arguments(node: fx.Node) -> tuple[Any, Any]:
+    """How large the parts are or how many, and the axis."""
+    named = [value for key, value in node.kwargs.items() if key not in ("dim", "input", "tensor")]
+    sizes = node.args[1] if len(node.args) > 1 else named[0] if named else None
+    return sizes, node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+
+
+def _literal(slimmer: Slimmer, node: fx.Node, name: str, place: int, old: int, new: int, along: Vector | None) -> Literal:
+    owner, where = str(node.meta.get("owner") or ""), str(node.meta.get("where") or "forward")
+    module = slimmer.skeleton.original_module(owner) if slimmer.skeleton.module_or_none(owner) is not None else slimmer.skeleton.original
+    kind = type(module)
+    return Literal(owner, where, name, (kind, where, name, place), old, new, along)
+
+
+def even_parts(slimmer: Slimmer, mode: str, graph: fx.Graph) -> Iterator[list[Vector]]:
+    """The labels of the parts of every split into parts of one size: a ``chunk``, or a ``split`` by one number."""
+    known = slimmer.walk.env[mode]
+    for node in graph.nodes:
+        name = target_name(node) if node.op in ("call_function", "call_method") else ""
+        parts = known.get(node)
+        if name not in SPLITS or not isinstance(parts, tuple) or len(parts) < 2:
+            continue
+        sizes = (
+            node.args[1] if len(node.args) > 1 else next((v for k, v in node.kwargs.items() if k not in ("dim", "input", "tensor")), None)
+        )
+        dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+        if not is_number(dim) or isinstance(sizes, (tuple, list)):
+            continue
+        axis = int(dim) % parts[0].ndim
+        if len({part.shape[axis] for part in parts}) == 1 and all(axis in part.axes for part in parts):
+            yield [part.axes[axis] for part in parts]
