@@ -14,11 +14,12 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune import example_inputs as forms
+from fxprune.attached import Sources, attach, record_of, sources_of
 from fxprune.errors import FxPruneError, InputError, PruningWarning
 from fxprune.evaluation.accuracy import device_of
 from fxprune.evaluation.wrappers import unwrapped
-from fxprune.files.record_json import indices
 from fxprune.importance.criteria import Importance, importance_name, scores
+from fxprune.index_lists import indices
 from fxprune.passes.base import GraphPass, Observer, UserPass, run_passes
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.pipeline import Plan, Slim, analysed, compilation, listed, module_names, traced_graph
@@ -30,7 +31,6 @@ from fxprune.passes.verify import verify as zeroing_oracle
 from fxprune.policies import Policy, checked_sparsity, units_removed
 from fxprune.records import PruningRecord
 from fxprune.repair.repairer import Repairer, checked
-from fxprune.training.rebinding import Sources
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -156,12 +156,14 @@ def compress(
         notes = (*notes, lacking)
     applied = Policy(wanted.sparsity, graph.inputs, {**graph.options, **used}, chosen.meta)
     made = made_record(graph, slimmer, keep, applied, keep_class, notes)
-    slim.__dict__["_record"], slim.__dict__["_sources"] = made, Sources(graph.model)
+    attach(slim, made, Sources(graph.model))
     if verify:
         given = example if _has_values(example) else forms.build(graph.inputs, device=device_of(graph.model))
         zeroing_oracle(graph, keep, slim, *forms.call_form(given))
     if repair != "none":
-        slim.__dict__["_record"] = made.with_repair(repair, Repairer(graph, batches or (), repair)(slim, slimmer))
+        repairer = Repairer(graph, batches or (), repair)
+        notes = repairer(slim, slimmer)
+        attach(slim, made.with_repair(repair, notes, repairer.layers))
     return _passed(slim, passes, observe)
 
 
@@ -174,9 +176,9 @@ def _passed(slim: Any, passes: Sequence[Any], observe: Observer | None) -> fx.Gr
     made: Any = run_passes(slim, steps, observe) if steps else slim
     if made is not slim:
         ran = ", ".join(step.name for step in steps)
-        made_by = slim.__dict__["_record"]
+        made_by = record(slim)
         note = f"after the rewrite {ran} ran, which load() does not run again"
-        made.__dict__["_record"], made.__dict__["_sources"] = replace(made_by, notes=(*made_by.notes, note)), slim.__dict__["_sources"]
+        attach(made, replace(made_by, notes=(*made_by.notes, note)), sources_of(slim))
     return made  # type: ignore[no-any-return]
 
 
@@ -237,8 +239,8 @@ def _example(model: nn.Module, given: Any, recorded: Any) -> Any:
         return given
     if recorded is not None:
         return forms.build(recorded, device="meta")
-    earlier = getattr(model, "_record", None)
-    if isinstance(earlier, PruningRecord) and earlier.policy.inputs is not None:
+    earlier = record_of(model)
+    if earlier is not None and earlier.policy.inputs is not None:
         return forms.build(earlier.policy.inputs, device="meta")
     if isinstance(model, fx.GraphModule) and (found := forms.of_graph(model)) is not None:
         return found
@@ -257,8 +259,8 @@ def record(slim: nn.Module) -> PruningRecord:
     Raises:
         FxPruneError: fxprune did not make this module.
     """
-    found = getattr(unwrapped(slim), "_record", None)
-    if not isinstance(found, PruningRecord):
+    found = record_of(unwrapped(slim))
+    if found is None:
         raise FxPruneError(f"this {type(slim).__name__} carries no pruning record; pass what compress, search or load returned")
     return found
 
@@ -283,8 +285,8 @@ def made_record(
     before, after = costs.profile(), costs.profile(keep)
     renumbered = tuple(sorted(slimmer.renumber))
     made = PruningRecord(kept, removed, policy, "none", before, after, renumbered, (*notes, *slimmer.settings), keep_class=keep_class)
-    earlier = getattr(graph.model, "_record", None)
-    return _composed(earlier, made) if isinstance(earlier, PruningRecord) else made
+    earlier = record_of(graph.model)
+    return made if earlier is None else _composed(earlier, made)
 
 
 def _composed(first: PruningRecord, second: PruningRecord) -> PruningRecord:

@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,19 @@ FAULTS = (
 )
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; the name of its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def few(names: Sequence[str], limit: int = 3) -> str:
+    """The first ``limit`` of ``names``, and how many more there are: "a, b, c and 4 more"."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
 def in_a_line(error: BaseException) -> str:
     """An error of the user's code in one line: its type, what it says, and the last line outside installed packages it went through."""
-    said = (str(error).strip() or "no message").splitlines()[0]
+    said = first_line(error) if str(error).strip() else "no message"
     frames = traceback.extract_tb(error.__traceback__)
     frame = next((one for one in reversed(frames) if "site-packages" not in one.filename), frames[-1] if frames else None)
     where = "" if frame is None else f" ({Path(frame.filename).name}:{frame.lineno})"

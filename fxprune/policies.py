@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from fxprune.atomic import replace_text
 from fxprune.errors import PolicyError
+from fxprune.index_lists import ranges
+from fxprune.zeros import removable
 
 FORMAT = "fxprune-policy/1"
 
@@ -77,6 +80,36 @@ class Policy:
         p = checked_sparsity(sparsity, "a uniform policy")
         return cls({g.name: p for g in graph.groups if g.prunable}, graph.inputs, dict(graph.options))
 
+    @classmethod
+    def from_zeros(cls, graph: Any) -> Policy:
+        """The units that are zero already: those that masks or sparse training left without effect.
+
+        A unit goes where every layer that adds to it gives zero for it (weights and bias, masks of ``torch.nn.utils.prune``, the scale and
+        shift of the BatchNorm behind), or where every layer that reads it has weights of zero there; and only where the network then
+        computes the same: the original and a copy with all of the unit's weights at zero are run on random inputs and must agree bit for
+        bit (on a CPU).
+
+        Args:
+            graph: what ``analyze`` returned; the weights that its model holds now count.
+
+        Returns:
+            A policy that names these units, for ``compress``. Its ``meta`` says what is zero in one place and not in another
+            (``partly_zero``: group -> layer -> units that are zero there and stay) and why dead units stay (``kept``: group -> reason).
+
+        Raises:
+            InputError: the model is on the meta device and has no values.
+        """
+        gone, partly, why = removable(graph)
+        sizes = {g.name: g.size for g in graph.groups}
+        units = {name: ranges(found) for name, found in gone.items()}
+        options = {**graph.options, "round_to": 1, "importance": "l2", "units": units}
+        meta: dict[str, Any] = {"made_by": "from_zeros"}
+        if partly:
+            meta["partly_zero"] = {name: {path: ranges(found) for path, found in places.items()} for name, places in partly.items()}
+        if why:
+            meta["kept"] = why
+        return cls({name: len(found) / sizes[name] for name, found in gone.items()}, graph.inputs, options, meta)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the policy as JSON, fit to be edited by hand; an existing file is replaced only when the new one is whole."""
         data = {
@@ -87,12 +120,7 @@ class Policy:
             "meta": dict(self.meta),
         }
         target = Path(path)
-        scratch = target.with_name(target.name + ".part")
-        try:
-            scratch.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-            os.replace(scratch, target)
-        except OSError as error:
-            raise PolicyError(f"cannot write the policy to {target}: {error.strerror}; choose a folder that can be written") from error
+        replace_text(target, json.dumps(data, indent=2) + "\n", "the policy", PolicyError)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Policy:

@@ -41,6 +41,21 @@ class Profile:
 
 
 @dataclass(frozen=True)
+class LayerRepair:
+    """What a repair did to a layer.
+
+    ``done``: "fitted" (its weights and constant changed), "shifted" (its constant alone) or "sliced" (nothing, since that was better on
+    inputs that were not fitted). ``ridge``: the strength chosen, of the mean variance of its inputs. ``before``, ``after``: mean squared
+    distance from the original's responses on inputs that were not fitted, as shares of their variance, as sliced and as repaired.
+    """
+
+    done: str
+    ridge: float | None
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class PruningRecord:
     """What a compression did, always in terms of the outermost original model.
 
@@ -49,6 +64,7 @@ class PruningRecord:
     ``renumbered``: names of index buffers whose values were renumbered.
     ``repair``: "none", "bn", "bias" or "lstsq": what was done after slicing. After "bias" and "lstsq" parameters are no longer slices of
         the original's.
+    ``repaired``: layer name -> ``LayerRepair``, for the layers that a repair reached.
     ``steps``: where a slim module was pruned again, the record of each pruning in terms of the module it was given; else empty.
     ``keep_class``: whether the slim module is an instance of the original's class. ``folded``: whether its BatchNorms are folded away.
     ``notes``: sentences a user should know: what tracing specialised, what could not be kept.
@@ -65,7 +81,8 @@ class PruningRecord:
     steps: tuple[PruningRecord, ...] = ()
     keep_class: bool = False
     folded: bool = False
+    repaired: Mapping[str, LayerRepair] = field(default_factory=dict)
 
-    def with_repair(self, repair: str, notes: tuple[str, ...] = ()) -> PruningRecord:
-        """The same record after a repair; ``notes``: what could not be repaired."""
-        return replace(self, repair=repair, notes=tuple(dict.fromkeys((*self.notes, *notes))))
+    def with_repair(self, repair: str, notes: tuple[str, ...] = (), layers: Mapping[str, LayerRepair] | None = None) -> PruningRecord:
+        """The same record after a repair; ``notes``: how much was repaired, and what could not be; ``layers``: what was done to each."""
+        return replace(self, repair=repair, notes=tuple(dict.fromkeys((*self.notes, *notes))), repaired=dict(layers or {}))

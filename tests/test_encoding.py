@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxprune.errors import FileError
-from fxprune.files.record_json import decode_record, encode_record, indices, ranges
+from fxprune.files.record_json import decode_record, encode_record
+from fxprune.index_lists import indices, ranges
 from fxprune.policies import Policy
 from fxprune.records import Profile, PruningRecord
 

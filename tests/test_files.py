@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fxprune import atomic
 from fxprune.api import compress, record
 from fxprune.errors import FileError
-from fxprune.files import slim_file as files
 from fxprune.files.slim_file import load, rebuild, save
 from fxprune.models.small import digits_net, resnet20
 
@@ -168,7 +168,7 @@ def test_what_a_killed_write_leaves_goes_with_the_next(tmp_path: Path, monkeypat
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(files, "save_file", killed)
+        patched.setattr(atomic, "save_file", killed)
         patched.setattr(shutil, "rmtree", lambda *_, **__: None)  # SIGKILL leaves no time for it
         with pytest.raises(Killed):
             save(slimmed(Net()), tmp_path / "s.safetensors")

@@ -15,10 +15,15 @@ PACKAGE = ROOT / "fxprune"
 # A room is a folder or, at the top of ``fxprune`` and of ``passes``, a module. It may import itself and every room above it.
 ROOMS = (
     "errors",
-    "policies",
+    "atomic",
+    "imports",
+    "index_lists",
     "example_inputs",
-    "records",
     "evaluation",
+    "zeros",
+    "policies",
+    "records",
+    "attached",
     "passes.compat",
     "passes.base",
     "passes.collector",
@@ -45,9 +50,9 @@ ROOMS = (
 )
 # Beside the order: what each of these may import, apart from itself. From ``api`` on every room may import them.
 ASIDE = {
-    "driver": {"errors", "policies", "records"},
-    "models": {"errors"},
-    "data": {"errors", "models"},
+    "driver": {"errors", "atomic", "imports", "policies", "records"},
+    "models": {"errors", "imports"},
+    "data": {"errors", "imports"},
 }
 WIDEST = 16  # modules that may lie side by side in one folder
 

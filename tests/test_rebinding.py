@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import fxprune
+from fxprune.attached import attach
 from fxprune.errors import InputError, UnsupportedError
 
 X = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(3))
@@ -321,5 +322,5 @@ def test_what_does_not_belong_together() -> None:
         fxprune.rebind(Counted(model.parameters(), 0.1, "me"), slim)
     with pytest.raises(InputError, match=r"does not fit the optimizer: '0.weight' should be \[4, 3, 3, 3\] after pruning"):
         other = fxprune.compress(model, 0.25, X[:1].double())
-        other.__dict__["_record"] = fxprune.record(slim)
+        attach(other, fxprune.record(slim))
         fxprune.rebind(torch.optim.SGD(model.parameters(), 0.1), other)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +17,9 @@ from fxprune.errors import InputError
 from fxprune.importance.criteria import scores
 from fxprune.passes.verify import difference
 from fxprune.repair import repairer as repairs
-from fxprune.repair.least_squares import Moments
-from fxprune.repair.matrices import choose, grouped, input_rows, matrices, output_rows, set_matrices
+from fxprune.repair.least_squares import Moments, fitted
+from fxprune.repair.matrices import choose, form_of, grouped, input_rows, matrices, output_rows, set_matrices
+from fxprune.repair.moments import collect
 
 LAYERS: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
     (lambda: nn.Linear(5, 7), (3, 5)),
@@ -39,12 +43,14 @@ def test_a_layer_is_a_product_of_its_rows_with_its_matrices(case: int, limit: in
     torch.manual_seed(0)
     layer, x = make(), torch.randn(shape)
     output = layer(x)
-    places = choose(layer, output, limit, seed=1)
-    product = input_rows(layer, x, places) @ matrices(layer).transpose(1, 2)
-    wanted = grouped(layer, output_rows(layer, output - _bias(layer, output), places))
+    form, weight = form_of(layer), _weight(layer)
+    assert form is not None
+    places = choose(form, weight, x, limit, seed=1)
+    product = input_rows(form, weight, x, places) @ matrices(form, weight).transpose(1, 2)
+    wanted = grouped(form, output_rows(form, output - _bias(layer, output), places))
     torch.testing.assert_close(product, wanted, atol=1e-5, rtol=1e-5)
-    before = _weight(layer).clone()
-    set_matrices(layer, matrices(layer) * 2)
+    before = weight.clone()
+    set_matrices(form, weight, matrices(form, weight) * 2)
     assert torch.equal(_weight(layer), before * 2)
 
 
@@ -60,16 +66,39 @@ def _bias(layer: nn.Module, output: Tensor) -> Tensor:
     return bias if isinstance(layer, nn.Linear) else bias.reshape(-1, *[1] * (_weight(layer).ndim - 2))
 
 
-def test_the_fit_finds_the_weights_and_the_constant_that_made_the_responses() -> None:
+def test_the_fit_finds_the_change_and_the_constant_that_make_the_responses() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 4000, 6) + 3
-    true, constant = torch.randn(2, 3, 6), torch.randn(2, 3)
+    start, true, constant = torch.randn(2, 3, 6), torch.randn(2, 3, 6), torch.randn(2, 3)
     moments = Moments()
     for part in x.split(500, dim=1):
-        moments.add(part, part @ true.transpose(1, 2) + constant[:, None])
-    found = moments.fitted(torch.zeros(2, 3, 6), centred=True)
-    torch.testing.assert_close(found.float(), true, atol=0.05, rtol=0.05)  # the ridge takes a hundredth
-    torch.testing.assert_close(moments.shift(true.double()).float(), constant.flatten(), atol=1e-3, rtol=1e-3)
+        p, y = part @ start.transpose(1, 2), part @ true.transpose(1, 2) + constant[:, None]
+        moments.add(part, p, y - p)
+    change = moments.changes([1e-6], centred=True)[0]
+    torch.testing.assert_close(start + change.float(), true, atol=1e-3, rtol=1e-3)
+    shift = moments.shift(change)
+    torch.testing.assert_close(shift.float(), constant, atol=5e-3, rtol=5e-3)
+    assert float(moments.errors(change, shift).max()) < 1e-3 < float(moments.errors(None, 0.0).min())
+    got, wanted = moments.variances(change)
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [20, 2000])
+def test_the_ridge_is_as_strong_as_the_rows_need(rows: int) -> None:
+    torch.manual_seed(0)
+    true = torch.randn(1, 4, 40) * 0.3
+
+    def moments(count: int) -> Moments:
+        x, found = torch.randn(1, count, 40), Moments()
+        found.add(x, torch.zeros(1, count, 4), x @ true.transpose(1, 2) + torch.randn(1, count, 4))
+        return found
+
+    fit = fitted([moments(rows), moments(rows), moments(rows)], 1.0, takes_shift=True, refit=True)
+    assert fit.after <= fit.before
+    if rows == 20:
+        assert fit.ridge is None or fit.ridge >= 1.0
+    else:
+        assert fit.ridge is not None and fit.ridge <= 0.1
 
 
 @pytest.mark.parametrize("features", [1, 64, 150, 600])
@@ -77,7 +106,7 @@ def test_the_moments_of_many_features_are_those_of_all_pairs(features: int) -> N
     x = torch.randn(2, 700, features, generator=torch.Generator().manual_seed(0))
     moments = Moments()
     for part in x.split(300, dim=1):
-        moments.add(part, part[..., :1])
+        moments.add(part, part[..., :1], part[..., :1])
     wanted = torch.stack([torch.atleast_2d(torch.cov(rows.T.double(), correction=0)) for rows in x])
     torch.testing.assert_close(moments.covariance(), wanted, atol=1e-5, rtol=1e-5)
 
@@ -188,11 +217,59 @@ def test_only_the_bounds_on_memory_differ_between_kept_and_streamed_batches(monk
 def test_the_model_and_what_is_not_reached_stay_as_they_are() -> None:
     model = settled(Blocks())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    slim = fxprune.compress(model, {"grouped": 0.5}, X, importance="l2", repair="lstsq", calibration=CALIBRATION)
+    calibration = [torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(10)]
+    slim = fxprune.compress(model, {"grouped": 0.5}, X, importance="l2", repair="lstsq", calibration=calibration)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert torch.equal(slim.state_dict()["stem.0.weight"], before["stem.0.weight"])
     assert slim.state_dict()["head.weight"].shape == (5, 8)
     assert not torch.equal(slim.state_dict()["head.weight"], before["head.weight"][:, fxprune.record(slim).kept["head.weight"][1]])
+
+
+class Counted:
+    """Samples that networks of a kind run, counted in the last layer: ``original`` and ``slim`` outputs have the same width."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.samples: Counter[int] = Counter()
+        forward = nn.Linear.forward
+
+        def counted(layer: nn.Linear, x: Tensor) -> Tensor:
+            self.samples[layer.in_features] += len(x)
+            return forward(layer, x)
+
+        monkeypatch.setattr(nn.Linear, "forward", counted)
+
+
+def test_the_record_says_what_was_done_to_each_layer(tmp_path: Path) -> None:
+    model = settled(Blocks())
+    slim = fxprune.compress(model, 0.4, X, importance="l2", repair="lstsq", calibration=CALIBRATION)
+    made = fxprune.record(slim)
+    layers = {"a.0", "depthwise.0", "b.0", "grouped", "head"}
+    assert set(made.repaired) == layers
+    fitted = [one for one in made.repaired.values() if one.done == "fitted"]
+    assert fitted and all(one.after < one.before and one.ridge is not None for one in fitted)
+    assert any(f"reached 5 layers: {len(fitted)} fitted" in note for note in made.notes)
+    fxprune.save(slim, tmp_path / "slim.safetensors")
+    assert fxprune.record(fxprune.load(tmp_path / "slim.safetensors", Blocks())).repaired == made.repaired
+
+
+def test_the_moments_of_what_layers_read_are_collected_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = settled(Blocks())
+    graph = fxprune.analyze(model, X)
+    counted = Counted(monkeypatch)
+    found = collect(graph, CALIBRATION)
+    assert counted.samples[16] == 8  # the last layer itself is not run, but for four samples, whole and in halves, tried first
+    assert set(found) == {"a.0.weight", "b.0.weight", "grouped.weight", "head.weight"}
+    one, inputs = found["head.weight"], []
+    model.head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad():
+        for batch in CALIBRATION:
+            model(batch)
+    x = torch.cat(inputs).double()
+    torch.testing.assert_close(one.second[0], x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(one.covariance[0], torch.cov(x.T, correction=0), rtol=1e-4, atol=1e-6)
+    assert one.rows == len(x) and one.width == 1 and one.axis == 1 and found["grouped.weight"].width == 9
+    split = collect(graph, CALIBRATION, memory=1)
+    assert all(torch.equal(split[name].second, found[name].second) for name in found)
 
 
 def test_a_constant_that_has_no_place_is_said() -> None:

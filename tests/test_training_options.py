@@ -175,7 +175,7 @@ def test_a_schedule_by_the_score() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizer": "torch.optim.Nothing"}, "optimizer 'torch.optim.Nothing' cannot be imported"),
+        ({"optimizer": "torch.optim.Nothing"}, "optimizer 'torch.optim.Nothing': 'torch.optim' has no 'Nothing'"),
         ({"optimizer": "torch.nn.Linear"}, "optimizer Linear does not take its options"),
         ({"optimizer": "torch.optim.AdamW", "optimizer_options": {"beta": 1}}, "AdamW does not take its options: .*beta"),
         ({"scheduler": "torch.optim.lr_scheduler.StepLR"}, "scheduler StepLR does not take its options: .*step_size"),

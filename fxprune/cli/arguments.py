@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,7 +13,8 @@ from fxprune.cli.options import Options
 from fxprune.driver import STRATEGIES, SearchConfig
 from fxprune.driver.config import PRESETS
 from fxprune.driver.rewards import REWARDS
-from fxprune.errors import DependencyError, SearchError
+from fxprune.errors import SearchError
+from fxprune.imports import needed
 
 HELP = {
     "model": "torchvision:NAME, timm:NAME or package.module:factory; default: a small network for digits",
@@ -94,10 +94,7 @@ def read(arguments: Sequence[str]) -> Request:
 
 def _completion(shell: str) -> str:
     """A shell's script that completes the options. Raises ``DependencyError`` without shtab, which writes it."""
-    try:
-        shtab = importlib.import_module("shtab")
-    except ImportError as error:
-        raise DependencyError("--print-completion needs shtab; install it with: pip install 'fxprune[completion]'") from error
+    shtab = needed("shtab", "--print-completion", "completion")
     return str(shtab.complete(_parser(), shell=shell))
 
 
@@ -188,10 +185,7 @@ def _reader(kind: str) -> Callable[[str], Any]:
 
 def _from_file(path: Path) -> dict[str, Any]:
     """The options in a YAML file. Raises ``SearchError`` that names the file and the entry."""
-    try:
-        yaml = importlib.import_module("yaml")
-    except ImportError as error:
-        raise DependencyError("--config needs PyYAML; install it with: pip install 'fxprune[search]'") from error
+    yaml = needed("yaml", "--config", "search")
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from fxprune.api import record as recorded
+from fxprune.atomic import remove, replace_text
+from fxprune.attached import record_of
 from fxprune.cli.options import Options
 from fxprune.driver import SearchOutcome
-from fxprune.driver.checkpoint import remove, replace_text
 from fxprune.errors import SearchError
 from fxprune.files.slim_file import save
 from fxprune.records import PruningRecord
@@ -117,7 +118,7 @@ def report(out: str) -> Path:
 def size_on_disk(model: nn.Module, folder: Path) -> int:
     """Bytes of the network's file."""
     path = folder / "size.safetensors"
-    if hasattr(model, "_record"):
+    if record_of(model) is not None:
         save(model, path)
     else:
         write_weights(model, path)

@@ -29,7 +29,7 @@ from fxprune.costs.profiling import profile
 from fxprune.data.datasets import Data, load_data
 from fxprune.data.images import Batches
 from fxprune.driver import checkpoint
-from fxprune.errors import FxPruneError, InputError, SearchError, TargetError
+from fxprune.errors import FxPruneError, InputError, SearchError, TargetError, first_line
 from fxprune.evaluation.accuracy import call, evaluate_accuracy, evaluating, logits_of, one_thread
 from fxprune.evaluation.likeness import Likeness
 from fxprune.exporting.exporter import export
@@ -340,8 +340,7 @@ class Session:
             with evaluating(model):
                 logits = logits_of(call(model, self.example))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"model {what!r} does not run on {shape} images of {self.options.data!r}: {line}") from error
+            raise InputError(f"model {what!r} does not run on {shape} images of {self.options.data!r}: {first_line(error)}") from error
         if logits.ndim < 2 or logits.shape[1] < self.data.num_classes:
             raise InputError(
                 f"model {what!r} gives scores of shape {tuple(logits.shape)}; {self.options.data!r} has {self.data.num_classes} classes"

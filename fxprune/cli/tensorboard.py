@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
 from fxprune.driver import Progress
-from fxprune.errors import DependencyError
+from fxprune.imports import needed
 
 
 def writer_class() -> Any:
     """torch's writer of TensorBoard files. Raises ``DependencyError`` where TensorBoard is not installed."""
-    try:
-        return importlib.import_module("torch.utils.tensorboard").SummaryWriter
-    except ImportError as error:
-        raise DependencyError("--tensorboard needs TensorBoard; install it with: pip install 'fxprune[tensorboard]'") from error
+    return needed("torch.utils.tensorboard", "--tensorboard", "tensorboard").SummaryWriter
 
 
 class Scalars:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fxprune.costs.counting import Counts, count
-from fxprune.errors import FxPruneError, InputError
+from fxprune.errors import FxPruneError, InputError, first_line
 from fxprune.evaluation.accuracy import call, device_of, evaluating, to_device
 from fxprune.example_inputs import build, describe
 from fxprune.records import Profile
@@ -70,11 +70,11 @@ def _counted(model: nn.Module, example_inputs: Any) -> Counts:
         raise
     except _NEEDS_VALUES as error:
         if device.type == "meta":
-            raise InputError(f"the model does not run on the example inputs without its weights: {_line(error)}") from error
+            raise InputError(f"the model does not run on the example inputs without its weights: {first_line(error)}") from error
     try:
         return count(copy.deepcopy(model), to_device(_with_values(example_inputs), device))
     except _NEEDS_VALUES as error:
-        raise InputError(f"the model does not run on the example inputs: {_line(error)}; check their shapes and types") from error
+        raise InputError(f"the model does not run on the example inputs: {first_line(error)}; check their shapes and types") from error
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:
@@ -126,7 +126,3 @@ def _seconds(model: nn.Module, inputs: Any, device: torch.device) -> float:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -106,7 +106,7 @@ def load_data(
     return Data(spec, train, held_out, test, found.num_classes, mean, std, side, found.padding, found.flip)
 
 
-def _read(spec: str, asked: readers.Asked) -> readers.Found:
+def _read(spec: str, asked: readers.Asked) -> readers.DatasetParts:
     kind, _, rest = spec.partition(":")
     if spec == "digits":
         return readers.digits(asked)

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from fxprune.data.images import Images, InMemory, Opened, Stacked, class_numbers
-from fxprune.errors import DependencyError, InputError
-from fxprune.models.loading import call_factory, import_factory, unknown_name
+from fxprune.errors import InputError, first_line
+from fxprune.imports import by_path, call_factory, needed, unknown_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,8 +59,8 @@ class _Form:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a reader found. ``validation`` and ``test`` are None where the place does not keep them apart from ``train``.
+class DatasetParts:
+    """What a reader gives. ``validation`` and ``test`` are None where the place does not keep them apart from ``train``.
 
     ``statistics``: mean and standard deviation a channel, None where nothing better than the usual ones is known.
     ``padding``, ``flip``: the augmentation that suits these images.
@@ -75,22 +75,18 @@ class Found:
     flip: bool = False
 
 
-def digits(asked: Asked) -> Found:
+def digits(asked: Asked) -> DatasetParts:
     """scikit-learn's 1,797 digits, 8x8 grey. Shifting them is fine; mirroring would make other characters of them."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DependencyError("the digits need scikit-learn: pip install 'fxprune[search]'") from error
-    bunch = load_digits()
+    bunch = needed("sklearn.datasets", "data 'digits'", "search").load_digits()
     images = torch.from_numpy(bunch.images)[:, None].float() * (255 / 16)  # they count from 0 to 16
     if asked.size not in (None, 8):
         images = F.interpolate(images, size=(asked.size, asked.size), mode="bilinear")
     images = images.expand(-1, asked.channels or 1, -1, -1).round().to(torch.uint8).contiguous()
     statistics = None if asked.channels == 3 else _STATISTICS["digits"]
-    return Found(Images(class_numbers(bunch.target, "digits"), InMemory(images)), 10, statistics=statistics, padding=1)
+    return DatasetParts(Images(class_numbers(bunch.target, "digits"), InMemory(images)), 10, statistics=statistics, padding=1)
 
 
-def image_folder(folder: Path, asked: Asked) -> Found:
+def image_folder(folder: Path, asked: Asked) -> DatasetParts:
     """A folder for each class, in ``folder`` itself or in its parts train, validation (or val) and test.
 
     Where only a validation part stands beside the training part, as in ImageNet, it is the test set.
@@ -106,10 +102,10 @@ def image_folder(folder: Path, asked: Asked) -> Found:
     for part, place in _parts({p.name: p for p in folder.iterdir() if p.is_dir() and train != folder}).items():
         part_files, part_labels = _class_files(place, numbers)
         others[part] = _images(part_files, part_labels, form)
-    return Found(_images(files, labels, form), len(numbers), others.get("validation"), others.get("test"), None, form.padding, True)
+    return DatasetParts(_images(files, labels, form), len(numbers), others.get("validation"), others.get("test"), None, form.padding, True)
 
 
-def parquet(folder: Path, asked: Asked) -> Found:
+def parquet(folder: Path, asked: Asked) -> DatasetParts:
     """train*.parquet and, where present, validation*.parquet and test*.parquet, in the layout of Hugging Face's ``datasets``.
 
     Columns: ``img`` or ``image``, a struct with the encoded ``bytes``, or the bytes themselves; ``label``, a class number.
@@ -124,12 +120,13 @@ def parquet(folder: Path, asked: Asked) -> Found:
     for part, paths in _parts({name: paths for name, paths in files.items() if paths}).items():
         part_rows, part_labels = _rows(paths)
         others[part] = _images(part_rows, part_labels, form)
-    return Found(_images(rows, labels, form), int(labels.max()) + 1, others.get("validation"), others.get("test"), None, form.padding, True)
+    train, classes = _images(rows, labels, form), int(labels.max()) + 1
+    return DatasetParts(train, classes, others.get("validation"), others.get("test"), None, form.padding, True)
 
 
-def torchvision(name: str, folder: Path, asked: Asked) -> Found:
+def torchvision(name: str, folder: Path, asked: Asked) -> DatasetParts:
     """A classification set of torchvision that lies in ``folder`` already; nothing is downloaded."""
-    from torchvision import datasets
+    datasets = needed("torchvision.datasets", f"data 'torchvision:{name}'", "vision")
 
     if name not in datasets.__all__ or not isinstance(getattr(datasets, name), type):
         raise unknown_name("torchvision data set", name, datasets.__all__)
@@ -150,16 +147,16 @@ def torchvision(name: str, folder: Path, asked: Asked) -> Found:
         statistics = None
     flip = "MNIST" not in name and name not in ("SVHN", "USPS")  # digits and letters are not their own mirror images
     parts = _images(train, labels, form), _images(test, test_labels, form)
-    return Found(parts[0], classes, test=parts[1], statistics=statistics, padding=form.padding, flip=flip)
+    return DatasetParts(parts[0], classes, test=parts[1], statistics=statistics, padding=form.padding, flip=flip)
 
 
-def from_factory(spec: str, asked: Asked) -> Found:
+def from_factory(spec: str, asked: Asked) -> DatasetParts:
     """``package.module:factory`` gives (train, test), (train, validation, test), or a mapping with these keys.
 
     Each is a map-style data set of image tensors (channels, height, width), uint8 or float in [0, 1], with class numbers.
     The factory may take ``image_size``. Images are used as they are: floats not normalised unless the user says so.
     """
-    factory = import_factory(spec, "data")
+    factory = by_path(spec, "data")
     if not callable(factory):
         raise InputError(f"data {spec!r} is a {type(factory).__name__}; it must be a function that gives the data sets")
     made = call_factory(spec, "data", factory, image_size=asked.size)
@@ -171,7 +168,7 @@ def from_factory(spec: str, asked: Asked) -> Found:
     classes = 1 + max(int(images.labels.max()) for images in parts.values())
     first = parts["train"][0][0]
     statistics = None if first.dtype == torch.uint8 else ((0.0,) * len(first), (1.0,) * len(first))
-    return Found(parts["train"], classes, parts.get("validation"), parts.get("test"), statistics)
+    return DatasetParts(parts["train"], classes, parts.get("validation"), parts.get("test"), statistics)
 
 
 def _check_folder(folder: Path) -> None:
@@ -235,7 +232,7 @@ class _Samples:
 
 
 def _decode(source: Path | io.BytesIO, where: str) -> Image:
-    from PIL import Image as pillow
+    pillow = needed("PIL.Image", "reading images", "search")
 
     try:
         image: Image
@@ -262,17 +259,12 @@ def _class_files(folder: Path, numbers: Mapping[str, int]) -> tuple[_Files, Tens
 
 
 def _rows(paths: list[Path]) -> tuple[_Rows, Tensor]:
-    try:
-        import pyarrow as pa
-        import pyarrow.compute as pc
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise DependencyError("parquet files need pyarrow: pip install 'fxprune[search]'") from error
+    pa, pc, pq = (needed(name, "reading parquet files", "search") for name in ("pyarrow", "pyarrow.compute", "pyarrow.parquet"))
     where = str(paths[0])
     try:
         table = pa.concat_tables([pq.read_table(path) for path in paths])
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"cannot read the parquet file {where}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"cannot read the parquet file {where}: {first_line(error)}") from error
     names = table.column_names
     image_name, label_name = (next((n for n in wanted if n in names), None) for wanted in (_IMAGE_COLUMNS, _LABEL_COLUMNS))
     if image_name is None or label_name is None:
@@ -289,7 +281,7 @@ def _torchvision_part(name: str, kind: Callable[..., Any], folder: Path, **part:
     try:
         return _Samples(kind(str(folder), **part), f"torchvision's {name}")
     except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:
-        raise InputError(f"torchvision's {name} cannot be read from {folder}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"torchvision's {name} cannot be read from {folder}: {first_line(error)}") from error
 
 
 def _torchvision_labels(name: str, samples: _Samples) -> Tensor:

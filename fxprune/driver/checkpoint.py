@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
+from fxprune.atomic import replace_text
 from fxprune.errors import SearchError
 
 FORMAT = "fxprune-search/2"
@@ -17,7 +16,7 @@ NAME = "search.json"
 def save(folder: Path, state: dict[str, Any]) -> None:
     """Write ``state`` to the folder's checkpoint. A kill at any moment leaves the old file or the new one, never half of one."""
     text = json.dumps({"format": FORMAT, **state})  # floats by repr, so they come back bit for bit
-    replace_text(folder / NAME, text)
+    replace_text(folder / NAME, text, kind=SearchError)
 
 
 def exists(folder: Path) -> bool:
@@ -37,25 +36,3 @@ def load(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise SearchError(f"{path} is not a checkpoint of this version; it should say format {FORMAT!r}")
     return state
-
-
-def remove(path: Path) -> None:
-    """Remove a file, or the folder in which a write was going on when it was killed."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file beside ``path``, force it to the disk, and put it in place in one step. Raises ``SearchError`` if that fails."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise SearchError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error

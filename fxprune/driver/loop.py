@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fxprune.atomic import remove
 from fxprune.driver import checkpoint, rewards, strategies
 from fxprune.driver.budget import Budget
 from fxprune.driver.config import SearchConfig
@@ -238,7 +239,7 @@ class _Search:
         checkpoint.save(self.folder, state)
         for old in self.folder.glob("weights-*"):
             if old.name != self.weights:
-                checkpoint.remove(old)
+                remove(old)
 
     def restore(self, folder: Path) -> None:
         """Take up the folder's checkpoint. Raises ``SearchError`` when it belongs to another search."""

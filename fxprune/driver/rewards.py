@@ -3,15 +3,13 @@ stood for by likeness to the original."""
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fxprune.driver.config import Reward, SearchConfig
 from fxprune.errors import SearchError
+from fxprune.imports import by_path
 
 SHARE = 0.25  # what a whole network's cost is worth, in accuracy; the paper gives no figure
 
@@ -57,21 +55,8 @@ def make(config: SearchConfig) -> Reward:
         beta = preset.beta if config.beta is None else config.beta
         return WeightedReward(alpha, beta, preset.latency, config.likeness)
     if ":" in str(chosen):
-        return _as_reward(imported(str(chosen), "reward"))
+        return _as_reward(by_path(str(chosen), "reward", SearchError))
     raise SearchError(f"unknown reward {chosen!r}; use one of {', '.join(REWARDS)}, or module:function")
-
-
-def imported(path: str, what: str) -> Any:
-    """The object at ``package.module:name``. Raises ``SearchError`` saying which half was not found."""
-    module, _, name = path.partition(":")
-    if os.getcwd() not in sys.path:  # a console script's own folder stands there instead
-        sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise SearchError(f"{what} {path!r}: cannot import {module!r} ({error}); run from the folder that holds it") from error
-    except AttributeError as error:
-        raise SearchError(f"{what} {path!r}: module {module!r} has no {name!r}") from error
 
 
 def _as_reward(function: Any) -> Reward:

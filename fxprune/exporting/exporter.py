@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fxprune import example_inputs as forms
-from fxprune.errors import ExportError, FileError, FxPruneError, InputError, VerificationError
+from fxprune.attached import record_of
+from fxprune.errors import ExportError, FileError, FxPruneError, InputError, VerificationError, first_line
 from fxprune.evaluation.accuracy import call, labelled
-from fxprune.exporting.formats import FORMATS, Format, Job, format_named, installed, needed, require, tensors
-from fxprune.records import PruningRecord
+from fxprune.exporting.formats import FORMATS, Format, Job, format_named, installed, require, tensors
+from fxprune.imports import needed
 
 TOLERANCE = 1e-3  # of the output's largest magnitude: other kernels and orders of summation, in float32
 
@@ -100,7 +101,7 @@ def _made(job: Job, path: Path, name: str, chosen: Format, verify: bool, toleran
     except FxPruneError:
         raise
     except Exception as error:  # exporters and runtimes raise what they like
-        raise ExportError(f"cannot export to {name}: {_line(error)}") from error
+        raise ExportError(f"cannot export to {name}: {first_line(error)}") from error
     if difference is not None and tolerance is not None and not difference <= tolerance:
         raise VerificationError(
             f"the {name} file gives other outputs than eager PyTorch: they differ by {difference:.1e} of the largest magnitude, "
@@ -136,8 +137,8 @@ def _twin(slim: nn.Module) -> nn.Module:
 def _example(slim: nn.Module, given: Any) -> Any:
     if given is not None:
         return tree_map_only(Tensor, lambda t: torch.zeros_like(t, device="cpu") if t.is_meta else t.detach().cpu(), given)
-    record = getattr(slim, "_record", None)
-    if isinstance(record, PruningRecord) and record.policy.inputs is not None:
+    record = record_of(slim)
+    if record is not None and record.policy.inputs is not None:
         return forms.build(record.policy.inputs)
     raise InputError("example_inputs are missing: this module carries no record of its inputs' form; pass a tensor, a tuple or a dict")
 
@@ -158,7 +159,3 @@ def _sized(example: Any, dynamic: Mapping[int, str], step: int) -> Any:
         return torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
 
     return tree_map_only(Tensor, one, example)
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

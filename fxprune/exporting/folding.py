@@ -6,13 +6,13 @@ from dataclasses import replace
 
 from torch import fx, nn
 
+from fxprune.attached import attach, record_of
 from fxprune.costs.profiling import profile
 from fxprune.errors import InputError, UnsupportedError
 from fxprune.example_inputs import build
 from fxprune.passes.base import run_passes
 from fxprune.passes.ir.slim_module import SlimModule
 from fxprune.passes.rewriting.fold import FoldBatchNorm
-from fxprune.records import PruningRecord
 
 
 def fold_batchnorm(slim: nn.Module) -> fx.GraphModule:
@@ -28,8 +28,8 @@ def fold_batchnorm(slim: nn.Module) -> fx.GraphModule:
     if slim.training:
         raise InputError("fold_batchnorm is for evaluation: BatchNorm computes something else in training mode; call slim.eval() first")
     made = run_passes(slim, [FoldBatchNorm()])
-    record = getattr(slim, "_record", None)
-    if made is not slim and isinstance(record, PruningRecord):
+    record = record_of(slim)
+    if made is not slim and record is not None:
         after = replace(profile(made, build(record.policy.inputs, device="meta")), timer=None)
-        made.__dict__["_record"] = replace(record, folded=True, after=after)
+        attach(made, replace(record, folded=True, after=after))
     return made

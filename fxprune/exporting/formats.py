@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxprune.errors import DependencyError, InputError
+from fxprune.errors import InputError
 from fxprune.example_inputs import call_form
+from fxprune.imports import needed
 
 # ExecuTorch plans memory before it runs, so a size that may change needs an upper bound: so many times that of the example.
 HEADROOM = 4
@@ -64,14 +65,6 @@ class Format:
     run: Callable[[Path, list[Tensor]], list[Tensor]]
     quantized: bool = False
     calibrated: bool = False
-
-
-def needed(package: str, use: str, extra: str) -> Any:
-    """Import ``package``. Raises ``DependencyError`` with the command that installs it."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise DependencyError(f"{use} needs {package.split('.')[0]}: pip install 'fxprune[{extra}]' ({error})") from error
 
 
 def installed(packages: Sequence[str]) -> bool:

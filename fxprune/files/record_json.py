@@ -5,40 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fxprune.errors import FileError, PolicyError
+from fxprune.index_lists import MOST, indices, ranges
 from fxprune.policies import Policy
-from fxprune.records import Profile, PruningRecord
+from fxprune.records import LayerRepair, Profile, PruningRecord
 
 Json = Any
-MOST = 2**24  # indices in the lists of one record; the largest networks have some millions
-
-
-def ranges(indices: Tensor) -> str:
-    """Ascending whole numbers, a LongTensor of shape (n,), as text: runs from first to last, separated by commas."""
-    if len(indices) == 0:
-        return ""
-    breaks = (indices.diff() != 1).nonzero().flatten() + 1
-    runs = torch.tensor_split(indices, breaks.cpu())
-    return ",".join(str(int(run[0])) if len(run) == 1 else f"{int(run[0])}-{int(run[-1])}" for run in runs)
-
-
-def indices(text: Json) -> Tensor:
-    """The LongTensor that ``ranges`` wrote as ``text``. Raises ``FileError`` for text that is not ascending ranges of a sane size."""
-    runs: list[tuple[int, int]] = []
-    for run in str(text).split(",") if text != "" else ():
-        first, dash, last = run.partition("-")
-        last = last if dash else first
-        # A number is read only once it is known to be short: files come from strangers.
-        plain = all(part.isascii() and part.isdecimal() and len(part) < 12 for part in (first, last))
-        if not plain or int(last) < int(first) or (runs and int(first) <= runs[-1][1]):
-            raise FileError(f"its record is damaged: {str(text)[:40]!r} is no ascending list of ranges")
-        runs.append((int(first), int(last)))
-    if sum(last - first + 1 for first, last in runs) > MOST:
-        raise FileError(f"its record is damaged: {str(text)[:40]!r} names more than {MOST} channels")
-    return torch.cat([torch.empty(0, dtype=torch.int64), *(torch.arange(first, last + 1) for first, last in runs)])
 
 
 def encode_record(record: PruningRecord) -> Json:
@@ -66,6 +40,7 @@ def encode_record(record: PruningRecord) -> Json:
         "notes": list(record.notes),
         "keep_class": record.keep_class,
         "folded": record.folded,
+        "repaired": {name: [one.done, one.ridge, one.before, one.after] for name, one in record.repaired.items()},
         "steps": [encode_record(step) for step in record.steps],
     }
 
@@ -91,6 +66,7 @@ def decode_record(data: Json, *, within: bool = False) -> PruningRecord:
             steps=tuple(decode_record(step, within=True) for step in steps),
             keep_class=bool(data.get("keep_class", False)),
             folded=bool(data.get("folded", False)),
+            repaired={str(name): _layer_repair(*one) for name, one in data.get("repaired", {}).items()},
         )
     except KeyError as error:
         raise FileError(f"its record is damaged: {str(error)[:80]} is missing") from error
@@ -125,6 +101,10 @@ def _checked(value: Json, kind: type[Any], what: str) -> Any:
     if not isinstance(value, kind):
         raise FileError(f"its record is damaged: {what!r} holds {str(value)[:40]!r}, no {kind.__name__}")
     return value
+
+
+def _layer_repair(done: Json, ridge: Json, before: Json, after: Json) -> LayerRepair:
+    return LayerRepair(_checked(done, str, "repaired"), None if ridge is None else float(ridge), float(before), float(after))
 
 
 def _encode_profile(profile: Profile) -> Json:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
-import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,10 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fxprune.errors import FileError, FxPruneError
+from fxprune.atomic import replace_tensors
+from fxprune.attached import attach, record_of
+from fxprune.errors import FileError, FxPruneError, first_line
 from fxprune.evaluation.accuracy import device_of
 from fxprune.files.rebuilding import rebuilt
 from fxprune.files.record_json import decode_record, encode_record
@@ -37,41 +36,21 @@ def save(slim: nn.Module, path: str | os.PathLike[str]) -> None:
     names as aliases in the metadata; non-persistent buffers and tensor attributes under names of their own; and the pruning record.
     Raises ``FileError`` for a module without a record, a tensor that safetensors does not know, or a path that cannot be written.
     """
-    record = getattr(slim, "_record", None)
-    if not isinstance(record, PruningRecord):
+    record = record_of(slim)
+    if record is None:
         raise FileError(f"cannot save this {type(slim).__name__}: it carries no pruning record; pass what compress returned")
     tensors, aliases, layouts = _contents(slim)
     described = {"format": FORMAT, "model": type(slim).__name__, "aliases": aliases, "layouts": layouts, "record": encode_record(record)}
     target = Path(path)
     try:
         # One entry: safetensors writes several in random order, and equal modules should give equal files.
-        write_whole(tensors, target, {"fxprune": json.dumps(described)})
+        replace_tensors(target, tensors, {"fxprune": json.dumps(described)})
     except TypeError as error:
         raise FileError(f"cannot save to {target}: the policy's inputs, options or meta are not plain JSON: {error}") from error
     except (OSError, SafetensorError) as error:
-        raise FileError(f"cannot save to {target}: {_line(error)}; choose a folder that can be written") from error
+        raise FileError(f"cannot save to {target}: {first_line(error)[:200]}; choose a folder that can be written") from error
     except (ValueError, RuntimeError, KeyError) as error:
-        raise FileError(f"cannot save to {target}: safetensors takes no such tensor: {_line(error)}") from error
-
-
-def write_whole(tensors: dict[str, Tensor], target: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file; an older one is replaced only when the new one is whole. Who may read it is for the umask to say.
-
-    It is written in a folder of its own beside ``target``: safetensors writes through a temporary file, which only its owner may read, and
-    whose name nobody knows once the process has been killed. With the folder the next write removes it.
-    """
-    scratch = target.with_name(target.name + ".part")
-    part = scratch / target.name
-    try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-        part.touch()
-        mode = stat.S_IMODE(part.stat().st_mode)
-        save_file(tensors, part, metadata)
-        part.chmod(mode)
-        os.replace(part, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        raise FileError(f"cannot save to {target}: safetensors takes no such tensor: {first_line(error)[:200]}") from error
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
@@ -142,8 +121,8 @@ def _loaded(path: Path, model: nn.Module, device: torch.device | None) -> tuple[
     except (FxPruneError, RuntimeError) as error:
         where = "on meta" if _on_meta(model) else "on the inputs that the file names"
         advice = "build it on the CPU" if _on_meta(model) else "pass the model that the file was made of"
-        raise FileError(f"cannot load {path}: this model cannot be analysed {where} ({_line(error)}); {advice}") from error
-    slim.__dict__["_record"] = record
+        raise FileError(f"cannot load {path}: this model cannot be analysed {where} ({first_line(error)[:200]}); {advice}") from error
+    attach(slim, record)
     return slim, aliases
 
 
@@ -216,7 +195,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except OSError as error:
         raise FileError(f"cannot load {path}: {error.strerror or error}") from error
     except SafetensorError as error:
-        raise FileError(f"cannot load {path}: it is no whole safetensors file: {_line(error)}") from error
+        raise FileError(f"cannot load {path}: it is no whole safetensors file: {first_line(error)[:200]}") from error
     if "fxprune" not in metadata:
         raise FileError(f"cannot load {path}: it holds weights but no pruning record; only fxprune.save's files can be loaded")
     try:
@@ -296,7 +275,3 @@ def _layout(name: str, tensor: Tensor) -> torch.memory_format:
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(str(size) for size in tensor.shape) or "a scalar"
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -20,6 +20,7 @@ from fxprune.evaluation.accuracy import set_training
 from fxprune.importance.reconstruction import need_batches, reconstruction
 from fxprune.passes.coupling.graph import CouplingGraph, Group
 from fxprune.passes.labels.values import Vector
+from fxprune.zeros import zero_units
 
 Scores = Mapping[str, npt.NDArray[np.float64]]
 Importance = str | Callable[[Group, nn.Module], Any]
@@ -40,8 +41,31 @@ def scores(graph: CouplingGraph, importance: Importance = "auto", calibration: I
     ``importance``: "taylor" (first order, |weight x gradient| summed; Molchanov 2017, here over the whole group), "l2", "l1",
     "variance" (of the weights), "reconstruction" (the error of the layers that read the unit, fitted anew without it; see
     ``fxprune.importance.reconstruction``), "random" (by ``seed``), "auto" (taylor where ``calibration`` is given, else l2), or a callable
-    ``(group, module) -> scores``. ``calibration``: batches, each ``(inputs, targets)`` or inputs alone.
+    ``(group, module) -> scores``. ``calibration``: batches, each ``(inputs, targets)`` or inputs alone. Units that are dead already
+    (``fxprune.zeros``) score below all others.
     """
+    return _dead_first(graph, _scores(graph, importance, calibration, seed))
+
+
+def _dead_first(graph: CouplingGraph, found: Scores) -> Scores:
+    """The scores with those of dead units below zero and below all others of their group."""
+    if any(p.device.type == "meta" for p in graph.model.parameters()):
+        return found
+    dead = zero_units(graph).dead
+    if not dead.any():
+        return found
+    changed = dict(found)
+    for group in graph.groups:
+        mine = dead[graph.starts[group.number] : graph.starts[group.number + 1]]
+        if group.name in changed and mine.any():
+            one = np.array(changed[group.name], dtype=np.float64)
+            lowest = min(0.0, float(one.min()))
+            one[mine] = lowest - 1e-12 - 1e-9 * abs(lowest)
+            changed[group.name] = one
+    return changed
+
+
+def _scores(graph: CouplingGraph, importance: Importance, calibration: Iterable[Any] | None, seed: int) -> Scores:
     if callable(importance):
         return {g.name: _checked(importance(g, graph.model), g) for g in graph.groups if g.prunable}
     if importance.startswith(CALLABLE):
@@ -68,7 +92,7 @@ def scores(graph: CouplingGraph, importance: Importance = "auto", calibration: I
         return _by_group(graph, _sums(graph, gradients(graph.model, calibration), lambda w, g: (w * g).abs()))
     if importance == "reconstruction":
         found = reconstruction(graph, need_batches(calibration))
-        return {**scores(graph, "l2"), **found}  # what no suitable layer reads is ranked by its weights
+        return {**_scores(graph, "l2", None, seed), **found}  # what no suitable layer reads is ranked by its weights
     weights = {n: graph.walk.traced.skeleton.real(n) for n in graph.walk.traced.skeleton.parameter_names}
     if importance == "l1":
         return _by_group(graph, _sums(graph, weights, lambda w, _: w.abs()))

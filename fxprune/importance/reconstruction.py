@@ -7,7 +7,7 @@ error in place of the loss). So the choice of units and the repair "lstsq" aim a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,9 @@ from torch import Tensor
 
 from fxprune.errors import InputError
 from fxprune.passes.coupling.graph import CouplingGraph, Group
-from fxprune.repair.layers import Consumer, consumers
-from fxprune.repair.least_squares import RIDGE, Moments
-from fxprune.repair.matrices import choose, input_rows, matrices
-from fxprune.repair.repairer import ROOM, Repairer, rows_wanted
+from fxprune.repair.moments import InputMoments, collect
 
-WIDEST = 4608  # features of a layer beyond which its covariance is too large; its groups are ranked by the other layers that read them
+RIDGE = 1e-2  # of the mean variance of the features
 ROUNDS = 64  # a group is thinned out in at most so many rounds
 
 
@@ -31,45 +28,22 @@ def reconstruction(graph: CouplingGraph, batches: Iterable[Any]) -> dict[str, np
     """Scores of the groups that some convolution or linear layer reads: group name -> array (units).
 
     A score is the relative error that its unit's removal adds when its turn has come, made to grow along the order of removal. Groups
-    that no suitable layer reads (ungrouped, called once, at most ``WIDEST`` features) are left out. ``batches`` as for a repair.
+    that no suitable layer reads (ungrouped, called once, not too wide) are left out. ``batches`` as for a repair.
     """
-    readers = _readers(graph, Repairer(graph, batches, "lstsq"))
+    moments = {name: one for name, one in collect(graph, batches).items() if len(one.weights) == 1}
     found = {}
     for group in graph.groups:
         if group.prunable:
-            layers = [_Layer.of(*readers[p], i, u) for p, i, u in _reading(group) if p in readers]
+            layers = [_Layer.of(moments[p], i, u) for p, i, u in _reading(group, moments)]
             if layers:
                 found[group.name] = _eliminated(group.size, layers)
     return found
 
 
-def _reading(group: Group) -> list[tuple[str, Tensor, Tensor]]:
-    """(layer, input channels, the unit of each) of what reads the group."""
+def _reading(group: Group, moments: Mapping[str, InputMoments]) -> list[tuple[str, Tensor, Tensor]]:
+    """(weight, input channels, the unit of each) of what reads the group."""
     members = zip(group.members, group.units, strict=True)
-    return [(n.removesuffix(".weight"), idx, units) for (n, dim, idx), units in members if dim == 1 and n.endswith(".weight")]
-
-
-@torch.no_grad()
-def _readers(graph: CouplingGraph, repairer: Repairer) -> dict[str, tuple[Consumer, Tensor]]:
-    """Ungrouped layers by path, each with the covariance of its inputs (features, features)."""
-    wanted = {path for group in graph.groups if group.prunable for path, _, _ in _reading(group)}
-    found: dict[str, tuple[Consumer, Tensor]] = {}
-    for part in graph.walk.traced.parts or [""]:
-        module, playback = repairer.original(part, ROOM)
-        for i, one in enumerate(consumers(module, module.graphs["eval"])):
-            path = f"{part}.{one.path}" if part else one.path
-            weights = matrices(one.module)
-            if path not in wanted or len(weights) > 1 or weights.shape[2] > WIDEST:
-                continue
-            moments = Moments()
-            for batch in range(len(repairer.batches)):
-                for values in playback.before(batch, one.node):
-                    inputs = values[one.source]
-                    places = choose(one.module, one.module(inputs), rows_wanted(repairer.batches[batch]), seed=batch * 100_003 + i)
-                    rows = input_rows(one.module, inputs, places)
-                    moments.add(rows, rows[..., :1])
-            found[path] = (one, moments.covariance()[0])
-    return found
+    return [(n, idx, units) for (n, dim, idx), units in members if n in moments and moments[n].axis == dim]
 
 
 @dataclass
@@ -87,15 +61,13 @@ class _Layer:
     units: Tensor
 
     @classmethod
-    def of(cls, one: Consumer, covariance: Tensor, channels: Tensor, units: Tensor) -> _Layer:
-        weights = matrices(one.module)[0].cpu().double()
-        gain = one.gain().cpu().double()
+    def of(cls, one: InputMoments, channels: Tensor, units: Tensor) -> _Layer:
+        weights, gain, covariance = one.weights[0], one.gain, one.covariance[0]
         weights = weights * (gain.unsqueeze(1) if gain.ndim else gain)  # as its BatchNorm scales the responses
         ridge = RIDGE * covariance.diagonal().mean().clamp_min(1e-12)
         inverse = torch.linalg.inv(covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype))
         energy = float((weights @ covariance * weights).sum().clamp_min(1e-30))
-        width = weights.shape[1] // int(one.module.weight.shape[1])
-        return cls(weights, inverse, energy, width, channels, units)
+        return cls(weights, inverse, energy, one.width, channels, units)
 
     def costs(self, alive: Tensor) -> Tensor:
         """By unit, the relative error that its removal adds; infinite for those that are gone."""

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import inspect
 import os
 import pickle
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fxprune.errors import DependencyError, FileError, InputError
-
-# What a user's own function may raise that is worth one line rather than a traceback.
-_CALL_ERRORS = (TypeError, ValueError, RuntimeError, OSError, LookupError, AttributeError, ImportError, AssertionError)
+from fxprune.errors import FileError, InputError, few, first_line
+from fxprune.imports import by_path, call_factory, needed, unknown_name
 
 
 def load_model(spec: str, *, num_classes: int | None = None, weights: str | os.PathLike[str] | None = None) -> nn.Module:
@@ -54,52 +48,14 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     differing = [k for k in own if k in state and state[k].shape != own[k].shape]
     shapes = [f"{k} is {_shape(state[k])} in the file, {_shape(own[k])} in the model" for k in differing]
     if missing or unexpected or shapes:
-        told = [f"missing {_few(missing)}"] * bool(missing) + [f"unknown {_few(unexpected)}"] * bool(unexpected) + shapes[:1]
+        told = [f"missing {few(missing)}"] * bool(missing) + [f"unknown {few(unexpected)}"] * bool(unexpected) + shapes[:1]
         hint = "; if only the classifier differs, the number of classes does" if shapes and not (missing or unexpected) else ""
         raise FileError(f"the weights in {path} do not fit the model: {'; '.join(told)}{hint}")
     model.load_state_dict(state, strict=False)
 
 
-def import_factory(spec: str, what: str) -> Any:
-    """The object that ``package.module:name`` names; modules of the working directory are found too.
-
-    ``what`` says in errors what the spec was to give: "model", "data".
-    """
-    module_name, _, attribute = spec.partition(":")
-    if os.getcwd() not in sys.path:  # a console script's own folder stands there instead
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = importlib.import_module(module_name)
-    except (*_CALL_ERRORS, SyntaxError) as error:
-        raise InputError(f"{what} {spec!r}: cannot import {module_name!r}: {_line(error)}") from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise InputError(f"{what} {spec!r}: {module_name!r} has no {attribute!r}{_suggest(part, dir(found))}")
-        found = getattr(found, part)
-    return found
-
-
-def call_factory(spec: str, what: str, factory: Callable[..., Any], **options: Any) -> Any:
-    """Call the user's ``factory`` with those of ``options`` that it takes; its failure is one ``InputError``."""
-    try:
-        parameters = inspect.signature(factory).parameters.values()
-    except (TypeError, ValueError):  # built in, without a signature
-        parameters = ()  # type: ignore[assignment]
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    taken = {p.name for p in parameters}
-    try:
-        return factory(**{k: v for k, v in options.items() if v is not None and (takes_any or k in taken)})
-    except _CALL_ERRORS as error:
-        raise InputError(f"{what} {spec!r}: calling it failed: {type(error).__name__}: {_line(error)}") from error
-
-
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
-    """The error for a name that is not among ``known``, with the nearest ones."""
-    return InputError(f"unknown {kind} {name!r}{_suggest(name, known)}")
-
-
 def _torchvision(name: str, num_classes: int | None) -> nn.Module:
-    from torchvision import models
+    models = needed("torchvision.models", f"model 'torchvision:{name}'", "vision")
 
     known = models.list_models()
     if name not in known:
@@ -111,17 +67,14 @@ def _torchvision(name: str, num_classes: int | None) -> nn.Module:
 
 
 def _timm(name: str, num_classes: int | None) -> nn.Module:
-    try:
-        import timm
-    except ImportError as error:
-        raise DependencyError("models from timm need the timm package: pip install 'fxprune[timm]'") from error
+    timm = needed("timm", f"model 'timm:{name}'", "timm")
     if not timm.is_model(name):
         raise unknown_name("timm model", name, timm.list_models())
     return _built(f"timm:{name}", lambda **options: timm.create_model(name, pretrained=False, **options), num_classes)
 
 
 def _from_factory(spec: str, num_classes: int | None) -> nn.Module:
-    factory = import_factory(spec, "model")
+    factory = by_path(spec, "model")
     if isinstance(factory, nn.Module):
         return factory
     if not callable(factory):
@@ -144,11 +97,11 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
     except OSError as error:
         raise FileError(f"cannot read the weights {path}: {error.strerror or error}") from error
     except SafetensorError as error:
-        raise FileError(f"the weights {path} are not a whole safetensors file: {_line(error)}") from error
+        raise FileError(f"the weights {path} are not a whole safetensors file: {first_line(error)}") from error
     except pickle.UnpicklingError as error:
         raise FileError(f"the weights {path} hold more than tensors; save model.state_dict(), best as safetensors") from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise FileError(f"the weights {path} are not a whole PyTorch file: {_line(error)}") from error
+        raise FileError(f"the weights {path} are not a whole PyTorch file: {first_line(error)}") from error
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
@@ -159,17 +112,3 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(str(s) for s in tensor.shape) or "a scalar"
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), 3)
-    return f"; did you mean {' or '.join(close)}?" if close else ""

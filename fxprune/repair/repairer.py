@@ -1,10 +1,14 @@
-"""Repair without training: a slim network mended in closed form on calibration inputs, layer by layer.
+"""Repair without training: a slim network repaired in closed form on calibration inputs, layer by layer.
 
 "bias": what each layer's output lacks in the mean goes into its bias, or into the running mean of the BatchNorm behind it.
-"lstsq": besides, the weights that are left are fitted anew to the original layer's responses by ridge least squares (He 2017,
-https://arxiv.org/abs/1707.06168, sec. 3.1; here for any graph). Layers are mended in the order in which they run, each from what the
-mended network before it gives, so that later layers correct what earlier ones could not; where a layer's output is added to another
-branch, what that branch lacks is corrected too.
+"lstsq": besides, the weights that are left are changed to give the original layer's responses, by ridge least squares (He 2017,
+https://arxiv.org/abs/1707.06168, sec. 3.1; here for any graph). Layers are repaired in the order in which they run, each from what the
+repaired network before it gives, so that later layers correct what earlier ones could not; where a layer's output is added to another
+branch, what that branch lacks is corrected too. The statistics of BatchNorm follow.
+
+Both networks run once over the batches, side by side: all batches stand before a layer when it is repaired, and go on from there.
+A part of the batches is not fitted. It decides, for each layer, whether it is fitted, given a constant, or left as sliced, and in the end
+whether the whole is better than BatchNorm re-estimated alone.
 """
 
 from __future__ import annotations
@@ -15,25 +19,32 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import InputError
-from fxprune.evaluation.accuracy import device_of, evaluating, recalibrate_batchnorm, to_device
+from fxprune.evaluation.accuracy import call, device_of, evaluating, recalibrate_batchnorm, to_device
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.labels.values import values
 from fxprune.passes.rewriting.slimmer import Slimmer
-from fxprune.repair.layers import Consumer, consumers
-from fxprune.repair.least_squares import Moments
-from fxprune.repair.matrices import LAYERS, Places, choose, grouped, input_rows, matrices, output_rows, set_matrices
-from fxprune.repair.replay import Call, Playback, calls_of_part, whole_calls
+from fxprune.records import LayerRepair
+from fxprune.repair.calibration import FIT, JUDGE, Piece, pieces, samples
+from fxprune.repair.judging import unlikeness
+from fxprune.repair.layers import Layer, Norm, Reading
+from fxprune.repair.least_squares import Fit, Moments, fitted
+from fxprune.repair.matrices import Places, choose, grouped, input_rows, matrices, output_rows, set_matrices
+from fxprune.repair.replay import Call, Playback, Room, calls_of_part, whole_calls
 
 REPAIRS = ("none", "bn", "bias", "lstsq")
-ROWS = 32  # rows a layer takes from each calibration sample: places of a convolution's output, or tokens
-WIDEST = 8192  # features beyond which a layer's least squares would not fit into ordinary memory
-ROOM = 256 * 2**20  # bytes of activations, and again of responses, that are kept rather than computed again
+ROOM = 512 * 2**20  # bytes of activations that are held in memory; more go to a file
+CACHE = 256 * 2**20  # bytes of the original's responses that are kept between repairs
+ROWS = 24  # rows for each feature that a layer fits, over all batches, where there is space
+FEWEST = 8  # rows of a sample, where it has so many
+AT_ONCE = 2**25  # numbers in the rows of one call
 FAINT = 1e-3  # a channel that its BatchNorm scales by less than this corrects no other branch
+WIDE = 2304  # features beyond which a change is looked for among the ``RANK`` main directions of the inputs alone
+RANK = 1024
 
-Wanted = tuple[Places, Tensor, Tensor | None]
+Progress = Callable[[int, int, str], None]
+Responses = tuple[Places, Tensor, Tensor | None]
 """Where rows were taken, the original's responses there (rows, channels), and what they are added to."""
 
 
@@ -45,41 +56,161 @@ def checked(kind: str) -> str:
 
 
 class Repairer:
-    """Mends slim networks of one analysed model on one calibration set.
+    """Repairs slim networks of one analysed model on one calibration set.
 
     ``batches``: (inputs, labels) or inputs alone. ``reference``: the same network with the weights whose responses are aimed at; those of
     ``graph`` itself, if left out. They are copied at the first repair, and the responses are kept between calls as far as they fit.
+    ``progress``: called after each layer with how many are done, how many there are, and its name.
     """
 
-    def __init__(self, graph: CouplingGraph, batches: Iterable[Any], kind: str, reference: CouplingGraph | None = None) -> None:
-        self.graph, self.kind, self.reference = graph, checked(kind), reference or graph
+    def __init__(
+        self,
+        graph: CouplingGraph,
+        batches: Iterable[Any],
+        kind: str,
+        reference: CouplingGraph | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.graph, self.kind, self.reference, self.progress = graph, checked(kind), reference or graph, progress
         self.batches = list(batches)
         if kind != "none" and not self.batches:
             raise InputError(f'repair="{kind}" needs calibration data: pass calibration=[inputs, ...], the more batches the better')
         self.device = device_of(graph.model)
-        self._responses: dict[str, _Responses] = {}
+        self.layers: dict[str, LayerRepair] = {}
+        self._cache = _Cache()
         self._original: nn.Module | None = None
+        self._pieces: list[Piece] = []
 
     @torch.no_grad()
     def __call__(self, slim: nn.Module, slimmer: Slimmer) -> tuple[str, ...]:
-        """Mend ``slim``, which ``slimmer`` made, in place. Returns what could not be mended, in sentences."""
+        """Repair ``slim``, which ``slimmer`` made, in place. Returns how much was repaired and what could not be, in sentences; what
+        was done to each layer is in ``layers``."""
+        self.layers = {}
         if self.kind == "none":
             return ()
         if self.kind == "bn":
             recalibrate_batchnorm(slim, self.batches)
             return self._called_norms()
+        sliced = {name: t.clone() for name, t in slim.state_dict().items()}
         notes: list[str] = []
-        mended: set[str] = set()
         with evaluating(slim):
+            outputs = None
             for part in self.graph.walk.traced.parts or [""]:
-                chosen = self._mend(slim, part, slimmer)
-                mended.update(f"{part}.{one.path}" if part else one.path for one in chosen)
-                notes += self._notes(chosen)
-        left = _left(self.graph, slimmer, mended)
-        if left:
-            why = "no layer called once with a weight of its own, or working across channels"
-            notes.append(f"repair left {_listed(left)} as sliced: {why}")
+                outputs = self._part(slim, part, slimmer, notes)
+            notes = [self._summary(), *notes, *self._left(slimmer)]
+            if self.kind == "lstsq":
+                notes += self._judged(slim, sliced, outputs)
         return tuple(notes)
+
+    # -- what is run --------------------------------------------------------------------------------------------------------
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The calibration inputs, by what they are for."""
+        if not self._pieces:
+            original = self._whole_original()
+            self._pieces = pieces([_inputs(batch) for batch in self.batches], lambda x: call(original, to_device(x, self.device)))
+        return self._pieces
+
+    def original(self, part: str) -> tuple[Any, fx.Graph]:
+        """The original network, or a traced part of it, as a graph module, and its graph."""
+        module = _part(self._whole_original(), part)
+        return module, module.graphs["eval"]
+
+    def playback(self, part: str, room: Room) -> Playback:
+        """What runs the original, or a part of it, on the pieces."""
+        return Playback(*self.original(part), self._calls(self._whole_original(), part), room)
+
+    def _whole_original(self) -> nn.Module:
+        if self._original is None:
+            everything = np.ones(int(self.reference.starts[-1]), dtype=bool)
+            self._original = Slimmer(self.reference, everything).run().eval()
+        return self._original
+
+    def _calls(self, root: nn.Module, part: str) -> Callable[[int], list[Call]]:
+        def inputs(piece: int) -> Any:
+            return to_device(self.pieces[piece].inputs, self.device)
+
+        return calls_of_part(root, root.get_submodule(part), inputs) if part else whole_calls(inputs)
+
+    def rows(self, layer: Layer, inputs: Any) -> int:
+        """How many rows of ``layer`` to take from a call on ``inputs``: the more, the more features it has and the fewer samples."""
+        features = matrices(layer.form, layer.weight).shape[2]
+        total = sum(piece.samples for piece in self.pieces)
+        each = max(FEWEST, -(-ROWS * features // max(1, total)))
+        return max(1, min(each * samples(inputs), AT_ONCE // features))
+
+    # -- one part -----------------------------------------------------------------------------------------------------------
+
+    def _part(self, slim: nn.Module, part: str, slimmer: Slimmer, notes: list[str]) -> list[tuple[Any, Any]]:
+        """Repair a part; returns what the original and the slim one give on the pieces that judge."""
+        module = _part(slim, part)
+        reached = _Reached(self.graph, slimmer, part)
+        reading, first = Reading(module, module.eval_graph), Reading(*self.original(part))
+        originals = {one.name: one for one in first.layers()}
+        layers = {one.node: one for one in reading.layers() if one.name in reached.layers and one.name in originals}
+        behind = {one.norm.node for one in layers.values() if one.norm is not None}
+        twins = {_key(norm.node): norm for norm in first.norms()}
+        norms = {n.node: n for n in reading.norms() if n.node not in behind and _key(n.node) in reached.norms and _key(n.node) in twins}
+        order = {name: i for i, name in enumerate(originals)}
+        with Room(ROOM) as room:
+            run = _Run(self, part, Playback(module, reading.graph, self._calls(slim, part), room), self.playback(part, room))
+            stops = [node for node in reading.graph.nodes if node in layers or node in norms]
+            for done, node in enumerate(stops):
+                if node in norms:
+                    run.norm(norms[node], twins[_key(node)], reached.norms[_key(node)])
+                else:
+                    one = layers[node]
+                    made = run.layer(one, originals[one.name], order[one.name], reached.layers[one.name])
+                    self.layers[f"{part}.{one.path}" if part else one.path] = made
+                if self.progress is not None:
+                    self.progress(done + 1, len(stops), str(node))
+            notes += self._bare(layers.values())
+            return [] if part else run.outputs()
+
+    def _bare(self, layers: Iterable[Layer]) -> list[str]:
+        bare = [one.path for one in layers if not one.takes_shift]
+        return [f"repair could add no constant to {_listed(bare)}: no bias, and no BatchNorm that reads nothing else"] if bare else []
+
+    # -- what is said -------------------------------------------------------------------------------------------------------
+
+    def _summary(self) -> str:
+        count = {what: sum(one.done == what for one in self.layers.values()) for what in ("fitted", "shifted", "sliced")}
+        total = len(self.layers)
+        told = [f"{count['fitted']} fitted" if self.kind == "lstsq" else "", f"{count['shifted']} given a constant alone"]
+        told += [f"{count['sliced']} left as sliced, where that was best on inputs that were not fitted" if count["sliced"] else ""]
+        return f"repair {self.kind!r} reached {total} layers: {', '.join(one for one in told if one)}"
+
+    def _left(self, slimmer: Slimmer) -> list[str]:
+        left = _left(self.graph, slimmer, set(self.layers))
+        why = "no layer called once with a weight of its own, or working across channels"
+        return [f"repair left {_listed(left)} as sliced: {why}"] if left else []
+
+    def _judged(self, slim: nn.Module, sliced: dict[str, Tensor], outputs: list[tuple[Any, Any]] | None) -> list[str]:
+        """Keep the repair where the outputs of the pieces that were not fitted are nearer to the original's than with ``bn`` alone."""
+        judge = [piece for piece in self.pieces if piece.role == JUDGE]
+        if not judge:
+            return ["repair could not be judged on inputs that were not fitted: there is a single sample"]
+
+        def run(network: nn.Module) -> list[Any]:
+            return [call(network, to_device(piece.inputs, self.device)) for piece in judge]
+
+        wanted, found = zip(*outputs, strict=True) if outputs else (run(self._whole_original()), run(slim))
+        repaired = {name: t.clone() for name, t in slim.state_dict().items()}
+        slim.load_state_dict(sliced)
+        recalibrate_batchnorm(slim, [piece.inputs for piece in self.pieces if piece.role != JUDGE])
+        plain = run(slim)
+        errors = unlikeness(found, wanted), unlikeness(plain, wanted)
+        if not errors[0] > errors[1]:
+            slim.load_state_dict(repaired)
+            return []
+        slim.load_state_dict(sliced)
+        recalibrate_batchnorm(slim, self.batches)
+        self.layers = {}
+        return [
+            "repair fell back to BatchNorm re-estimated alone: on inputs that were not fitted the outputs are off by"
+            f" {errors[0]:.3g} after least squares and by {errors[1]:.3g} without; give more calibration data"
+        ]
 
     def _called_norms(self) -> tuple[str, ...]:
         """BatchNorms that are calls, as in an exported graph: their statistics are buffers that no module updates."""
@@ -88,150 +219,219 @@ class Repairer:
         if not found:
             return ()
         return (
-            f"repair left the statistics of {_listed(sorted(set(found)))}: batch_norm is called as a function, only modules are mended",
+            f"repair left the statistics of {_listed(sorted(set(found)))}: batch_norm is called as a function, only modules are repaired",
         )
 
-    def _inputs(self, batch: int) -> Any:
-        given = self.batches[batch]
-        pair = isinstance(given, (tuple, list)) and len(given) == 2  # (inputs, labels), as ``importance`` takes them
-        return to_device(given[0] if pair else given, self.device)
 
-    def _calls(self, root: nn.Module, part: str) -> Callable[[int], list[Call]]:
-        return calls_of_part(root, root.get_submodule(part), self._inputs) if part else whole_calls(self._inputs)
+class _Cache:
+    """The original's responses by piece and layer, kept between repairs for as many of the first pieces as fit."""
 
-    def original(self, part: str, room: int) -> tuple[Any, Playback]:
-        """The original network, or a traced part of it, as a graph module, and what runs it on the batches."""
-        if self._original is None:
-            everything = np.ones(int(self.reference.starts[-1]), dtype=bool)
-            self._original = Slimmer(self.reference, everything).run().eval()
-        module = _part(self._original, part)
-        return module, Playback(module, module.graphs["eval"], self._calls(self._original, part), room)
+    def __init__(self) -> None:
+        self._held: dict[int, dict[tuple[str, str], list[Responses]]] = {}
+        self._bytes: dict[int, int] = {}
+        self._first_without: int | None = None
 
-    def _responses_of(self, part: str) -> _Responses:
-        if part not in self._responses:
-            module, playback = self.original(part, ROOM)
-            self._responses[part] = _Responses(module, playback.calls)
-        return self._responses[part]
+    def get(self, piece: int, key: tuple[str, str]) -> list[Responses] | None:
+        return self._held.get(piece, {}).get(key)
 
-    def _mend(self, slim: nn.Module, part: str, slimmer: Slimmer) -> list[Consumer]:
-        module = _part(slim, part)
-        graph = module.eval_graph
-        old = _touched(self.graph, slimmer, part)
-        chosen = [one for one in consumers(module, graph) if one.path in old]
-        play = Playback(module, graph, self._calls(slim, part), ROOM)
-        for one in chosen:
-            self._fit(one, play, self._responses_of(part), old[one.path])
-        return chosen
+    def put(self, piece: int, key: tuple[str, str], found: list[Responses]) -> None:
+        if self._first_without is not None and piece >= self._first_without:
+            return
+        self._held.setdefault(piece, {})[key] = found
+        size = sum(t.nbytes for _, y, other in found for t in (y, other) if t is not None)
+        self._bytes[piece] = self._bytes.get(piece, 0) + size
+        while sum(self._bytes.values()) > CACHE:
+            last = max(self._bytes)
+            self._first_without = last
+            del self._bytes[last], self._held[last]
 
-    def _fit(self, one: Consumer, play: Playback, responses: _Responses, kept: Any) -> None:
-        weights = matrices(one.module)
-        refit = self.kind == "lstsq" and weights.shape[2] <= WIDEST
-        moments = Moments()
-        for batch in range(len(self.batches)):
-            for values_now, wanted in zip(play.before(batch, one.node), responses.of(batch), strict=True):
-                places, y, other = wanted[one.path]
+
+class _Run:
+    """The slim and the original network side by side over all pieces, layer by layer."""
+
+    def __init__(self, repairer: Repairer, part: str, slim: Playback, original: Playback) -> None:
+        self.repairer, self.part, self.slim, self.original = repairer, part, slim, original
+        self.roles = [piece.role for piece in repairer.pieces]
+
+    def layer(self, one: Layer, twin: Layer, number: int, kept: Any) -> LayerRepair:
+        """Repair a layer, ``number`` in the original's order; ``kept``: its output channels that are left, or None."""
+        refit = self.repairer.kind == "lstsq"
+        weights = matrices(one.form, one.weight).float()
+        folds = _Folds(refit, weights.shape[2])
+        gain = one.gain().float()
+        for piece, role in enumerate(self.roles):
+            wanted = self._responses(piece, twin, number)
+            now = self.slim.before(piece, one.node)
+            for each, (places, y, other) in zip(now, wanted, strict=True):
+                y = _cut(y, kept)
                 if other is not None and one.other is not None:
-                    gain = one.gain().float()
-                    lack = _cut(other, kept) - output_rows(one.module, values_now[one.other], places)
-                    y = _cut(y, kept) + torch.where(gain.abs() > FAINT, lack / gain, 0.0)
-                else:
-                    y = _cut(y, kept)
-                moments.add(input_rows(one.module, values_now[one.source], places), grouped(one.module, y), products=refit)
-        if refit:
-            weights = moments.fitted(weights, centred=one.takes_shift)
-            set_matrices(one.module, weights)
-        if one.takes_shift:
-            one.add_shift(moments.shift(weights))
+                    lack = _cut(other, kept) - output_rows(one.form, each[one.other], places)
+                    y = y + torch.where(gain.abs() > FAINT, lack / gain, 0.0)
+                x = input_rows(one.form, one.weight, each[one.source], places)
+                p = x @ weights.transpose(1, 2)
+                if one.bias is not None and not one.apart:
+                    p = p + one.bias.detach().float().unflatten(0, (len(p), 1, -1))
+                folds.add(role, x, p, grouped(one.form, y) - p)
+            self.slim.leave(piece, now)
+        counts = gain.square().cpu().double().unflatten(0, (len(weights), -1)) if gain.ndim else 1.0
+        fit, basis = folds.fit(counts, one.takes_shift, refit)
+        self._apply(one, weights, fit, basis)
+        done = "fitted" if fit.change is not None else "shifted" if fit.shift is not None else "sliced"
+        energy = max(fit.energy, 1e-30)
+        return LayerRepair(done, fit.ridge, fit.before / energy, fit.after / energy)
 
-    def _notes(self, chosen: Sequence[Consumer]) -> list[str]:
-        notes = []
-        bare = [one.path for one in chosen if not one.takes_shift]
-        if bare:
-            notes.append(f"repair could add no constant to {_listed(bare)}: no bias, and no BatchNorm that reads nothing else")
-        wide = [one.path for one in chosen if matrices(one.module).shape[2] > WIDEST]
-        if self.kind == "lstsq" and wide:
-            notes.append(f"repair fitted only the means of {_listed(wide)}: more than {WIDEST} features")
-        return notes
+    def _apply(self, one: Layer, weights: Tensor, fit: Fit, basis: Tensor | None) -> None:
+        if fit.change is not None:
+            change = fit.change if basis is None else fit.change @ basis.cpu().double().T
+            set_matrices(one.form, one.weight, (weights.cpu().double() + change).to(one.weight))
+        if fit.shift is not None:
+            one.add_shift(fit.shift.flatten())
 
+    def norm(self, one: Norm, twin: Norm, kept: Any) -> None:
+        """Move the statistics of a BatchNorm that no repaired layer feeds alone by what its input has moved."""
+        sums = [_channel_sums(play, node, self.roles) for play, node in ((self.slim, one.node), (self.original, twin.node))]
+        (mean, var), (mean0, var0) = ((m.to(one.mean), v.to(one.var)) for m, v in sums)
+        mean0, var0 = (t if kept is None else t[torch.from_numpy(kept).to(t.device)] for t in (mean0, var0))
+        one.mean.add_(mean - mean0)
+        one.var.mul_(torch.where(var0 > 0, var / var0.clamp_min(1e-30), 1.0).clamp(1e-4, 1e4))
 
-class _Responses:
-    """What the original's layers give on every batch, at places drawn for it; kept as far as it fits into ``ROOM``, else computed anew."""
+    def outputs(self) -> list[tuple[Any, Any]]:
+        """What the original and the slim network give on the pieces that judge."""
+        return [(self.original.rest(piece)[0], self.slim.rest(piece)[0]) for piece, role in enumerate(self.roles) if role == JUDGE]
 
-    def __init__(self, module: Any, calls: Callable[[int], list[Call]]) -> None:
-        self.module, self.calls = module, calls
-        self.graph = module.graphs["eval"]
-        self.consumers = {one.node: (i, one) for i, one in enumerate(consumers(module, self.graph))}
-        self._held: dict[int, list[dict[str, Wanted]]] = {}
-        self._bytes = 0
-
-    def of(self, batch: int) -> list[dict[str, Wanted]]:
-        """Layer -> rows, one mapping for each call of the module that the batch makes."""
-        if batch in self._held:
-            return self._held[batch]
-        found = [self._recorded(batch, number, call) for number, call in enumerate(self.calls(batch))]
-        size = sum(t.nbytes for one in found for _, y, other in one.values() for t in (y, other) if t is not None)
-        if self._bytes + size <= ROOM:
-            self._held[batch], self._bytes = found, self._bytes + size
-        return found
-
-    def _recorded(self, batch: int, number: int, call: Call) -> dict[str, Wanted]:
-        found: dict[str, Wanted] = {}
-        play = Playback(self.module, self.graph, lambda _: [call], ROOM)
-        for node, (i, one) in self.consumers.items():
-            values_now = play.before(0, play.after(node))[0]
-            output = values_now[node]
-            places = choose(one.module, output, rows_wanted(call), seed=(batch * 1009 + number) * 100_003 + i)
-            other = None if one.other is None else values_now.get(one.other)
+    def _responses(self, piece: int, twin: Layer, number: int) -> list[Responses]:
+        key = (self.part, twin.name)
+        cache = self.repairer._cache
+        held = cache.get(piece, key)
+        if held is not None:
+            return held
+        found: list[Responses] = []
+        now = self.original.before(piece, twin.node)
+        before = []
+        for index, each in enumerate(now):
+            inputs = each[twin.source]
+            limit = self.repairer.rows(twin, self.repairer.pieces[piece].inputs)
+            places = choose(twin.form, twin.weight, inputs, limit, seed=(piece * 1009 + index) * 100_003 + number)
+            other = None if twin.other is None else each.get(twin.other)
+            before.append((places, other))
+        for (places, other), output in zip(before, self.original.through(now, twin.node), strict=True):
             same = isinstance(other, Tensor) and other.shape == output.shape
-            rows = output_rows(one.module, other, places) if same and isinstance(other, Tensor) else None
-            found[one.path] = (places, output_rows(one.module, output, places), rows)
+            rows = output_rows(twin.form, other, places) if same and isinstance(other, Tensor) else None
+            found.append((places, output_rows(twin.form, output, places), rows))
+        self.original.leave(piece, now)
+        cache.put(piece, key, found)
         return found
+
+
+class _Folds:
+    """The moments of a layer by role. Of many features only the main directions of the inputs are kept."""
+
+    def __init__(self, refit: bool, features: int) -> None:
+        self.sums = [Moments(products=refit) for _ in range(3)]
+        self.basis: Tensor | None = None
+        self._waiting: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self._wide = refit and features > WIDE
+
+    def add(self, role: int, x: Tensor, p: Tensor, r: Tensor) -> None:
+        if not self._wide:
+            self.sums[role].add(x, p, r)
+            return
+        self._waiting.append((role, x, p, r))
+        if self.basis is not None or sum(one.shape[1] for at, one, _, _ in self._waiting if at == FIT) >= 2 * RANK:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.basis is None and self._waiting:
+            rows = torch.cat([x for role, x, _, _ in self._waiting if role == FIT], 1)
+            rank = min(RANK, *rows.shape[1:])
+            torch_state = torch.random.get_rng_state()
+            try:
+                torch.manual_seed(0)
+                self.basis = torch.stack([torch.svd_lowrank(group, q=rank, niter=1)[2] for group in rows])
+            finally:
+                torch.random.set_rng_state(torch_state)
+        for role, x, p, r in self._waiting:
+            assert self.basis is not None
+            self.sums[role].add(x @ self.basis, p, r)
+        self._waiting = []
+
+    def fit(self, counts: Tensor | float, takes_shift: bool, refit: bool) -> tuple[Fit, Tensor | None]:
+        """The fit, and the basis in which its change is given."""
+        self._flush()
+        return fitted(self.sums, counts, takes_shift=takes_shift, refit=refit), self.basis
+
+
+def _channel_sums(play: Playback, node: fx.Node, roles: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and variance by channel of what a BatchNorm reads, over the pieces that are fitted."""
+    rows, total, square = 0, torch.zeros(()), torch.zeros(())
+    source: Any = node.args[0] if node.args else node.kwargs["input"]
+    for piece, role in enumerate(roles):
+        now = play.before(piece, node)
+        for each in now if role != JUDGE else ():
+            x = each[source].float()
+            axes = [axis for axis in range(x.ndim) if axis != 1]
+            rows += x.numel() // x.shape[1]
+            total, square = total + x.sum(axes).cpu().double(), square + x.square().sum(axes).cpu().double()
+        play.leave(piece, now)
+    mean = total / max(1, rows)
+    return mean, (square / max(1, rows) - mean.square()).clamp_min(0)
+
+
+class _Reached:
+    """What the removal has an effect on: layers and BatchNorms, each with the channels of its output that are left (None: all).
+
+    Not those that removed channels reach along another axis: their rows cannot be compared with the original's.
+    """
+
+    def __init__(self, graph: CouplingGraph, slimmer: Slimmer, part: str) -> None:
+        mode = f"{part}:eval" if part else "eval"
+        env, traced = graph.walk.env[mode], graph.walk.traced
+        self.layers: dict[str, Any] = {}
+        self.norms: dict[str, Any] = {}
+        nodes = traced.graphs[mode].nodes
+        reading = Reading(traced.skeleton.original, traced.graphs[mode])
+        layers = {one.node: one for one in reading.layers()}
+        norms = {one.node for one in reading.norms()}
+        reached: set[fx.Node] = set()
+        for node in nodes:
+            if any(one in reached or (one.op != "get_attr" and slimmer.touched(env.get(one))) for one in node.all_input_nodes):
+                reached.add(node)
+            output = next(iter(values(env.get(node))), None)
+            if node not in reached or output is None:
+                continue
+            if node in layers:
+                form = layers[node].form
+                axis = output.ndim - 1 - form.space
+                if all(slimmer.kept(output, other) is None for other in output.axes if other != axis):
+                    self.layers[layers[node].name.removeprefix(f"{part}." if part else "")] = slimmer.kept(output, axis)
+            elif node in norms and all(slimmer.kept(output, other) is None for other in output.axes if other != 1):
+                self.norms[_key(node, part)] = slimmer.kept(output, 1)
+
+
+def _key(node: fx.Node, part: str = "") -> str:
+    """A name that a BatchNorm has in the original's graph and in the slim one's."""
+    place: Any = node.target if node.op == "call_module" else next(n.target for n in node.all_input_nodes if n.op == "get_attr")
+    return str(place).removeprefix(f"{part}." if part else "")
 
 
 def _part(root: Any, part: str) -> Any:
     return root.get_submodule(part) if part else root
 
 
-def rows_wanted(batch: Any) -> int:
-    """Rows to take from a layer for a batch, or the inputs of a call: ``ROWS`` a sample."""
-    first = next((t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim), None)
-    return ROWS if first is None else ROWS * max(1, first.shape[0])
+def _inputs(batch: Any) -> Any:
+    pair = isinstance(batch, (tuple, list)) and len(batch) == 2  # (inputs, labels), as ``importance`` takes them
+    return batch[0] if pair else batch
 
 
 def _cut(rows: Tensor, kept: Any) -> Tensor:
     return rows if kept is None else rows.index_select(1, torch.from_numpy(kept).to(rows.device))
 
 
-def _left(graph: CouplingGraph, slimmer: Slimmer, mended: set[str]) -> list[str]:
-    """What lost inputs and was not mended: owners of weights of two dimensions or more that were cut along another one than the first."""
+def _left(graph: CouplingGraph, slimmer: Slimmer, repaired: set[str]) -> list[str]:
+    """What lost inputs and was not repaired: owners of weights of two dimensions or more that were cut along another one than the first."""
     skeleton = graph.walk.traced.skeleton
     cut = {name for name in skeleton.parameter_names if any(dim > 0 for dim in slimmer.kept_dims(name))}
-    return sorted({name.rpartition(".")[0] or name for name in cut} - mended)
-
-
-def _touched(graph: CouplingGraph, slimmer: Slimmer, part: str) -> dict[str, Any]:
-    """The layers that what was removed has an effect on, by path, with the output channels that are left (None: all).
-
-    Not those that removed channels reach along another axis: their rows cannot be compared with the original's.
-    """
-    mode = f"{part}:eval" if part else "eval"
-    env = graph.walk.env[mode]
-    reached: set[fx.Node] = set()
-    found: dict[str, Any] = {}
-    for node in graph.walk.traced.graphs[mode].nodes:
-        inputs = node.all_input_nodes
-        if any(one in reached or slimmer.touched(env.get(one)) for one in inputs):
-            reached.add(node)
-        if node in reached and node.op == "call_module":
-            output = next(iter(values(env[node])), None)
-            layer = graph.walk.traced.skeleton.module(str(node.target))
-            weight = getattr(layer, "weight", None)
-            if output is None or not isinstance(layer, LAYERS) or not isinstance(weight, Tensor):
-                continue
-            axis = output.ndim - 1 if isinstance(layer, nn.Linear) else output.ndim - weight.ndim + 1
-            if all(slimmer.kept(output, other) is None for other in output.axes if other != axis):
-                found[str(node.target).removeprefix(f"{part}." if part else "")] = slimmer.kept(output, axis)
-    return found
+    return sorted({name.rpartition(".")[0] or name for name in cut if name.removesuffix(".weight") not in repaired})
 
 
 def _listed(paths: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from fxprune.api import analyze
+from fxprune.errors import few
 from fxprune.passes.coupling.graph import CouplingGraph, Group
 from fxprune.passes.ir.reasons import Reason, ReasonKind, is_as_it_must_be
 from fxprune.passes.planning.cost import cost_model
@@ -81,7 +82,7 @@ class Explanation:
         lines += _titled("Locked, as it must be", map(_line, fine))
         lines += _titled(
             "Pruned, but not the same as zeroing",
-            (f"{note}: {_some(groups)}" for note, groups in self.statistics.items()),
+            (f"{note}: {few(groups, 4)}" for note, groups in self.statistics.items()),
         )
         return "\n".join(lines)
 
@@ -150,19 +151,15 @@ def _traced(graph: CouplingGraph) -> str:
     traced = graph.walk.traced
     name = type(graph.model).__name__
     if traced.parts:
-        return f"{name} was traced in {len(traced.parts)} parts: {_some(tuple(traced.parts))}; the code between them runs as it is"
+        return f"{name} was traced in {len(traced.parts)} parts: {few(tuple(traced.parts), 4)}; the code between them runs as it is"
     modes = "in training and evaluation mode" if len(traced.graphs) > 1 else "whole"
-    kept = f", with {_some(tuple(sorted(traced.opaque)))} kept as it is" if traced.opaque else ""
+    kept = f", with {few(tuple(sorted(traced.opaque)), 4)} kept as it is" if traced.opaque else ""
     return f"{name} was traced {modes}{kept}"
 
 
 def _line(lock: Lock) -> str:
     count = len(lock.groups)
-    return f"{lock.channels} channels in {count} {'group' if count == 1 else 'groups'}: {lock.reason} ({_some(lock.groups)})"
-
-
-def _some(names: tuple[str, ...], limit: int = 4) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return f"{lock.channels} channels in {count} {'group' if count == 1 else 'groups'}: {lock.reason} ({few(lock.groups, 4)})"
 
 
 def _titled(title: str, items: Iterable[str]) -> list[str]:

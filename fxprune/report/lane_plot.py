@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from fxprune.errors import few
 from fxprune.report.colours import HUES, colour, hue_of, light
 from fxprune.report.lane_layout import BOTH, CARRIES, READS, WRITES, Json
 from fxprune.report.plots import FRAME, ROW, as_json, base_layout, row_axis
@@ -66,8 +67,7 @@ def _mark_text(group: Record, mark: Record) -> str:
     lines += [] if group["prunable"] else [f"locked: {escape(group['reason'])}"]
     lines += [f"note: {escape(note)}" for note in group["notes"]]
     members = list(dict.fromkeys(one["layer"] for one in group["marks"]))
-    shown = ", ".join(members[:5]) + (f" and {len(members) - 5} more" if len(members) > 5 else "")
-    return "<br>".join(_wrapped([*lines, f"members: {escape(shown)}"]))
+    return "<br>".join(_wrapped([*lines, f"members: {escape(few(members, 5))}"]))
 
 
 def _wrapped(lines: Sequence[str], width: int = 46) -> list[str]:

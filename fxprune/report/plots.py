@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from fxprune.errors import DependencyError
+from fxprune.imports import needed
 from fxprune.report.colours import light
 from fxprune.report.formatting import Row, bytes_text, count_text, latency_text
 from fxprune.report.lane_layout import Json
@@ -21,11 +21,7 @@ NAME_LENGTH = 24
 
 def plotly() -> tuple[Any, str]:
     """The module that builds figures and the text of plotly.js. Raises ``DependencyError`` where plotly is not installed."""
-    try:
-        graph_objects = importlib.import_module("plotly.graph_objects")
-        offline = importlib.import_module("plotly.offline")
-    except ImportError as error:
-        raise DependencyError("the figures are drawn by plotly; install it with: pip install 'fxprune[search]'") from error
+    graph_objects, offline = (needed(f"plotly.{name}", "drawing figures", "search") for name in ("graph_objects", "offline"))
     return graph_objects, offline.get_plotlyjs()
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from fxprune.errors import few
 from fxprune.report.formatting import Row, bytes_text, count_text, duration_text, latency_text
 from fxprune.report.layers import Graph, Group, Line, layer_lines
 
@@ -75,9 +76,7 @@ def _add_locked(root: Tree, locked: Sequence[Group]) -> None:
         by_reason.setdefault(group.reason, []).append(group)
     branch = root.add(Text(f"locked: {_count(len(locked), 'group')}", style="bold red"))
     for reason, groups in by_reason.items():
-        names = ", ".join(f"{group.name} ({group.size})" for group in groups[:LAYERS_SHOWN])
-        more = f" and {len(groups) - LAYERS_SHOWN} more" if len(groups) > LAYERS_SHOWN else ""
-        branch.add(Text.assemble((reason, "red"), ": ", names, more))
+        branch.add(Text.assemble((reason, "red"), ": ", few([f"{group.name} ({group.size})" for group in groups], LAYERS_SHOWN)))
 
 
 def _layer_text(line: Line, width: int) -> Text:

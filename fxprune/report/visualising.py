@@ -11,9 +11,9 @@ import networkx as nx
 from torch import nn
 
 from fxprune.api import analyze
+from fxprune.attached import record_of
 from fxprune.errors import InputError
 from fxprune.passes.coupling.graph import CouplingGraph, Group
-from fxprune.records import PruningRecord
 from fxprune.report import terminal as report
 from fxprune.report.lane_layout import coupling_data, folded, packed
 from fxprune.report.lane_svg import coupling_svg
@@ -30,8 +30,8 @@ def visualize(model_or_graph: nn.Module | CouplingGraph, example_inputs: Any = N
     units each of its groups lost.
     """
     graph = model_or_graph if isinstance(model_or_graph, CouplingGraph) else analyze(model_or_graph, example_inputs)
-    made = getattr(graph.model, "_record", None)
-    lost = made.removed_units if isinstance(made, PruningRecord) else {}
+    made = record_of(graph.model)
+    lost = {} if made is None else made.removed_units
     path = None if file is None else Path(file)
     if path is not None and path.suffix not in SUFFIXES:
         raise InputError(f"cannot write {path.name!r}: its suffix must be one of {', '.join(SUFFIXES)}")

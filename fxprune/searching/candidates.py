@@ -12,13 +12,14 @@ import torch
 from torch import fx, nn
 
 from fxprune.api import analyze, compress, record
+from fxprune.attached import attach
 from fxprune.costs.profiling import profile
 from fxprune.driver import Problem, SearchConfig, SearchOutcome, run
 from fxprune.errors import FAULTS, EvaluationError, SearchError, in_a_line
 from fxprune.evaluation.accuracy import device_of, one_thread
 from fxprune.example_inputs import build
-from fxprune.files.record_json import ranges
 from fxprune.importance.criteria import Scores, importance_name, scores
+from fxprune.index_lists import ranges
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.planning.cost import cost_model
@@ -312,7 +313,7 @@ def search(
 def mended(slim: fx.GraphModule, removed: Any, candidates: Candidates, repairer: Repairer) -> fx.GraphModule:
     """``slim``, what is left without the units ``removed``, repaired in place as its record then says."""
     notes = repairer(slim, Slimmer(candidates.graph, candidates.keep(removed)))
-    slim.__dict__["_record"] = record(slim).with_repair(repairer.kind, notes)
+    attach(slim, record(slim).with_repair(repairer.kind, notes, repairer.layers))
     return slim
 
 

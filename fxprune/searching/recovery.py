@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fxprune.api import record
+from fxprune.atomic import replace_tensors
 from fxprune.driver import Problem
-from fxprune.errors import FileError
-from fxprune.files.slim_file import write_whole
+from fxprune.errors import FileError, first_line
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.searching.candidates import Candidates
 
@@ -76,7 +76,7 @@ def write_weights(model: nn.Module, path: Path) -> None:
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(tensors, path)
+        replace_tensors(path, tensors)
     except (OSError, SafetensorError) as error:
         raise FileError(f"cannot write {path}: {error}; choose a folder that can be written") from error
 
@@ -86,4 +86,4 @@ def read_weights(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise FileError(f"cannot go on from {path}: {str(error).splitlines()[0]}; start the search anew") from error
+        raise FileError(f"cannot go on from {path}: {first_line(error)}; start the search anew") from error

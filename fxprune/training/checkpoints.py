@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +9,8 @@ from typing import Any
 
 import torch
 
-from fxprune.errors import FileError
+from fxprune.atomic import replaced
+from fxprune.errors import FileError, first_line
 
 FORMAT = "fxprune-training/1"
 NAME = "training.pt"
@@ -23,22 +22,18 @@ def write_checkpoint(folder: Path, state: Mapping[str, Any], *, check: bool) -> 
     Raises ``FileError`` where it cannot be written, or holds what only unpickling could read, as a scheduler of the user's own may.
     """
     path = folder / NAME
-    part = path.with_name(path.name + ".part")
     try:
-        torch.save({"format": FORMAT, **state}, part)
-        if check:
-            torch.load(part, map_location="cpu", weights_only=True)
-        os.replace(part, path)
+        with replaced(path) as part:
+            torch.save({"format": FORMAT, **state}, part)
+            if check:
+                torch.load(part, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError) as error:
-        raise FileError(f"cannot write the checkpoint {path}: {_line(error)}; choose a folder that can be written") from error
+        raise FileError(f"cannot write the checkpoint {path}: {first_line(error)}; choose a folder that can be written") from error
     except (pickle.PickleError, AttributeError, TypeError) as error:
         raise FileError(
             f"cannot keep a checkpoint: the state of the optimizer, the scheduler or the loss is more than tensors and plain values "
-            f"({_line(error)}); train without checkpoint_dir"
+            f"({first_line(error)}); train without checkpoint_dir"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:
@@ -46,7 +41,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FileError(f"cannot keep checkpoints in {folder}: {_line(error)}; choose a folder that can be written") from error
+        raise FileError(f"cannot keep checkpoints in {folder}: {first_line(error)}; choose a folder that can be written") from error
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any] | None:
@@ -57,7 +52,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-        raise FileError(f"cannot go on from {path}: {_line(error)}; remove it to start anew") from error
+        raise FileError(f"cannot go on from {path}: {first_line(error)}; remove it to start anew") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise FileError(f"cannot go on from {path}: it is no checkpoint of this version of fxprune; remove it to start anew")
     return state
@@ -71,7 +66,3 @@ def check_same(folder: Path, kept: Mapping[str, Any], now: Mapping[str, Any]) ->
                 f"cannot go on from {folder / NAME}: {name} was {kept.get(name)!r} and is {now.get(name)!r}; "
                 "give the same options, or resume=False to start anew"
             )
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

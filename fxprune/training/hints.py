@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune import example_inputs as forms
+from fxprune.attached import record_of
 from fxprune.errors import InputError
 from fxprune.evaluation.accuracy import call
 from fxprune.files.rebuilding import units_kept
@@ -78,7 +79,7 @@ class Hints:
         self.teacher = Tapped(shown, [hint.place for hint in self.hints], "teacher")
         self.kept: list[dict[int, Tensor]] = [{} for _ in self.hints]
         if analysis is not None:
-            self.kept = _kept(analysis, student._record, [hint.place for hint in self.hints])  # type: ignore[arg-type]
+            self.kept = _kept(analysis, record_of(student), [hint.place for hint in self.hints])  # type: ignore[arg-type]
         self.adapters = nn.ModuleList()
 
     def learner(self, first: Callable[[], Any]) -> nn.Module:
@@ -214,8 +215,8 @@ def _are_layers(teacher: nn.Module, hints: Sequence[Hint]) -> bool:
 
 def _analysed(student: nn.Module, teacher: nn.Module) -> CouplingGraph | None:
     """The teacher's coupling graph, where the student is a slim module of it."""
-    record = getattr(student, "_record", None)
-    if not isinstance(record, PruningRecord) or record.policy.inputs is None:
+    record = record_of(student)
+    if record is None or record.policy.inputs is None:
         return None
     example = forms.build(record.policy.inputs, device="meta")
     graph = analysed(teacher, example, (), str(record.policy.options.get("attention", "auto")))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fxprune.errors import EvaluationError, FileError, InputError
+from fxprune.errors import EvaluationError, FileError, InputError, first_line
 from fxprune.evaluation.accuracy import evaluating
 from fxprune.training.checkpoints import check_same, make_folder, read_checkpoint, write_checkpoint
 from fxprune.training.config import History, Progress, TrainConfig
@@ -89,7 +89,7 @@ class Run:
         try:
             self._restore(kept)
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise FileError(f"cannot go on from {folder}: {str(error).splitlines()[0]}; give the same model and options") from error
+            raise FileError(f"cannot go on from {folder}: {first_line(error)}; give the same model and options") from error
 
     def epoch(self, epoch: int) -> None:
         for shuffled in (self.loader, getattr(self.loader, "sampler", None), getattr(self.loader, "batch_sampler", None)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,17 +12,12 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from fxprune.errors import InputError
+from fxprune.imports import by_path
 
 
 def imported(path: Any, what: str) -> Any:
     """What ``path``, "package.module.name" or "package.module:name", names; a callable is taken as it is. Raises ``InputError``."""
-    if callable(path):
-        return path
-    module, _, name = str(path).replace(":", ".").rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{what} {path!r} cannot be imported ({error}); give its path, for example torch.optim.AdamW") from error
+    return path if callable(path) else by_path(str(path), what)
 
 
 def make_optimizer(

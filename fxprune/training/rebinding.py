@@ -6,7 +6,6 @@ import copy
 import functools
 import inspect
 import warnings
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,32 +13,12 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fxprune.attached import Sources, record_of, sources_of
 from fxprune.errors import InputError, UnsupportedError
 from fxprune.passes.rewriting.slicing import cut
 from fxprune.records import PruningRecord
 
 Dims = Mapping[int, Tensor]
-References = dict[str, "weakref.ref[nn.Parameter]"]
-
-
-class Sources:
-    """Which parameters a slim module's were sliced from: those of the module that was pruned, and those of the outermost original.
-
-    They are held weakly, so that a slim module keeps no original alive; an optimiser holds its own. Copies share them, pickles drop them.
-    """
-
-    def __init__(self, model: nn.Module | None = None) -> None:
-        parameters = () if model is None else model.named_parameters()
-        self.pruned: References = {name: weakref.ref(parameter) for name, parameter in parameters}
-        earlier = getattr(model, "_sources", None)
-        known: References = earlier.original if isinstance(earlier, Sources) else {}
-        self.original: References = known or self.pruned
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Sources:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Sources, ()
 
 
 def rebind(
@@ -60,8 +39,8 @@ def rebind(
     """
     if isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # accelerate's
         raise InputError(f"{type(optimizer).__name__} wraps an optimizer; rebind the one inside, its .optimizer, and prepare the result")
-    record = getattr(slim, "_record", None)
-    if not isinstance(record, PruningRecord):
+    record = record_of(slim)
+    if record is None:
         raise InputError(f"this {type(slim).__name__} carries no pruning record; pass what compress returned")
     following = _followers(schedulers, optimizer)
     names, kept = _names(optimizer, slim, model, record)
@@ -136,7 +115,7 @@ def _names(
     """Names of the optimiser's parameters by their ids, and what was kept of the module they belong to."""
     last = record.steps[-1].kept if record.steps else record.kept
     if model is None:
-        sources = getattr(slim, "_sources", Sources())
+        sources = sources_of(slim)
         ways = [(sources.pruned, last), (sources.original, record.kept)]
     else:
         is_original = sum(parameter.numel() for parameter in model.parameters()) == record.before.params

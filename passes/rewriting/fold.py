@@ -12,6 +12,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from fxprune.attached import SOURCES
 from fxprune.passes.base import GraphPass
 from fxprune.passes.ir.slim_module import SlimModule
 
@@ -38,7 +39,7 @@ class FoldBatchNorm(GraphPass):
             norm.replace_all_uses_with(conv)
             graph.erase_node(norm)
         tree = nn.Module()
-        tree.__dict__.update({key: value for key, value in twin._state().items() if key != "_sources"})  # type: ignore[operator]
+        tree.__dict__.update({key: value for key, value in twin._state().items() if key != SOURCES})  # type: ignore[operator]
         made = SlimModule(tree, {"eval": graph})
         for name, one in made.named_modules():
             one.training = modes[name]

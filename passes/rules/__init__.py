@@ -37,5 +37,5 @@ __all__ = [
 
 def complete() -> None:
     """Add the rules for torchvision where it has been imported: no model can use its operations before that."""
-    if "torchvision" in sys.modules:
+    if sys.modules.get("torchvision") is not None:
         importlib.import_module("fxprune.passes.rules.computing.vision")

@@ -13,7 +13,8 @@ from typing import Any
 
 from fxprune.driver.executors.base import ATTEMPTS
 from fxprune.driver.problem import IntArray, Metrics, Score
-from fxprune.errors import DependencyError, SearchError
+from fxprune.errors import SearchError, first_line
+from fxprune.imports import needed
 
 
 class RayExecutor:
@@ -24,10 +25,7 @@ class RayExecutor:
     """
 
     def __init__(self, jobs: int) -> None:
-        try:
-            self.ray: Any = importlib.import_module("ray")
-        except ImportError as error:
-            raise DependencyError("executor ray needs Ray; install it with: pip install 'fxprune[ray]', or use executor local") from error
+        self.ray: Any = needed("ray", "executor ray", "ray")
         self._own = not self.ray.is_initialized()
         if self._own:
             self._connect(jobs)
@@ -61,8 +59,8 @@ class RayExecutor:
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise SearchError(f"the score cannot be sent to workers ({error}); use executor local with jobs=1") from error
         except errors.RayError as error:
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise SearchError(f"Ray gave up on a candidate after {ATTEMPTS + 1} tries: {line}; its workers may be out of memory") from error
+            tries = f"after {ATTEMPTS + 1} tries: {first_line(error)}"
+            raise SearchError(f"Ray gave up on a candidate {tries}; its workers may be out of memory") from error
 
     def reset(self) -> None:
         self._stored = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fxprune.driver.rewards import imported
 from fxprune.driver.strategies import optuna
 from fxprune.driver.strategies.base import Outcome, Strategy
 from fxprune.driver.strategies.magnitude import Magnitude
@@ -13,6 +12,7 @@ from fxprune.driver.strategies.random import Random
 from fxprune.driver.strategies.rl.rl_pruner import RLPruner
 from fxprune.driver.strategies.uniform import Uniform
 from fxprune.errors import SearchError
+from fxprune.imports import by_path
 
 STRATEGIES: Mapping[str, type[Strategy]] = {"rl-pruner": RLPruner, "uniform": Uniform, "random": Random, "magnitude": Magnitude}
 
@@ -23,7 +23,7 @@ def find(chosen: Any) -> type[Strategy]:
         return STRATEGIES[chosen]
     if isinstance(chosen, str) and chosen.startswith("optuna:"):
         return optuna.named(chosen.partition(":")[2])
-    found = imported(chosen, "strategy") if isinstance(chosen, str) and ":" in chosen else chosen
+    found = by_path(chosen, "strategy", SearchError) if isinstance(chosen, str) and ":" in chosen else chosen
     if isinstance(found, type) and issubclass(found, Strategy):
         return found
     known = ", ".join(STRATEGIES)

@@ -11,7 +11,8 @@ import numpy as np
 from fxprune.driver.problem import IntArray
 from fxprune.driver.simplex import on_simplex
 from fxprune.driver.strategies.base import Outcome, Strategy
-from fxprune.errors import DependencyError, SearchError
+from fxprune.errors import DependencyError, SearchError, first_line
+from fxprune.imports import needed
 
 
 class OptunaStrategy(Strategy):
@@ -79,10 +80,7 @@ def named(name: str) -> type[Strategy]:
 
 
 def _optuna() -> Any:
-    try:
-        optuna = importlib.import_module("optuna")
-    except ImportError as error:
-        raise DependencyError("the optuna strategies need Optuna; install it with: pip install 'fxprune[optuna]'") from error
+    optuna = needed("optuna", "an optuna strategy", "optuna")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
@@ -97,7 +95,7 @@ def _stored(optuna: Any, storage: str, study_name: str, sampler: Any) -> Any:
             optuna.delete_study(study_name=study_name, storage=storage)
         study = optuna.create_study(direction="maximize", sampler=sampler, storage=storage, study_name=study_name)
     except (optuna.exceptions.OptunaError, ImportError, ValueError, databases.SQLAlchemyError) as error:
-        raise SearchError(f"Optuna cannot use the storage {storage!r}: {str(error).splitlines()[0]}") from error
+        raise SearchError(f"Optuna cannot use the storage {storage!r}: {first_line(error)}") from error
     study.set_user_attr("fxprune", True)
     return study
 

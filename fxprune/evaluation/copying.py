@@ -1,0 +1,24 @@
+"""Copies of the user's modules: ``copy.deepcopy``, for weights that are computed as well."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy that shares no storage with ``model``.
+
+    ``copy.deepcopy`` refuses tensors with a history. Modules hold such tensors where a hook computes a weight before each call
+    (``torch.nn.utils.prune``, the old ``weight_norm`` and ``spectral_norm``) and where a forward pass kept a result; of these the copy
+    has the values.
+    """
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        held = (v for k, v in module.__dict__.items() if k != "_modules")
+        for tensor in tree_leaves([*held]):
+            if isinstance(tensor, Tensor) and not tensor.is_leaf:
+                memo[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(model, memo)
