@@ -1,14 +1,15 @@
-"""Every float model of torchvision and one of each of timm's model modules, pruned by half: what was removed, and is it right?
+"""Every float model of torchvision, one of each of timm's model modules and networks of other packages, pruned by half: is it right?
 
     python -m benchmarks.coverage                                  # fxprune and Torch-Pruning on everything: an hour or two
     python -m benchmarks.coverage 'resnet*' swin_transformer       # some names, or timm modules
     python -m benchmarks.coverage --tools fxprune --again fail     # again what failed, or came out wrong
+    python -m benchmarks.coverage --library packages               # the third table: half an hour
     python -m benchmarks.coverage --render                         # only the page, from the results
 
 Each network runs in a process of its own under a memory and a time cap. A result is appended to a JSON-lines file as soon as it is there,
 and what stands there is not run again, so the command may be stopped at any moment. The file is kept in the repository, what the page shows
 of each row and no more; rows marked ``page`` were read back from an older page, so their shares are rounded. ``pip install '.[bench]'``
-brings what it needs.
+brings what it needs, and ``pip install --no-deps -r benchmarks/requirements-coverage.txt`` the packages of the third table.
 """
 
 from __future__ import annotations
@@ -24,18 +25,40 @@ import sys
 import time
 import traceback
 import warnings
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from benchmarks.coverage_page import LITTLE, TOOLS, write_page
 from benchmarks.networks import Case, cases
+from benchmarks.packages import networks
+from benchmarks.packages.checks import package_row
+from benchmarks.packages.network import CHECKS, Network
 
 RESULTS = Path(__file__).parent / "results" / "coverage.jsonl"
 SHOWN = frozenset(
     {"tool", "library", "name", "family", "sparsity", "page", "input", "traced", "parts", "opaque", "prunable", "locked", "settings"}
-    | {"verdict", "why", "params", "macs", "seconds", "spent", "compared", "error", "moved"}
+    | {"verdict", "why", "params", "macs", "seconds", "spent", "compared", "error", "moved", "advised", *CHECKS}
 )
 PATIENCE = 6  # seconds by the clock for each of a process's own
+LIBRARIES = ("torchvision", "timm", "packages")
+# What takes seconds to import, by package: imported once, in the process that the others are forked from.
+SLOW = {
+    "transformers": ("transformers",),
+    "monai": ("monai.networks.nets",),
+    "diffusers": ("diffusers.models",),
+    "ultralytics": ("ultralytics.nn.tasks",),
+    "segmentation-models-pytorch": ("segmentation_models_pytorch",),
+    "effdet": ("effdet",),
+    "speechbrain": ("speechbrain",),
+    "vit-pytorch": ("vit_pytorch",),
+    "spandrel": ("spandrel",),
+    "open-clip-torch": ("open_clip",),
+    "kornia": ("kornia",),
+    "pytorchcv": ("pytorchcv.model_provider",),
+    "torch-geometric": ("torch_geometric.nn",),
+    "x-transformers": ("x_transformers",),
+}
 BAD = ("fails", "wrong", "no time", "died")
 
 
@@ -51,8 +74,11 @@ def work(channel: Any, seconds: float, memory: float, tool: str, library: str, n
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     try:
-        case = next(cases((name,), (library,)))
-        row = fxprune_row(case, sparsity) if tool == "fxprune" else torch_pruning_row(case, sparsity, *settings)
+        if library == "packages":
+            row = package_row(next(n for n in networks() if n.name == name), sparsity)
+        else:
+            case = next(cases((name,), (library,)))
+            row = fxprune_row(case, sparsity) if tool == "fxprune" else torch_pruning_row(case, sparsity, *settings)
     except Exception as error:  # noqa: BLE001 - whatever a tool or a pruned network raises is what the table reports
         first = (str(error).strip().splitlines() or [""])[0]
         row = {"verdict": "fails", "why": f"{type(error).__name__}: {first}"[:400], "trace": traceback.format_exc()[-3000:]}
@@ -96,10 +122,20 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def installed(package: str) -> bool:
+    """Whether a package of the third table is there; one that is not is left out with a line."""
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        print(f"{package} is not installed and left out: pip install --no-deps -r benchmarks/requirements-coverage.txt", file=sys.stderr)
+        return False
+    return True
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help="names or globs of models, or of timm's modules; all without one")
-    parser.add_argument("--library", choices=("torchvision", "timm"), action="append", help="only this one")
+    parser.add_argument("--library", choices=LIBRARIES, action="append", help="only this one")
     parser.add_argument("--tools", default=",".join(TOOLS), help="which tools, in this order (default: %(default)s)")
     parser.add_argument("--sparsity", type=float, default=0.5, help="share of every prunable group (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=None, help="at most this many networks")
@@ -113,7 +149,9 @@ def main(argv: list[str] | None = None) -> int:
     tools = [t for t in given.tools.split(",") if t]
     if unknown := sorted(set(tools) - set(TOOLS)):
         parser.error(f"--tools names {', '.join(unknown)}; choose from {', '.join(TOOLS)}")
-    chosen = list(cases(tuple(given.names), tuple(given.library or ("torchvision", "timm"))))[: given.limit]
+    libraries, names = tuple(given.library or LIBRARIES), tuple(given.names)
+    chosen: list[Case | Network] = [*cases(names, libraries), *(networks(names) if "packages" in libraries else ())]
+    chosen = chosen[: given.limit]
     if not chosen:
         parser.error(f"no network fits {', '.join(given.names)}")
     done = read(given.results)
@@ -122,11 +160,12 @@ def main(argv: list[str] | None = None) -> int:
             print("Torch-Pruning is not installed and left out: pip install 'fxprune[bench]'", file=sys.stderr)
             tools.remove("torch-pruning")
         context = multiprocessing.get_context("forkserver")
-        wanted = {case.library for case in chosen} | ({"torch_pruning"} if "torch-pruning" in tools else set())
-        context.set_forkserver_preload(["torch", *sorted(wanted), "benchmarks.networks"])
+        wanted = {name for case in chosen for name in (SLOW.get(case.family, ()) if case.library == "packages" else (case.library,))}
+        wanted |= {"torch_pruning"} if "torch-pruning" in tools else set()
+        context.set_forkserver_preload(["torch", *sorted(wanted), "benchmarks.networks", "benchmarks.packages.checks"])
         given.results.parent.mkdir(parents=True, exist_ok=True)
 
-        def result(tool: str, case: Case, hints: dict[str, Any], note: str) -> dict[str, Any]:
+        def result(tool: str, case: Case | Network, hints: dict[str, Any], note: str) -> dict[str, Any]:
             job = (given.memory, tool, case.library, case.name, given.sparsity)
             row = run(context, given.seconds, *job, *((hints, True) if tool == "torch-pruning" else ()))
             if tool == "torch-pruning" and row["verdict"] in BAD and hints.get("heads", 1):
@@ -151,6 +190,8 @@ def main(argv: list[str] | None = None) -> int:
                     continue
                 hints = done.get(("fxprune", case.library, case.name), {})
                 note = f"{number:3d}/{len(chosen)}"
+                if case.library == "packages" and (tool != "fxprune" or not installed(case.family)):
+                    continue
                 if tool == "torch-pruning" and "outputs" not in hints and hints.get("verdict") not in BAD:
                     hints = result("fxprune", case, {}, note)
                 result(tool, case, hints, note)
@@ -159,9 +200,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def summary(row: dict[str, Any]) -> str:
+    checks = " ".join(f"{c}: {row[c]};" for c in CHECKS if row.get(c, "ok") != "ok")
     share = f"-{row['params']:.0%} params -{row['macs']:.0%} MACs" if "params" in row else ""
     spent = f"{row['seconds']:.1f} s " if "seconds" in row else ""
-    return f"{row['verdict']:20s} {share} {spent}{row.get('compared', '')} {row.get('why', '')} [{row.get('spent', 0):.0f} s]"
+    return f"{row['verdict']:20s} {share} {spent}{row.get('compared', '')} {row.get('why', '')} {checks} [{row.get('spent', 0):.0f} s]"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks.packages.network import CHECKS, NOT_ASKED, OK
+
 Rows = dict[tuple[str, str, str], dict[str, Any]]
 TOOLS = ("fxprune", "torch-pruning")
 BEGIN, END = "<!-- made by benchmarks/coverage.py: begin -->", "<!-- end -->"
@@ -40,6 +42,9 @@ def _tables(done: Rows) -> str:
         names = [name for tool, where, name in done if tool == "fxprune" and where == library]
         if names:
             parts.append(f"## {library}\n\n" + _table(done, library, names))
+    if packages := [row for (_, library, _), row in done.items() if library == "packages"]:
+        count = len({row["family"] for row in packages})
+        parts.append(f"## {len(packages)} networks of {count} other packages\n\n{_passed(packages)}\n\n{_checks(packages)}")
     parts.append("## What stands in the way\n\n" + _shortfalls(done))
     return "\n\n".join(parts) + "\n"
 
@@ -55,7 +60,7 @@ def _totals(done: Rows) -> str:
     kinds = [v for v in ORDER if any(row["verdict"] == v for row in done.values())]
     head = ["", "networks", *kinds, "params removed, median", "MACs removed, median"]
     lines = [_line(head), _line(["---"] * len(head))]
-    for library in ("torchvision", "timm"):
+    for library in ("torchvision", "timm", "packages"):
         for tool in TOOLS:
             rows = [row for key, row in done.items() if key[:2] == (tool, library)]
             if rows:
@@ -87,6 +92,32 @@ def _table(done: Rows, library: str, names: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
+def _passes(row: dict[str, Any]) -> bool:
+    """Whether every check that the original passes is passed."""
+    return row["verdict"] in SOUND and all(row.get(check) in (OK, NOT_ASKED) for check in CHECKS)
+
+
+def _passed(rows: list[dict[str, Any]]) -> str:
+    good = sum(map(_passes, rows))
+    wrong = sum(row["verdict"] in ("wrong", "fails", "no time", "died") for row in rows)
+    little = [row for row in rows if row.get("params", 1.0) < LITTLE]
+    said = sum(bool(row.get("advised")) for row in little)
+    text = f"{good} of {len(rows)} pass every check that the original itself passes; {wrong} are wrong, fail or end without a result. "
+    return text + f"{len(little)} lose less than {LITTLE:.0%} of their parameters; for {said} of these `explain` says what to do about it."
+
+
+def _checks(rows: list[dict[str, Any]]) -> str:
+    head = ["package", "network", "traced", "groups", "locked", "params", "MACs", "oracle", "other batch", "other size"]
+    head += ["backward", "save and load", "original intact", "s"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for row in rows:
+        params, macs, word, seconds = _result(row)
+        checks = ["" if check not in row else {OK: "yes", NOT_ASKED: "–"}.get(row[check], "**no**") for check in CHECKS]
+        cells = [row["family"], row["name"], _traced(row), row.get("prunable", ""), row.get("locked", ""), params, macs, word]
+        lines.append(_line([*cells, *checks, seconds]))
+    return "\n".join(lines)
+
+
 def _result(row: dict[str, Any]) -> list[str]:
     verdict = row.get("verdict", "")
     word = f"**{verdict}**" if verdict and verdict not in (*SOUND, "not run") else verdict
@@ -110,9 +141,17 @@ def _shortfalls(done: Rows) -> str:
         if row["verdict"] not in (*SOUND, "not run"):
             lines.append(f"- {tool}, {name}: {row['verdict']}: {_plain(row.get('why', ''))}")
     for (tool, _, name), row in sorted(done.items()):
+        for check in CHECKS:
+            if row.get(check, OK) not in (OK, NOT_ASKED):
+                lines.append(f"- {tool}, {name}, {check}: {_plain(row[check])}")
+    for (tool, _, name), row in sorted(done.items()):
         if tool == "fxprune" and row.get("params", 1.0) < LITTLE:
             why = "; ".join(f"{_plain(reason)} ({share:.0%})" for reason, share in row.get("in_the_way", ())[:3])
-            lines.append(f"- fxprune, {name}: {row['params']:.0%} of its parameters go. Locked, and the share of the parameters met: {why}")
+            advice = "".join(f". To do: {_plain(one)}" for one in row.get("advised", ())[:1])
+            text = (
+                f"- fxprune, {name}: {row['params']:.0%} of its parameters go. Locked, and the share of the parameters met: {why}{advice}"
+            )
+            lines.append(text)
     return "\n".join(lines) or "Nothing."
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.networks import Case, Inputs
-from benchmarks.zeroing import Kept, is_norm, judged, leaves, prime
+from benchmarks.zeroing import Kept, called, is_norm, judged, leaves, prime
 
 Row = dict[str, Any]
 LARGE = 2e9  # bytes of weights above which a network is only run on the meta device
@@ -46,7 +46,7 @@ def built(case: Case) -> tuple[nn.Module, Inputs, bool]:
     return prime(model, inputs), inputs, False
 
 
-def costs(model: nn.Module, inputs: Inputs) -> tuple[int, int]:
+def costs(model: nn.Module, inputs: Any) -> tuple[int, int]:
     """Parameters and multiply-accumulates of one call, counted by torch as the operations run."""
     counter = FlopCounterMode(display=False)
     wanted = [p for p in model.parameters() if p.requires_grad]
@@ -56,7 +56,7 @@ def costs(model: nn.Module, inputs: Inputs) -> tuple[int, int]:
     torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into the fused attention of nn.MultiheadAttention
     try:
         with counter, torch.no_grad():
-            model(*copy.deepcopy(inputs))
+            called(model, inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for parameter in wanted:
@@ -69,6 +69,8 @@ def described(inputs: Any) -> str:
         return "x".join(map(str, inputs.shape))
     if isinstance(inputs, (list, tuple)):
         return ", ".join(described(i) for i in inputs)
+    if isinstance(inputs, dict):
+        return ", ".join(f"{name} {described(value)}" for name, value in inputs.items())
     return str(inputs)
 
 
@@ -95,10 +97,10 @@ def fxprune_row(case: Case, sparsity: float) -> Row:
         "notes": list(graph.notes),
         "outputs": _outputs(graph),
         "heads": len(head_layers(model)),
-        "statistics": _with_statistics(graph, model),
+        "statistics": with_statistics(graph, model),
     }
     if not prunable:
-        return row | {"verdict": "fails", "why": "no prunable group", "in_the_way": _in_the_way(graph, model)}
+        return row | {"verdict": "fails", "why": "no prunable group", "in_the_way": in_the_way(graph, model)}
 
     def pruned(policy: Mapping[str, float]) -> tuple[nn.Module, Kept]:
         slim = fxprune.compress(graph, policy, inputs, importance="random" if meta else "auto")
@@ -108,10 +110,10 @@ def fxprune_row(case: Case, sparsity: float) -> Row:
     slim, kept = pruned(prunable)
     row["seconds"] = row["analyse"] + time.process_time() - start
     left = set(row["statistics"])
-    free = {g.name: sparsity for g in graph.groups if g.prunable and not g.notes and not left & {_end(*m[:2]) for m in g.members}}
+    free = {g.name: sparsity for g in graph.groups if g.prunable and not g.notes and not left & {end(*m[:2]) for m in g.members}}
     row["free"] = len(free)
     row |= saved(costs(model, inputs), costs(slim, inputs))
-    row["in_the_way"] = _in_the_way(graph, model)
+    row["in_the_way"] = in_the_way(graph, model)
     if meta:
         return row | {"verdict": "shapes only", **_same_shapes(model, slim, inputs)}
     again = (lambda: (len(free), *pruned(free))) if len(free) < len(prunable) else (lambda: None)
@@ -124,7 +126,7 @@ def _same_shapes(model: nn.Module, slim: nn.Module, inputs: Inputs) -> Row:
     return {} if before == after else {"verdict": "fails", "why": f"output shapes {before[:3]} became {after[:3]}"}
 
 
-def _end(name: str, dim: int) -> str:
+def end(name: str, dim: int) -> str:
     return f"{name.rpartition('.')[0]}:{'out' if dim == 0 else 'in'}"
 
 
@@ -134,18 +136,18 @@ def _outputs(graph: Any) -> list[str]:
     return sorted(found)
 
 
-def _with_statistics(graph: Any, model: nn.Module) -> list[str]:
+def with_statistics(graph: Any, model: nn.Module) -> list[str]:
     """The ends of layers whose channels meet a statistic over channels: the oracle is not defined there."""
     modules = dict(model.named_modules())
     found: set[str] = set()
     for group in graph.groups:
-        ends = {_end(n, d) for n, d, _ in group.members}
+        ends = {end(n, d) for n, d, _ in group.members}
         if group.notes or any(is_norm(modules[e.rpartition(":")[0]]) for e in ends if e.rpartition(":")[0] in modules):
             found |= ends
     return sorted(found)
 
 
-def _in_the_way(graph: Any, model: nn.Module) -> list[tuple[str, float]]:
+def in_the_way(graph: Any, model: nn.Module) -> list[tuple[str, float]]:
     """Why channels are locked, with the share of the network's parameters that each reason touches, largest first."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
     total = max(sum(p.numel() for p in model.parameters()), 1)

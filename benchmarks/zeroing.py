@@ -21,7 +21,14 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, NORMS) or type(module).__name__.startswith(("LayerNorm", "RmsNorm", "GlobalResponseNorm", "GroupNorm"))
 
 
-def prime(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
+def called(model: nn.Module, inputs: Any) -> Any:
+    """``model`` on a copy of its inputs, positional or by keyword, with the same random numbers at every call."""
+    given = copy.deepcopy(inputs)
+    torch.manual_seed(0)
+    return model(**given) if isinstance(given, dict) else model(*given)
+
+
+def prime(model: nn.Module, inputs: Any) -> nn.Module:
     """Make constant vectors (norm weights, layer scales, biases) vary and give BatchNorm live statistics, so that wrong indices show."""
     generator = torch.Generator().manual_seed(7)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is not None]
@@ -36,7 +43,7 @@ def prime(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
             norm.train()
             norm.momentum = 1.0
         with contextlib.suppress(ValueError):  # one value per channel has no variance: those keep the statistics they have
-            model(*copy.deepcopy(inputs))
+            called(model, inputs)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             norm.eval()
@@ -46,9 +53,9 @@ def prime(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
     return model.eval()
 
 
-def zeroed(model: nn.Module, kept: Kept) -> nn.Module:
-    """A copy of ``model`` with every slice that is not kept set to zero; running variances and index buffers stay."""
-    twin = copy.deepcopy(model)
+def zeroed(model: nn.Module, kept: Kept, twin: nn.Module | None = None) -> nn.Module:
+    """A copy of ``model`` (or ``twin``, which is one) with every slice not kept set to zero; running variances and index buffers stay."""
+    twin = copy.deepcopy(model) if twin is None else twin
     tensors = dict(twin.named_parameters(remove_duplicate=False)) | dict(twin.named_buffers(remove_duplicate=False))
     with torch.no_grad():
         for name, dims in kept.items():
@@ -61,10 +68,10 @@ def zeroed(model: nn.Module, kept: Kept) -> nn.Module:
     return twin
 
 
-def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[torch.Tensor]:
+def outputs(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
     """Every tensor that ``model`` returns, in a fixed order."""
     with torch.no_grad():
-        return leaves(model(*copy.deepcopy(inputs)))
+        return leaves(called(model, inputs))
 
 
 def leaves(nested: Any) -> list[torch.Tensor]:
@@ -87,18 +94,23 @@ def difference(reference: list[torch.Tensor], other: list[torch.Tensor]) -> floa
 
 def judged(
     model: nn.Module,
-    inputs: tuple[Any, ...],
+    inputs: Any,
     slim: nn.Module,
     kept: Kept,
     defined: Callable[[], tuple[int, nn.Module, Kept] | None],
     total: int,
+    copied: Callable[[], nn.Module] | None = None,
 ) -> dict[str, Any]:
     """The oracle's word on ``slim``.
 
     ``defined``: prunes again without the groups that meet a statistic over channels, and says how many it pruned, of ``total``; None where
-    nothing is left or nothing has to be left out.
+    nothing is left or nothing has to be left out. ``copied``: makes a copy of the model, where a deep copy would not do.
     """
-    before, after, reference = outputs(model, inputs), outputs(slim, inputs), outputs(zeroed(model, kept), inputs)
+
+    def masked(kept: Kept) -> nn.Module:
+        return zeroed(model, kept, copied() if copied else None)
+
+    before, after, reference = outputs(model, inputs), outputs(slim, inputs), outputs(masked(kept), inputs)
     if [t.shape for t in reference] != [t.shape for t in after]:  # a detector may find another number of boxes than the original
         shapes = [[tuple(t.shape) for t in side][:3] for side in (reference, after)]
         return {"verdict": "fails", "why": f"output shapes {shapes[0]} became {shapes[1]}"}
@@ -114,7 +126,7 @@ def judged(
     count, slim, kept = rest
     if not count:
         return {"verdict": "runs", "compared": f"0/{total}", **found}
-    reference = outputs(zeroed(model, kept), inputs)
+    reference = outputs(masked(kept), inputs)
     error = difference(reference, outputs(slim, inputs))
     part = {"error": error, "moved": difference(before, reference), "compared": f"{count}/{total}"}
     if error < TOLERANCE:

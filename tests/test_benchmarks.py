@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from benchmarks import analysis, cifar10, studies
 from benchmarks.coverage import RESULTS, main, read, shown
 from benchmarks.coverage_page import BEGIN, write_page
 from benchmarks.networks import cases
+from benchmarks.packages import checks, networks
+from benchmarks.packages.network import CHECKS, NOT_ASKED, Network, image, of, rows
 from benchmarks.zeroing import judged
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,6 +112,98 @@ def test_the_oracle_sees_a_wrong_index() -> None:
 
     assert judged(net, inputs, slim([0, 2, 3]), kept, lambda: None, 1)["verdict"] == "exact"
     assert judged(net, inputs, slim([0, 3, 2]), kept, lambda: None, 1)["verdict"] == "wrong"
+
+
+class Flat(nn.Module):
+    """Takes one image size alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1), nn.Linear(12 * 64, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.c(self.b(self.a(x).relu()).relu().flatten(1))
+
+
+def test_a_network_of_another_package_goes_through_every_check() -> None:
+    row = checks.package_row(Network("x", "flat", Flat, image(), 8, 12), 0.5)
+    assert row["verdict"] == "exact" and row["params"] > 0.5 and row["moved"] > 0.01
+    assert {c: row[c] for c in CHECKS} == dict.fromkeys(CHECKS, "ok") | {"other size": NOT_ASKED}
+    assert "advised" not in row, "it loses enough"
+
+
+class Baked(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(2, -1)
+
+
+class Freezing(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).detach() + self.bias
+
+
+def test_the_checks_see_what_a_slim_network_gets_wrong() -> None:
+    torch.manual_seed(0)
+    network = Network("x", "linear", of("torch.nn:Linear", 6, 4), rows(6), 1, 1)
+    model, two, three = nn.Linear(6, 4), (torch.randn(2, 6),), (torch.randn(3, 6),)
+    whole = [model(*three)]
+    assert checks._other(network, model, model, (model, {}), three, whole) == "ok"
+    assert checks._other(network, model, nn.Linear(6, 4), (nn.Linear(6, 4), {}), three, whole).startswith("differs by")
+    assert checks._other(network, model, nn.Sequential(model, Baked()), None, three, whole).startswith("shapes [(3, 4)] became")
+    assert checks._backward(network, model, model, two) == "ok"
+    frozen = Freezing(6, 4)
+    assert checks._backward(network, model, frozen, two) == "no gradient for weight"
+    assert checks._backward(network, frozen, frozen, (torch.randn(2, 5),)) == NOT_ASKED
+    assert checks._checked(lambda: str(model(torch.randn(2, 5)))).startswith("RuntimeError: ")
+    with torch.no_grad():
+        references = {"example": (two, [model(*two)]), "other batch": (three, [model(*three) + 1])}
+    state = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    names = {"": sorted(vars(model))}
+    assert checks._intact(model, state, names, {"example": references["example"]}) == "ok"
+    assert checks._intact(model, state, names, references).endswith("at other batch")
+    assert checks._intact(model, state | {"bias": state["bias"] + 1}, names, references) == "bias changed"
+    assert checks._intact(model, state, {"": []}, references) == "attributes of the root changed"
+
+
+def test_every_network_of_the_third_table_has_a_name_of_its_own_and_its_package_a_requirement() -> None:
+    found = list(networks())
+    assert len(found) >= 80 and len({n.family for n in found}) >= 25 and len({n.name for n in found}) == len(found)
+    listed = (ROOT / "benchmarks" / "requirements-coverage.txt").read_text().splitlines()
+    assert {n.family for n in found} <= {line.partition("==")[0] for line in listed}
+    assert [n.name for n in networks(("BertForSequence*", "tabm"))] == ["BertForSequenceClassification", "TabM"]
+
+
+def test_the_third_table_counts_what_passes_and_says_what_does_not(tmp_path: Path) -> None:
+    row = {
+        "tool": "fxprune",
+        "library": "packages",
+        "name": "a",
+        "family": "p",
+        "sparsity": 0.5,
+        "verdict": "exact",
+        "params": 0.7,
+        "macs": 0.7,
+    }
+    good = row | dict.fromkeys(CHECKS, "ok") | {"other size": NOT_ASKED}
+    bad = row | dict.fromkeys(CHECKS, "ok") | {"name": "b", "other batch": "differs by 1e-1", "params": 0.1, "in_the_way": [["why", 0.5]]}
+    write_page(tmp_path / "page.md", {("fxprune", "packages", str(r["name"])): r | {"advised": ["why: do this"]} for r in (good, bad)})
+    text = (tmp_path / "page.md").read_text()
+    assert "1 of 2 pass every check that the original itself passes; 0 are wrong" in text
+    assert "| yes | – | yes | yes | yes |" in text and "| **no** | yes | yes | yes | yes |" in text
+    assert (
+        "- fxprune, b, other batch: differs by 1e-1" in text
+        and "10% of its parameters go. Locked" in text
+        and "To do: why: do this" in text
+    )
+
+
+def test_coverage_of_a_network_of_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    done = coverage(tmp_path, "GPT2LMHeadModel", "mlp-mixer-pytorch", "--library", "packages")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [r["verdict"] for r in rows if r["name"] == "GPT2LMHeadModel"] == ["runs"] and all(rows[0][c] == "ok" for c in CHECKS)
+    assert "GPT2LMHeadModel" in (tmp_path / "page.md").read_text()
 
 
 def test_the_page_keeps_what_is_written_by_hand(tmp_path: Path) -> None:
