@@ -36,7 +36,9 @@ from fxprune.evaluation.accuracy import evaluate_accuracy, recalibrate_batchnorm
 from fxprune.evaluation.likeness import Likeness
 from fxprune.models.loading import load_model
 from fxprune.repair.repairer import Repairer
-from fxprune.searching.candidates import Candidates, make_problem, mended
+from fxprune.searching.candidates import Candidates
+from fxprune.searching.problem import make_problem
+from fxprune.searching.result import mended
 from fxprune.training.config import TrainConfig
 from fxprune.training.distillation import DistillConfig
 from fxprune.training.fitting import train

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import FxPruneError
-from fxprune.evaluation.accuracy import call, recalibrate_batchnorm
+from fxprune.evaluation.accuracy import recalibrate_batchnorm
+from fxprune.evaluation.running import call
 from fxprune.exporting.formats import FORMATS, installed, tensors
 
 SIZE = 64  # pixels a side: two are left at stride 32

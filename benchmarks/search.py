@@ -24,7 +24,8 @@ from fxprune.cli.session import Accuracy
 from fxprune.data.datasets import load_data
 from fxprune.evaluation.accuracy import evaluate_accuracy
 from fxprune.models.loading import load_model
-from fxprune.searching.candidates import Score, make_problem
+from fxprune.searching.candidates import Score
+from fxprune.searching.problem import make_problem
 
 
 def forward_seconds(module: nn.Module, batches: list[Any]) -> float:

@@ -32,8 +32,10 @@ from fxprune.evaluation.accuracy import evaluate_accuracy
 from fxprune.evaluation.likeness import Likeness
 from fxprune.models.small import digits_net, resnet20
 from fxprune.repair.repairer import Repairer
-from fxprune.searching.candidates import Candidates, make_problem, mended
+from fxprune.searching.candidates import Candidates
+from fxprune.searching.problem import make_problem
 from fxprune.searching.recovery import Recovery
+from fxprune.searching.result import mended
 from fxprune.training.config import TrainConfig
 from fxprune.training.fitting import train
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.driver import Outcome, SearchConfig, Strategy
+from fxprune.driver import Scored, SearchConfig, Strategy
 
 
 class HillClimbing(Strategy):
@@ -28,7 +28,7 @@ class HillClimbing(Strategy):
         pushes = self.rng.normal(0, 0.3, (self.config.samples, len(self.at)))
         return [self.budget.fitted(np.clip(self.at * np.exp(push), 1, self.space.room).astype(np.int64)) for push in pushes]
 
-    def learn(self, outcomes: Sequence[Outcome]) -> None:
+    def learn(self, outcomes: Sequence[Scored]) -> None:
         best = max(outcomes, key=lambda outcome: outcome.reward)
         if best.reward > self.best:
             self.at, self.best = best.removed, best.reward

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fxprune.exporting.exporter import Exported, export
     from fxprune.report.explaining import Explanation, explain
     from fxprune.report.visualising import visualize
-    from fxprune.searching.candidates import SearchResult, search
+    from fxprune.searching.result import SearchResult, search
     from fxprune.searching.shrinking import shrink
 
 __version__ = "0.1.0"
@@ -65,10 +65,10 @@ _LATER = {
     "Explanation": "fxprune.report.explaining",
     "Exported": "fxprune.exporting.exporter",
     "SearchConfig": "fxprune.driver",
-    "SearchResult": "fxprune.searching.candidates",
+    "SearchResult": "fxprune.searching.result",
     "explain": "fxprune.report.explaining",
     "export": "fxprune.exporting.exporter",
-    "search": "fxprune.searching.candidates",
+    "search": "fxprune.searching.result",
     "shrink": "fxprune.searching.shrinking",
     "visualize": "fxprune.report.visualising",
 }

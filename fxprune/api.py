@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune import example_inputs as forms
 from fxprune.attached import Sources, attach, record_of, sources_of
 from fxprune.errors import FxPruneError, InputError, PruningWarning
-from fxprune.evaluation.accuracy import device_of
+from fxprune.evaluation.running import device_of
 from fxprune.evaluation.wrappers import unwrapped
 from fxprune.importance.criteria import Importance, importance_name, scores
 from fxprune.index_lists import indices

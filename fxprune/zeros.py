@@ -15,8 +15,8 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxprune.errors import InputError
-from fxprune.evaluation.accuracy import call, device_of, evaluating
 from fxprune.evaluation.copying import copied
+from fxprune.evaluation.running import call, device_of, evaluating
 from fxprune.example_inputs import build
 
 Bools = npt.NDArray[np.bool_]

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import VerificationError
-from fxprune.evaluation.accuracy import set_training
+from fxprune.evaluation.running import set_training
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.labels.values import Value
 from fxprune.passes.planning.plan import Keep

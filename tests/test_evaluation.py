@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fxprune.errors import EvaluationError, InputError
-from fxprune.evaluation.accuracy import device_of, evaluate_accuracy, evaluating, logits_of, modes_kept, recalibrate_batchnorm
+from fxprune.evaluation.accuracy import evaluate_accuracy, logits_of, recalibrate_batchnorm
+from fxprune.evaluation.running import device_of, evaluating, modes_kept
 
 
 def mixed() -> nn.Sequential:

@@ -12,7 +12,7 @@ from torch import nn
 from fxprune.api import analyze
 from fxprune.errors import FileError
 from fxprune.models.small import digits_net
-from fxprune.searching.candidates import make_problem
+from fxprune.searching.problem import make_problem
 from fxprune.searching.recovery import Recovery, read_weights, write_weights
 
 

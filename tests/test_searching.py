@@ -17,7 +17,8 @@ import fxprune
 from fxprune.errors import EvaluationError, TargetError
 from fxprune.importance.criteria import scores
 from fxprune.repair.repairer import Repairer
-from fxprune.searching.candidates import Candidates, Evaluate, Score, make_problem, metrics_of
+from fxprune.searching.candidates import Candidates, Evaluate, Score, metrics_of
+from fxprune.searching.problem import make_problem
 
 
 class Small(nn.Module):

@@ -19,7 +19,7 @@ from rich.text import Text
 from fxprune.cli import arguments, session
 from fxprune.cli import run_folder as outputs
 from fxprune.cli.arguments import Request
-from fxprune.cli.run_folder import Finished
+from fxprune.cli.run_folder import RunSummary
 from fxprune.cli.session import Session
 from fxprune.costs.latency import LATENCY_BATCH
 from fxprune.driver import Progress as SearchProgress
@@ -91,12 +91,12 @@ def _complain(text: str) -> None:
     print(f"fxprune-search: {' '.join(text.split())}", file=sys.stderr)
 
 
-def _unmet(done: Finished, run: Session) -> int:
+def _unmet(done: RunSummary, run: Session) -> int:
     _complain(f"{done.unmet}; the nearest result is kept in {run.options.out}")
     return UNMET
 
 
-def _show(done: Finished, run: Session, console: Console) -> None:
+def _show(done: RunSummary, run: Session, console: Console) -> None:
     console.print(result_table(done.rows, f"{run.options.model} on {run.options.data}"))
     threads = ", one thread" if run.device.type == "cpu" else ""
     console.print(Text(f"accuracy on the test part; latency of a batch of {LATENCY_BATCH} on {run.device}{threads}", style="dim"))

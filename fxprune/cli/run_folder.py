@@ -21,15 +21,16 @@ from fxprune.records import PruningRecord
 from fxprune.report.formatting import Row, duration_text
 from fxprune.report.lane_layout import coupling_data
 from fxprune.report.search_page import search_page
-from fxprune.searching.candidates import Candidates, SearchResult
+from fxprune.searching.candidates import Candidates
 from fxprune.searching.recovery import write_weights
+from fxprune.searching.result import SearchResult
 from fxprune.training.checkpoints import NAME as TRAINING
 
 RESULT, SESSION = "result.json", "session.json"
 
 
 @dataclass(frozen=True)
-class Finished:
+class RunSummary:
     """How a run ended. ``unmet``: why the target was not met, or empty; the files then hold the nearest result.
     ``exports``: what became of every format asked for: its file, and its difference from eager PyTorch or the error."""
 
@@ -40,7 +41,7 @@ class Finished:
     exports: tuple[dict[str, Any], ...] = ()
 
     @classmethod
-    def of(cls, result: Mapping[str, Any]) -> Finished:
+    def of(cls, result: Mapping[str, Any]) -> RunSummary:
         """From what ``result.json`` holds."""
         rows = tuple(Row(**row) for row in result["rows"])
         return cls(rows, result["unmet"], result["load"], result["summary"], tuple(result["exports"]))
@@ -61,10 +62,10 @@ def begin(out: Path, described: Mapping[str, Any]) -> None:
     replace_text(folder / SESSION, json.dumps(described, indent=2) + "\n")
 
 
-def finished(folder: Path) -> Finished | None:
+def finished(folder: Path) -> RunSummary | None:
     """The end of the run whose checkpoint folder this is, if it came to one."""
     path = folder / RESULT
-    return Finished.of(read_json(path, f"{folder.parent} cannot be taken up")) if path.exists() else None
+    return RunSummary.of(read_json(path, f"{folder.parent} cannot be taken up")) if path.exists() else None
 
 
 def write(
@@ -77,7 +78,7 @@ def write(
     unmet: str,
     classes: int,
     exports: Sequence[dict[str, Any]],
-) -> Finished:
+) -> RunSummary:
     """Write the policy and the network of every point, the history, the page, and last of all the result; each whole or not at all."""
     out = Path(options.out)
     for stem, one in found.items():
@@ -103,7 +104,7 @@ def write(
     result = json.loads(json.dumps(result))  # as a later reader has it, for whom a tuple is a list
     replace_text(out / "report.html", search_page(result, outcome.history))
     replace_text(out / "checkpoint" / RESULT, json.dumps(result, indent=2) + "\n")
-    return Finished.of(result)
+    return RunSummary.of(result)
 
 
 def report(out: str) -> Path:

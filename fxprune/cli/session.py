@@ -22,7 +22,7 @@ from fxprune import driver
 from fxprune.api import analyze, compress
 from fxprune.cli import run_folder as outputs
 from fxprune.cli.options import Options
-from fxprune.cli.run_folder import Finished
+from fxprune.cli.run_folder import RunSummary
 from fxprune.cli.tensorboard import Scalars, writer_class
 from fxprune.costs.latency import alone, in_turns
 from fxprune.costs.profiling import profile
@@ -30,16 +30,19 @@ from fxprune.data.datasets import Data, load_data
 from fxprune.data.images import Batches
 from fxprune.driver import checkpoint
 from fxprune.errors import FxPruneError, InputError, SearchError, TargetError, first_line
-from fxprune.evaluation.accuracy import call, evaluate_accuracy, evaluating, logits_of, one_thread
+from fxprune.evaluation.accuracy import evaluate_accuracy, logits_of
 from fxprune.evaluation.likeness import Likeness
+from fxprune.evaluation.running import call, evaluating, one_thread
 from fxprune.exporting.exporter import export
 from fxprune.exporting.formats import FORMATS, require
 from fxprune.models.loading import load_model
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.repair.repairer import Repairer
 from fxprune.report.formatting import Row
-from fxprune.searching.candidates import Candidates, SearchResult, make_problem, mended, result_of
+from fxprune.searching.candidates import Candidates
+from fxprune.searching.problem import make_problem
 from fxprune.searching.recovery import Recovery, read_weights, write_weights
+from fxprune.searching.result import SearchResult, mended, result_of
 from fxprune.training.config import Progress, TrainConfig, resolve_device
 from fxprune.training.distillation import DistillConfig, distill
 from fxprune.training.fitting import train
@@ -99,7 +102,7 @@ class Session:
         self.folder = Path(options.out) / "checkpoint"
         self.device = resolve_device(options.search.device)
 
-    def run(self, watcher: Watcher) -> Finished:
+    def run(self, watcher: Watcher) -> RunSummary:
         """Go through all stages, from wherever an earlier try was cut. Raises ``FxPruneError`` for what the user can mend."""
         finished = outputs.finished(self.folder)
         if finished is not None:
@@ -109,7 +112,7 @@ class Session:
         with self._threads(model):
             return self._stages(model, watcher)
 
-    def _stages(self, original: nn.Module, watcher: Watcher) -> Finished:
+    def _stages(self, original: nn.Module, watcher: Watcher) -> RunSummary:
         self.train(original, watcher)
         watcher.stage("searching")
         outcome, candidates, unmet = self.search(original, watcher)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxprune.evaluation.accuracy import call, evaluating
+from fxprune.evaluation.running import call, evaluating
 
 _aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fxprune.costs.profiling import profile
-from fxprune.evaluation.accuracy import one_thread
+from fxprune.evaluation.running import one_thread
 
 LATENCY_BATCH, LATENCY_RUNS, LATENCY_TURNS = 32, 5, 7
 ALONE_RUNS = 9  # of a candidate, which does not take turns

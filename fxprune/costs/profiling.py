@@ -17,7 +17,7 @@ from torch import nn
 
 from fxprune.costs.counting import Counts, count
 from fxprune.errors import FxPruneError, InputError, first_line
-from fxprune.evaluation.accuracy import call, device_of, evaluating, to_device
+from fxprune.evaluation.running import call, device_of, evaluating, to_device
 from fxprune.example_inputs import build, describe
 from fxprune.records import Profile
 

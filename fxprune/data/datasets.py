@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from fxprune.data import readers
+from fxprune.data.factories import from_factory
 from fxprune.data.images import Batches, Images
 from fxprune.errors import InputError
 
@@ -120,4 +121,4 @@ def _read(spec: str, asked: readers.Asked) -> readers.DatasetParts:
         return read(Path(rest).expanduser(), asked)
     if not rest or kind in ("imagefolder", "parquet"):
         raise InputError(f"data {spec!r} is none of digits, imagefolder:DIR, parquet:DIR, torchvision:NAME:DIR, package.module:factory")
-    return readers.from_factory(spec, asked)
+    return from_factory(spec, asked)

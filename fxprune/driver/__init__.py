@@ -13,14 +13,14 @@ from fxprune.driver.config import SearchConfig
 from fxprune.driver.loop import run
 from fxprune.driver.outcome import Allocation, Progress, SearchOutcome
 from fxprune.driver.problem import Problem, Space
-from fxprune.driver.strategies import STRATEGIES, Outcome, Strategy
+from fxprune.driver.strategies import STRATEGIES, Scored, Strategy
 from fxprune.driver.targets import Target
 
 __all__ = [
     "STRATEGIES",
     "Allocation",
     "Budget",
-    "Outcome",
+    "Scored",
     "Problem",
     "Progress",
     "SearchConfig",

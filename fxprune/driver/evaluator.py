@@ -10,7 +10,7 @@ from fxprune.driver.config import Reward
 from fxprune.driver.executors.base import Executor
 from fxprune.driver.memo import Memo
 from fxprune.driver.problem import IntArray, Metrics, Problem
-from fxprune.driver.strategies.base import Outcome
+from fxprune.driver.strategies.base import Scored
 from fxprune.errors import FAULTS, EvaluationError, SearchError, in_a_line
 
 
@@ -34,7 +34,7 @@ class Evaluator:
         unique = {tuple(v.tolist()): v for v in vectors if v not in self.memo}
         return list(unique.values())
 
-    def __call__(self, vectors: Sequence[IntArray], budget: Budget) -> list[Outcome]:
+    def __call__(self, vectors: Sequence[IntArray], budget: Budget) -> list[Scored]:
         """An outcome for every vector, in order. Raises ``EvaluationError`` for a score that is not a finite number."""
         new = self.new(vectors)
         for vector, scored in zip(new, self.executor.map(self.score, new), strict=True):
@@ -42,7 +42,7 @@ class Evaluator:
             self.count += 1
         return [self.outcome(vector, budget) for vector in vectors]
 
-    def finals(self, vectors: Sequence[IntArray], budget: Budget) -> list[Outcome]:
+    def finals(self, vectors: Sequence[IntArray], budget: Budget) -> list[Scored]:
         """The outcomes by the problem's own score, whatever the search goes by; they are not kept among the others."""
         if self.rough is None:
             return self(vectors, budget)
@@ -54,7 +54,7 @@ class Evaluator:
         self.executor.reset()
         return outcomes
 
-    def outcome(self, vector: IntArray, budget: Budget) -> Outcome:
+    def outcome(self, vector: IntArray, budget: Budget) -> Scored:
         """The outcome of a vector that was scored."""
         scored, costs = self.memo[vector], budget.costs(vector)
         metrics = _Lookup({**scored, **costs}, budget, vector)
@@ -66,7 +66,7 @@ class Evaluator:
             raise EvaluationError(f"the reward function raised {in_a_line(error)}") from error
         if not math.isfinite(value):
             raise EvaluationError(f"the reward of removing {int(vector.sum())} units came out as {value}; check the reward function")
-        return Outcome(vector, float(value), metrics.found)
+        return Scored(vector, float(value), metrics.found)
 
     def forget(self) -> None:
         """The network's weights changed: earlier scores no longer hold."""

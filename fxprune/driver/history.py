@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fxprune.driver.budget import Budget
-from fxprune.driver.strategies.base import Outcome, Strategy
+from fxprune.driver.strategies.base import Scored, Strategy
 
 
 class History:
@@ -24,7 +24,7 @@ class History:
         self.candidates: list[dict[str, Any]] = []
         self.best: float | None = None  # the highest reward on target so far
 
-    def add_round(self, outcomes: Sequence[Outcome], budget: Budget, evaluations: int) -> Outcome:
+    def add_round(self, outcomes: Sequence[Scored], budget: Budget, evaluations: int) -> Scored:
         """Enter the outcomes of one round; returns the best of them."""
         best = max(outcomes, key=lambda outcome: outcome.reward)
         self.rounds.append({**best.metrics, "reward": best.reward, "accuracy": best.accuracy, "evaluations": evaluations})
@@ -35,7 +35,7 @@ class History:
                 self.best = outcome.reward
         return best
 
-    def close_step(self, strategy: Strategy, name: str, best: Outcome, evaluations: int, seconds: float) -> dict[str, Any]:
+    def close_step(self, strategy: Strategy, name: str, best: Scored, evaluations: int, seconds: float) -> dict[str, Any]:
         """Turn the rounds entered since the last step into a record."""
         record = {
             "targets": [str(target) for target in strategy.budget.targets],

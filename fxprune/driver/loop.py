@@ -23,7 +23,7 @@ from fxprune.driver.measured import Measured
 from fxprune.driver.outcome import Allocation, Progress, SearchOutcome
 from fxprune.driver.problem import IntArray, Problem
 from fxprune.driver.selection import best_of
-from fxprune.driver.strategies.base import Outcome, Strategy
+from fxprune.driver.strategies.base import Scored, Strategy
 from fxprune.errors import SearchError, TargetError
 
 OnEvent = Callable[[Progress], None]
@@ -123,7 +123,7 @@ class _Search:
             raise self.unmet(budget, chosen, f"was not met: {coarse} too coarse to come closer; the nearest found:")
         return self.outcome(budget, chosen)
 
-    def final(self, strategy: Strategy) -> Outcome:
+    def final(self, strategy: Strategy) -> Scored:
         """The candidate to end with. Where the search went by a rough score the best few, and the baselines, are scored in full now."""
         best = best_of(strategy, self.evaluator, max(1, self.config.finalists), keep_best=self.config.keep_best)
         if self.evaluator.rough is None:
@@ -165,7 +165,7 @@ class _Search:
         reserved = 1 if self.evaluator.rough is None else 1 + self.config.finalists + len(self.baselines)
         return limit is not None and self.evaluator.count + len(self.evaluator.new(vectors)) > limit - reserved
 
-    def close_step(self, strategy: Strategy, best: Outcome) -> None:
+    def close_step(self, strategy: Strategy, best: Scored) -> None:
         self.history.close_step(strategy, str(self.config.described()["strategy"]), best, self.evaluator.count, self.seconds)
         self.tell_progress("step", strategy, best)
 
@@ -183,16 +183,16 @@ class _Search:
             self.weights = f"weights-{len(self.points)}-{strategy.step}"
             self.problem.save_weights(self.folder / self.weights)
 
-    def outcome(self, budget: Budget, chosen: Outcome) -> SearchOutcome:
+    def outcome(self, budget: Budget, chosen: Scored) -> SearchOutcome:
         targets = tuple(str(target) for target in budget.targets)
         records = tuple(self.history.records)
         return SearchOutcome(chosen.removed, chosen.reward, chosen.metrics, records, self.evaluator.count, dict(self.baselines), targets)
 
-    def unmet(self, budget: Budget, chosen: Outcome, why: str) -> TargetError:
+    def unmet(self, budget: Budget, chosen: Scored, why: str) -> TargetError:
         nearest = _joined([*self.points, self.outcome(budget, chosen)])
         return TargetError(f"target {budget} {why} {budget.shown(chosen.removed)}; ask for a milder target, or more tolerance", nearest)
 
-    def tell_progress(self, kind: str, strategy: Strategy, outcome: Outcome | Allocation | SearchOutcome) -> None:
+    def tell_progress(self, kind: str, strategy: Strategy, outcome: Scored | Allocation | SearchOutcome) -> None:
         if self.on_event is None:
             return
         current, budget, limit = strategy.current(), strategy.budget, self.config.evaluations
@@ -267,7 +267,7 @@ def _joined(points: list[SearchOutcome]) -> SearchOutcome:
     return replace(points[-1], history=tuple(record for point in points for record in point.history), pareto=tuple(points))
 
 
-def _allocation(outcome: Outcome, budget: Budget) -> Allocation:
+def _allocation(outcome: Scored, budget: Budget) -> Allocation:
     return Allocation(outcome.removed, outcome.reward, outcome.metrics, budget.met(outcome.removed))
 
 

@@ -21,7 +21,7 @@ class Measured:
         self.shares: dict[tuple[int, ...], float] = {}
 
     def __call__(self, removed: IntArray) -> Metrics:
-        return _Costs(self, removed, self.cost(removed))
+        return MeasuredCosts(self, removed, self.cost(removed))
 
     def state(self) -> dict[str, Any]:
         """What was measured as JSON."""
@@ -33,7 +33,7 @@ class Measured:
         self.shares = {tuple(key): share for key, share in state["shares"]}
 
 
-class _Costs(Mapping[str, float]):
+class MeasuredCosts(Mapping[str, float]):
     def __init__(self, measured: Measured, removed: IntArray, costs: Metrics) -> None:
         self.measured, self.key, self.costs = measured, tuple(removed.tolist()), costs
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fxprune.driver.evaluator import Evaluator
-from fxprune.driver.strategies.base import Outcome, Strategy
+from fxprune.driver.strategies.base import Scored, Strategy
 
 
-def best_of(strategy: Strategy, evaluator: Evaluator, most: int, *, keep_best: bool) -> list[Outcome]:
+def best_of(strategy: Strategy, evaluator: Evaluator, most: int, *, keep_best: bool) -> list[Scored]:
     """The candidates that a search may end with, the best first, at most ``most``; at least one: with ``keep_best`` those on target.
 
     Without ``keep_best`` it is the architecture that the strategy ends on, as in the paper. Where nothing is on target it is what comes

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import InputError
-from fxprune.evaluation.accuracy import call, device_of, evaluating, labelled, logits_of, to_device
+from fxprune.evaluation.accuracy import labelled, logits_of
+from fxprune.evaluation.running import call, device_of, evaluating, to_device
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_map_only
 from fxprune import example_inputs as forms
 from fxprune.attached import record_of
 from fxprune.errors import ExportError, FileError, FxPruneError, InputError, VerificationError, first_line
-from fxprune.evaluation.accuracy import call, labelled
+from fxprune.evaluation.accuracy import labelled
+from fxprune.evaluation.running import call
 from fxprune.exporting.formats import FORMATS, Format, Job, format_named, installed, require, tensors
 from fxprune.imports import needed
 

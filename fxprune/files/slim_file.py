@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fxprune.atomic import replace_tensors
 from fxprune.attached import attach, record_of
 from fxprune.errors import FileError, FxPruneError, first_line
-from fxprune.evaluation.accuracy import device_of
+from fxprune.evaluation.running import device_of
 from fxprune.files.rebuilding import rebuilt
 from fxprune.files.record_json import decode_record, encode_record
 from fxprune.records import PruningRecord

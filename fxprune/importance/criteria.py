@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune.errors import EvaluationError, InputError, PolicyError
-from fxprune.evaluation.accuracy import set_training
+from fxprune.evaluation.running import set_training
 from fxprune.importance.reconstruction import need_batches, reconstruction
 from fxprune.passes.coupling.graph import CouplingGraph, Group
 from fxprune.passes.labels.values import Vector

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.errors import InputError
-from fxprune.evaluation.accuracy import call, device_of, evaluating, recalibrate_batchnorm, to_device
+from fxprune.evaluation.accuracy import recalibrate_batchnorm
+from fxprune.evaluation.running import call, device_of, evaluating, to_device
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.labels.values import values
 from fxprune.passes.rewriting.slimmer import Slimmer

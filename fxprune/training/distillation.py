@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import InputError
-from fxprune.evaluation.accuracy import call, device_of, evaluating, labelled, logits_of, modes_kept, set_training, to_device
+from fxprune.evaluation.accuracy import labelled, logits_of
+from fxprune.evaluation.running import call, device_of, evaluating, modes_kept, set_training, to_device
 from fxprune.training.config import History, TrainConfig, check_values
 from fxprune.training.fitting import fit
 from fxprune.training.hints import Hint, Hints

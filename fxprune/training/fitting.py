@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fxprune.errors import InputError
-from fxprune.evaluation.accuracy import device_of, modes_kept
+from fxprune.evaluation.running import device_of, modes_kept
 from fxprune.training.config import History, TrainConfig, resolve_device
 from fxprune.training.loop import Run
 from fxprune.training.objective import Objective

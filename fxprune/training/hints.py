@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune import example_inputs as forms
 from fxprune.attached import record_of
 from fxprune.errors import InputError
-from fxprune.evaluation.accuracy import call
+from fxprune.evaluation.running import call
 from fxprune.files.rebuilding import units_kept
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.slim_module import SlimModule

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fxprune.errors import EvaluationError, FileError, InputError, first_line
-from fxprune.evaluation.accuracy import evaluating
+from fxprune.evaluation.running import evaluating
 from fxprune.training.checkpoints import check_same, make_folder, read_checkpoint, write_checkpoint
 from fxprune.training.config import History, Progress, TrainConfig
 from fxprune.training.objective import Objective

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxprune.evaluation.accuracy import call, labelled, logits_of
+from fxprune.evaluation.accuracy import labelled, logits_of
+from fxprune.evaluation.running import call
 
 
 class Objective:

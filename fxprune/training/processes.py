@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from fxprune.errors import DependencyError, InputError, UnsupportedError
-from fxprune.evaluation.accuracy import to_device
+from fxprune.evaluation.running import to_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

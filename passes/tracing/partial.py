@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.errors import InputError, TraceError
-from fxprune.evaluation.accuracy import set_training
+from fxprune.evaluation.running import set_training
 from fxprune.example_inputs import call_form
 from fxprune.passes.ir.nested import tensors
 from fxprune.passes.ir.skeleton import Skeleton

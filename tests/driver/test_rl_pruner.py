@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fxprune.driver import Budget, Outcome, SearchConfig, run
+from fxprune.driver import Budget, Scored, SearchConfig, run
 from fxprune.driver.problem import IntArray
 from fxprune.driver.strategies import RLPruner
 from fxprune.driver.strategies.magnitude import global_ranking
@@ -28,8 +28,8 @@ def tell(strategy: RLPruner, accuracy: float | None = None, chain: Chain | None 
     return vectors
 
 
-def _outcome(vector: IntArray, accuracy: float) -> Outcome:
-    return Outcome(vector, accuracy, {"accuracy": accuracy})
+def _outcome(vector: IntArray, accuracy: float) -> Scored:
+    return Scored(vector, accuracy, {"accuracy": accuracy})
 
 
 def test_starts_by_scoring_where_it_stands() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fxprune.driver import Outcome, SearchConfig, Strategy
+from fxprune.driver import Scored, SearchConfig, Strategy
 from fxprune.driver.budget import Budget
 from fxprune.driver.problem import IntArray
 from fxprune.driver.strategies import find
@@ -29,7 +29,7 @@ class Climb(Strategy):
     """A user's own strategy: moves one unit at a time from where the best candidate lies."""
 
     def start(self) -> None:
-        self.best: Outcome | None = None
+        self.best: Scored | None = None
 
     def propose(self) -> list[IntArray]:
         if self.step >= 6:
@@ -37,7 +37,7 @@ class Climb(Strategy):
         base = self.budget.uniform() if self.best is None else self.best.removed
         return [self.budget.fitted(np.maximum(base + self.rng.integers(-2, 3, len(base)), 0)) for _ in range(4)]
 
-    def learn(self, outcomes: Sequence[Outcome]) -> None:
+    def learn(self, outcomes: Sequence[Scored]) -> None:
         self.best = max([*outcomes, *([self.best] if self.best else [])], key=lambda outcome: outcome.reward)
 
     def memory(self) -> dict[str, object]:
@@ -45,7 +45,7 @@ class Climb(Strategy):
 
     def recall(self, memory: dict[str, object]) -> None:
         if memory:
-            self.best = Outcome(np.array(memory["removed"], dtype=np.int64), float(str(memory["reward"])), {})
+            self.best = Scored(np.array(memory["removed"], dtype=np.int64), float(str(memory["reward"])), {})
 
 
 def made(name: str, **options: Any) -> tuple[Strategy, Chain]:
@@ -58,11 +58,11 @@ def made(name: str, **options: Any) -> tuple[Strategy, Chain]:
     return find(name)(Budget(chain.problem().space, config.points[0]), config), chain
 
 
-def scored(vectors: list[IntArray], chain: Chain) -> list[Outcome]:
+def scored(vectors: list[IntArray], chain: Chain) -> list[Scored]:
     outcomes = []
     for vector in vectors:
         metrics = {**chain.score(vector), "macs": chain.cost(vector)["macs"]}
-        outcomes.append(Outcome(vector, metrics["accuracy"], metrics))
+        outcomes.append(Scored(vector, metrics["accuracy"], metrics))
     return outcomes
 
 
@@ -110,9 +110,9 @@ def test_misuse_raises(name: str) -> None:
     with pytest.raises(SearchError, match="outcomes for"):
         strategy.tell([*outcomes, outcomes[0]])
     with pytest.raises(SearchError, match="keep the order"):
-        strategy.tell([Outcome(o.removed + 1, o.reward, o.metrics) for o in outcomes])
+        strategy.tell([Scored(o.removed + 1, o.reward, o.metrics) for o in outcomes])
     with pytest.raises(SearchError, match="must be finite"):
-        strategy.tell([Outcome(o.removed, float("nan"), o.metrics) for o in outcomes])
+        strategy.tell([Scored(o.removed, float("nan"), o.metrics) for o in outcomes])
     strategy.tell(outcomes)
     with pytest.raises(SearchError, match="without ask"):
         strategy.tell(outcomes)
@@ -200,7 +200,7 @@ def test_proposals_out_of_bounds_are_caught() -> None:
         def propose(self) -> list[IntArray]:
             return [self.space.units]
 
-        def learn(self, outcomes: Sequence[Outcome]) -> None:
+        def learn(self, outcomes: Sequence[Scored]) -> None:
             """Never reached."""
 
     chain = Chain()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fxprune.driver.strategies import optuna
-from fxprune.driver.strategies.base import Outcome, Strategy
+from fxprune.driver.strategies.base import Scored, Strategy
 from fxprune.driver.strategies.magnitude import Magnitude
 from fxprune.driver.strategies.random import Random
 from fxprune.driver.strategies.rl.rl_pruner import RLPruner
@@ -30,4 +30,4 @@ def find(chosen: Any) -> type[Strategy]:
     raise SearchError(f"unknown strategy {chosen!r}; use one of {known}, optuna:SAMPLER, or module:Class of a fxprune.driver.Strategy")
 
 
-__all__ = ["STRATEGIES", "Magnitude", "Outcome", "RLPruner", "Random", "Strategy", "Uniform", "find"]
+__all__ = ["STRATEGIES", "Magnitude", "Scored", "RLPruner", "Random", "Strategy", "Uniform", "find"]

@@ -16,7 +16,7 @@ from fxprune.errors import SearchError
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Scored:
     """What one architecture scored. ``metrics`` holds "accuracy", the user's other figures, and the remaining shares of the costs."""
 
     removed: IntArray
@@ -49,7 +49,7 @@ class Strategy(ABC):
         """The next removal vectors to score; none when the strategy is done."""
 
     @abstractmethod
-    def learn(self, outcomes: Sequence[Outcome]) -> None:
+    def learn(self, outcomes: Sequence[Scored]) -> None:
         """Take in the outcomes of what ``propose`` returned, in its order."""
 
     def start(self) -> None:  # noqa: B027 - an optional hook
@@ -103,7 +103,7 @@ class Strategy(ABC):
         return vectors
 
     @final
-    def tell(self, outcomes: Sequence[Outcome]) -> bool:
+    def tell(self, outcomes: Sequence[Scored]) -> bool:
         """Hand over the outcomes of the last ``ask``, in its order. Returns whether that closed a step."""
         if self._asked is None:
             raise SearchError(f"{type(self).__name__}.tell was called without ask")

@@ -8,7 +8,7 @@ import numpy as np
 
 from fxprune.driver.budget import Budget
 from fxprune.driver.problem import IntArray
-from fxprune.driver.strategies.base import Outcome, Strategy
+from fxprune.driver.strategies.base import Scored, Strategy
 from fxprune.errors import SearchError
 
 
@@ -18,7 +18,7 @@ class Magnitude(Strategy):
     def propose(self) -> list[IntArray]:
         return [global_ranking(self.budget)] if self.step == 0 else []
 
-    def learn(self, outcomes: Sequence[Outcome]) -> None:
+    def learn(self, outcomes: Sequence[Scored]) -> None:
         """Nothing to learn from a single candidate."""
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fxprune.driver.problem import IntArray
 from fxprune.driver.simplex import on_simplex
-from fxprune.driver.strategies.base import Outcome, Strategy
+from fxprune.driver.strategies.base import Scored, Strategy
 from fxprune.errors import DependencyError, SearchError, first_line
 from fxprune.imports import needed
 
@@ -40,7 +40,7 @@ class OptunaStrategy(Strategy):
         self.trials = [self.study.ask() for _ in range(self.config.samples)]
         return [self.budget.project(self.space.zeros(), on_simplex(w * self.space.units, self.config.floor)) for w in self._weights()]
 
-    def learn(self, outcomes: Sequence[Outcome]) -> None:
+    def learn(self, outcomes: Sequence[Scored]) -> None:
         self._tell([outcome.reward for outcome in outcomes])
 
     def steps(self) -> int:

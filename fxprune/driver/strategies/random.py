@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fxprune.driver.problem import IntArray
 from fxprune.driver.simplex import on_simplex
-from fxprune.driver.strategies.base import Outcome, Strategy
+from fxprune.driver.strategies.base import Scored, Strategy
 
 
 class Random(Strategy):
@@ -17,7 +17,7 @@ class Random(Strategy):
             return []
         return [self._draw() for _ in range(self.config.samples)]
 
-    def learn(self, outcomes: Sequence[Outcome]) -> None:
+    def learn(self, outcomes: Sequence[Scored]) -> None:
         """Nothing: that is the point."""
 
     def steps(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fxprune.driver.problem import IntArray
-from fxprune.driver.strategies.base import Outcome, Strategy
+from fxprune.driver.strategies.base import Scored, Strategy
 
 
 class Uniform(Strategy):
@@ -14,5 +14,5 @@ class Uniform(Strategy):
     def propose(self) -> list[IntArray]:
         return [self.budget.uniform()] if self.step == 0 else []
 
-    def learn(self, outcomes: Sequence[Outcome]) -> None:
+    def learn(self, outcomes: Sequence[Scored]) -> None:
         """Nothing to learn from a single candidate."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.passes.labels.values import Value
-from fxprune.searching.candidates import output_channels
+from fxprune.searching.problem import output_channels
 
 
 class Gained(nn.Module):

@@ -13,7 +13,7 @@ import numpy as np
 
 from fxprune.driver.problem import FloatArray, IntArray
 from fxprune.driver.simplex import on_simplex, proportional, spread
-from fxprune.driver.strategies.base import Outcome, Strategy
+from fxprune.driver.strategies.base import Scored, Strategy
 from fxprune.driver.strategies.magnitude import global_ranking
 from fxprune.driver.strategies.rl import sampler
 from fxprune.driver.strategies.rl.buffer import Entry, ReplayBuffer
@@ -70,7 +70,7 @@ class RLPruner(Strategy):
         )
         return [node.removed for node in self.nodes]
 
-    def learn(self, outcomes: Sequence[Outcome]) -> None:
+    def learn(self, outcomes: Sequence[Scored]) -> None:
         if self.accuracy is None:
             self.accuracy = outcomes[0].accuracy
             return

@@ -1,0 +1,103 @@
+"""``search``: the driver run on a network's problem, and what it found as a policy and a slim module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import fx, nn
+
+from fxprune.api import analyze, compress, record
+from fxprune.attached import attach
+from fxprune.driver import SearchConfig, SearchOutcome, run
+from fxprune.errors import SearchError
+from fxprune.importance.criteria import importance_name
+from fxprune.passes.rewriting.slimmer import Slimmer
+from fxprune.policies import Policy
+from fxprune.repair.repairer import Repairer
+from fxprune.searching.candidates import Candidates, Evaluate, Score
+from fxprune.searching.problem import make_problem
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    ``policy``: the sparsity of every group, with the inputs, options and units that give the same pruning again.
+    ``model``: the slim module, repaired as the candidates were. ``history``: one record a step. ``reward``: of the result.
+    ``evaluations``: candidates scored.
+    ``outcome``: everything the driver found, the uniform baseline on the same budget and the points of a Pareto run included.
+    """
+
+    policy: Policy
+    model: fx.GraphModule
+    history: tuple[Mapping[str, Any], ...]
+    reward: float
+    evaluations: int
+    outcome: SearchOutcome = field(repr=False)
+
+
+def search(
+    model: nn.Module,
+    example_inputs: Any,
+    evaluate: Evaluate,
+    *,
+    config: SearchConfig | None = None,
+    calibration: Iterable[Any] | None = None,
+    rough: Evaluate | None = None,
+    checkpoint_dir: Path | str | None = None,
+    resume: bool = False,
+    on_event: Callable[[Any], None] | None = None,
+) -> SearchResult:
+    """Find how much to take from which group of ``model`` so that the target of ``config`` is met at the highest reward.
+
+    ``evaluate``: slim module -> a number or a mapping of metrics, larger is better; on data held out of training, never the test set.
+    ``calibration``: a few batches, ``(inputs, targets)`` or inputs, for the importance and for the repair of candidates and result;
+    without it nothing is repaired, as the record of the result says, and weights alone rank the units.
+    ``rough``: a cheaper ``evaluate`` that gives the same metrics; with ``config.finalists`` the search goes by it, and only so many of the
+    best are judged by ``evaluate`` itself.
+    ``checkpoint_dir``, ``resume``: where the state is kept after every round, and whether to go on from it.
+    Raises ``TargetError`` where no candidate is on target, ``SearchError`` for options that do not fit.
+    """
+    config = SearchConfig() if config is None else config
+    if not isinstance(config, SearchConfig):
+        raise SearchError(f"config is a {type(config).__name__}; pass fxprune.SearchConfig(...), whose fields are the options")
+    graph = analyze(model, example_inputs, ignore=config.ignore, attention=config.attention)
+    importance = config.importance
+    problem, candidates = make_problem(
+        graph,
+        evaluate,
+        calibration=calibration,
+        importance=importance,
+        round_to=config.round_to,
+        repair=config.repair,
+        seed=config.seed,
+        rough=rough,
+    )
+    outcome = run(problem, config, checkpoint_dir=checkpoint_dir, resume=resume, on_event=on_event)
+    assert isinstance(problem.score, Score)
+    return result_of(outcome, candidates, config, problem.score.repairer)
+
+
+def mended(slim: fx.GraphModule, removed: Any, candidates: Candidates, repairer: Repairer) -> fx.GraphModule:
+    """``slim``, what is left without the units ``removed``, repaired in place as its record then says."""
+    notes = repairer(slim, Slimmer(candidates.graph, candidates.keep(removed)))
+    attach(slim, record(slim).with_repair(repairer.kind, notes, repairer.layers))
+    return slim
+
+
+def result_of(outcome: SearchOutcome, candidates: Candidates, config: SearchConfig, repairer: Repairer) -> SearchResult:
+    """The policy and the slim module, repaired, of what the driver found."""
+    meta = {
+        "targets": list(outcome.targets),
+        "reward": outcome.reward,
+        "metrics": dict(outcome.metrics),
+        "seed": config.seed,
+        "strategy": config.described()["strategy"],
+        "evaluations": outcome.evaluations,
+    }
+    policy = candidates.policy(outcome.removed, meta, importance_name(config.importance))
+    slim = mended(compress(candidates.graph, policy), outcome.removed, candidates, repairer)
+    return SearchResult(policy, slim, outcome.history, outcome.reward, outcome.evaluations, outcome)
