@@ -22,7 +22,7 @@ from fxprune.importance.criteria import Importance, importance_name, scores
 from fxprune.index_lists import indices
 from fxprune.passes.base import GraphPass, Observer, UserPass, run_passes
 from fxprune.passes.coupling.graph import CouplingGraph
-from fxprune.passes.pipeline import Plan, Slim, analysed, compilation, listed, module_names, traced_graph
+from fxprune.passes.pipeline import NORMS, Plan, Slim, analysed, compilation, listed, module_names, traced_graph
 from fxprune.passes.planning.cost import cost_model
 from fxprune.passes.planning.naming import limits, resolved
 from fxprune.passes.planning.shortfall import shortfall
@@ -40,7 +40,7 @@ Ignore = str | nn.Module | type[nn.Module] | Iterable[Any]
 
 
 def analyze(
-    model: nn.Module | ExportedProgram, example_inputs: Any = None, *, ignore: Ignore = (), attention: str = "auto"
+    model: nn.Module | ExportedProgram, example_inputs: Any = None, *, ignore: Ignore = (), attention: str = "auto", norms: str = "plain"
 ) -> CouplingGraph:
     """Find which channels of ``model`` must be removed together. The model is not touched.
 
@@ -49,6 +49,7 @@ def analyze(
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs; only shapes and dtypes are used.
         ignore: what keeps its output channels: a module, a qualified name, a glob over qualified names, a class of modules, or several.
         attention: prune "heads", "head_dim", or "auto" (the axis with more units).
+        norms: what ``compress`` of the graph does at statistics over channels; see there.
 
     Returns:
         The coupling graph, which ``compress`` takes in place of the model.
@@ -59,7 +60,7 @@ def analyze(
     """
     model = _module(model)
     example = _example(model, example_inputs, None)
-    return analysed(model, example, listed(ignore), attention)
+    return analysed(model, example, listed(ignore), attention, norms=norms)
 
 
 def compress(
@@ -78,6 +79,7 @@ def compress(
     most: float | Mapping[str, float] | None = None,
     passes: Sequence[Any] = (),
     observe: Observer | None = None,
+    norms: str | None = None,
 ) -> fx.GraphModule:
     """Remove channels of ``model`` as ``policy`` says and return the slim network as a ``torch.fx.GraphModule``.
 
@@ -104,6 +106,9 @@ def compress(
         most: the largest share of its units that any group loses; or a mapping with keys as in ``policy``, where the lowest counts.
         passes: passes of your own that run on the slim graph module afterwards: ``torch.fx.passes`` passes, or functions from graph module
             to graph module. Each gets a copy, which it may edit.
+        norms: "plain": layer, RMS and group norms, softmax and means over channels work on the channels that are left; "exact": they keep
+            the divisor of the original, what is gone counting as zeros, so that the slim network equals the zeroed original there as
+            well (``group.undefined`` says where it cannot). None: what the policy says, else "plain".
         observe: called as ``observe(step, result, seconds)`` after each step: "Trace", "Couple", "Plan", "Slim" and your own passes.
 
     Returns:
@@ -128,6 +133,7 @@ def compress(
     importance = importance if importance != "auto" else str(options.get("importance") or "auto")
     if multiple < 1:
         raise InputError(f"round_to is {multiple}; it must be 1 or more")
+    wanted_norms = norms if norms is not None else options.get("norms")
     checked(repair)
     batches = None if calibration is None else list(calibration)
     if isinstance(model, CouplingGraph):
@@ -136,19 +142,22 @@ def compress(
     else:
         model = _module(model)
         example = _example(model, example_inputs, chosen.inputs)
-        graph = analysed(model, example, ignored, chosen_attention, observe)
+        graph = analysed(model, example, ignored, chosen_attention, observe, str(wanted_norms or "plain"))
     wanted = resolved(graph, checked_sparsity(policy, "a uniform policy") if isinstance(policy, (int, float)) else chosen.sparsity)
     units = options.get("units") if importance == options.get("importance", "auto") else None
 
     def score(graph: CouplingGraph) -> Mapping[str, Any]:
         return _recorded(graph, wanted.sparsity, units) or scores(graph, importance, batches)
 
+    chosen_norms = str(wanted_norms or graph.options.get("norms", "plain"))
+    if chosen_norms not in NORMS:
+        raise InputError(f"norms is {chosen_norms!r}; it must be {' or '.join(map(repr, NORMS))}")
     carrier = traced_graph(graph.walk.traced, graph)
-    run_passes(carrier, [Plan(wanted.sparsity, score, multiple, most, keep_class), Slim(keep_class)], observe)
+    run_passes(carrier, [Plan(wanted.sparsity, score, multiple, most, keep_class), Slim(keep_class, chosen_norms)], observe)
     done = compilation(carrier)
     keep, (slimmer, made_slim) = done.planned(), done.rewritten()
     slim: Any = made_slim
-    used = {"round_to": multiple, "importance": importance_name(importance)}
+    used = {**({"norms": chosen_norms} if chosen_norms != "plain" else {}), "round_to": multiple, "importance": importance_name(importance)}
     notes = graph.notes
     lacking = shortfall(graph, wanted, keep, multiple, limits(graph, most))
     if lacking:
@@ -159,7 +168,7 @@ def compress(
     attach(slim, made, Sources(graph.model))
     if verify:
         given = example if _has_values(example) else forms.build(graph.inputs, device=device_of(graph.model))
-        zeroing_oracle(graph, keep, slim, *forms.call_form(given))
+        zeroing_oracle(graph, keep, slim, *forms.call_form(given), chosen_norms)
     if repair != "none":
         repairer = Repairer(graph, batches or (), repair)
         notes = repairer(slim, slimmer)

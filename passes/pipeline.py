@@ -34,6 +34,7 @@ from fxprune.passes.rules.layers import outputs_of
 from fxprune.passes.tracing.modes import trace
 from fxprune.passes.tracing.partial import trace_parts
 
+NORMS = ("plain", "exact")
 _KEY = "compilation"
 
 
@@ -130,15 +131,16 @@ def fixed_dimensions(model: nn.Module, ignore: Iterable[Any], functional: Mappin
 class Couple(GraphPass):
     """Which channels go together: completes the compilation's ``graph``."""
 
-    def __init__(self, inputs: Any, ignore: Iterable[Any] = (), attention: str = "auto") -> None:
-        self.inputs, self.ignore, self.attention = inputs, tuple(ignore), attention
+    def __init__(self, inputs: Any, ignore: Iterable[Any] = (), attention: str = "auto", norms: str = "plain") -> None:
+        self.inputs, self.ignore, self.attention, self.norms = inputs, tuple(ignore), attention, norms
 
     def run(self, module: fx.GraphModule) -> fx.GraphModule:
         traced = compilation(module).traced
         fixed = fixed_dimensions(traced.skeleton.original, self.ignore, output_dims(traced) if self.ignore else {})
         walk = _settled(traced, self.attention, fixed)
         names = module_names(traced.skeleton.original, self.ignore)
-        graph = CouplingGraph(walk, self.inputs, {"attention": self.attention, "ignore": names})
+        options: dict[str, Any] = {"attention": self.attention, "ignore": names}
+        graph = CouplingGraph(walk, self.inputs, options if self.norms == "plain" else {**options, "norms": self.norms})
         _advance(module, graph=_finer(graph, fixed))
         return module
 
@@ -249,13 +251,15 @@ class Slim(GraphPass):
     graph module.
     """
 
-    def __init__(self, keep_class: bool = False) -> None:
-        self.keep_class = keep_class
+    def __init__(self, keep_class: bool = False, norms: str | None = None) -> None:
+        self.keep_class, self.norms = keep_class, norms
 
     @paused_collector()
     def run(self, module: fx.GraphModule) -> fx.GraphModule:
         known = compilation(module)
-        slimmer = Slimmer(known.coupled(), known.planned())
+        slimmer = Slimmer(known.coupled(), known.planned(), self.norms)
+        if self.keep_class:
+            slimmer.check_class_can_stay()
         slim = kept_class(slimmer) if self.keep_class else slimmer.run()
         _advance(module, slimmer=slimmer, slim=slim)
         # Shared graphs are looked at once, not for each candidate of a search.
@@ -264,11 +268,18 @@ class Slim(GraphPass):
 
 @paused_collector()
 def analysed(
-    model: nn.Module, example_inputs: Any, ignore: Iterable[Any], attention: str, observe: Observer | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    ignore: Iterable[Any],
+    attention: str,
+    observe: Observer | None = None,
+    norms: str = "plain",
 ) -> CouplingGraph:
     """Trace and couple; the steps every use of a model shares."""
     if attention not in ("auto", "heads", "head_dim"):
         raise InputError(f'attention is {attention!r}; it must be "auto", "heads" or "head_dim"')
+    if norms not in NORMS:
+        raise InputError(f"norms is {norms!r}; it must be {' or '.join(map(repr, NORMS))}")
     start = time.perf_counter()
     rules.complete()
 
@@ -284,7 +295,7 @@ def analysed(
     if observe is not None:
         observe("Trace", traced, time.perf_counter() - start)
     carrier = traced_graph(traced)
-    run_passes(carrier, [Couple(describe(example_inputs), ignore, attention)], observe)
+    run_passes(carrier, [Couple(describe(example_inputs), ignore, attention, norms)], observe)
     return compilation(carrier).coupled()
 
 

@@ -48,7 +48,7 @@ def difference(reference: Any, other: Any) -> float:
     return worst
 
 
-def verify(graph: CouplingGraph, keep: Keep, slim: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+def verify(graph: CouplingGraph, keep: Keep, slim: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], norms: str = "plain") -> float:
     """Run the oracle on the given inputs, on the groups for which it is defined, and return the relative difference.
 
     Groups whose channels share a statistic (layer norm, softmax or a reduction over channels) are put back for the comparison; the whole
@@ -61,10 +61,10 @@ def verify(graph: CouplingGraph, keep: Keep, slim: Any, args: tuple[Any, ...], k
             slim(*args, **kwargs)
             defined = keep.copy()
             for group in graph.groups:
-                if group.notes:
+                if group.undefined if norms == "exact" else group.notes:
                     defined[graph.starts[group.number] : graph.starts[group.number + 1]] = True
-            part = slim if (defined == keep).all() else Slimmer(graph, defined).run().eval()
-            slimmer = Slimmer(graph, defined)
+            part = slim if (defined == keep).all() else Slimmer(graph, defined, norms).run().eval()
+            slimmer = Slimmer(graph, defined, norms)
             names = graph.walk.traced.skeleton
             kept = {alias: dims for n in names.names if (dims := slimmer.kept_dims(n)) for alias in names.aliases[n]}
             reference = zeroed(graph.model, kept)

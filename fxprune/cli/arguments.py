@@ -46,6 +46,7 @@ HELP = {
     "evaluations": "candidates scored at most, or none",
     "steps": "prune steps, or none for what step-ratio gives",
     "round_to": "channels kept are rounded up to a multiple of this",
+    "norms": "plain, or exact: layer, RMS and group norms keep the divisor of the original",
     "ignore": "names or globs of modules whose output channels stay, with commas",
 }
 COMMON = (

@@ -190,7 +190,7 @@ class Session:
         config = self.options.search
         # Recovery between prune steps trains what is sliced; the original must stay what it is, the teacher.
         working = copy.deepcopy(original) if config.recover_every else original
-        graph = analyze(working, self.example, ignore=config.ignore, attention=config.attention)
+        graph = analyze(working, self.example, ignore=config.ignore, attention=config.attention, norms=config.norms)
         scored = self.scored(original)
         problem, candidates = make_problem(
             graph,
@@ -228,7 +228,7 @@ class Session:
         if graph.model is original:
             return None
         config = self.options.search
-        return analyze(original, self.example, ignore=config.ignore, attention=config.attention)
+        return analyze(original, self.example, ignore=config.ignore, attention=config.attention, norms=config.norms)
 
     def results(self, outcome: driver.SearchOutcome, candidates: Candidates, repairer: Repairer) -> dict[str, SearchResult]:
         """The slim network of every point of the targets by its file's stem; the last, or only, one is plain ``slim``."""

@@ -61,6 +61,7 @@ class SearchConfig:
     attention: str = "auto"
     ignore: tuple[str, ...] = ()
     round_to: int = 1
+    norms: str = "plain"  # or exact: statistics over channels keep the original's divisor. Paper: plain
     repair: str = "lstsq"  # repair inside the score and of the result: none, bn, bias, lstsq. Paper: none
     device: str = "auto"
 

@@ -29,7 +29,8 @@ def rebuilt(model: nn.Module, record: PruningRecord) -> nn.Module:
     if record.steps:
         return FoldBatchNorm().run(model) if record.folded and isinstance(model, fx.GraphModule) else model
     example = build(record.policy.inputs, device="meta")
-    graph = analysed(model, example, (), str(record.policy.options.get("attention", "auto")))
+    options = record.policy.options
+    graph = analysed(model, example, (), str(options.get("attention", "auto")), norms=str(options.get("norms", "plain")))
     names = {alias: name for name, aliases in graph.walk.traced.skeleton.aliases.items() for alias in aliases}
     slimmer = Slimmer(graph, units_kept(graph, record.kept, names))
     for name in names.values():

@@ -128,7 +128,8 @@ class Score:
     @staticmethod
     def _analysed(model: nn.Module, state: dict[str, Any]) -> CouplingGraph:
         options = state["options"]
-        return analyze(model, build(state["inputs"], device="meta"), ignore=options["ignore"], attention=options["attention"])
+        example, norms = build(state["inputs"], device="meta"), options.get("norms", "plain")
+        return analyze(model, example, ignore=options["ignore"], attention=options["attention"], norms=norms)
 
 
 def metrics_of(found: Any) -> Mapping[str, float]:

@@ -64,7 +64,7 @@ def search(
     config = SearchConfig() if config is None else config
     if not isinstance(config, SearchConfig):
         raise SearchError(f"config is a {type(config).__name__}; pass fxprune.SearchConfig(...), whose fields are the options")
-    graph = analyze(model, example_inputs, ignore=config.ignore, attention=config.attention)
+    graph = analyze(model, example_inputs, ignore=config.ignore, attention=config.attention, norms=config.norms)
     importance = config.importance
     problem, candidates = make_problem(
         graph,

@@ -219,7 +219,8 @@ def _analysed(student: nn.Module, teacher: nn.Module) -> CouplingGraph | None:
     if record is None or record.policy.inputs is None:
         return None
     example = forms.build(record.policy.inputs, device="meta")
-    graph = analysed(teacher, example, (), str(record.policy.options.get("attention", "auto")))
+    options = record.policy.options
+    graph = analysed(teacher, example, (), str(options.get("attention", "auto")), norms=str(options.get("norms", "plain")))
     return graph
 
 

@@ -30,7 +30,8 @@ class Group:
     ``size``: units; removing a unit removes every index that belongs to it from every member.
     ``members``: (parameter or buffer name, dimension, LongTensor of the indices that belong to the group).
     ``prunable``, ``reason``: whether units may go, and if not, why. ``notes``: what pruning it changes besides removing channels
-    (a statistic over channels); where there are any, the zeroing oracle is not defined for the group.
+    (a statistic over channels); where there are any, the zeroing oracle is not defined for the group. ``undefined``: those of the notes for
+    which that holds with ``norms="exact"`` as well.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Group:
     prunable: bool
     reason: str
     notes: tuple[str, ...]
+    undefined: tuple[str, ...]
     number: int = field(repr=False)
     graph: CouplingGraph = field(repr=False, compare=False)
 
@@ -68,7 +70,7 @@ class CouplingGraph:
         self.walk, self.inputs, self.options = walk, inputs, dict(options)
         self.model = walk.traced.skeleton.original
         self.notes = walk.traced.notes
-        self.template: Any = None  # what the rewrites of this graph share (passes.slim), made by the first
+        self.templates: dict[str, Any] = {}  # what the rewrites of this graph share, by norms; made by the first
         self.costs: Any = None  # its cost model (passes.cost), made when it is first asked for
         self._functional = output_dims(walk.traced)
         pin_unseen(walk)
@@ -123,11 +125,13 @@ class CouplingGraph:
         self._group_keys = [np.flatnonzero(row[line_of_key]) for row in made.lines]
         sizes = np.diff(self.starts)
         names = self._names(len(sizes))
+        lasting = [why for _, why in walk.labels.inexact if not why.exact]
         groups = []
         for g in np.flatnonzero(made.in_layer).tolist():
             reason = walk.labels.pins[made.reason[g] - 1][1] if made.reason[g] else SINGLE if sizes[g] == 1 else ""
             note = (walk.labels.inexact[made.note[g] - 1][1],) if made.note[g] else ()
-            groups.append(Group(names[g], int(sizes[g]), not reason, reason, note, g, self))
+            left = (lasting[made.undefined[g] - 1],) if made.undefined[g] else ()
+            groups.append(Group(names[g], int(sizes[g]), not reason, reason, note, left, g, self))
         self.groups: tuple[Group, ...] = tuple(groups)
         self.by_name = {group.name: group for group in groups}
         self.by_number = {group.number: group for group in groups}

@@ -53,6 +53,7 @@ class Partition:
     lines: Flags
     reason: Vector
     note: Vector
+    undefined: Vector
     in_layer: Flags
 
 
@@ -174,6 +175,7 @@ def partition(
     classes = classes_of(labels, lines)
     reason, note = reasons_of(classes, pins), reasons_of(classes, notes)
     layer = in_layers(classes, of_layers, weights)
+    lasting = reasons_of(classes, [note for note in notes if not note[1].exact])
     group, unit = ordered(kinds_of(classes, len(lines), (reason, note, layer)), classes.first)
     count = int(group.max()) + 1 if len(group) else 0
     group_of_unit = np.empty(len(group), dtype=np.int64)
@@ -183,6 +185,8 @@ def partition(
     facts: list[npt.NDArray[Any]] = [np.zeros(count, dtype=fact.dtype) for fact in (reason, note, layer)]
     for of_group, fact in zip(facts, (reason, note, layer), strict=True):
         of_group[group] = fact
+    undefined = np.zeros(count, dtype=np.int64)
+    np.maximum.at(undefined, group, lasting)
     bounds = np.concatenate([[0], np.cumsum([len(line) for line in lines])]).astype(np.int64)
     of_index = unit[classes.of_index]
     return Partition(
@@ -193,5 +197,6 @@ def partition(
         present,
         facts[0],
         facts[1],
+        undefined,
         facts[2],
     )

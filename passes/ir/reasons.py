@@ -37,7 +37,7 @@ class Reason(str):
 
     As a string it is the sentence for people. ``detail``: the sentence without place and cause. ``operation``, ``where``: the operation
     that holds the channels and its line. ``because``: the reason that this one rests on. ``name``: of the input or the parameter it is
-    about. ``part``: the part of the model, where only parts could be traced.
+    about. ``part``: the part of the model, where only parts could be traced. ``exact``: of a statistic, whether ``norms="exact"`` keeps it.
     """
 
     kind: ReasonKind
@@ -47,6 +47,7 @@ class Reason(str):
     because: Reason | None
     name: str
     part: str
+    exact: bool
 
     def __new__(
         cls,
@@ -58,22 +59,16 @@ class Reason(str):
         because: Reason | None = None,
         name: str = "",
         part: str = "",
+        exact: bool = False,
     ) -> Reason:
         place = f" at {operation}" + (f" ({where})" if where else "") if operation else ""
         made = super().__new__(cls, f"{detail} ({because})" + place if because else detail + place)
-        made.kind, made.detail, made.operation, made.where, made.because, made.name, made.part = (
-            kind,
-            detail,
-            operation,
-            where,
-            because,
-            name,
-            part,
-        )
+        made.kind, made.detail, made.operation, made.where, made.because = kind, detail, operation, where, because
+        made.name, made.part, made.exact = name, part, exact
         return made
 
     def __getnewargs_ex__(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        named = {key: getattr(self, key) for key in ("operation", "where", "because", "name", "part")}
+        named = {key: getattr(self, key) for key in ("operation", "where", "because", "name", "part", "exact")}
         return (self.kind, self.detail), named
 
     @property

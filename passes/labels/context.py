@@ -44,6 +44,7 @@ class LabelContext(ParameterLabels):
         self.unknown: dict[str, str] = {}
         self.choices: dict[str, Vector] = {}
         self.whole: set[str] = set()  # grouped convolutions that lose whole groups, where positions within them were possible
+        self.statistics: dict[fx.Node, set[int]] = {}  # axes of the first input along which norms="exact" counts zeros
         self.clashes: list[tuple[Vector, Vector]] = []
         self.sized: dict[str, list[tuple[Value, int]]] = {}
         self._soft: list[tuple[int, int]] = []
@@ -89,6 +90,19 @@ class LabelContext(ParameterLabels):
         """The zeroing oracle is not defined for these labels; pruning them is allowed and changes a statistic."""
         if vector is not None:
             self.labels.inexact.append((vector, Reason(ReasonKind.STATISTIC, detail, operation=self.op_name())))
+
+    def statistic(self, node: fx.Node, x: Value, axis: int, detail: str) -> None:
+        """The current node computes a statistic over the channels along ``axis`` of its first input, in which their order does not count.
+
+        Pruning changes it, unless ``norms="exact"`` counts what is gone as zeros; that is what the zeroed original does where removed
+        slices of ``x`` hold zeros.
+        """
+        if axis not in x.axes:
+            return
+        exact = axis in x.zero
+        self.labels.inexact.append((x.axes[axis], Reason(ReasonKind.STATISTIC, detail, operation=self.op_name(), exact=exact)))
+        if exact:
+            self.statistics.setdefault(node, set()).add(axis)
 
     def unite(self, a: Vector, b: Vector) -> None:
         if a is b:

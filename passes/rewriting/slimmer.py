@@ -19,11 +19,13 @@ from torch.fx.node import map_arg
 from fxprune.errors import UnsupportedError
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.dead_code import impure
+from fxprune.passes.ir.nodes import op_name
 from fxprune.passes.ir.slim_module import SlimModule
 from fxprune.passes.labels.values import Value, Vector, values
 from fxprune.passes.planning.plan import Keep
 from fxprune.passes.rewriting.assemble import Copies, assemble, copies, replace_module
 from fxprune.passes.rewriting.slicing import cut
+from fxprune.passes.rewriting.statistics import is_rms, rewrite_exact
 from fxprune.passes.rules import registry
 from fxprune.passes.rules.layers import has_sizes, resize
 from fxprune.passes.rules.moving.indexing import left_of
@@ -46,8 +48,9 @@ class Template:
 class Slimmer:
     """One rewrite: the questions that rewrites of single operations ask (``kept``, ``size``, ``sizes``), and the slices made."""
 
-    def __init__(self, graph: CouplingGraph, keep: Keep) -> None:
-        self.graph = graph
+    def __init__(self, graph: CouplingGraph, keep: Keep, norms: str | None = None) -> None:
+        self.graph, self.norms = graph, str(norms or graph.options.get("norms", "plain"))
+        self.exact = self.norms == "exact"
         self.walk = graph.walk
         self.skeleton = graph.walk.traced.skeleton
         self._keep = np.append(keep, True)  # unit -1, "belongs to no group", is kept
@@ -89,6 +92,9 @@ class Slimmer:
     def pruned(self, node: Any, axis: int) -> bool:
         value = self.value(node)
         return self.kept(value, axis % value.ndim) is not None
+
+    def pruned_axis(self, value: Value, axis: int) -> bool:
+        return self.kept(value, axis) is not None
 
     def touched(self, nested: Any) -> bool:
         return any(self.kept_of(v) is not None for value in values(nested) for v in value.axes.values())
@@ -159,9 +165,9 @@ class Slimmer:
     @torch.no_grad()
     def run(self) -> Any:
         """The slim network: a ``SlimModule``, or where only parts could be traced a copy of the user's module with slim parts in it."""
-        template, parts = self.graph.template, self.walk.traced.parts
+        template, parts = self.graph.templates.get(self.norms), self.walk.traced.parts
         if template is None:
-            template = self.graph.template = self._template()
+            template = self.graph.templates[self.norms] = self._template()
         elif template.constant and template.module is None and not parts:
             template.module = SlimModule(nn.Module(), self._graphs())
         graphs = self._graphs() if template.module is None else {}  # before the tree: index buffers are renumbered on the way
@@ -190,7 +196,7 @@ class Slimmer:
     @torch.no_grad()
     def tree(self, own_classes: bool = False) -> nn.Module:
         """The module tree alone, once the graphs are copied (index buffers are renumbered on the way); maybe all of the user's classes."""
-        template = self.graph.template = self.graph.template or self._template()
+        template = self.graph.templates.setdefault(self.norms, self._template())
         return self._tree(copies(self.skeleton.original, lambda _: True) if own_classes else template.copies, own_classes)
 
     def _graphs(self) -> dict[str, fx.Graph]:
@@ -225,6 +231,8 @@ class Slimmer:
     def _may_change(self, old: fx.Node, found: Mapping[fx.Node, Any]) -> bool:
         if self._asserts_channels(old, found):
             return True
+        if self.exact and old in self.walk.statistics:
+            return True
         reads = old.op == "call_method" and old.target == "size"
         rule = self._rule_of(old)
         if not reads and (rule is None or rule.rewrite is None or rule.always):
@@ -252,6 +260,13 @@ class Slimmer:
             if self._asserts_channels(old, values):
                 self.new.erase_node(node)
                 continue
+            if shared := self.shared_axes(old, values):
+                module = self.skeleton.original_module(str(old.target)) if old.op == "call_module" else None
+                made[old] = rewrite_exact(self, node, module, shared)
+                if made[old] is not node and not node.users:
+                    self.new.erase_node(node)
+                made[old].meta.setdefault("value", value)
+                continue
             rule = self._rule_of(old)
             if rule is not None and rule.rewrite is not None and self._needs_rewrite(rule, old, values):
                 with self.new.inserting_before(node):
@@ -261,6 +276,14 @@ class Slimmer:
         for node in self.new.nodes:
             node.meta = {key: node.meta[key] for key in ("where", "owner") if node.meta.get(key)}
         return self.new
+
+    def shared_axes(self, old: fx.Node, values: Mapping[fx.Node, Any]) -> list[int]:
+        """The pruned axes of a node's first input whose statistic keeps the original's divisor."""
+        axes = self.walk.statistics.get(old) if self.exact else None
+        if not axes:
+            return []
+        source: Any = old.args[0] if old.args else old.kwargs["input"]
+        return [axis for axis in sorted(axes) if self.kept(values[source], axis) is not None]
 
     def _needs_rewrite(self, rule: registry.Rule, old: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
         if rule.always:
@@ -305,6 +328,19 @@ class Slimmer:
             if not node.users and old is not None and old.op in ("call_function", "call_method") and old.users and _pure(old):
                 self.new.erase_node(node)
 
+    def check_class_can_stay(self) -> None:
+        """Raise where the user's code, which stays as it is with ``keep_class``, would have to call other operations."""
+        traced = self.walk.traced
+        for mode, graph in traced.graphs.items():
+            for node in graph.nodes:
+                module: Any = self.skeleton.original_module(str(node.target)) if node.op == "call_module" else None
+                rescaled = is_rms(module) and module.weight is not None
+                if self.shared_axes(node, self.walk.env[mode]) and not rescaled:
+                    raise UnsupportedError(
+                        f"{node.meta.get('where', node.name)}: norms='exact' puts other operations in place of {op_name(node, traced)}, "
+                        "which keep_class cannot do in the model's own code; use norms='plain', or leave out keep_class"
+                    )
+
     # -- parameters and modules ---------------------------------------------------------------------------------------------
 
     def kept_dims(self, name: str) -> dict[int, torch.Tensor]:
@@ -337,7 +373,7 @@ class Slimmer:
             original = self.skeleton.original
             added = {n: t for n, t in added.items() if hasattr(original.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2])}
         tree = assemble(modules, memo, added)
-        for module, x, y, vectors in self.graph.template.resized:
+        for module, x, y, vectors in self.graph.templates[self.norms].resized:
             if any(self.kept_of(v) is not None for v in vectors):
                 resize(self, memo[id(module)], x, y)
         return tree

@@ -18,6 +18,9 @@ class Rewriter(Protocol):
     new: fx.Graph
     """The graph under construction: a rewrite may add nodes in front of the one that it is given."""
 
+    exact: bool
+    """Whether statistics over channels keep the divisor of the original (``norms="exact"``)."""
+
     def value(self, node: Any) -> Any:
         """What the analysis knows of a node's tensor: a ``Value``, or nested ones where the node gives several."""
 
@@ -32,6 +35,9 @@ class Rewriter(Protocol):
 
     def pruned(self, node: Any, axis: int) -> bool:
         """Whether a node's tensor loses positions along ``axis``, which may be negative."""
+
+    def pruned_axis(self, value: Value, axis: int) -> bool:
+        """Whether a tensor loses positions along ``axis``."""
 
     def sizes(self, node: Any, sizes: Any, first: int = 0) -> list[Any]:
         """Size arguments, one per axis of the node's tensor from axis ``first``: those of pruned axes replaced by what is left."""

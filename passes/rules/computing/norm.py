@@ -127,7 +127,7 @@ def _layer(ctx: LabelContext, node: fx.Node, x: Value, dims: int, weight: Value 
                 ctx.unite(x.axes[axis], part.axes[own])
             else:
                 ctx.pin(part.axes[own], "it normalises channels of fixed size", because=x.why)
-        ctx.inexact(axes.get(axis), "statistics over channels")
+        ctx.statistic(node, x, axis, "statistics over channels")
     zero = {a for a in axes if a >= x.ndim - dims and weight is not None}
     return ctx.make(node, axes, zero, x.why)
 
@@ -139,10 +139,23 @@ def _shape(slim: Rewriter, node: fx.Node) -> None:
     slim.set_argument(node, 1, "normalized_shape", slim.sizes(x, shape, first))
 
 
+def _resize_layer(slim: Rewriter, module: Any, x: Value, y: Value) -> None:
+    """An RMS norm that keeps the original's divisor has its eps and weight rescaled: with d of D channels left its mean square is D / d
+    times too large."""
+    if slim.exact and hasattr(nn, "RMSNorm") and isinstance(module, nn.RMSNorm):
+        pruned = [a for a in range(x.ndim - len(module.normalized_shape), x.ndim) if slim.pruned_axis(x, a) and a in x.zero]
+        ratio = math.prod(x.shape[a] / slim.count(x, a) for a in pruned)
+        module.eps = (torch.finfo(torch.float32).eps if module.eps is None else module.eps) * ratio
+        if module.weight is not None:
+            module.weight.data.mul_(math.sqrt(ratio))
+    assert NORMALISED.resize is not None
+    NORMALISED.resize(slim, module, x, y)
+
+
 layers(
     *_LAYER,
     produces=False,
-    resize=NORMALISED.resize,
+    resize=_resize_layer,
     without_parameters=NORMALISED.without_parameters,
     shape=_same_shape,
 )
@@ -225,13 +238,13 @@ def _group(ctx: LabelContext, node: fx.Node, x: Value, groups: int, weight: Valu
     per = x.shape[1] // groups
     if vector is not None:
         grid = vector.reshape(groups, per)
-        if groups > 1 and per > 1:
-            if groups > per:
-                ctx.unite(np.repeat(grid[:, 0], per), vector)
-            else:
-                ctx.unite(np.tile(grid[0], groups), vector)
-        if per > 1:
-            ctx.inexact(vector, "statistics over channels")
+        whole = groups > per > 1  # whole groups go, and the others' statistics stay what they were
+        if whole:
+            ctx.unite(np.repeat(grid[:, 0], per), vector)
+        elif groups > 1 and per > 1:
+            ctx.unite(np.tile(grid[0], groups), vector)
+        if per > 1 and not whole:
+            ctx.statistic(node, x, 1, "statistics over channels")
     for axis in range(2, x.ndim):
         ctx.pin(x.axes.get(axis), "a normalisation averages over it")
     made = _per_channel(ctx, node, x, 1, [weight, bias, None, None])

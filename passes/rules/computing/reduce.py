@@ -20,10 +20,13 @@ def _dims(x: Value, dim: Any) -> set[int]:
     return {d % x.ndim for d in (dim if isinstance(dim, (tuple, list)) else (dim,))} if x.ndim else set()
 
 
-def _reduce(ctx: LabelContext, node: fx.Node, x: Value, dims: set[int], keepdim: bool, exact: bool) -> Any:
-    """Axes ``dims`` go (or stay with size one). ``exact``: slices that hold zeros do not change the result."""
+def _reduce(ctx: LabelContext, node: fx.Node, x: Value, dims: set[int], keepdim: bool, exact: bool, place_free: bool = False) -> Any:
+    """Axes ``dims`` go (or stay with size one). ``exact``: slices that hold zeros do not change the result. ``place_free``: ``x`` is the
+    node's first input and the order along ``dims`` does not count, nor is a place returned."""
     for axis in dims & set(x.axes):
-        if not (exact and axis in x.zero):
+        if not exact and place_free:
+            ctx.statistic(node, x, axis, "a reduction over channels")
+        elif not (exact and axis in x.zero):
             ctx.inexact(x.axes[axis], "a reduction over channels")
     axes: dict[int, Any] = {}
     zero = set()
@@ -73,7 +76,8 @@ def average(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs
     dim = kwargs.get("dim", kwargs.get("axis", args[0] if args and not isinstance(args[0], torch.dtype) else None))
     if isinstance(dim, bool):  # var(x, unbiased)
         dim = None
-    return _reduce(ctx, node, input, _dims(input, dim), _keepdim(list(args), kwargs), exact=False)
+    place_free = getattr(node.target, "__name__", node.target) not in ("median", "nanmedian")
+    return _reduce(ctx, node, input, _dims(input, dim), _keepdim(list(args), kwargs), exact=False, place_free=place_free)
 
 
 def _keepdim(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -94,7 +98,7 @@ def extreme(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs
     ):
         for axis in dims:
             ctx.pin(input.axes.get(axis), "the index of a maximum over it is used")
-    return _reduce(ctx, node, input, dims, _keepdim(list(args), kwargs), exact=False)
+    return _reduce(ctx, node, input, dims, _keepdim(list(args), kwargs), exact=False, place_free=True)
 
 
 def _getitem() -> Any:
@@ -123,7 +127,7 @@ def ordered(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs
 
 def _shared(ctx: LabelContext, node: fx.Node, x: Value, dim: int | None, what: str) -> Value:
     axis = (1 if x.ndim > 1 else 0) if dim is None else dim % x.ndim
-    ctx.inexact(x.axes.get(axis), what)
+    ctx.statistic(node, x, axis, what)
     return ctx.make(node, x.axes, (), x.why)
 
 

@@ -1,0 +1,165 @@
+"""``norms="exact"``: operations that share a statistic over channels keep the divisor of the original, what is gone counting as zero.
+
+In the zeroed original a removed channel is a zero that still counts: in the mean and variance of a layer norm, in the sum below a
+softmax. Where that is known of the input (``LabelContext.statistic``), the slim graph puts the zeros back in front of the operation and
+drops their places behind it, which is exact whatever the operation is, as long as it does not look at the order of channels. A mean and an
+RMS norm need no zeros, only a factor. (Squeeze-Release, arXiv 2606.14346, keeps the divisor of layer norms by a norm of its own; these are
+plain operations.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxprune.passes.ir.nodes import target_name
+from fxprune.passes.labels.values import Value
+from fxprune.passes.rules.computing.norm import groups_left
+from fxprune.passes.rules.protocols import Rewriter
+
+Exact = Callable[[Rewriter, fx.Node, Any, Sequence[int]], fx.Node]
+"""``rewrite(slim, node, module, axes) -> node``: ``axes`` of the input are pruned and share a statistic; what stands for the result."""
+
+
+def rewrite_exact(slim: Rewriter, node: fx.Node, module: nn.Module | None, axes: Sequence[int]) -> fx.Node:
+    """Have ``node``, which has just been copied, compute the statistic of the original. ``module``: the original one, for a call of one."""
+    if isinstance(module, nn.LayerNorm):
+        kind = "layer_norm"
+    elif isinstance(module, nn.GroupNorm):
+        kind = "group_norm"
+    elif is_rms(module):
+        kind = "rms_norm"
+    else:
+        kind = target_name(node)
+    return _KINDS.get(kind, _padded)(slim, node, module, axes)
+
+
+def is_rms(module: Any) -> bool:
+    """Whether a module is an RMS norm of torch's, whose weight and eps are rescaled instead of its graph."""
+    return hasattr(nn, "RMSNorm") and isinstance(module, nn.RMSNorm)
+
+
+def _padded(slim: Rewriter, node: fx.Node, module: Any, axes: Sequence[int]) -> fx.Node:
+    x = _input(node)
+    value, result = slim.value(x), slim.value(node)
+    node.replace_input_with(x, _zeros_back(slim, node, x, axes))
+    single = result if isinstance(result, Value) else None
+    if single is None or single.ndim != value.ndim or any(single.shape[a] != value.shape[a] for a in axes):
+        return node  # the axes are reduced
+    return _dropped(slim, node, value, axes)
+
+
+def _layer_norm(slim: Rewriter, node: fx.Node, module: Any, axes: Sequence[int]) -> fx.Node:
+    x = _input(node)
+    value = slim.value(x)
+    shape = module.normalized_shape if module is not None else slim.argument(node, 1, "normalized_shape")
+    eps = module.eps if module is not None else slim.argument(node, 4, "eps", 1e-5)
+    weight, bias = _affine(slim, node, module, (2, 3))
+    sizes = list(value.shape[value.ndim - len(shape) :])
+    made = _call(slim, node, F.layer_norm, _zeros_back(slim, node, x, axes), sizes, None, None, eps)
+    return _scaled(slim, node, _dropped(slim, made, value, axes), weight, bias)
+
+
+def _group_norm(slim: Rewriter, node: fx.Node, module: Any, axes: Sequence[int]) -> fx.Node:
+    x = _input(node)
+    value = slim.value(x)
+    groups = module.num_groups if module is not None else slim.number(slim.argument(node, 1, "num_groups"))
+    eps = module.eps if module is not None else slim.argument(node, 4, "eps", 1e-5)
+    weight, bias = _affine(slim, node, module, (2, 3))
+    whole, left, now = value.shape[1] // groups, slim.count(value, 1), groups_left(slim, value, groups)
+    each = left // now
+    grouped = _call(slim, node, torch.unflatten, x, 1, (now, each))
+    pads = [0, 0] * (value.ndim - 2) + [0, whole - each]
+    full = _call(slim, node, torch.flatten, _call(slim, node, F.pad, grouped, pads), 1, 2)
+    made = _call(slim, node, F.group_norm, full, now, None, None, eps)
+    parts = _call(slim, node, torch.narrow, _call(slim, node, torch.unflatten, made, 1, (now, whole)), 2, 0, each)
+    after = [1] * (value.ndim - 2)
+    columns = [None if t is None else _call(slim, node, torch.reshape, t, (left, *after)) for t in (weight, bias)]
+    return _scaled(slim, node, _call(slim, node, torch.flatten, parts, 1, 2), *columns)
+
+
+def _rms_norm(slim: Rewriter, node: fx.Node, module: Any, axes: Sequence[int]) -> fx.Node:
+    """With d of D left the mean square is D / d times too large: so are eps and, squared, the result's missing factor."""
+    ratio = share(slim, slim.value(_input(node)), axes)
+    if module is not None:
+        return node if module.weight is not None else _call(slim, node, torch.mul, node, math.sqrt(ratio))
+    eps = slim.argument(node, 3, "eps")
+    x = _input(node)
+    value = slim.value(x)
+    shape = slim.argument(node, 1, "normalized_shape")
+    left = [slim.count(value, a) for a in range(value.ndim - len(shape), value.ndim)]
+    slim.set_argument(node, 1, "normalized_shape", left)
+    example = node.meta["old"].meta["val"]
+    slim.set_argument(node, 3, "eps", (torch.finfo(example.dtype).eps if eps is None else eps) * ratio)
+    return _call(slim, node, torch.mul, node, math.sqrt(ratio))
+
+
+def _mean(slim: Rewriter, node: fx.Node, module: Any, axes: Sequence[int]) -> fx.Node:
+    return _call(slim, node, torch.mul, node, 1.0 / share(slim, slim.value(_input(node)), axes))
+
+
+def share(slim: Rewriter, value: Value, axes: Sequence[int]) -> float:
+    """How many times as many positions the original has along ``axes``."""
+    return math.prod(value.shape[a] for a in axes) / math.prod(slim.count(value, a) for a in axes)
+
+
+def _zeros_back(slim: Rewriter, node: fx.Node, x: fx.Node, axes: Sequence[int]) -> fx.Node:
+    value = slim.value(x)
+    pads: list[int] = []
+    for axis in range(value.ndim - 1, min(axes) - 1, -1):
+        pads += [0, value.shape[axis] - slim.count(value, axis) if axis in axes else 0]
+    with slim.new.inserting_before(node):
+        made = slim.new.call_function(F.pad, (x, pads))
+    made.meta = _place(node)
+    return made
+
+
+def _dropped(slim: Rewriter, node: fx.Node, value: Value, axes: Sequence[int]) -> fx.Node:
+    for axis in axes:
+        node = _call(slim, node, torch.narrow, node, axis, 0, slim.count(value, axis))
+    return node
+
+
+def _scaled(slim: Rewriter, node: fx.Node, made: fx.Node, weight: Any, bias: Any) -> fx.Node:
+    if weight is not None:
+        made = _call(slim, node, torch.mul, made, weight)
+    return made if bias is None else _call(slim, node, torch.add, made, bias)
+
+
+def _affine(slim: Rewriter, node: fx.Node, module: Any, places: tuple[int, int]) -> tuple[Any, Any]:
+    """The weight and bias that a norm multiplies and adds, as nodes; None where it has none."""
+    if module is None:
+        return slim.argument(node, places[0], "weight"), slim.argument(node, places[1], "bias")
+    found: list[Any] = []
+    for key in ("weight", "bias"):
+        if getattr(module, key, None) is None:
+            found.append(None)
+            continue
+        made = slim.new.get_attr(f"{node.target}.{key}" if node.target else key)
+        made.meta = _place(node)
+        found.append(made)
+    return found[0], found[1]
+
+
+def _call(slim: Rewriter, node: fx.Node, function: Any, *args: Any) -> fx.Node:
+    made = slim.new.call_function(function, args)
+    made.meta = _place(node)
+    return made
+
+
+def _place(node: fx.Node) -> dict[str, Any]:
+    return {key: node.meta[key] for key in ("where", "owner") if node.meta.get(key)}
+
+
+def _input(node: fx.Node) -> fx.Node:
+    found = node.args[0] if node.args else node.kwargs["input"]
+    assert isinstance(found, fx.Node)
+    return found
+
+
+_KINDS: dict[str, Exact] = {"layer_norm": _layer_norm, "group_norm": _group_norm, "rms_norm": _rms_norm, "mean": _mean}
