@@ -15,11 +15,16 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.errors import InputError
 from fxprune.importance.criteria import scores
+from fxprune.passes.planning.plan import keep_counts
+from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.verify import difference
 from fxprune.repair import repairer as repairs
+from fxprune.repair.calibration import FIT, JUDGE, TUNE
 from fxprune.repair.least_squares import Moments, fitted
 from fxprune.repair.matrices import choose, form_of, grouped, input_rows, matrices, output_rows, set_matrices
 from fxprune.repair.moments import collect
+from fxprune.repair.recurrent import Sequences, fit_recurrent
+from fxprune.repair.repairer import Repairer
 
 LAYERS: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
     (lambda: nn.Linear(5, 7), (3, 5)),
@@ -226,7 +231,7 @@ def test_the_model_and_what_is_not_reached_stay_as_they_are() -> None:
 
 
 class Counted:
-    """Samples that networks of a kind run, counted in the last layer: ``original`` and ``slim`` outputs have the same width."""
+    """Samples that linear layers run on, by how many features they read."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.samples: Counter[int] = Counter()
@@ -356,3 +361,173 @@ def test_reconstruction_ranks_every_group_and_needs_data() -> None:
     assert found["stem.0"].tolist() == scores(graph, "reconstruction", CALIBRATION)["stem.0"].tolist()
     with pytest.raises(InputError, match='"reconstruction" needs calibration data'):
         fxprune.compress(model, 0.5, X, importance="reconstruction")
+
+
+class Padded(nn.Conv2d):
+    """Pads in ``forward``, as the layers of many published networks do: it is traced as a call of a function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def _depthwise() -> nn.Module:
+    layers = [Padded(3, 24, 3, bias=False), nn.BatchNorm2d(24), nn.ReLU6(), Padded(24, 24, 3, groups=24, bias=False), nn.BatchNorm2d(24)]
+    return nn.Sequential(*layers, nn.ReLU6(), nn.Conv2d(24, 12, 1), nn.Flatten(), nn.Linear(12 * 64, 6))
+
+
+class Functional(nn.Module):
+    """Weights that are parameters, read by functions: ``addmm``, ``@`` of a transpose with the bias added apart, ``linear``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(20, 24) * 0.3)
+        self.a_bias = nn.Parameter(torch.randn(24))
+        self.b, self.b_bias = nn.Parameter(torch.randn(16, 24) * 0.3), nn.Parameter(torch.randn(16))
+        self.c = nn.Parameter(torch.randn(5, 16) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(torch.addmm(self.a_bias, x, self.a))
+        x = F.relu(x @ self.b.t() + self.b_bias)
+        return F.linear(x, self.c)
+
+
+class Sequence(nn.Module):
+    """Recurrent layers that read each other."""
+
+    def __init__(self, kind: Any, **options: Any) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 24)
+        self.cell = kind(24, 16, batch_first=True, **options)
+        self.head = nn.Linear(32 if options.get("bidirectional") else 16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.cell(torch.tanh(self.first(x)))[0])
+        return y
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 32)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        y: Tensor = self.head(x + self.attention(x, x, x, need_weights=False)[0])
+        return y
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {  # network, form of a sample, samples
+    "depthwise, padded in forward": (_depthwise, (3, 8, 8), 64),
+    "functions of parameters": (Functional, (20,), 256),
+    "a classifier with fewer rows than features": (
+        lambda: nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 36, 40)),
+        (3, 8, 8),
+        48,
+    ),
+    "no BatchNorm": (lambda: Doubled(norm=False), (3, 8, 8), 64),
+    "residual": (Blocks, (3, 8, 8), 64),
+    "transposed": (
+        lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.ConvTranspose2d(16, 12, 3, 2), nn.ReLU(), nn.Conv2d(12, 3, 1)),
+        (3, 8, 8),
+        32,
+    ),
+    "LSTM": (lambda: Sequence(nn.LSTM, bidirectional=True), (9, 6), 128),
+    "GRU": (lambda: Sequence(nn.GRU, num_layers=2), (9, 6), 128),
+    "RNN": (lambda: Sequence(nn.RNN), (9, 6), 128),
+    "attention": (Attention, (9, 6), 128),
+    "BatchNorm behind a concatenation": (lambda: Dense(), (3, 8, 8), 64),
+}
+
+
+class Dense(nn.Module):
+    """Channels meet in a concatenation before they are normalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1)
+        self.norm, self.head = nn.BatchNorm2d(24), nn.Conv2d(24, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        x = F.relu(self.norm(torch.cat([x, self.b(x)], 1)))
+        y: Tensor = self.head(x).mean((2, 3))
+        return y
+
+
+def _smooth(shape: tuple[int, ...], samples: int, seed: int) -> Tensor:
+    """Inputs of a few directions, as natural ones have: what is left can stand in for what went."""
+    drawn = torch.Generator().manual_seed(0)
+    directions = torch.randn(6, int(torch.tensor(shape).prod()), generator=drawn)
+    mixed = torch.randn(samples, 6, generator=torch.Generator().manual_seed(seed)) @ directions
+    noise = torch.randn(samples, directions.shape[1], generator=torch.Generator().manual_seed(seed + 1))
+    return (mixed + 0.3 * noise).reshape(samples, *shape)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_least_squares_is_nowhere_worse_than_batchnorm_alone_on_inputs_that_were_not_fitted(kind: str) -> None:
+    make, shape, count = KINDS[kind]
+    torch.manual_seed(0)
+    model = make()
+    with torch.no_grad():
+        for i in range(10):
+            model.train()(_smooth(shape, 32, 1000 + i))
+    model.eval()
+    calibration, unseen = list(_smooth(shape, count, 1).split(16)), _smooth(shape, 128, 2)
+    errors = {}
+    for repair in ("bn", "lstsq"):
+        slim = fxprune.compress(model, 0.4, unseen[:2], importance="l2", repair=repair, calibration=calibration)
+        with torch.no_grad():
+            errors[repair] = float((slim(unseen) - model(unseen)).square().mean() / model(unseen).var())
+    assert errors["lstsq"] < errors["bn"]
+    made = fxprune.record(slim)
+    assert made.repaired and not any("as sliced: no layer" in note for note in made.notes)
+
+
+def test_a_recurrent_layer_is_fitted_by_its_gates() -> None:
+    """Of doubled units half can go without loss, once the weights that read them are fitted, states included."""
+    for kind, gates in ((nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)):
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(nn.Linear(6, 8), kind(8, 12, batch_first=True))
+        cell = model[1]
+        with torch.no_grad():
+            rows = cell.weight_hh_l0.view(gates, 12, 12)
+            rows[:, 6:] = rows[:, :6]
+            cell.weight_ih_l0.view(gates, 12, 8)[:, 6:] = cell.weight_ih_l0.view(gates, 12, 8)[:, :6]
+            for bias in (cell.bias_ih_l0, cell.bias_hh_l0):
+                bias.view(gates, 12)[:, 6:] = bias.view(gates, 12)[:, :6]
+        slim: Any = kind(8, 6, batch_first=True)
+        first = torch.cat([torch.arange(6) + 12 * gate for gate in range(gates)])
+        kept = {"weight_hh_l0": {0: first, 1: torch.arange(6)}}
+        with torch.no_grad():
+            for name, weight in slim.named_parameters():
+                weight.copy_(getattr(cell, name)[first][:, :6] if "hh" in name and "weight" in name else getattr(cell, name)[first])
+        x = [torch.randn(16, 9, 8, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+        roles = [FIT, FIT, TUNE, FIT, JUDGE]
+        made = fit_recurrent(slim, cell, kept, [Sequences(role, one, one) for role, one in zip(roles, x, strict=True)])
+        assert made.done == "fitted" and made.after < 1e-3 < 0.02 < made.before
+
+
+def test_both_networks_run_once_over_the_calibration_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many layers there are, and although nothing fits into memory: the original once, the slim one once, and once for "bn"."""
+    layers = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(12)]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    graph = fxprune.analyze(model, X)
+    calibration = [torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(10)]
+    monkeypatch.setattr(repairs, "ROOM", 0)
+    samples = 0
+    forward = nn.BatchNorm2d.forward
+
+    def counted(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
+        nonlocal samples
+        samples += len(x)
+        return forward(layer, x)
+
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", counted)
+    seen = []
+    slimmer = Slimmer(graph, keep_counts(graph, {g.name: 4 for g in graph.groups if g.prunable}, scores(graph, "l2", None)))
+    Repairer(graph, calibration, "lstsq", progress=lambda done, of, name: seen.append((done, of)))(slimmer.run(), slimmer)
+    assert samples <= 3 * 80 * 12
+    assert seen == [(i + 1, 13) for i in range(13)]

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxprune.repair.matrices import Form, convolution, form_of, transposed_convolution
+from fxprune.repair.recurrent import repairable
 
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__")
 _IDLE = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity)  # in evaluation
@@ -166,6 +167,16 @@ class Reading:
     def norms(self) -> list[Norm]:
         """The BatchNorms of the graph in its order, each called once."""
         return [norm for node in self.graph.nodes if (norm := self._norm(node)) is not None]
+
+    def recurrent(self) -> dict[fx.Node, Any]:
+        """The recurrent modules of the graph by their calls, each called once, with parameters of its own."""
+        found = {}
+        for node in self.graph.nodes:
+            if node.op == "call_module" and self._calls[str(node.target)] == 1:
+                module = self.module.get_submodule(str(node.target))
+                if repairable(module) and all(self._alone(p) for p in module.parameters()):
+                    found[node] = module
+        return found
 
     def _tensor(self, node: Any) -> Tensor | None:
         if not isinstance(node, fx.Node) or node.op != "get_attr":

@@ -156,6 +156,11 @@ def matrices(form: Form, weight: Tensor) -> Tensor:
     return (split.transpose(1, 2) if form.kind == "conv_transpose" else split).flatten(3).flatten(2)
 
 
+def input_axis(form: Form) -> int:
+    """The axis of the weight along which the input channels (of a group) lie."""
+    return 0 if form.kind in ("matmul", "conv_transpose") else 1
+
+
 def set_matrices(form: Form, weight: Tensor, found: Tensor) -> None:
     """Write ``found``, in the form of ``matrices``, into the layer's weights."""
     if form.kind == "matmul":

@@ -15,7 +15,7 @@ from torch import Tensor
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.repair.layers import Layer, layers_of
 from fxprune.repair.least_squares import gram
-from fxprune.repair.matrices import Form, choose, input_rows, matrices
+from fxprune.repair.matrices import choose, input_axis, input_rows, matrices
 from fxprune.repair.repairer import Repairer
 from fxprune.repair.replay import Room
 
@@ -50,11 +50,6 @@ class InputMoments:
     def covariance(self) -> Tensor:
         """(groups, features, features)."""
         return self.second - self.mean.unsqueeze(2) * self.mean.unsqueeze(1)
-
-
-def input_axis(form: Form) -> int:
-    """The axis of the weight along which the input channels (of a group) lie."""
-    return 0 if form.kind in ("matmul", "conv_transpose") else 1
 
 
 @torch.no_grad()

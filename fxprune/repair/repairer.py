@@ -13,7 +13,7 @@ whether the whole is better than BatchNorm re-estimated alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,8 @@ from fxprune.repair.calibration import FIT, JUDGE, Piece, pieces, samples
 from fxprune.repair.judging import unlikeness
 from fxprune.repair.layers import Layer, Norm, Reading
 from fxprune.repair.least_squares import Fit, Moments, fitted
-from fxprune.repair.matrices import Places, choose, grouped, input_rows, matrices, output_rows, set_matrices
+from fxprune.repair.matrices import Places, choose, grouped, input_axis, input_rows, matrices, output_rows, set_matrices
+from fxprune.repair.recurrent import Sequences, fit_recurrent
 from fxprune.repair.replay import Call, Playback, Room, calls_of_part, whole_calls
 
 REPAIRS = ("none", "bn", "bias", "lstsq")
@@ -78,6 +79,7 @@ class Repairer:
             raise InputError(f'repair="{kind}" needs calibration data: pass calibration=[inputs, ...], the more batches the better')
         self.device = device_of(graph.model)
         self.layers: dict[str, LayerRepair] = {}
+        self._inputs: dict[str, int] = {}  # weight -> the axis along which a layer reads with it
         self._cache = _Cache()
         self._original: nn.Module | None = None
         self._pieces: list[Piece] = []
@@ -110,7 +112,7 @@ class Repairer:
         """The calibration inputs, by what they are for."""
         if not self._pieces:
             original = self._whole_original()
-            self._pieces = pieces([_inputs(batch) for batch in self.batches], lambda x: call(original, to_device(x, self.device)))
+            self._pieces = pieces([_inputs_of(batch) for batch in self.batches], lambda x: call(original, to_device(x, self.device)))
         return self._pieces
 
     def original(self, part: str) -> tuple[Any, fx.Graph]:
@@ -153,13 +155,24 @@ class Repairer:
         behind = {one.norm.node for one in layers.values() if one.norm is not None}
         twins = {_key(norm.node): norm for norm in first.norms()}
         norms = {n.node: n for n in reading.norms() if n.node not in behind and _key(n.node) in reached.norms and _key(n.node) in twins}
+        self._inputs.update({f"{part}.{name}" if part else name: input_axis(one.form) for name, one in originals.items()})
+        twin_cells = {str(node.target): (node, module) for node, module in first.recurrent().items()}
+        cells = reading.recurrent() if self.kind == "lstsq" else {}
+        cells = {n: m for n, m in cells.items() if str(n.target) in reached.recurrent and str(n.target) in twin_cells}
         order = {name: i for i, name in enumerate(originals)}
         with Room(ROOM) as room:
             run = _Run(self, part, Playback(module, reading.graph, self._calls(slim, part), room), self.playback(part, room))
-            stops = [node for node in reading.graph.nodes if node in layers or node in norms]
+            stops = [node for node in reading.graph.nodes if node in layers or node in norms or node in cells]
             for done, node in enumerate(stops):
                 if node in norms:
                     run.norm(norms[node], twins[_key(node)], reached.norms[_key(node)])
+                elif node in cells:
+                    name = str(node.target)
+                    full = f"{part}.{name}" if part else name
+                    kept = {p: slimmer.kept_dims(f"{full}.{p}") for p, _ in cells[node].named_parameters()}
+                    recurrent = run.recurrent(node, cells[node], *twin_cells[name], kept)
+                    if recurrent is not None:
+                        self.layers[full] = recurrent
                 else:
                     one = layers[node]
                     made = run.layer(one, originals[one.name], order[one.name], reached.layers[one.name])
@@ -183,7 +196,7 @@ class Repairer:
         return f"repair {self.kind!r} reached {total} layers: {', '.join(one for one in told if one)}"
 
     def _left(self, slimmer: Slimmer) -> list[str]:
-        left = _left(self.graph, slimmer, set(self.layers))
+        left = _left(self.graph, slimmer, set(self.layers), self._inputs)
         why = "no layer called once with a weight of its own, or working across channels"
         return [f"repair left {_listed(left)} as sliced: {why}"] if left else []
 
@@ -288,6 +301,21 @@ class _Run:
         if fit.shift is not None:
             one.add_shift(fit.shift.flatten())
 
+    def recurrent(self, node: fx.Node, cell: Any, twin: fx.Node, original: Any, kept: Any) -> LayerRepair | None:
+        """Repair a recurrent layer; None where its input is no plain tensor."""
+        calls: list[Sequences] = []
+        plain = True
+        for piece, role in enumerate(self.roles):
+            now, then = self.slim.before(piece, node), self.original.before(piece, twin)
+            for each, other in zip(now, then, strict=True):
+                (x, *state), more = self.slim.arguments(each, node)
+                (y, *origin), others = self.original.arguments(other, twin)
+                plain = plain and isinstance(x, Tensor) and isinstance(y, Tensor)
+                calls.append(Sequences(role, x, y, *([*state, more.get("hx")][:1]), *([*origin, others.get("hx")][:1])))
+            self.slim.leave(piece, now)
+            self.original.leave(piece, then)
+        return fit_recurrent(cell, original, kept, calls) if plain else None
+
     def norm(self, one: Norm, twin: Norm, kept: Any) -> None:
         """Move the statistics of a BatchNorm that no repaired layer feeds alone by what its input has moved."""
         sums = [_channel_sums(play, node, self.roles) for play, node in ((self.slim, one.node), (self.original, twin.node))]
@@ -389,6 +417,7 @@ class _Reached:
         env, traced = graph.walk.env[mode], graph.walk.traced
         self.layers: dict[str, Any] = {}
         self.norms: dict[str, Any] = {}
+        self.recurrent: set[str] = set()
         nodes = traced.graphs[mode].nodes
         reading = Reading(traced.skeleton.original, traced.graphs[mode])
         layers = {one.node: one for one in reading.layers()}
@@ -398,6 +427,8 @@ class _Reached:
             if any(one in reached or (one.op != "get_attr" and slimmer.touched(env.get(one))) for one in node.all_input_nodes):
                 reached.add(node)
             output = next(iter(values(env.get(node))), None)
+            if node.op == "call_module" and (node in reached or slimmer.touched(env.get(node))):
+                self.recurrent.add(str(node.target).removeprefix(f"{part}." if part else ""))
             if node not in reached or output is None:
                 continue
             if node in layers:
@@ -419,7 +450,7 @@ def _part(root: Any, part: str) -> Any:
     return root.get_submodule(part) if part else root
 
 
-def _inputs(batch: Any) -> Any:
+def _inputs_of(batch: Any) -> Any:
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2  # (inputs, labels), as ``importance`` takes them
     return batch[0] if pair else batch
 
@@ -428,11 +459,12 @@ def _cut(rows: Tensor, kept: Any) -> Tensor:
     return rows if kept is None else rows.index_select(1, torch.from_numpy(kept).to(rows.device))
 
 
-def _left(graph: CouplingGraph, slimmer: Slimmer, repaired: set[str]) -> list[str]:
-    """What lost inputs and was not repaired: owners of weights of two dimensions or more that were cut along another one than the first."""
+def _left(graph: CouplingGraph, slimmer: Slimmer, repaired: set[str], axes: Mapping[str, int]) -> list[str]:
+    """Owners of weights that lost inputs and were not repaired: cut along the axis of their inputs, or where unknown any but the first."""
     skeleton = graph.walk.traced.skeleton
-    cut = {name for name in skeleton.parameter_names if any(dim > 0 for dim in slimmer.kept_dims(name))}
-    return sorted({name.rpartition(".")[0] or name for name in cut if name.removesuffix(".weight") not in repaired})
+    cut = {name for name in skeleton.parameter_names if any(dim == axes.get(name, dim or -1) for dim in slimmer.kept_dims(name))}
+    left = {name for name in cut if not {name, name.removesuffix(".weight"), name.rpartition(".")[0]} & repaired}
+    return sorted({name.rpartition(".")[0] or name for name in left})
 
 
 def _listed(paths: Sequence[str]) -> str:

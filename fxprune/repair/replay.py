@@ -116,6 +116,12 @@ class Playback:
         self._at = at + 1
         return found
 
+    def arguments(self, values: dict[fx.Node, Any], node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What ``node``, which is about to run, is called with."""
+        self._fetch(values, node.all_input_nodes)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        return args, kwargs
+
     def rest(self, batch: int) -> list[Any]:
         """The output of every call, the rest of the graph run."""
         end = self.nodes[-1]
