@@ -19,6 +19,7 @@ from fxprune.errors import FxPruneError, InputError, PruningWarning
 from fxprune.evaluation.running import device_of
 from fxprune.evaluation.wrappers import unwrapped
 from fxprune.importance.criteria import Importance, importance_name, scores
+from fxprune.importance.gradients import Loss
 from fxprune.index_lists import indices
 from fxprune.passes.base import GraphPass, Observer, UserPass, run_passes
 from fxprune.passes.coupling.graph import CouplingGraph
@@ -77,6 +78,7 @@ def compress(
     verify: bool = False,
     keep_class: bool = False,
     most: float | Mapping[str, float] | None = None,
+    loss: Loss | None = None,
     passes: Sequence[Any] = (),
     observe: Observer | None = None,
     norms: str | None = None,
@@ -104,6 +106,8 @@ def compress(
         keep_class: return an instance of the model's own class with slim submodules, whose other methods work too, in place of a graph
             module. Attributes that hold sizes are set and named in ``record(slim).notes``; halves of a ``chunk`` stay even.
         most: the largest share of its units that any group loses; or a mapping with keys as in ``policy``, where the lowest counts.
+        loss: ``f(output, batch) -> scalar``, what importances that need gradients differentiate; None: cross-entropy, where output and
+            batch leave no doubt (``fxprune.importance.gradients``).
         passes: passes of your own that run on the slim graph module afterwards: ``torch.fx.passes`` passes, or functions from graph module
             to graph module. Each gets a copy, which it may edit.
         norms: "plain": layer, RMS and group norms, softmax and means over channels work on the channels that are left; "exact": they keep
@@ -147,7 +151,7 @@ def compress(
     units = options.get("units") if importance == options.get("importance", "auto") else None
 
     def score(graph: CouplingGraph) -> Mapping[str, Any]:
-        return _recorded(graph, wanted.sparsity, units) or scores(graph, importance, batches)
+        return _recorded(graph, wanted.sparsity, units) or scores(graph, importance, batches, loss=loss)
 
     chosen_norms = str(wanted_norms or graph.options.get("norms", "plain"))
     if chosen_norms not in NORMS:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import InputError
 from fxprune.evaluation.copying import copied
+from fxprune.evaluation.repeatable import cloned, same_random_numbers
 from fxprune.evaluation.running import call, device_of, evaluating
 from fxprune.example_inputs import build
 
@@ -324,11 +325,9 @@ class _Trial:
         self.wanted = list(self._outputs())
 
     def _outputs(self) -> Iterator[list[Tensor]]:
-        devices = [self.device] if self.device.type == "cuda" else []
         for inputs in self.inputs:
-            with evaluating(self.twin), torch.random.fork_rng(devices):
-                torch.manual_seed(0)
-                found = call(self.twin, _cloned(inputs))
+            with evaluating(self.twin), same_random_numbers():
+                found = call(self.twin, cloned(inputs))
                 yield [t.clone() for t in tree_leaves(found) if isinstance(t, Tensor)]
 
     def same(self, units: Bools) -> bool:
@@ -364,7 +363,3 @@ class _Trial:
                 part[half] = True
                 found |= self.harmless(part)
         return found
-
-
-def _cloned(inputs: Any) -> Any:
-    return tree_map_only(Tensor, torch.clone, inputs)

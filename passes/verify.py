@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fxprune.errors import VerificationError
+from fxprune.errors import FAULTS, VerificationError, first_line
+from fxprune.evaluation.copying import copied
+from fxprune.evaluation.repeatable import cloned, same_random_numbers
 from fxprune.evaluation.running import set_training
 from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.labels.values import Value
 from fxprune.passes.planning.plan import Keep
 from fxprune.passes.rewriting.slimmer import Slimmer
@@ -19,10 +22,29 @@ from fxprune.passes.rewriting.slimmer import Slimmer
 TOLERANCE = 1e-4  # relative to the largest magnitude of the output, in float32
 Kept = Mapping[str, Mapping[int, torch.Tensor]]
 
+# Operations that give something quite different for inputs that are next to equal: what they choose is compared by what they chose from.
+_CHOOSING = frozenset(
+    {
+        *("topk", "sort", "argsort", "msort", "argmax", "argmin", "max", "min", "kthvalue", "median", "mode", "unique", "nonzero"),
+        *("gt", "lt", "ge", "le", "eq", "ne", "greater", "less", "greater_equal", "less_equal", "round", "floor", "ceil", "trunc", "sign"),
+        *("floor_divide", "floordiv", "searchsorted", "bucketize", "nms", "batched_nms"),
+    }
+)
+# Operations that draw random numbers: fewer channels draw fewer of them, so the channels that stay would get others.
+_DRAWING = frozenset(
+    {
+        *("rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "normal", "bernoulli", "multinomial"),
+        *("poisson", "normal_", "uniform_", "bernoulli_", "exponential_", "random_", "cauchy_", "geometric_", "log_normal_"),
+        *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout", "rrelu"),
+        *("gumbel_softmax", "native_dropout", "fractional_max_pool2d", "fractional_max_pool3d"),
+    }
+)
+_SPECIALISED = " was specialised to "  # in notes on what holds for the example alone
+
 
 def zeroed(model: nn.Module, kept: Kept) -> nn.Module:
     """A copy of ``model`` with every slice that is not kept set to zero; running variances and index buffers stay."""
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     set_training(twin, False)
     tensors = dict(twin.named_parameters(remove_duplicate=False)) | dict(twin.named_buffers(remove_duplicate=False))
     with torch.no_grad():
@@ -52,63 +74,164 @@ def verify(graph: CouplingGraph, keep: Keep, slim: Any, args: tuple[Any, ...], k
     """Run the oracle on the given inputs, on the groups for which it is defined, and return the relative difference.
 
     Groups whose channels share a statistic (layer norm, softmax or a reduction over channels) are put back for the comparison; the whole
-    slim network is then only run. Raises ``VerificationError`` naming the first node that differs, and its line.
+    slim network is then only run. Everything is run on copies, with the same random numbers: modules, inputs and generators come out as
+    they were. Where the numbers differ because of scores that are next to equal before a choice among them (top-k, sorting, thresholds), or
+    because fewer channels draw fewer random numbers, the slim network is run again with the choices and draws of the original. Where the
+    original also takes another batch size, or another resolution or length, these are compared as well, unless a note already says that
+    the network was specialised to the example.
+
+    Raises:
+        VerificationError: names the first node that differs, and its line; or the size at which the slim network fails.
     """
-    training = {m: m.training for m in slim.modules()}
-    slim.eval()
-    try:
-        with torch.no_grad():
-            slim(*args, **kwargs)
-            defined = keep.copy()
-            for group in graph.groups:
-                if group.undefined if norms == "exact" else group.notes:
-                    defined[graph.starts[group.number] : graph.starts[group.number + 1]] = True
-            part = slim if (defined == keep).all() else Slimmer(graph, defined, norms).run().eval()
-            slimmer = Slimmer(graph, defined, norms)
-            names = graph.walk.traced.skeleton
-            kept = {alias: dims for n in names.names if (dims := slimmer.kept_dims(n)) for alias in names.aliases[n]}
-            reference = zeroed(graph.model, kept)
-            gap = difference(reference(*args, **kwargs), part(*args, **kwargs))
-            if gap < TOLERANCE:
-                return gap
-            raise VerificationError(_report(graph, slimmer, reference, part, args, kwargs, gap))
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with torch.no_grad():
+        _run(copied(slim).eval(), args, kwargs)
+        defined = keep.copy()
+        for group in graph.groups:
+            if group.undefined if norms == "exact" else group.notes:
+                defined[graph.starts[group.number] : graph.starts[group.number + 1]] = True
+        slimmer = Slimmer(graph, defined, norms)
+        names = graph.walk.traced.skeleton
+        kept = {alias: dims for n in names.names if (dims := slimmer.kept_dims(n)) for alias in names.aliases[n]}
+        part = copied(slim).eval() if (defined == keep).all() else Slimmer(graph, defined, norms).run().eval()
+        pair = _Pair(graph, slimmer, zeroed(graph.model, kept), part)
+        gap = pair.difference(args, kwargs)
+        if not gap < TOLERANCE:
+            raw, gap = gap, pair.same_choices(args, kwargs)
+            if not gap < TOLERANCE:
+                raise VerificationError(pair.report(args, kwargs, raw))
+        if not any(_SPECIALISED in note for note in graph.notes):
+            for what, (others, keywords) in _other_sizes(args, kwargs):
+                pair.check_size(what, others, keywords)
+        return gap
 
 
-def _report(
-    graph: CouplingGraph,
-    slimmer: Slimmer,
-    reference: nn.Module,
-    slim: Any,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    gap: float,
-) -> str:
-    """Which node is wrong first: both graphs run node by node, the original's values cut to what is kept."""
-    if graph.walk.traced.parts:
-        return f"the outputs differ from the zeroed original by {gap:.1e}; report it"
-    for name, tensor in graph.walk.traced.constants.items():
-        path, _, key = name.rpartition(".")
-        setattr(reference.get_submodule(path), key, tensor)
-    traced = graph.walk.traced.graphs["eval"]
-    flat = [*args, *kwargs.values()]
-    first, second = _Recorder(reference, traced), _Recorder(slim, slim.graphs["eval"])
-    first.run(*flat)
-    second.run(*flat)
-    for node in traced.nodes:
-        value = graph.walk.env["eval"].get(node)
-        mine, theirs = first.seen.get(node.name), second.seen.get(node.name)
-        if not isinstance(mine, torch.Tensor) or not isinstance(theirs, torch.Tensor) or not isinstance(value, Value):
-            continue
-        for axis in value.axes:
-            kept = slimmer.kept(value, axis)
-            mine = mine if kept is None else mine.index_select(axis, torch.from_numpy(kept))
-        if (found := difference(mine, theirs)) >= TOLERANCE:
-            what = f"node {node.name!r} differs from the zeroed original by {found:.1e} (outputs by {gap:.1e})"
-            return f"{node.meta.get('where', '')}: {what}; report it, and pass its layer to ignore= meanwhile"
-    return f"the outputs differ from the zeroed original by {gap:.1e}, no single node does; report it"
+def _run(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    with same_random_numbers():
+        return module(*cloned(args), **cloned(dict(kwargs)))
+
+
+class _Pair:
+    """The zeroed original and the slim network. Each question runs copies of both, since what ran once may keep something of it."""
+
+    def __init__(self, graph: CouplingGraph, slimmer: Slimmer, reference: nn.Module, slim: Any) -> None:
+        self.graph, self.slimmer, self.reference, self.slim = graph, slimmer, reference, slim
+
+    def difference(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+        return difference(_run(copied(self.reference), args, kwargs), _run(copied(self.slim), args, kwargs))
+
+    def check_size(self, what: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        try:
+            wanted = _run(copied(self.reference), args, kwargs)
+        except FAULTS:
+            return  # the original does not take this size
+        try:
+            found = _run(copied(self.slim), args, kwargs)
+        except FAULTS as error:
+            raise VerificationError(
+                f"at {what} the original runs and the slim network fails: {first_line(error)}; report it, or analyse with that size"
+            ) from error
+        gap = difference(wanted, found)
+        if not gap < TOLERANCE and not self.same_choices(args, kwargs) < TOLERANCE:
+            raise VerificationError(
+                f"at {what} the outputs differ from the zeroed original by {gap:.1e}; report it, or analyse with that size"
+            )
+
+    def same_choices(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+        """The difference of the outputs where the slim network takes the choices and the random numbers of the original.
+
+        A choice is taken over only where both chose from numbers that agree within the tolerance.
+        """
+        if self.graph.walk.traced.parts or not hasattr(self.slim, "graphs"):
+            return float("inf")
+        traced = self.graph.walk.traced.graphs["eval"]
+        if not any(target_name(node) in _CHOOSING | _DRAWING or _drawing_module(self.reference, node) for node in traced.nodes):
+            return float("inf")
+        slim: Any = copied(self.slim)
+        first = _Recorder(self._with_constants(), traced)
+        second = _Follower(slim, slim.graphs["eval"], self.graph, self.slimmer, first.seen, traced)
+        flat = [*args, *kwargs.values()]
+        with same_random_numbers():
+            wanted = first.run(*cloned(flat))
+        with same_random_numbers():
+            return difference(wanted, second.run(*cloned(flat)))
+
+    def report(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], gap: float) -> str:
+        """Which node is wrong first: both graphs run node by node, the original's values cut to what is kept."""
+        if self.graph.walk.traced.parts:
+            return f"the outputs differ from the zeroed original by {gap:.1e}; report it"
+        traced = self.graph.walk.traced.graphs["eval"]
+        slim: Any = copied(self.slim)
+        flat = [*args, *kwargs.values()]
+        first, second = _Recorder(self._with_constants(), traced), _Recorder(slim, slim.graphs["eval"])
+        with same_random_numbers():
+            first.run(*cloned(flat))
+        with same_random_numbers():
+            second.run(*cloned(flat))
+        for node in traced.nodes:
+            mine, theirs = first.seen.get(node.name), second.seen.get(node.name)
+            value = self.graph.walk.env["eval"].get(node)
+            if not isinstance(mine, torch.Tensor) or not isinstance(theirs, torch.Tensor) or not isinstance(value, Value):
+                continue
+            if (found := difference(_cut(self.slimmer, value, mine), theirs)) >= TOLERANCE:
+                what = f"node {node.name!r} differs from the zeroed original by {found:.1e} (outputs by {gap:.1e})"
+                return f"{node.meta.get('where', '')}: {what}; report it, and pass its layer to ignore= meanwhile"
+        return f"the outputs differ from the zeroed original by {gap:.1e}, no single node does; report it"
+
+    def _with_constants(self) -> nn.Module:
+        """A copy of the zeroed original that has the constants of the traced graph as well."""
+        twin = copied(self.reference)
+        for name, tensor in self.graph.walk.traced.constants.items():
+            path, _, key = name.rpartition(".")
+            setattr(twin.get_submodule(path), key, tensor)
+        return twin
+
+
+def _other_sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Inputs of another batch size, and of another resolution or length, in words and as they are passed."""
+    given = (args, dict(kwargs))
+    tensors = [t for t in tree_leaves(given) if isinstance(t, torch.Tensor) and t.ndim > 1]
+    if not tensors:
+        return
+    batch = tensors[0].shape[0]
+
+    def more(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor, tensor[:1]]) if tensor.ndim and tensor.shape[0] == batch else tensor
+
+    if batch:
+        yield f"batch size {batch + 1}", tree_map_only(torch.Tensor, more, given)
+    first = tensors[0]
+    spatial = first.ndim > 3 and first.is_floating_point()
+    last, length = first.shape[-1], first.shape[1]
+    if spatial and last > 1:
+        # Half as wide again suits networks that halve the resolution some times; the original says which it takes.
+        wider = last + max(last // 2, 1)
+
+        def wide(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.ndim != first.ndim or tensor.shape[-1] != last:
+                return tensor
+            return torch.cat([tensor, tensor[..., : wider - last]], -1)
+
+        yield f"width {wider}", tree_map_only(torch.Tensor, wide, given)
+    elif not spatial and length > 2 and (first.ndim == 3 or not first.is_floating_point()):
+
+        def short(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor[:, :-1] if tensor.ndim > 1 and tensor.shape[:2] == first.shape[:2] else tensor
+
+        yield f"length {length - 1}", tree_map_only(torch.Tensor, short, given)
+
+
+def _drawing_module(root: nn.Module, node: fx.Node) -> bool:
+    if node.op != "call_module":
+        return False
+    return isinstance(root.get_submodule(str(node.target)), (nn.FractionalMaxPool2d, nn.FractionalMaxPool3d))
+
+
+def _cut(slimmer: Slimmer, value: Value, tensor: torch.Tensor) -> torch.Tensor:
+    """What is kept of a tensor that the original computed."""
+    for axis in value.axes:
+        kept = slimmer.kept(value, axis)
+        tensor = tensor if kept is None else tensor.index_select(axis, torch.from_numpy(kept).to(tensor.device))
+    return tensor
 
 
 class _Recorder(fx.Interpreter):
@@ -120,7 +243,64 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        self.seen[n.name] = result.clone() if isinstance(result, torch.Tensor) else result
+        self.seen[n.name] = tree_map_only(torch.Tensor, torch.clone, result)
+        return result
+
+
+class _Follower(fx.Interpreter):
+    """Runs a slim graph; what the original drew or chose, from numbers that agree, takes the place of the slim network's own.
+
+    ``seen``: what every node of the original gave, by name.
+    """
+
+    def __init__(
+        self, module: nn.Module, graph: fx.Graph, coupling: CouplingGraph, slimmer: Slimmer, seen: Mapping[str, Any], traced: fx.Graph
+    ) -> None:
+        super().__init__(module, graph=graph)
+        self.values, self.slimmer, self.seen = coupling.walk.env["eval"], slimmer, seen
+        self.nodes = {node.name: node for node in traced.nodes}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        node = self.nodes.get(n.name)
+        name = "" if node is None else target_name(node)
+        if node is None or node.name not in self.seen:
+            return result
+        if name in _DRAWING or _drawing_module(self.module, n) or (name in _CHOOSING and self._agree(node, n)):
+            return self._taken(node, result)
+        return result
+
+    def _agree(self, node: fx.Node, mine: fx.Node) -> bool:
+        """Whether both chose from the same numbers, within the tolerance."""
+        if len(node.all_input_nodes) != len(mine.all_input_nodes):
+            return False
+        for theirs, own in zip(node.all_input_nodes, mine.all_input_nodes, strict=True):
+            wanted, found = self._known(theirs), self.env.get(own)
+            if isinstance(wanted, torch.Tensor) and isinstance(found, torch.Tensor) and difference(wanted, found) >= TOLERANCE:
+                return False
+        return True
+
+    def _known(self, node: fx.Node) -> Any:
+        value, seen = self.values.get(node), self.seen.get(node.name)
+        return _cut(self.slimmer, value, seen) if isinstance(value, Value) and isinstance(seen, torch.Tensor) else seen
+
+    def _taken(self, node: fx.Node, result: Any) -> Any:
+        """The original's result in place of ``result``, where the two have the same form."""
+        value, seen = self.values.get(node), self.seen[node.name]
+        if isinstance(seen, torch.Tensor):
+            cut = _cut(self.slimmer, value, seen) if isinstance(value, Value) else seen
+            same = isinstance(result, torch.Tensor) and cut.shape == result.shape
+            if same and node.op == "call_method" and target_name(node).endswith("_"):
+                return result.copy_(cut)
+            return cut if same else result
+        if isinstance(seen, tuple) and isinstance(result, tuple) and len(seen) == len(result):
+            values = value if isinstance(value, (tuple, list)) and len(value) == len(seen) else [None] * len(seen)
+            parts = [
+                _cut(self.slimmer, v, s) if isinstance(v, Value) and isinstance(s, torch.Tensor) else s
+                for v, s in zip(values, seen, strict=True)
+            ]
+            fits = all(getattr(a, "shape", None) == getattr(b, "shape", None) for a, b in zip(parts, result, strict=True))
+            return type(result)(parts) if fits else result
         return result
 
 

@@ -5,18 +5,16 @@ Criteria are summed over all the weights that a unit's removal takes: the produc
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from fxprune.errors import EvaluationError, InputError, PolicyError
-from fxprune.evaluation.running import set_training
+from fxprune.errors import InputError, PolicyError
+from fxprune.importance.gradients import Loss, gradients
 from fxprune.importance.reconstruction import need_batches, reconstruction
 from fxprune.passes.coupling.graph import CouplingGraph, Group
 from fxprune.passes.labels.values import Vector
@@ -35,16 +33,22 @@ def importance_name(importance: Importance) -> str:
     return f"{CALLABLE}{getattr(importance, '__qualname__', type(importance).__qualname__)}"
 
 
-def scores(graph: CouplingGraph, importance: Importance = "auto", calibration: Iterable[Any] | None = None, seed: int = 0) -> Scores:
+def scores(
+    graph: CouplingGraph,
+    importance: Importance = "auto",
+    calibration: Iterable[Any] | None = None,
+    seed: int = 0,
+    loss: Loss | None = None,
+) -> Scores:
     """Scores of all prunable groups: group name -> array (units).
 
     ``importance``: "taylor" (first order, |weight x gradient| summed; Molchanov 2017, here over the whole group), "l2", "l1",
     "variance" (of the weights), "reconstruction" (the error of the layers that read the unit, fitted anew without it; see
     ``fxprune.importance.reconstruction``), "random" (by ``seed``), "auto" (taylor where ``calibration`` is given, else l2), or a callable
-    ``(group, module) -> scores``. ``calibration``: batches, each ``(inputs, targets)`` or inputs alone. Units that are dead already
-    (``fxprune.zeros``) score below all others.
+    ``(group, module) -> scores``. ``calibration``: batches, each ``(inputs, targets)`` or inputs alone. ``loss``: what "taylor"
+    differentiates (see ``fxprune.importance.gradients``). Units that are dead already (``fxprune.zeros``) score below all others.
     """
-    return _dead_first(graph, _scores(graph, importance, calibration, seed))
+    return _dead_first(graph, _scores(graph, importance, calibration, seed, loss))
 
 
 def _dead_first(graph: CouplingGraph, found: Scores) -> Scores:
@@ -65,7 +69,9 @@ def _dead_first(graph: CouplingGraph, found: Scores) -> Scores:
     return changed
 
 
-def _scores(graph: CouplingGraph, importance: Importance, calibration: Iterable[Any] | None, seed: int) -> Scores:
+def _scores(
+    graph: CouplingGraph, importance: Importance, calibration: Iterable[Any] | None, seed: int, loss: Loss | None = None
+) -> Scores:
     if callable(importance):
         return {g.name: _checked(importance(g, graph.model), g) for g in graph.groups if g.prunable}
     if importance.startswith(CALLABLE):
@@ -89,7 +95,7 @@ def _scores(graph: CouplingGraph, importance: Importance, calibration: Iterable[
     if importance == "taylor":
         if calibration is None:
             raise InputError('importance "taylor" needs calibration data: pass calibration=[(inputs, targets), ...], or importance="l2"')
-        return _by_group(graph, _sums(graph, gradients(graph.model, calibration), lambda w, g: (w * g).abs()))
+        return _by_group(graph, _sums(graph, gradients(graph.model, calibration, loss, graph.inputs), lambda w, g: (w * g).abs()))
     if importance == "reconstruction":
         found = reconstruction(graph, need_batches(calibration))
         return {**_scores(graph, "l2", None, seed), **found}  # what no suitable layer reads is ranked by its weights
@@ -187,43 +193,3 @@ def _sums_along(term: torch.Tensor, dims: Iterable[int]) -> dict[int, torch.Tens
 def _sum_but(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     rest = [d for d in range(tensor.ndim) if d != dim]
     return tensor.sum(rest) if rest else tensor
-
-
-def gradients(model: nn.Module, calibration: Iterable[Any]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """(weight, gradient) of every parameter, the gradient of the loss averaged over ``calibration``; the model is not touched.
-
-    The loss is cross-entropy for integer targets and mean squared error for others; for inputs without targets, cross-entropy with the
-    model's own decisions.
-    """
-    twin = copy.deepcopy(model)
-    set_training(twin, False)
-    for p in twin.parameters():
-        p.requires_grad_(True)
-    batches = 0
-    for batch in calibration:
-        inputs, targets = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
-        output = _main(twin(**inputs) if isinstance(inputs, dict) else twin(*inputs) if isinstance(inputs, (tuple, list)) else twin(inputs))
-        loss = _loss(output, targets)
-        if not torch.isfinite(loss):
-            raise EvaluationError(
-                f"the calibration loss is {loss.item()} on batch {batches}; check the calibration data and the model's weights"
-            )
-        loss.backward()
-        batches += 1
-    if not batches:
-        raise InputError("the calibration set is empty; pass at least one batch")
-    return {n: (p.detach(), torch.zeros_like(p) if p.grad is None else p.grad / batches) for n, p in twin.named_parameters()}
-
-
-def _main(output: Any) -> torch.Tensor:
-    while not isinstance(output, torch.Tensor):
-        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
-    return output
-
-
-def _loss(output: torch.Tensor, targets: Any) -> torch.Tensor:
-    if targets is None:
-        targets = output.argmax(1)
-    if not targets.is_floating_point():
-        return F.cross_entropy(output, targets)
-    return F.mse_loss(output, targets)
