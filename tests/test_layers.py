@@ -39,6 +39,7 @@ ROOMS = (
     "costs",
     "repair",
     "importance",
+    "allocation",
     "files",
     "exporting",
     "training",

@@ -115,6 +115,11 @@ class CostModel:
             change[end + 1] -= held
         return round(float(np.cumsum(change).max()))
 
+    def products(self, metric: str) -> list[tuple[int, list[Vector]]]:
+        """What "macs" or "params" is the sum of: counts, each with the units along every axis by whose kept share it shrinks (-1: none)."""
+        found = [(n, along) for _, n, along in self._macs] if metric == "macs" else [(n, along) for _, n, _, along in self._params]
+        return [(n, [self._vectors[slot] for slot in along]) for n, along in found]
+
     def profile(self, keep: Keep | None = None) -> Profile:
         shares = self._shares(keep)
         layers: dict[str, dict[str, int]] = {}
