@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.passes.coupling.graph import CouplingGraph, Group
-from fxprune.repair.layers import Consumer, consumers
+from fxprune.repair.layers import Layer, layers_of
 from fxprune.repair.matrices import matrices
+from fxprune.repair.moments import input_axis
 
 WIDEST = 4608  # features of a layer beyond which its covariance is too large; its weights count as sliced, not as refitted
 
@@ -26,7 +27,7 @@ class Reader:
     """
 
     name: str
-    layer: Consumer
+    layer: Layer
     weights: Tensor
     width: int
 
@@ -49,11 +50,13 @@ class Cut:
 def readers_of(module: Any, graph: fx.Graph, prefix: str, wanted: set[str]) -> list[Reader]:
     """The layers of a traced part that can be refitted, of the weights ``wanted``; ``prefix``: of the part's names, with its dot."""
     found = []
-    for one in consumers(module, graph):
-        name = f"{prefix}{one.path}.weight"
-        weights = matrices(one.module)
-        if name in wanted and len(weights) == 1 and weights.shape[2] <= WIDEST:
-            width = weights.shape[2] // int(one.module.weight.shape[1])
+    for one in layers_of(module, graph):
+        name = prefix + one.name
+        if name not in wanted or one.form.kind == "conv_transpose" or one.form.groups > 1:
+            continue
+        weights = matrices(one.form, one.weight)
+        if weights.shape[2] <= WIDEST:
+            width = weights.shape[2] // int(one.weight.shape[input_axis(one.form)])
             found.append(Reader(name, one, weights[0].cpu().double(), width))
     return found
 

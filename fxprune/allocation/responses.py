@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.allocation.readers import Reader, readers_of
 from fxprune.errors import EvaluationError, InputError
-from fxprune.evaluation.accuracy import call, device_of, modes_kept, to_device
+from fxprune.evaluation.running import call, device_of, modes_kept, to_device
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.rewriting.slimmer import Slimmer
+from fxprune.repair.matrices import Form
 
 Seen = Callable[[Reader, Tensor, Tensor], None]
 """(reader, its inputs, its output or the gradient there)"""
@@ -55,11 +56,6 @@ class Responses:
             self._attend(module, {one.node: one for one in found})
         own = dict(self.root.named_parameters(remove_duplicate=False))
         self.rest = {name: own[name] for name in sorted(wanted - set(self.readers)) if name in own}
-
-    def samples(self, batch: int) -> int:
-        """How many samples a batch holds: the length of its first tensor."""
-        first = next((t for t in tree_leaves(self.batches[batch]) if isinstance(t, Tensor) and t.ndim), None)
-        return 1 if first is None else max(1, first.shape[0])
 
     def forward(self, batch: int, seen: Seen) -> None:
         """Run a batch; ``seen`` gets every reader's inputs and output."""
@@ -181,17 +177,18 @@ def per_sample(reader: Reader, inputs: Tensor, gradient: Tensor, samples: int) -
     Where rows cannot be told apart by sample, all of them are one, given back as many times as there are samples, each with its share:
     summed squares then mean the same.
     """
-    module = reader.layer.module
-    if isinstance(module, nn.Linear):
+    form, weight = reader.layer.form, reader.layer.weight
+    if not form.space:
         weights, constants = _of_rows(inputs, gradient)
     else:
-        x, g = (t.unsqueeze(0) if t.ndim == module.weight.ndim - 1 else t for t in (inputs, gradient))
-        weights, constants = _of_windows(module, x, g)
+        x, g = (t.unsqueeze(0) if t.ndim == weight.ndim - 1 else t for t in (inputs, gradient))
+        weights, constants = _of_windows(form, weight, x, g)
     if len(weights) == samples:
         return weights, constants
     if len(weights) % samples == 0:
-        return tuple(t.unflatten(0, (samples, -1)).sum(1) for t in (weights, constants))  # type: ignore[return-value]
-    return tuple(t.sum(0, keepdim=True).expand(samples, -1) / samples**0.5 for t in (weights, constants))  # type: ignore[return-value]
+        return weights.unflatten(0, (samples, -1)).sum(1), constants.unflatten(0, (samples, -1)).sum(1)
+    share = samples**-0.5
+    return share * weights.sum(0, keepdim=True).expand(samples, -1), share * constants.sum(0, keepdim=True).expand(samples, -1)
 
 
 def _of_rows(inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,25 +196,22 @@ def _of_rows(inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     return torch.bmm(g.transpose(1, 2), x).flatten(1), g.sum(1)
 
 
-def _of_windows(module: Any, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def _of_windows(form: Form, weight: Tensor, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """A convolution's weight gradient with every sample as a group of its own: one call for the batch."""
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padded = F.pad(x.float(), module._reversed_padding_repeated_twice, mode=mode)
-    count, outputs, space = g.shape[0], g.shape[1], module.weight.ndim - 2
-    shape = (count * outputs, padded.shape[1], *module.weight.shape[2:])
+    padded = F.pad(x.float(), form.pads, mode=form.mode)
+    count, outputs = g.shape[:2]
+    shape = (count * outputs, padded.shape[1], *weight.shape[2:])
     found = torch.ops.aten.convolution_backward(
         g.float().reshape(1, count * outputs, *g.shape[2:]),
         padded.reshape(1, -1, *padded.shape[2:]),
         padded.new_empty(1).expand(shape),
         None,
-        list(module.stride),
-        [0] * space,
-        list(module.dilation),
+        list(form.stride),
+        [0] * form.space,
+        list(form.dilation),
         False,
-        [0] * space,
+        [0] * form.space,
         count,
         [False, True, False],
     )[1]
     return found.reshape(count, -1), g.float().flatten(2).sum(2)
-
-

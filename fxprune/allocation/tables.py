@@ -1,8 +1,8 @@
 """Error tables: what the removal of any number of units from any group does to the output of the network.
 
 For each group and width the weights that read the group are refitted in closed form without the units that went, and the change of these
-weights is multiplied with the gradients of the output (see ``fxprune.allocation.responses``): so the error of a layer counts by what it does
-to the output, whatever its scale, with the correlation between channels, positions and layers. No slim network is made or run.
+weights is multiplied with the gradients of the output (see ``fxprune.allocation.responses``): so the error of a layer counts by what it
+does to the output, whatever its scale, with the correlation between channels, positions and layers. No slim network is made or run.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from fxprune.allocation.elimination import Thinning, eliminated
 from fxprune.allocation.readers import Cut, Reader, cuts, unit_sums
 from fxprune.allocation.responses import Responses, per_sample
 from fxprune.passes.coupling.graph import CouplingGraph, Group
-from fxprune.repair.least_squares import Moments
+from fxprune.repair.calibration import samples as samples_of
+from fxprune.repair.least_squares import gram
 from fxprune.repair.matrices import choose, input_rows
-from fxprune.repair.repairer import rows_wanted
 
 FloatArray = npt.NDArray[np.float64]
+ROWS = 32  # rows a layer takes from each calibration sample: places of a convolution's output, or tokens
 ROUNDS = 32  # a group is thinned out in at most so many rounds; between them the table is interpolated
 SAMPLES = 512  # calibration samples with gradients; more change little
 MEMORY = 2**29  # bytes of changed weights that are held at once; groups beyond it wait for another run over the samples
@@ -65,7 +66,7 @@ def error_table(
     calibration: Iterable[Any],
     *,
     ranking: Mapping[str, Any] | None = None,
-    refitted: bool = True,
+    repair: str = "lstsq",
     samples: int = SAMPLES,
     seed: int = 0,
 ) -> ErrorTable:
@@ -76,8 +77,8 @@ def error_table(
         calibration: Batches of inputs, or of (inputs, labels); labels are not read. All of them serve the second moments of what layers
             read, the first ``samples`` samples the gradients.
         ranking: Group name -> a score a unit; the lowest go first. Left out: the table chooses the order itself.
-        refitted: Whether what is left will be refitted by least squares (``repair="lstsq"``); else it counts as sliced, each layer with
-            its mean corrected.
+        repair: How a slim network will be repaired: by least squares ("lstsq"), which the errors then allow for; by its means ("bn",
+            "bias"); or not at all ("none").
         samples: Samples whose output gradients are computed.
         seed: Of the random directions and places.
 
@@ -92,8 +93,8 @@ def error_table(
     statistics = _Statistics.of(responses, deep, seed)
     order, widths, effects = {}, {}, {}
     for portion in _portions(groups, cuts_of, responses):
-        thinned = {g.name: _Thinned.of(g, cuts_of[g.name], responses, statistics, ranking, refitted) for g in portion}
-        found = _effects(thinned, responses, deep, seed, statistics)
+        thinned = {g.name: _Thinned.of(g, cuts_of[g.name], responses, statistics, ranking, repair) for g in portion}
+        found = _effects(thinned, responses, deep, seed, {} if repair == "none" else _means(thinned, statistics, responses))
         for name, one in thinned.items():
             order[name], widths[name], effects[name] = one.ranking, one.widths, found[name]
     return ErrorTable(order, widths, effects)
@@ -106,8 +107,28 @@ def _deep(responses: Responses, samples: int) -> list[int]:
         if held >= samples:
             break
         found.append(batch)
-        held += responses.samples(batch)
+        held += samples_of(responses.batches[batch])
     return found
+
+
+class _Moments:
+    """First and second moments of rows (rows, features), added up."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._sums: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        self.rows += len(x)
+        new = [x.sum(0).cpu().double(), gram(x.unsqueeze(0))[0].cpu().double()]
+        self._sums = [a + b for a, b in zip(self._sums, new, strict=True)] if self._sums else new
+
+    def mean(self) -> Tensor:
+        return self._sums[0] / self.rows
+
+    def covariance(self) -> Tensor:
+        mean = self.mean()
+        return self._sums[1] / self.rows - mean.unsqueeze(1) * mean
 
 
 @dataclass(frozen=True)
@@ -117,14 +138,14 @@ class _Statistics:
     ``saliency``: the gradients of the weights that cannot be refitted, one a batch.
     """
 
-    moments: Mapping[str, Moments]
+    moments: Mapping[str, _Moments]
     stakes: Mapping[str, Tensor]
     saliency: Mapping[str, Sequence[Tensor]]
 
     @classmethod
     def of(cls, responses: Responses, deep: list[int], seed: int) -> _Statistics:
         """One run over all batches, there and back for those that are ``deep``."""
-        moments = {name: Moments() for name in responses.readers}
+        moments = {name: _Moments() for name in responses.readers}
         apart: dict[str, Tensor] = {}
         together: dict[str, Tensor] = {}
         saliency: dict[str, list[Tensor]] = {name: [] for name in responses.rest}
@@ -136,12 +157,13 @@ class _Statistics:
             _add(together, reader.name, rows.sum(1).square().sum(0).cpu().double())
 
         for batch in range(len(responses.batches)):
-            limit = rows_wanted(responses.batches[batch])
+            limit = ROWS * samples_of(responses.batches[batch])
 
             def see(reader: Reader, inputs: Tensor, output: Tensor, batch: int = batch, limit: int = limit) -> None:
-                places = choose(reader.layer.module, output, limit, seed=(seed * 1009 + batch) * 100_003 + number[reader.name])
-                rows = input_rows(reader.layer.module, inputs, places)
-                moments[reader.name].add(rows, rows[..., :1])
+                layer = reader.layer
+                drawn = (seed * 1009 + batch) * 100_003 + number[reader.name]
+                rows = input_rows(layer.form, layer.weight, inputs, choose(layer.form, layer.weight, inputs, limit, drawn))
+                moments[reader.name].add(rows[0])
 
             if batch in deep:
                 for name, gradient in responses.backward(batch, seed, hear, see).items():
@@ -159,10 +181,10 @@ def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 def _channel_rows(reader: Reader, tensor: Tensor) -> Tensor:
     """(samples, positions, channels)."""
-    module = reader.layer.module
-    if isinstance(module, torch.nn.Linear):
+    form = reader.layer.form
+    if not form.space:
         return tensor.float().reshape(tensor.shape[0], -1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.float().reshape(1, 1, -1)
-    batched = tensor.unsqueeze(0) if tensor.ndim == module.weight.ndim - 1 else tensor
+    batched = tensor.unsqueeze(0) if tensor.ndim == form.space + 1 else tensor
     return batched.float().flatten(2).transpose(1, 2)
 
 
@@ -203,7 +225,7 @@ class _Thinned:
         responses: Responses,
         statistics: _Statistics,
         ranking: Mapping[str, Any] | None,
-        refitted: bool,
+        repair: str,
     ) -> _Thinned:
         read = [(responses.readers[c.name], c) for c in cut if c.name in statistics.stakes]
         rest = [c for c in cut if c.name in responses.rest]
@@ -211,12 +233,12 @@ class _Thinned:
         thinnings = [
             Thinning.of(
                 one.weights,
-                statistics.moments[one.name].covariance()[0],
+                statistics.moments[one.name].covariance(),
                 statistics.stakes[one.name],
                 one.width,
                 c.indices,
                 c.units,
-                refitted=refitted,
+                refitted=repair == "lstsq",
             )
             for one, c in read
         ]
@@ -246,8 +268,14 @@ def _saliency(group: Group, rest: Sequence[Cut], responses: Responses, statistic
     return total
 
 
+def _means(thinned: Mapping[str, _Thinned], statistics: _Statistics, responses: Responses) -> dict[str, Tensor]:
+    """The mean inputs of the readers whose output can be given a constant, as a repair does."""
+    names = {name for one in thinned.values() for name, _ in one.changes if responses.readers[name].layer.takes_shift}
+    return {name: statistics.moments[name].mean().float().to(responses.device) for name in sorted(names)}
+
+
 def _effects(
-    thinned: Mapping[str, _Thinned], responses: Responses, deep: list[int], seed: int, statistics: _Statistics
+    thinned: Mapping[str, _Thinned], responses: Responses, deep: list[int], seed: int, means: Mapping[str, Tensor]
 ) -> dict[str, FloatArray]:
     """Run the samples there and back once more, and multiply each layer's gradients with its changes."""
     changes: dict[str, list[tuple[str, Tensor]]] = {}
@@ -255,10 +283,9 @@ def _effects(
         for name, change in one.changes:
             changes.setdefault(name, []).append((group, change))
     held = {name: [(group, change.to(responses.device)) for group, change in found] for name, found in changes.items()}
-    means = {name: statistics.moments[name].means[0][0].float().to(responses.device) for name in changes}
     found: dict[str, list[Tensor]] = {group: [] for group in thinned}
     for batch in deep:
-        samples = responses.samples(batch)
+        samples = samples_of(responses.batches[batch])
         sums = {group: torch.zeros(len(one.widths), samples, dtype=torch.float64) for group, one in thinned.items()}
         hear: Callable[[Reader, Tensor, Tensor], None] = _Hearing(held, means, sums, samples)
         rest = responses.backward(batch, seed, hear)
@@ -275,7 +302,7 @@ def _effects(
 
 @dataclass(frozen=True)
 class _Hearing:
-    """Adds up what the changes of a reader's weights do to the output, its mean response being corrected."""
+    """Adds up what the changes of a reader's weights do to the output. ``means``: of the inputs of readers whose mean is corrected."""
 
     changes: Mapping[str, Sequence[tuple[str, Tensor]]]
     means: Mapping[str, Tensor]
@@ -289,5 +316,6 @@ class _Hearing:
         outputs = constants.shape[1]
         for group, change in self.changes[reader.name]:
             effect = change @ weights.T
-            shift = change.unflatten(1, (outputs, -1)) @ self.means[reader.name]
-            self.sums[group].add_((effect - shift @ constants.T).cpu().double())
+            if reader.name in self.means:
+                effect = effect - change.unflatten(1, (outputs, -1)) @ self.means[reader.name] @ constants.T
+            self.sums[group].add_(effect.cpu().double())

@@ -203,6 +203,7 @@ class Session:
             reference=self.reference(original, graph),
             rough=scored.first(self.options.rough_images),
             latency=alone(self.example),
+            tabled=config.wants_table,
         )
         if config.recover_every:
             problem = Recovery(candidates, working, lambda slim: self.recover(original, slim, watcher)).attached(problem)

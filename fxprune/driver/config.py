@@ -10,6 +10,7 @@ from fxprune.driver.targets import Point, parse
 from fxprune.errors import SearchError
 
 Reward = Callable[[Mapping[str, float]], float]
+FIRST = ("table", "even")
 DECAYS = ("constant", "linear", "cosine")
 STEP_UNITS = ("cost", "units")
 
@@ -19,7 +20,7 @@ class SearchConfig:
     """Options of a search. The defaults are ours, for a small CNN in minutes; ``preset("paper")`` gives the paper's."""
 
     targets: Any = ("macs=0.5",)  # one text, several texts or a mapping: see fxprune.driver.targets.parse
-    strategy: Any = "rl-pruner"  # rl-pruner, uniform, random, magnitude, optuna:SAMPLER, module:Class, or a Strategy subclass
+    strategy: Any = "rl-pruner"  # rl-pruner, table, uniform, random, magnitude, optuna:SAMPLER, module:Class, or a Strategy subclass
     reward: Any = "accuracy"  # accuracy, flops, params, latency, module:function, or a function of the metrics
     alpha: float | None = None  # weight of the MACs removed in the reward; None: the preset reward's own
     beta: float | None = None  # weight of the parameters removed in the reward; None: the preset reward's own
@@ -49,6 +50,7 @@ class SearchConfig:
     improvement: float = 1e-4  # what counts as an improvement of the best Q
     sharp_drop: float = 0.10  # relative fall of accuracy that resets the policy and redoes the step once. Paper: 10 %
     recover_every: int = 0  # prune steps between recoveries (distillation); 0: none during the search. Paper: 1
+    first: str = "table"  # the first sample: the error table's allocation, where there is calibration data, or "even". Paper: even
     warm_start: float = 0.0  # weight of the importance ranking in the first policy, 0 to 1. Paper: 0, proportional to group sizes
     storage: str | None = None  # optuna strategies: where the study is kept, for example sqlite:///study.db; None: in memory
     keep_best: bool = True  # result: the best on-target candidate scored; False: the last architecture, as in the paper
@@ -87,7 +89,13 @@ class SearchConfig:
         for name in ("recover_every", "finalists", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(self.epsilon_decay in DECAYS, "epsilon_decay", self.epsilon_decay, f"one of {', '.join(DECAYS)}")
+        _require(self.first in FIRST, "first", self.first, f"one of {', '.join(FIRST)}")
         _require(self.step_by in STEP_UNITS, "step_by", self.step_by, f"one of {', '.join(STEP_UNITS)}")
+
+    @property
+    def wants_table(self) -> bool:
+        """Whether the search begins with, or consists of, the allocation of an error table."""
+        return self.strategy == "table" or (self.strategy == "rl-pruner" and self.first == "table" and not self.warm_start)
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -140,6 +148,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "patience": None,
         "sharp_drop": 0.10,
         "recover_every": 1,
+        "first": "even",
         "warm_start": 0.0,
         "keep_best": False,
         "finalists": 0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,17 @@ Metrics = Mapping[str, float]
 Cost = Callable[[IntArray], Metrics]
 Score = Callable[[IntArray], Metrics]
 Rounding = Callable[[IntArray], IntArray]
+
+
+class Allocating(Protocol):
+    """An error table: what each number of removed units breaks. ``metrics``: the costs that it can bound."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]: ...
+
+    def allocate(self, bounds: Mapping[str, float]) -> IntArray:
+        """The removal vector that breaks least while at most these shares of the metrics are left; nothing is scored for it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class Space:
         they are asked for. Only the names that a search needs are looked up, so a mapping may measure on lookup.
     ``unit_scores``: for each group the importance of its units in ascending order, float64, shape ``(units,)``; None if there is none.
     ``rounding``: removal vector -> the one that it comes to, nowhere more, where channels are kept in multiples of ``grain``; None: itself.
+    ``table``: the error table, where there is one.
     """
 
     names: tuple[str, ...]
@@ -44,6 +56,7 @@ class Space:
     unit_scores: tuple[FloatArray, ...] | None = None
     rounding: Rounding | None = None
     grain: int = 1
+    table: Allocating | None = None
 
     @property
     def room(self) -> IntArray:
@@ -104,6 +117,7 @@ class Problem:
     load_weights: Callable[[Path], None] | None = None
     rounding: Rounding | None = None
     grain: int = 1
+    table: Allocating | None = None
     measured: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -124,4 +138,4 @@ class Problem:
     def space(self) -> Space:
         """The part of the problem that strategies may see."""
         scores = None if self.unit_scores is None else tuple(np.asarray(s, dtype=np.float64) for s in self.unit_scores)
-        return Space(self.names, self.units, self.channels, self.cost, self.fixed_channels, scores, self.rounding, self.grain)
+        return Space(self.names, self.units, self.channels, self.cost, self.fixed_channels, scores, self.rounding, self.grain, self.table)

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from fxprune.allocation.allocating import Allocator
+from fxprune.allocation.prices import output_channels
+from fxprune.allocation.tables import error_table
 from fxprune.costs.profiling import profile
 from fxprune.driver import Problem
 from fxprune.evaluation.running import device_of, one_thread
 from fxprune.example_inputs import build
 from fxprune.importance.criteria import scores
 from fxprune.passes.coupling.graph import CouplingGraph
-from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.repair.repairer import Repairer, checked
 from fxprune.searching.candidates import CandidateCosts, Candidates, Evaluate, Score
 
@@ -35,6 +37,7 @@ def make_problem(
     reference: CouplingGraph | None = None,
     rough: Evaluate | None = None,
     latency: Callable[[nn.Module], float] | None = None,
+    tabled: bool = False,
 ) -> tuple[Problem, Candidates]:
     """An analysed network as a search problem: costs from the analysis, scores from ``evaluate`` on slim networks.
 
@@ -42,13 +45,20 @@ def make_problem(
     ``rough``: a cheaper ``evaluate``, on fewer images say, for all but the finalists.
     ``latency``: seconds that a network takes; if left out, those for the example inputs.
     ``reference``: the same network analysed with the weights whose responses a repair aims at, where those of ``graph`` will change.
+    ``tabled``: whether the problem has an error table, made once from ``calibration``, where there is any; with ``importance`` "auto" and
+    a repair by least squares it also ranks the units.
     """
     batches = None if calibration is None else list(calibration)
     checked(repair)
-    if importance == "auto" and repair == "lstsq" and batches:
-        importance = "reconstruction"  # the choice of units and the repair then aim at the same error
+    own = importance == "auto" and repair == "lstsq" and bool(batches)  # the choice of units and the repair then aim at the same error
+    table: Allocator | None = None
     with one_thread():
-        candidates = Candidates(graph, scores(graph, importance, batches, seed), round_to)
+        ranking = None if own and tabled else scores(graph, "reconstruction" if own else importance, batches, seed)
+        if tabled and batches:
+            table = Allocator(graph, error_table(graph, batches, ranking=ranking, repair=repair, seed=seed), round_to=round_to)
+            ranking = table.table.ranking
+        assert ranking is not None
+        candidates = Candidates(graph, ranking, round_to)
     measured: dict[str, float] = {}
 
     seconds = latency or (lambda module: _latency(module, graph))
@@ -59,11 +69,12 @@ def make_problem(
         return seconds(slim) / measured["latency"]
 
     channels, fixed = output_channels(graph)
+    per_unit = np.array([channels[name] for name in candidates.names], dtype=np.int64)
     repairer = Repairer(graph, batches or (), repair if batches else "none", reference)
     problem = Problem(
         names=candidates.names,
         units=np.array([g.size for g in candidates.groups]),
-        channels=channels,
+        channels=per_unit,
         cost=lambda removed: CandidateCosts(candidates, removed, share),
         score=Score(candidates, evaluate, repairer),
         rough=None if rough is None else Score(candidates, rough, repairer),
@@ -71,25 +82,7 @@ def make_problem(
         unit_scores=[np.sort(candidates.ranking[n]) for n in candidates.names],
         rounding=candidates.rounded if round_to > 1 else None,
         grain=round_to,
+        table=table,
         measured=measured,
     )
     return problem, candidates
-
-
-def output_channels(graph: CouplingGraph) -> tuple[Any, int]:
-    """Output channels of convolutions and linears per unit of each prunable group, and those in no prunable group.
-
-    The network's own outputs are left out, as the paper counts (Wang 2024, sec. 4).
-    """
-    per_unit = np.zeros(int(graph.starts[-1]))
-    fixed = 0
-    for key in graph.keys:
-        if graph.is_output(key):
-            units = graph.unit_of[key]
-            inside = graph.prunable_unit[units]
-            per_unit += np.bincount(units[inside], minlength=len(per_unit))
-            groups = [graph.by_number[g] for g in np.unique(graph.group_of_unit[units]).tolist() if g in graph.by_number]
-            if not any(g.kind is ReasonKind.OUTPUT for g in groups):
-                fixed += int((~inside).sum())
-    prunable = [g for g in graph.groups if g.prunable]
-    return np.array([round(per_unit[graph.starts[g.number]]) for g in prunable], dtype=np.int64), fixed

@@ -75,6 +75,7 @@ def search(
         repair=config.repair,
         seed=config.seed,
         rough=rough,
+        tabled=config.wants_table,
     )
     outcome = run(problem, config, checkpoint_dir=checkpoint_dir, resume=resume, on_event=on_event)
     assert isinstance(problem.score, Score)

@@ -120,6 +120,10 @@ class CostModel:
         found = [(n, along) for _, n, along in self._macs] if metric == "macs" else [(n, along) for _, n, _, along in self._params]
         return [(n, [self._vectors[slot] for slot in along]) for n, along in found]
 
+    def lifetimes(self) -> list[tuple[int, int, int, list[Vector]]]:
+        """For every storage: the first and the last moment it is held, its bytes, and the units along its axes (-1: none)."""
+        return [(start, end, size, [self._vectors[slot] for slot in along]) for start, end, size, along in self._memory]
+
     def profile(self, keep: Keep | None = None) -> Profile:
         shares = self._shares(keep)
         layers: dict[str, dict[str, int]] = {}

@@ -10,11 +10,18 @@ from fxprune.driver.strategies.base import Scored, Strategy
 from fxprune.driver.strategies.magnitude import Magnitude
 from fxprune.driver.strategies.random import Random
 from fxprune.driver.strategies.rl.rl_pruner import RLPruner
+from fxprune.driver.strategies.table import Table
 from fxprune.driver.strategies.uniform import Uniform
 from fxprune.errors import SearchError
 from fxprune.imports import by_path
 
-STRATEGIES: Mapping[str, type[Strategy]] = {"rl-pruner": RLPruner, "uniform": Uniform, "random": Random, "magnitude": Magnitude}
+STRATEGIES: Mapping[str, type[Strategy]] = {
+    "rl-pruner": RLPruner,
+    "table": Table,
+    "uniform": Uniform,
+    "random": Random,
+    "magnitude": Magnitude,
+}
 
 
 def find(chosen: Any) -> type[Strategy]:
@@ -30,4 +37,4 @@ def find(chosen: Any) -> type[Strategy]:
     raise SearchError(f"unknown strategy {chosen!r}; use one of {known}, optuna:SAMPLER, or module:Class of a fxprune.driver.Strategy")
 
 
-__all__ = ["STRATEGIES", "Magnitude", "Scored", "RLPruner", "Random", "Strategy", "Uniform", "find"]
+__all__ = ["STRATEGIES", "Magnitude", "Scored", "RLPruner", "Random", "Strategy", "Table", "Uniform", "find"]

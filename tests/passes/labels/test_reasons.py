@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.allocation.prices import output_channels
 from fxprune.passes.labels.values import Value
-from fxprune.searching.problem import output_channels
 
 
 class Gained(nn.Module):

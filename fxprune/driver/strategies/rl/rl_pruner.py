@@ -21,6 +21,7 @@ from fxprune.driver.strategies.rl.epsilon import epsilon_at
 from fxprune.driver.strategies.rl.qvalue import q_values
 from fxprune.driver.strategies.rl.update import updated
 from fxprune.driver.strategies.rl.value import ValueModel
+from fxprune.driver.strategies.table import from_table
 
 
 class RLPruner(Strategy):
@@ -46,6 +47,7 @@ class RLPruner(Strategy):
         self.per_step = max(1, math.ceil(total / config.steps)) if config.steps else share
         scale = 1 / len(space.names) if config.noise_relative else 1.0
         self.noise = config.noise * scale
+        self.first: IntArray | None = from_table(self.budget) if config.wants_table and space.table is not None else None
         self.policy: FloatArray = self._first_policy()
 
     def propose(self) -> list[IntArray]:
@@ -68,6 +70,8 @@ class RLPruner(Strategy):
             draws=self.draws if len(self.value) > config.samples else 1,
             choose=self._most_promising,
         )
+        if self.first is not None and self.planned == 1 and self.step == self.round == 0:  # ours: the table's allocation, to the unit
+            self.nodes[0] = sampler.Node(-1, self.policy, self.first)
         return [node.removed for node in self.nodes]
 
     def learn(self, outcomes: Sequence[Scored]) -> None:
@@ -141,8 +145,10 @@ class RLPruner(Strategy):
         self.value.restore(memory["value"])
 
     def _first_policy(self) -> FloatArray:
-        """Proportional to what the groups have left, mixed with the importance ranking's allocation where a warm start is asked for."""
+        """The table's allocation, or proportional to what the groups have left, mixed with the importance ranking's by ``warm_start``."""
         weight, floor = self.config.warm_start, self.config.floor
+        if self.first is not None:
+            return on_simplex(np.maximum(self.first - self.at, 0) / max(int(self.first.sum()), 1), floor)
         even = proportional(self.space.units - self.at, floor)
         if not weight:
             return even

@@ -1,0 +1,148 @@
+"""From a target to a policy by error tables, without a search."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from fxprune.allocation.prices import METRICS, IntArray, Prices
+from fxprune.allocation.tables import ErrorTable, error_table
+from fxprune.allocation.widths import Knapsack
+from fxprune.errors import InputError, TargetError
+from fxprune.evaluation.running import one_thread
+from fxprune.importance.criteria import importance_name, scores
+from fxprune.index_lists import ranges
+from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.passes.planning.naming import limits
+from fxprune.passes.planning.plan import Rounding, keep_counts
+from fxprune.policies import Policy
+from fxprune.repair.repairer import checked
+
+TOLERANCE = 1e-6  # by which a share may be above its bound
+
+
+class Allocator:
+    """Allocations of one network from its error table, as many as are asked for.
+
+    ``round_to``, ``most``: as in ``compress``.
+    """
+
+    metrics = METRICS
+
+    def __init__(
+        self, graph: CouplingGraph, table: ErrorTable, *, round_to: int = 1, most: Mapping[str, float] | float | None = None
+    ) -> None:
+        self.graph, self.table = graph, table
+        self.groups = [group for group in graph.groups if group.prunable]
+        self.limits = limits(graph, most)
+        self.rounding = Rounding(graph, round_to) if round_to > 1 else None
+
+    def allocate(self, bounds: Mapping[str, float]) -> IntArray:
+        """Units to remove from each prunable group, (groups,), so that at most these shares of the metrics are left.
+
+        ``bounds``: metric ("macs", "params", "memory" or "sparsity", the last the share of the output channels that stays) -> share that
+        is left of the original's, 0 to 1. Where that cannot be, as much as may go.
+        """
+        return self._knapsack.allocate(bounds)
+
+    @cached_property
+    def prices(self) -> Prices:
+        """What allocations cost."""
+        return Prices(self.graph, self.groups)
+
+    @cached_property
+    def _knapsack(self) -> Knapsack:
+        effects = [self.table.along(group.name) for group in self.groups]
+        return Knapsack(effects, [self._allowed(i) for i in range(len(self.groups))], self.prices.shares)
+
+    def _allowed(self, number: int) -> IntArray:
+        """The removals that a group may lose alone: up to its limit and, rounded, themselves; all, where rounding lets none stand."""
+        group = self.groups[number]
+        most = min(self.limits.get(group.name, group.size - 1), group.size - 1)
+        every = np.arange(most + 1, dtype=np.int64)
+        if self.rounding is None:
+            return every
+        rounding = self.rounding
+        stand = np.array([rounding({group.name: int(count)})[group.name] == count for count in every])
+        return every[stand] if stand.sum() > 1 else every
+
+
+def allocate(
+    graph: CouplingGraph,
+    bounds: Mapping[str, float],
+    calibration: Iterable[Any],
+    *,
+    importance: Any = "auto",
+    repair: str = "lstsq",
+    round_to: int = 1,
+    most: Mapping[str, float] | float | None = None,
+    seed: int = 0,
+) -> Policy:
+    """Find a policy that meets ``bounds`` by error tables; no slim network is made or run.
+
+    What ``compress(model, "macs=0.5", x, calibration=batches)`` does with its target: ``compress(graph, allocate(graph, {"macs": 0.5},
+    batches, repair=repair, round_to=round_to, most=most), calibration=batches, repair=repair)``. The policy lists the units, which
+    ``compress`` takes again. For several targets make one ``Allocator`` from one ``error_table``.
+
+    Args:
+        graph: The analysed network; it and its model stay as they are.
+        bounds: Metric -> the share of the original that may be left, above 0 and at most 1: "macs", "params", "memory" (the peak of the
+            activations) or "sparsity" (here the share of the output channels that stays).
+        calibration: Batches of inputs, or of (inputs, labels); a few hundred samples or more. Labels are read only by an ``importance``
+            that needs them.
+        importance: What ranks the units of a group; "auto": the table itself. Otherwise as for ``compress``.
+        repair: How the slim network will be repaired, for which the errors are reckoned.
+        round_to: Channels kept in every pruned dimension are rounded up to a multiple of it.
+        most: The largest share of its units that any group loses, or a mapping from group, module or glob to it.
+        seed: Of what the table draws.
+
+    Returns:
+        A policy with the sparsity of every prunable group.
+
+    Raises:
+        InputError: A metric that must be measured, a share out of range, or no calibration data.
+        TargetError: The bounds cannot be met.
+    """
+    checked(repair)
+    for metric, share in bounds.items():
+        if metric not in METRICS:
+            raise InputError(f"a table cannot bound {metric!r}, only {', '.join(METRICS)}; search for it with fxprune.search")
+        if not 0 < share <= 1:
+            raise InputError(f"{metric}={share} is out of range; give what is to be left as a share above 0 and at most 1")
+    batches = list(calibration)
+    with one_thread():
+        ranking = None if importance == "auto" else scores(graph, importance, batches, seed)
+        table = error_table(graph, batches, ranking=ranking, repair=repair, seed=seed)
+    allocator = Allocator(graph, table, round_to=round_to, most=most)
+    if not allocator.groups:
+        raise InputError("there is no prunable group; fxprune.visualize(model, inputs) says why each is locked")
+    removed = allocator.allocate(bounds)
+    counts = {group.name: int(count) for group, count in zip(allocator.groups, removed, strict=True)}
+    if allocator.rounding is not None:
+        counts = allocator.rounding(counts)
+    left = {m: float(allocator.prices.shares(m, np.array([[counts[g.name] for g in allocator.groups]]))[0]) for m in bounds}
+    for metric, share in bounds.items():
+        if left[metric] > share + TOLERANCE and round_to == 1:
+            least = float(allocator.prices.shares(metric, np.array([[len(a) - 1 for a in allocator._knapsack.allowed]]))[0])
+            raise TargetError(f"{metric}={share} cannot be met: with all that may go, {least:.3g} is left; ask for more")
+    return _policy(graph, table, counts, importance, round_to, {"strategy": "table", "bounds": dict(bounds), "left": left})
+
+
+def _policy(
+    graph: CouplingGraph, table: ErrorTable, counts: Mapping[str, int], importance: Any, round_to: int, meta: Mapping[str, Any]
+) -> Policy:
+    keep = keep_counts(graph, counts, table.ranking)
+    sparsity, units = {}, {}
+    for group in graph.groups:
+        if group.prunable:
+            gone = np.flatnonzero(~keep[graph.starts[group.number] : graph.starts[group.number + 1]])
+            sparsity[group.name] = len(gone) / group.size
+            if len(gone):
+                units[group.name] = ranges(torch.from_numpy(gone))
+    return Policy(
+        sparsity, graph.inputs, {**graph.options, "round_to": round_to, "importance": importance_name(importance), "units": units}, meta
+    )
