@@ -12,6 +12,7 @@ from fxprune.api import analyze, compress, record
 from fxprune.costs.profiling import profile
 from fxprune.errors import FxPruneError, PruningWarning, VerificationError
 from fxprune.exporting.folding import fold_batchnorm
+from fxprune.files.applying import apply
 from fxprune.files.slim_file import load, rebuild, save
 from fxprune.passes.rules import LayerSpec, register_layer, register_op
 from fxprune.policies import Policy
@@ -42,6 +43,7 @@ __all__ = [
     "SearchResult",
     "VerificationError",
     "analyze",
+    "apply",
     "compress",
     "distill",
     "explain",

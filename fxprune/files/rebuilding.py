@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -55,3 +56,18 @@ def units_kept(graph: CouplingGraph, kept: Mapping[str, Mapping[int, Tensor]], n
             gone[indices.numpy()] = False
             keep[units[gone]] = False
     return keep
+
+
+def check_original(record: PruningRecord, model: nn.Module, whose: str) -> None:
+    """The layers of the original that was pruned must be those of ``model``, parameter for parameter. ``whose``: words for an error."""
+    own: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        own[name.rpartition(".")[0]] += parameter.numel()
+    wanted = {name: costs["params"] for name, costs in record.before.per_layer.items() if costs["params"]}
+    for layer, count in wanted.items():
+        if own[layer] != count:
+            has = f"{own[layer]} parameters in {layer!r}" if own[layer] else f"no layer {layer!r} with parameters"
+            raise FileError(f"it was made of another model: this one has {has}, {whose} original {count}")
+    for layer, count in own.items():
+        if count and layer not in wanted:
+            raise FileError(f"it was made of another model: this one has {count} parameters in {layer!r}, {whose} original none")

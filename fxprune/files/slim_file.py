@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from fxprune.atomic import replace_tensors
 from fxprune.attached import attach, record_of
 from fxprune.errors import FileError, FxPruneError, first_line
 from fxprune.evaluation.running import device_of
-from fxprune.files.rebuilding import rebuilt
+from fxprune.files.rebuilding import check_original, rebuilt
 from fxprune.files.record_json import decode_record, encode_record
 from fxprune.records import PruningRecord
 
@@ -55,6 +54,8 @@ def save(slim: nn.Module, path: str | os.PathLike[str]) -> None:
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Rebuild the slim module of ``path`` from ``model``, a fresh original, which may lie on the meta device and is not changed.
+
+    That is ``apply`` with the record of the file, and then the weights of the file.
 
     What comes back is what ``compress`` gave: a ``torch.fx.GraphModule``, or, where the root could not be traced, a copy of the user's
     module with slim parts (such a model must be built with values, not on meta). It lies where the model does, on the CPU for a model
@@ -109,7 +110,7 @@ def _loaded(path: Path, model: nn.Module, device: torch.device | None) -> tuple[
     try:
         record = decode_record(described["record"])
         aliases, layouts = _names(described["aliases"], "aliases"), _names(described["layouts"], "layouts")
-        _check_original(record, model)
+        check_original(record, model, "the file's")
         slim = rebuilt(_with_index_buffers(model, record, tensors), record)
         if device is None:
             tensors = {name: tensor if name.startswith(_EXTRA) else tensor.to("meta") for name, tensor in tensors.items()}
@@ -206,21 +207,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         found = described.get("format") if isinstance(described, dict) else described
         raise FileError(f"cannot load {path}: its format is {str(found)[:40]!r}; this fxprune reads {FORMAT!r}")
     return described, tensors
-
-
-def _check_original(record: PruningRecord, model: nn.Module) -> None:
-    """The layers of the original that was pruned must be those of ``model``, parameter for parameter."""
-    own: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        own[name.rpartition(".")[0]] += parameter.numel()
-    wanted = {name: costs["params"] for name, costs in record.before.per_layer.items() if costs["params"]}
-    for layer, count in wanted.items():
-        if own[layer] != count:
-            has = f"{own[layer]} parameters in {layer!r}" if own[layer] else f"no layer {layer!r} with parameters"
-            raise FileError(f"it was made of another model: this one has {has}, the file's original {count}")
-    for layer, count in own.items():
-        if count and layer not in wanted:
-            raise FileError(f"it was made of another model: this one has {count} parameters in {layer!r}, the file's original none")
 
 
 def _with_index_buffers(model: nn.Module, record: PruningRecord, tensors: Mapping[str, Tensor]) -> nn.Module:
