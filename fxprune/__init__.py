@@ -14,8 +14,10 @@ from fxprune.errors import FxPruneError, PruningWarning, VerificationError
 from fxprune.exporting.folding import fold_batchnorm
 from fxprune.files.applying import apply
 from fxprune.files.slim_file import load, rebuild, save
+from fxprune.importance.criterion import Criterion, register_criterion
 from fxprune.passes.rules import LayerSpec, register_layer, register_op
 from fxprune.policies import Policy
+from fxprune.repair.registry import register_repair
 from fxprune.training.distillation import DistillConfig, distill
 from fxprune.training.hints import Hint
 from fxprune.training.rebinding import rebind
@@ -23,6 +25,7 @@ from fxprune.training.rebinding import rebind
 if TYPE_CHECKING:
     from fxprune.driver import SearchConfig
     from fxprune.exporting.exporter import Exported, export
+    from fxprune.exporting.formats import Format, register_format
     from fxprune.report.explaining import Explanation, explain
     from fxprune.report.visualising import visualize
     from fxprune.searching.result import SearchResult, search
@@ -31,9 +34,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Criterion",
     "DistillConfig",
     "Explanation",
     "Exported",
+    "Format",
     "FxPruneError",
     "Hint",
     "LayerSpec",
@@ -54,8 +59,11 @@ __all__ = [
     "rebind",
     "rebuild",
     "record",
+    "register_criterion",
+    "register_format",
     "register_layer",
     "register_op",
+    "register_repair",
     "save",
     "search",
     "shrink",
@@ -66,10 +74,12 @@ __all__ = [
 _LATER = {
     "Explanation": "fxprune.report.explaining",
     "Exported": "fxprune.exporting.exporter",
+    "Format": "fxprune.exporting.formats",
     "SearchConfig": "fxprune.driver",
     "SearchResult": "fxprune.searching.result",
     "explain": "fxprune.report.explaining",
     "export": "fxprune.exporting.exporter",
+    "register_format": "fxprune.exporting.formats",
     "search": "fxprune.searching.result",
     "shrink": "fxprune.searching.shrinking",
     "visualize": "fxprune.report.visualising",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from fxprune.errors import FxPruneError, InputError, PruningWarning
 from fxprune.evaluation.running import device_of
 from fxprune.evaluation.wrappers import unwrapped
 from fxprune.importance.criteria import Importance, importance_name, scores
+from fxprune.importance.criteria import resolved as resolved_importance
 from fxprune.importance.gradients import Loss
 from fxprune.index_lists import indices
 from fxprune.passes.base import GraphPass, Observer, UserPass, run_passes
@@ -31,7 +32,8 @@ from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.verify import verify as zeroing_oracle
 from fxprune.policies import Policy, checked_sparsity, units_removed
 from fxprune.records import PruningRecord
-from fxprune.repair.repairer import Repairer, checked
+from fxprune.repair.registry import named as named_repair
+from fxprune.repair.repairer import Repairer
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -74,7 +76,7 @@ def compress(
     calibration: Iterable[Any] | None = None,
     round_to: int | None = None,
     attention: str = "auto",
-    repair: str = "none",
+    repair: str | Callable[[nn.Module, Sequence[Any]], Any] = "none",
     verify: bool = False,
     keep_class: bool = False,
     most: float | Mapping[str, float] | None = None,
@@ -134,11 +136,13 @@ def compress(
         ignored = ignored or listed(options.get("ignore") or ())
         chosen_attention = attention if attention != "auto" else str(options.get("attention") or "auto")
     multiple = round_to if round_to is not None else int(options.get("round_to") or 1)
-    importance = importance if importance != "auto" else str(options.get("importance") or "auto")
+    ranked_by = resolved_importance(importance)
+    if importance == "auto":
+        importance = ranked_by = str(options.get("importance") or "auto")
     if multiple < 1:
         raise InputError(f"round_to is {multiple}; it must be 1 or more")
     wanted_norms = norms if norms is not None else options.get("norms")
-    checked(repair)
+    repair_name, _ = named_repair(repair)
     batches = None if calibration is None else list(calibration)
     if isinstance(model, CouplingGraph):
         _fits_graph(model, ignored, attention)
@@ -151,7 +155,7 @@ def compress(
     units = options.get("units") if importance == options.get("importance", "auto") else None
 
     def score(graph: CouplingGraph) -> Mapping[str, Any]:
-        return _recorded(graph, wanted.sparsity, units) or scores(graph, importance, batches, loss=loss)
+        return _recorded(graph, wanted.sparsity, units) or scores(graph, ranked_by, batches, loss=loss)
 
     chosen_norms = str(wanted_norms or graph.options.get("norms", "plain"))
     if chosen_norms not in NORMS:
@@ -173,10 +177,10 @@ def compress(
     if verify:
         given = example if _has_values(example) else forms.build(graph.inputs, device=device_of(graph.model))
         zeroing_oracle(graph, keep, slim, *forms.call_form(given), chosen_norms)
-    if repair != "none":
+    if repair_name != "none":
         repairer = Repairer(graph, batches or (), repair)
         notes = repairer(slim, slimmer)
-        attach(slim, made.with_repair(repair, notes, repairer.layers))
+        attach(slim, made.with_repair(repair_name, notes, repairer.layers))
     return _passed(slim, passes, observe)
 
 

@@ -58,7 +58,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
 
 
 def needed(package: str, use: str, extra: str) -> Any:
-    """Import ``package``, which the extra ``extra`` installs. Raises ``DependencyError`` with the command that does.
+    """Import ``package``, which the extra ``extra`` installs (empty: its own name does). Raises ``DependencyError`` with the command.
 
     ``use``: what needs it, as the first words of the message: "export to onnx", "--config".
     """
@@ -66,8 +66,10 @@ def needed(package: str, use: str, extra: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         top = package.split(".")[0]
+        called = _DISTRIBUTIONS.get(package, top)
+        wanted = f"'fxprune[{extra}]'" if extra else called
         other = "" if (error.name or top).split(".")[0] == top else f" ({first_line(error)})"
-        raise DependencyError(f"{use} needs {_DISTRIBUTIONS.get(package, top)}: pip install 'fxprune[{extra}]'{other}") from error
+        raise DependencyError(f"{use} needs {called}: pip install {wanted}{other}") from error
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,6 @@ def test_noise_sees_outputs_of_other_images(tmp_path: Path, monkeypatch: pytest.
     one = FORMATS["torch"]
     monkeypatch.setattr(fxprune, "export", lambda *a, **k: type("Exported", (), {"difference": None}))
     for run, low, high in ((lambda path, given: [slim(given[0])], 0.0, 1e-9), (lambda path, given: [slim(given[0].flip(0))], 1.0, 3.0)):
-        monkeypatch.setitem(FORMATS, "torch", type(one)(one.suffix, one.extra, (), (), one.write, run, True))
+        monkeypatch.setitem(FORMATS, "torch", replace(one, writes=(), runs=(), run=run, quantized=True))
         with torch.no_grad():
             assert low <= outcome(slim, "torch", tmp_path) <= high

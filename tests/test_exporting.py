@@ -31,7 +31,7 @@ class Branches(nn.Module):
         self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(16)
         self.deep = nn.Conv2d(16, 16, 3, padding=1, groups=16)
-        self.mix = nn.Conv2d(16, 16, 1)
+        self.mix = nn.Sequential(nn.Conv2d(16, 24, 1), nn.ReLU(), nn.Conv2d(24, 16, 1))
         self.head = nn.Linear(16, 10)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -174,7 +174,7 @@ def test_a_file_that_computes_something_else_is_not_kept(small: nn.Module, tmp_p
         (lambda *a: [t * float("nan") for t in right(*a)], "they differ by nan"),
         (lambda *a: right(*a)[:1], "outputs of shape 3x10, eager PyTorch 3x10, 3x8"),
     ):
-        monkeypatch.setitem(FORMATS, "torch", runtimes.Format(".pt2", "torch", (), (), FORMATS["torch"].write, wrong))
+        monkeypatch.setitem(FORMATS, "torch", runtimes.Format(".pt2", FORMATS["torch"].write, wrong))
         with pytest.raises(VerificationError, match=message):
             fxprune.export(small, path)
     assert path.read_bytes() == b"older" and [p.name for p in tmp_path.iterdir()] == ["slim.pt2"]

@@ -45,6 +45,7 @@ ROOMS = (
     "training",
     "api",
     "searching",
+    "testing",
     "report",
     "cli",
     "__main__",

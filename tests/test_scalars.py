@@ -13,7 +13,7 @@ from fxprune.cli.session import begin
 from fxprune.cli.tensorboard import Scalars
 from fxprune.driver import Progress, SearchConfig, run
 from fxprune.errors import DependencyError
-from tests.driver.synthetic import Chain
+from fxprune.testing.synthetic import Chain
 
 tensorboard = pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
 pytestmark = pytest.mark.filterwarnings("default")  # TensorBoard's own

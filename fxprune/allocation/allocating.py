@@ -14,13 +14,13 @@ from fxprune.allocation.tables import ErrorTable, error_table
 from fxprune.allocation.widths import Knapsack
 from fxprune.errors import InputError, TargetError
 from fxprune.evaluation.running import one_thread
-from fxprune.importance.criteria import importance_name, scores
+from fxprune.importance.criteria import importance_name, resolved, scores
 from fxprune.index_lists import ranges
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.planning.naming import limits
 from fxprune.passes.planning.plan import Rounding, keep_counts
 from fxprune.policies import Policy
-from fxprune.repair.repairer import checked
+from fxprune.repair.registry import named
 
 TOLERANCE = 1e-6  # by which a share may be above its bound
 
@@ -107,7 +107,7 @@ def allocate(
         InputError: A metric that must be measured, a share out of range, or no calibration data.
         TargetError: The bounds cannot be met.
     """
-    checked(repair)
+    named(repair)
     for metric, share in bounds.items():
         if metric not in METRICS:
             raise InputError(f"a table cannot bound {metric!r}, only {', '.join(METRICS)}; search for it with fxprune.search")
@@ -115,7 +115,7 @@ def allocate(
             raise InputError(f"{metric}={share} is out of range; give what is to be left as a share above 0 and at most 1")
     batches = list(calibration)
     with one_thread():
-        ranking = None if importance == "auto" else scores(graph, importance, batches, seed)
+        ranking = None if importance == "auto" else scores(graph, resolved(importance), batches, seed)
         table = error_table(graph, batches, ranking=ranking, repair=repair, seed=seed)
     allocator = Allocator(graph, table, round_to=round_to, most=most)
     if not allocator.groups:

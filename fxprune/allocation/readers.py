@@ -12,8 +12,7 @@ from torch import Tensor, fx
 
 from fxprune.passes.coupling.graph import CouplingGraph, Group
 from fxprune.repair.layers import Layer, layers_of
-from fxprune.repair.matrices import matrices
-from fxprune.repair.moments import input_axis
+from fxprune.repair.matrices import input_axis, matrices
 
 WIDEST = 4608  # features of a layer beyond which its covariance is too large; its weights count as sliced, not as refitted
 

@@ -14,7 +14,10 @@ from fxprune.driver import STRATEGIES, SearchConfig
 from fxprune.driver.config import PRESETS
 from fxprune.driver.rewards import REWARDS
 from fxprune.errors import SearchError
+from fxprune.exporting.formats import FORMATS
+from fxprune.importance.criterion import CRITERIA
 from fxprune.imports import needed
+from fxprune.repair.registry import REPAIRS
 
 HELP = {
     "model": "torchvision:NAME, timm:NAME or package.module:factory; default: a small network for digits",
@@ -33,14 +36,14 @@ HELP = {
     "repair_images": "training images for the repair of the result",
     "augment": "score and repair on images moved and mirrored as in training; default: unless this run trains the network itself",
     "out": "folder for the results",
-    "export": "formats to write the result in too, with commas: torch, onnx, openvino, executorch, torch-int8, onnx-int8, openvino-int8",
+    "export": f"formats to write the result in too, with commas: {', '.join(FORMATS)}, or module:NAME of a fxprune.Format",
     "tensorboard": "write the figures of each round to OUT/tensorboard too",
     "targets": "macs|params|latency|memory=SHARE that is left, or sparsity=SHARE that goes; repeat it for several at once, "
     "commas for a Pareto run; latency is that of a batch of 32, on one thread on a CPU",
     "strategy": f"{', '.join(STRATEGIES)}, optuna:SAMPLER or module:Class",
     "reward": f"{', '.join(REWARDS)} or module:function",
-    "importance": "auto, taylor, reconstruction, l2, l1, variance or random",
-    "repair": "what mends a candidate before it is scored, and the result: none, bn, bias or lstsq",
+    "importance": f"auto, {', '.join(CRITERIA)}, or module:NAME of a fxprune.Criterion or a function",
+    "repair": f"what repairs a candidate before it is scored, and the result: {', '.join(REPAIRS)}, or module:function",
     "jobs": "worker processes",
     "executor": "local or ray",
     "evaluations": "candidates scored at most, or none",

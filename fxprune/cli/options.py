@@ -96,7 +96,7 @@ class Options:
     def state(self) -> dict[str, Any]:
         """The options as JSON. Raises ``SearchError`` for a function among them, which no other process could take up."""
         described = {**asdict(self), "search": self.search.described()}
-        for name in ("strategy", "reward", "importance"):
+        for name in ("strategy", "reward", "importance", "repair"):
             if callable(getattr(self.search, name)):
                 raise SearchError(f"{name} is a function; from the command line name it as package.module:function")
         return described

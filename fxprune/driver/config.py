@@ -64,7 +64,8 @@ class SearchConfig:
     ignore: tuple[str, ...] = ()
     round_to: int = 1
     norms: str = "plain"  # or exact: statistics over channels keep the original's divisor. Paper: plain
-    repair: str = "lstsq"  # repair inside the score and of the result: none, bn, bias, lstsq. Paper: none
+    # repair inside the score and of the result: none, bn, bias, lstsq, a registered one, module:function, or a function. Paper: none
+    repair: Any = "lstsq"
     device: str = "auto"
 
     # Where candidates are scored: never changes the result

@@ -20,7 +20,7 @@ from fxprune.attached import record_of
 from fxprune.errors import ExportError, FileError, FxPruneError, InputError, VerificationError, first_line
 from fxprune.evaluation.accuracy import labelled
 from fxprune.evaluation.running import call
-from fxprune.exporting.formats import FORMATS, Format, Job, format_named, installed, require, tensors
+from fxprune.exporting.formats import FORMATS, Format, Job, cannot_run, format_named, require, tensors
 from fxprune.imports import needed
 
 TOLERANCE = 1e-3  # of the output's largest magnitude: other kernels and orders of summation, in float32
@@ -69,9 +69,11 @@ def export(
     chosen = FORMATS[name]
     require(name)
     if verify:
+        if chosen.run is cannot_run:
+            raise InputError(f"the format {name} cannot run its files here, so there is nothing to verify; leave verify=True out")
         for package in chosen.runs:
             needed(package, f"verify=True for {name}", chosen.extra)
-    verify = installed(chosen.runs) if verify is None else verify
+    verify = chosen.can_run if verify is None else verify
     batches = [labelled(b)[0] if isinstance(b, (tuple, list)) else b for b in calibration or ()]
     if chosen.calibrated and not batches:
         raise InputError(f"{name} needs calibration data: pass calibration=[inputs, ...], a hundred images or so")

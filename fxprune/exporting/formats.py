@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fxprune.errors import InputError
 from fxprune.example_inputs import call_form
-from fxprune.imports import needed
+from fxprune.imports import by_path, needed
 
 # ExecuTorch plans memory before it runs, so a size that may change needs an upper bound: so many times that of the example.
 HEADROOM = 4
@@ -53,18 +53,39 @@ class Job:
         return torch.export.export(self.model if model is None else model, args, kwargs, dynamic_shapes=form)
 
 
+def cannot_run(path: Path, inputs: list[Tensor]) -> list[Tensor]:
+    """Stands for ``Format.run`` where a file cannot be run here."""
+    raise InputError(f"{path} cannot be run here")
+
+
 @dataclass(frozen=True)
 class Format:
-    """``writes`` and ``runs``: the packages that each needs, which the extra named ``extra`` installs."""
+    """A file format for slim modules: how a file is written, and how it is run again to be compared with eager PyTorch.
+
+    Args:
+        suffix: of its files, with the dot, ``.onnx``; ``fxprune.export`` knows the format by it.
+        write: ``write(job, path)`` writes the file, and others beside it if need be; ``job`` is a ``fxprune.exporting.formats.Job``.
+        run: ``run(path, inputs)`` gives the file's outputs for a list of input tensors, as a list of tensors in the order in which
+            the module returns them; left out where a file cannot be run here, and then nothing is compared.
+        extra: the extra of fxprune's that installs the packages; empty where they are installed by their own names.
+        writes: the packages that writing needs. ``runs``: the packages that running needs.
+        quantized: computes in fewer bits, so that a difference from eager PyTorch is reported but not an error.
+        calibrated: cannot be written without ``calibration``.
+    """
 
     suffix: str
-    extra: str
-    writes: tuple[str, ...]
-    runs: tuple[str, ...]
     write: Callable[[Job, Path], None]
-    run: Callable[[Path, list[Tensor]], list[Tensor]]
+    run: Callable[[Path, list[Tensor]], list[Tensor]] = cannot_run
+    extra: str = ""
+    writes: tuple[str, ...] = ()
+    runs: tuple[str, ...] = ()
     quantized: bool = False
     calibrated: bool = False
+
+    @property
+    def can_run(self) -> bool:
+        """Whether a file can be run here."""
+        return self.run is not cannot_run and installed(self.runs)
 
 
 def installed(packages: Sequence[str]) -> bool:
@@ -187,19 +208,46 @@ def _run_torch_int8(path: Path, inputs: list[Tensor]) -> list[Tensor]:
 
 
 _ORT = ("onnx", "onnxscript", "onnxruntime")
-FORMATS = {
-    "torch": Format(".pt2", "torch", (), (), _write_torch, _run_torch),
-    "onnx": Format(".onnx", "onnx", ("onnx", "onnxscript"), ("onnxruntime",), _write_onnx, _run_onnx),
-    "openvino": Format(".xml", "openvino", ("openvino",), ("openvino",), _write_openvino, _run_openvino),
-    "executorch": Format(".pte", "executorch", ("executorch",), ("executorch",), _write_executorch, _run_executorch),
-    "torch-int8": Format(".int8.pt2", "torchao", ("torchao",), ("torchao",), _write_torch_int8, _run_torch_int8, True, True),
-    "onnx-int8": Format(".int8.onnx", "onnx", _ORT, ("onnxruntime",), _write_onnx_int8, _run_onnx, True),
-    "openvino-int8": Format(".int8.xml", "openvino", (*_ORT, "openvino"), ("openvino",), _write_openvino_int8, _run_openvino, True, True),
+FORMATS: dict[str, Format] = {
+    "torch": Format(".pt2", _write_torch, _run_torch, "torch"),
+    "onnx": Format(".onnx", _write_onnx, _run_onnx, "onnx", ("onnx", "onnxscript"), ("onnxruntime",)),
+    "openvino": Format(".xml", _write_openvino, _run_openvino, "openvino", ("openvino",), ("openvino",)),
+    "executorch": Format(".pte", _write_executorch, _run_executorch, "executorch", ("executorch",), ("executorch",)),
+    "torch-int8": Format(".int8.pt2", _write_torch_int8, _run_torch_int8, "torchao", ("torchao",), ("torchao",), True, True),
+    "onnx-int8": Format(".int8.onnx", _write_onnx_int8, _run_onnx, "onnx", _ORT, ("onnxruntime",), True),
+    "openvino-int8": Format(".int8.xml", _write_openvino_int8, _run_openvino, "openvino", (*_ORT, "openvino"), ("openvino",), True, True),
 }
 
 
+def register_format(name: str, format: Format) -> None:
+    """Make a format known by its name and suffix, to ``fxprune.export`` and to ``--export``.
+
+    Args:
+        name: a word that no other format has.
+        format: the format; its suffix is not another's.
+
+    Raises:
+        InputError: the name or the suffix is taken, or the suffix does not begin with a dot.
+    """
+    others = {key: one for key, one in FORMATS.items() if one is not format}
+    if not name or ":" in name or name in others:
+        why = "is taken" if name in others else "must be a word without a colon"
+        raise InputError(f"cannot register the format {name!r}: the name {why}")
+    taken = [key for key, one in others.items() if one.suffix == format.suffix]
+    if taken or not format.suffix.startswith(".") or len(format.suffix) < 2:
+        why = f"is that of {taken[0]!r}" if taken else "must begin with a dot"
+        raise InputError(f"cannot register the format {name!r}: its suffix {format.suffix!r} {why}")
+    FORMATS[name] = format
+
+
 def format_named(name: str | None, path: Path | None = None) -> str:
-    """The format of that name, or of the file's suffix. Raises ``InputError`` naming those there are."""
+    """The format of that name, or of the file's suffix; one at ``module:NAME`` is known from then on. Raises ``InputError`` naming those
+    there are."""
+    if name is not None and ":" in name and name not in FORMATS:
+        found = by_path(name, "export format")
+        if not isinstance(found, Format):
+            raise InputError(f"export format {name!r} is a {type(found).__name__}; it must be a fxprune.Format")
+        FORMATS[name] = found
     known = ", ".join(f"{key} ({one.suffix})" for key, one in FORMATS.items())
     if name is not None:
         if name not in FORMATS:

@@ -14,23 +14,25 @@ import torch
 from torch import nn
 
 from fxprune.errors import InputError, PolicyError
+from fxprune.importance.criterion import CRITERIA, Criterion, RankingData, Scores, by_group, checked, register_criterion
 from fxprune.importance.gradients import Loss, gradients
-from fxprune.importance.reconstruction import need_batches, reconstruction
+from fxprune.importance.reconstruction import reconstruction
+from fxprune.imports import by_path
 from fxprune.passes.coupling.graph import CouplingGraph, Group
 from fxprune.passes.labels.values import Vector
 from fxprune.zeros import zero_units
 
-Scores = Mapping[str, npt.NDArray[np.float64]]
-Importance = str | Callable[[Group, nn.Module], Any]
+Importance = str | Criterion | Callable[[Group, nn.Module], Any]
 CALLABLE = "callable:"  # in front of the name of a function of the user's, which no policy can hold
-NAMES = ("auto", "taylor", "l2", "l1", "variance", "random", "reconstruction")
 
 
 def importance_name(importance: Importance) -> str:
     """An importance as records and policies name it: a callable as "callable:" and its qualified name."""
     if isinstance(importance, str):
         return importance
-    return f"{CALLABLE}{getattr(importance, '__qualname__', type(importance).__qualname__)}"
+    if isinstance(importance, Criterion) and CRITERIA.get(importance.name) is importance:
+        return importance.name
+    return f"{CALLABLE}{getattr(importance, '__qualname__', None) or getattr(importance, 'name', type(importance).__qualname__)}"
 
 
 def scores(
@@ -44,9 +46,10 @@ def scores(
 
     ``importance``: "taylor" (first order, |weight x gradient| summed; Molchanov 2017, here over the whole group), "l2", "l1",
     "variance" (of the weights), "reconstruction" (the error of the layers that read the unit, fitted anew without it; see
-    ``fxprune.importance.reconstruction``), "random" (by ``seed``), "auto" (taylor where ``calibration`` is given, else l2), or a callable
-    ``(group, module) -> scores``. ``calibration``: batches, each ``(inputs, targets)`` or inputs alone. ``loss``: what "taylor"
-    differentiates (see ``fxprune.importance.gradients``). Units that are dead already (``fxprune.zeros``) score below all others.
+    ``fxprune.importance.reconstruction``), "random" (by ``seed``), "auto" (taylor where ``calibration`` is given, else l2), the name of
+    another that is registered, a ``Criterion``, or a callable ``(group, module) -> scores``. ``calibration``: batches, each
+    ``(inputs, targets)`` or inputs alone. ``loss``: what "taylor" differentiates (see ``fxprune.importance.gradients``). Units that are
+    dead already (``fxprune.zeros``) score below all others.
     """
     return _dead_first(graph, _scores(graph, importance, calibration, seed, loss))
 
@@ -69,58 +72,88 @@ def _dead_first(graph: CouplingGraph, found: Scores) -> Scores:
     return changed
 
 
-def _scores(
-    graph: CouplingGraph, importance: Importance, calibration: Iterable[Any] | None, seed: int, loss: Loss | None = None
-) -> Scores:
-    if callable(importance):
-        return {g.name: _checked(importance(g, graph.model), g) for g in graph.groups if g.prunable}
-    if importance.startswith(CALLABLE):
+def resolved(importance: Importance) -> Importance:
+    """``importance``, or what it names where it is an import path: a ``Criterion`` or a function ``(group, module) -> scores``.
+
+    For what the user types, not for what a file says: a path is imported, which runs code.
+    """
+    if not isinstance(importance, str) or ":" not in importance or importance.startswith(CALLABLE):
+        return importance
+    found = by_path(importance, "importance")
+    if not callable(found):
+        raise InputError(f"importance {importance!r} is a {type(found).__name__}; it must be a Criterion or (group, module) -> scores")
+    return found  # type: ignore[no-any-return]
+
+
+def _scores(graph: CouplingGraph, importance: Importance, calibration: Iterable[Any] | None, seed: int, loss: Loss | None) -> Scores:
+    if isinstance(importance, str):
+        importance = _named(importance, calibration is not None)
+    if not isinstance(importance, Criterion):
+        return {g.name: checked(importance(g, graph.model), g, "the importance callable") for g in graph.groups if g.prunable}
+    data = RankingData(tuple(calibration or ()), seed, loss)
+    found = importance(graph, data)
+    left_out = any(g.name not in found for g in graph.groups if g.prunable)
+    return {**CRITERIA["l2"](graph, data), **found} if left_out else found
+
+
+def _named(name: str, has_data: bool) -> Criterion:
+    """The criterion of that name. Raises ``PolicyError`` that lists those there are."""
+    if name == "auto":
+        name = "taylor" if has_data else "l2"
+    if name.startswith(CALLABLE):
+        name = name.removeprefix(CALLABLE)
+        raise PolicyError(f"the policy was made with the function {name!r} as importance; pass it as importance= again")
+    if ":" in name:  # what a file names is not imported on its word
+        raise PolicyError(f"the policy was made with importance {name!r}; pass it as importance= again")
+    if name not in CRITERIA:
         raise PolicyError(
-            f"the policy was made with the function {importance.removeprefix(CALLABLE)!r} as importance; pass it as importance= again"
+            f"importance {name!r} is not known; choose one of {', '.join(('auto', *CRITERIA))} or pass a callable (group, module) -> scores"
         )
-    if importance not in NAMES:
-        raise PolicyError(
-            f"importance {importance!r} is not known; choose one of {', '.join(NAMES)} or pass a callable (group, module) -> scores"
-        )
-    if importance == "auto":
-        importance = "l2" if calibration is None else "taylor"
-    if importance == "random":
-        drawn = np.random.default_rng(seed).random(int(graph.starts[-1]))
-        return _by_group(graph, drawn)
-    empty = [n for n in graph.walk.traced.skeleton.parameter_names if graph.walk.traced.skeleton.real(n).device.type == "meta"]
-    if empty:
-        raise InputError(
-            f'{min(empty)!r} is on the meta device and has no values to rank channels by; pass importance="random" or a callable'
-        )
-    if importance == "taylor":
-        if calibration is None:
-            raise InputError('importance "taylor" needs calibration data: pass calibration=[(inputs, targets), ...], or importance="l2"')
-        return _by_group(graph, _sums(graph, gradients(graph.model, calibration, loss, graph.inputs), lambda w, g: (w * g).abs()))
-    if importance == "reconstruction":
-        found = reconstruction(graph, need_batches(calibration))
-        return {**_scores(graph, "l2", None, seed), **found}  # what no suitable layer reads is ranked by its weights
-    weights = {n: graph.walk.traced.skeleton.real(n) for n in graph.walk.traced.skeleton.parameter_names}
-    if importance == "l1":
-        return _by_group(graph, _sums(graph, weights, lambda w, _: w.abs()))
-    if importance == "l2":
-        return _by_group(graph, np.sqrt(_squares(graph, weights)))
+    return CRITERIA[name]
+
+
+def _weights(graph: CouplingGraph) -> dict[str, torch.Tensor]:
+    return {n: graph.walk.traced.skeleton.real(n) for n in graph.walk.traced.skeleton.parameter_names}
+
+
+def _taylor(graph: CouplingGraph, data: RankingData) -> Scores:
+    """First order, |weight x gradient|; Molchanov 2017, here summed over the whole group."""
+    return by_group(graph, _sums(graph, gradients(graph.model, data.batches, data.loss, graph.inputs), lambda w, g: (w * g).abs()))
+
+
+def _l2(graph: CouplingGraph, data: RankingData) -> Scores:
+    return by_group(graph, np.sqrt(_squares(graph, _weights(graph))))
+
+
+def _l1(graph: CouplingGraph, data: RankingData) -> Scores:
+    return by_group(graph, _sums(graph, _weights(graph), lambda w, _: w.abs()))
+
+
+def _variance(graph: CouplingGraph, data: RankingData) -> Scores:
+    weights = _weights(graph)
     squares = _sums(graph, weights, lambda w, _: w.square())
     count = _sums(graph, weights, lambda w, _: torch.ones_like(w))
     mean = _sums(graph, weights, lambda w, _: w) / np.maximum(count, 1)
-    return _by_group(graph, squares / np.maximum(count, 1) - mean**2)
+    return by_group(graph, squares / np.maximum(count, 1) - mean**2)
 
 
-def _checked(given: Any, group: Group) -> npt.NDArray[np.float64]:
-    found = np.asarray(torch.as_tensor(given).detach().cpu(), dtype=np.float64).reshape(-1)
-    if len(found) != group.size or not np.isfinite(found).all():
-        raise PolicyError(
-            f"the importance callable gave {len(found)} scores for group {group.name!r}; it must give {group.size} finite numbers"
-        )
-    return found
+def _random(graph: CouplingGraph, data: RankingData) -> Scores:
+    return by_group(graph, np.random.default_rng(data.seed).random(int(graph.starts[-1])))
 
 
-def _by_group(graph: CouplingGraph, unit_scores: npt.NDArray[np.float64]) -> Scores:
-    return {g.name: unit_scores[graph.starts[g.number] : graph.starts[g.number + 1]] for g in graph.groups if g.prunable}
+def _reconstruction(graph: CouplingGraph, data: RankingData) -> Scores:
+    return reconstruction(graph, data.batches)  # what no suitable layer reads is left out, and ranked by its weights
+
+
+for _built_in in (
+    Criterion("taylor", _taylor, needs_data=True),
+    Criterion("l2", _l2),
+    Criterion("l1", _l1),
+    Criterion("variance", _variance),
+    Criterion("random", _random, needs_values=False),
+    Criterion("reconstruction", _reconstruction, needs_data=True),
+):
+    register_criterion(_built_in)
 
 
 def _sums(graph: CouplingGraph, tensors: Mapping[str, Any], term: Callable[[torch.Tensor, Any], torch.Tensor]) -> npt.NDArray[np.float64]:

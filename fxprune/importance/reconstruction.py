@@ -16,7 +16,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fxprune.errors import InputError
 from fxprune.passes.coupling.graph import CouplingGraph, Group
 from fxprune.repair.moments import InputMoments, collect
 
@@ -106,11 +105,3 @@ def _eliminated(size: int, layers: list[_Layer]) -> npt.NDArray[np.float64]:
             layer.remove(gone)
     scores[alive] = reached * 2 + 1e-12
     return scores.numpy()
-
-
-def need_batches(batches: Iterable[Any] | None) -> list[Any]:
-    """``batches`` as a list; raises ``InputError`` where there are none."""
-    found = [] if batches is None else list(batches)
-    if not found:
-        raise InputError('importance "reconstruction" needs calibration data: pass calibration=[inputs, ...], or importance="l2"')
-    return found

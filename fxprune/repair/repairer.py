@@ -33,9 +33,9 @@ from fxprune.repair.layers import Layer, Norm, Reading
 from fxprune.repair.least_squares import Fit, Moments, fitted
 from fxprune.repair.matrices import Places, choose, grouped, input_axis, input_rows, matrices, output_rows, set_matrices
 from fxprune.repair.recurrent import Sequences, fit_recurrent
+from fxprune.repair.registry import REPAIRS, Repair, named
 from fxprune.repair.replay import Call, Playback, Room, calls_of_part, whole_calls
 
-REPAIRS = ("none", "bn", "bias", "lstsq")
 ROOM = 512 * 2**20  # bytes of activations that are held in memory; more go to a file
 CACHE = 256 * 2**20  # bytes of the original's responses that are kept between repairs
 ROWS = 24  # rows for each feature that a layer fits, over all batches, where there is space
@@ -50,13 +50,6 @@ Responses = tuple[Places, Tensor, Tensor | None]
 """Where rows were taken, the original's responses there (rows, channels), and what they are added to."""
 
 
-def checked(kind: str) -> str:
-    """``kind`` if it is a repair; raises ``InputError`` that lists them if not."""
-    if kind not in REPAIRS:
-        raise InputError(f"repair is {kind!r}; choose one of {', '.join(REPAIRS)}")
-    return kind
-
-
 class Repairer:
     """Repairs slim networks of one analysed model on one calibration set.
 
@@ -69,14 +62,15 @@ class Repairer:
         self,
         graph: CouplingGraph,
         batches: Iterable[Any],
-        kind: str,
+        kind: Repair,
         reference: CouplingGraph | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.graph, self.kind, self.reference, self.progress = graph, checked(kind), reference or graph, progress
+        self.graph, self.given, self.reference, self.progress = graph, kind, reference or graph, progress
+        self.kind, self._method = named(kind)
         self.batches = list(batches)
-        if kind != "none" and not self.batches:
-            raise InputError(f'repair="{kind}" needs calibration data: pass calibration=[inputs, ...], the more batches the better')
+        if self.kind != "none" and not self.batches:
+            raise InputError(f'repair="{self.kind}" needs calibration data: pass calibration=[inputs, ...], the more batches the better')
         self.device = device_of(graph.model)
         self.layers: dict[str, LayerRepair] = {}
         self._inputs: dict[str, int] = {}  # weight -> the axis along which a layer reads with it
@@ -89,11 +83,15 @@ class Repairer:
         """Repair ``slim``, which ``slimmer`` made, in place. Returns how much was repaired and what could not be, in sentences; what
         was done to each layer is in ``layers``."""
         self.layers = {}
-        if self.kind == "none":
-            return ()
-        if self.kind == "bn":
-            recalibrate_batchnorm(slim, self.batches)
-            return self._called_norms()
+        return self._method(self, slim, slimmer)
+
+    def norms(self, slim: nn.Module) -> tuple[str, ...]:
+        """The repair "bn"."""
+        recalibrate_batchnorm(slim, self.batches)
+        return self._called_norms()
+
+    def by_layer(self, slim: nn.Module, slimmer: Slimmer) -> tuple[str, ...]:
+        """The repairs "bias" and "lstsq"."""
         sliced = {name: t.clone() for name, t in slim.state_dict().items()}
         notes: list[str] = []
         with evaluating(slim):
@@ -469,3 +467,8 @@ def _left(graph: CouplingGraph, slimmer: Slimmer, repaired: set[str], axes: Mapp
 
 def _listed(paths: Sequence[str]) -> str:
     return ", ".join(paths[:4]) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
+
+
+REPAIRS["none"] = lambda repairer, slim, slimmer: ()
+REPAIRS["bn"] = lambda repairer, slim, slimmer: repairer.norms(slim)
+REPAIRS["bias"] = REPAIRS["lstsq"] = Repairer.by_layer

@@ -13,7 +13,7 @@ from fxprune.api import analyze
 from fxprune.errors import FAULTS, EvaluationError, in_a_line
 from fxprune.evaluation.running import one_thread
 from fxprune.example_inputs import build
-from fxprune.importance.criteria import Scores
+from fxprune.importance.criterion import Scores
 from fxprune.index_lists import ranges
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.planning.cost import cost_model
@@ -114,7 +114,7 @@ class Score:
             "round_to": self.candidates.round_to,
             "evaluate": self.evaluate,
             "batches": self.repairer.batches,
-            "repair": self.repairer.kind,
+            "repair": self.repairer.given,
             "reference": None if self.repairer.reference is graph else self.repairer.reference.model,
         }
 

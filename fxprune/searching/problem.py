@@ -15,9 +15,10 @@ from fxprune.costs.profiling import profile
 from fxprune.driver import Problem
 from fxprune.evaluation.running import device_of, one_thread
 from fxprune.example_inputs import build
-from fxprune.importance.criteria import scores
+from fxprune.importance.criteria import resolved, scores
 from fxprune.passes.coupling.graph import CouplingGraph
-from fxprune.repair.repairer import Repairer, checked
+from fxprune.repair.registry import named
+from fxprune.repair.repairer import Repairer
 from fxprune.searching.candidates import CandidateCosts, Candidates, Evaluate, Score
 
 
@@ -32,7 +33,7 @@ def make_problem(
     calibration: Iterable[Any] | None = None,
     importance: Any = "auto",
     round_to: int = 1,
-    repair: str = "bn",
+    repair: Any = "bn",
     seed: int = 0,
     reference: CouplingGraph | None = None,
     rough: Evaluate | None = None,
@@ -49,11 +50,11 @@ def make_problem(
     a repair by least squares it also ranks the units.
     """
     batches = None if calibration is None else list(calibration)
-    checked(repair)
+    named(repair)
     own = importance == "auto" and repair == "lstsq" and bool(batches)  # the choice of units and the repair then aim at the same error
     table: Allocator | None = None
     with one_thread():
-        ranking = None if own and tabled else scores(graph, "reconstruction" if own else importance, batches, seed)
+        ranking = None if own and tabled else scores(graph, "reconstruction" if own else resolved(importance), batches, seed)
         if tabled and batches:
             table = Allocator(graph, error_table(graph, batches, ranking=ranking, repair=repair, seed=seed), round_to=round_to)
             ranking = table.table.ranking

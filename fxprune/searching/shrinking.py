@@ -13,7 +13,7 @@ from torch import nn
 
 from fxprune.api import analyze, compress
 from fxprune.errors import InputError
-from fxprune.importance.criteria import Importance, importance_name, scores
+from fxprune.importance.criteria import Importance, importance_name, resolved, scores
 from fxprune.passes.planning.naming import sparsities
 from fxprune.policies import Policy, units_removed
 from fxprune.searching.candidates import Candidates
@@ -46,7 +46,7 @@ def shrink(
     round_to: int = 1,
     ignore: Iterable[Any] = (),
     attention: str = "auto",
-    repair: str = "none",
+    repair: Any = "none",
 ) -> Shrunk:
     """Prune ``model`` as ``policy`` says in ``steps`` equal shares of the units, and call ``recover`` on the slim module after each.
 
@@ -67,7 +67,7 @@ def shrink(
     history: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
         begun = time.perf_counter()
-        found = scores(graph, importance, batches)
+        found = scores(graph, resolved(importance), batches)
         ranking = {name: np.where(gone[name], -np.inf, np.asarray(one, dtype=float)) for name, one in found.items()}
         candidates = Candidates(graph, ranking, round_to)
         removed = [units_removed(wanted.get(group.name, 0.0) * step / steps, group.size) for group in candidates.groups]

@@ -21,7 +21,7 @@ from fxprune.driver.executors.base import LocalExecutor
 from fxprune.driver.executors.choice import make
 from fxprune.driver.problem import IntArray
 from fxprune.errors import EvaluationError, SearchError
-from tests.driver.synthetic import Chain
+from fxprune.testing.synthetic import Chain
 
 PATIENT = {
     "RAY_USAGE_STATS_ENABLED": "0",

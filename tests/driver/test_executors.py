@@ -18,7 +18,7 @@ from fxprune.driver.executors.choice import make
 from fxprune.driver.executors.processes import ProcessExecutor
 from fxprune.driver.problem import IntArray
 from fxprune.errors import DependencyError, SearchError
-from tests.driver.synthetic import Chain
+from fxprune.testing.synthetic import Chain
 
 
 class Mortal:

@@ -13,7 +13,7 @@ import pytest
 from fxprune.driver import Problem, Progress, SearchConfig, run
 from fxprune.driver.problem import IntArray
 from fxprune.errors import EvaluationError, SearchError, TargetError
-from tests.driver.synthetic import Chain
+from fxprune.testing.synthetic import Chain
 
 SMALL: dict[str, Any] = {"samples": 4, "rounds": 4}
 

@@ -13,7 +13,7 @@ import pytest
 from fxprune.driver import Problem, SearchConfig, SearchOutcome, run
 from fxprune.driver.problem import IntArray
 from fxprune.errors import SearchError
-from tests.driver.synthetic import Chain
+from fxprune.testing.synthetic import Chain
 
 
 class Killed(BaseException):

@@ -12,7 +12,7 @@ from fxprune.driver import Budget, Scored, SearchConfig, run
 from fxprune.driver.problem import IntArray
 from fxprune.driver.strategies import RLPruner
 from fxprune.driver.strategies.magnitude import global_ranking
-from tests.driver.synthetic import Chain
+from fxprune.testing.synthetic import Chain
 
 
 def made(**options: Any) -> tuple[RLPruner, Chain]:

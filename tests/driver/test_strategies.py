@@ -1,4 +1,4 @@
-"""The contract that every strategy keeps. A new strategy is accepted by adding its name to ``NAMES``."""
+"""Every strategy keeps the contract that ``fxprune.testing`` ships. A new one is accepted by adding its name to ``NAMES``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from fxprune.driver.budget import Budget
 from fxprune.driver.problem import IntArray
 from fxprune.driver.strategies import find
 from fxprune.errors import SearchError
-from tests.driver.synthetic import Chain
+from fxprune.testing import StrategyContract
+from fxprune.testing import strategies as contract
+from fxprune.testing.strategies import trials
+from fxprune.testing.synthetic import Chain
 
 OPTUNA = ("optuna:TPESampler", "optuna:NSGAIISampler", "optuna:CmaEsSampler")
 NAMES = ["rl-pruner", "uniform", "random", "magnitude", "tests.driver.test_strategies:Climb", *OPTUNA]
@@ -53,29 +56,7 @@ def made(name: str, **options: Any) -> tuple[Strategy, Chain]:
         pytest.importorskip("optuna", reason="the optuna extra is not installed")
         if "CmaEs" in name:
             pytest.importorskip("cmaes", reason="the optuna extra is not installed")
-    chain = Chain()
-    config = SearchConfig(**{"strategy": name, "samples": 4, "rounds": 3, "steps": 2, "seed": 7, **options})
-    return find(name)(Budget(chain.problem().space, config.points[0]), config), chain
-
-
-def scored(vectors: list[IntArray], chain: Chain) -> list[Scored]:
-    outcomes = []
-    for vector in vectors:
-        metrics = {**chain.score(vector), "macs": chain.cost(vector)["macs"]}
-        outcomes.append(Scored(vector, metrics["accuracy"], metrics))
-    return outcomes
-
-
-def trials(strategy: Strategy, chain: Chain, rounds: int = 100) -> list[list[int]]:
-    """The removal vectors asked for in up to ``rounds`` rounds."""
-    asked: list[list[int]] = []
-    for _ in range(rounds):
-        vectors = strategy.ask()
-        if not vectors:
-            break
-        asked += [vector.tolist() for vector in vectors]
-        strategy.tell(scored(vectors, chain))
-    return asked
+    return contract.made(name, **options)
 
 
 def digest(name: str) -> str:
@@ -84,57 +65,16 @@ def digest(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_asks_for_vectors_in_bounds_and_ends(name: str) -> None:
-    strategy, chain = made(name)
-    asked = trials(strategy, chain)
-    assert 0 < len(asked) <= 100
-    assert strategy.ask() == []
-    room = strategy.space.room
-    for vector in asked:
-        assert (np.array(vector) >= 0).all()
-        assert (np.array(vector) <= room).all()
-    assert any(strategy.budget.met(np.array(vector)) for vector in asked)
+@pytest.mark.parametrize("promise", [name for name in vars(StrategyContract) if name.startswith("test_")])
+def test_the_contract(name: str, promise: str) -> None:
+    made(name)  # skips where a package is missing
+    suite = StrategyContract()
+    suite.strategy, suite.seeded = name, name not in ("uniform", "magnitude")
+    getattr(suite, promise)()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_misuse_raises(name: str) -> None:
-    strategy, chain = made(name)
-    with pytest.raises(SearchError, match="without ask"):
-        strategy.tell([])
-    vectors = strategy.ask()
-    outcomes = scored(vectors, chain)
-    with pytest.raises(SearchError, match="again before tell"):
-        strategy.ask()
-    with pytest.raises(SearchError, match="between ask and tell"):
-        strategy.state()
-    with pytest.raises(SearchError, match="outcomes for"):
-        strategy.tell([*outcomes, outcomes[0]])
-    with pytest.raises(SearchError, match="keep the order"):
-        strategy.tell([Scored(o.removed + 1, o.reward, o.metrics) for o in outcomes])
-    with pytest.raises(SearchError, match="must be finite"):
-        strategy.tell([Scored(o.removed, float("nan"), o.metrics) for o in outcomes])
-    strategy.tell(outcomes)
-    with pytest.raises(SearchError, match="without ask"):
-        strategy.tell(outcomes)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("after", [0, 1, 3])
-def test_state_round_trip(name: str, after: int) -> None:
-    strategy, chain = made(name)
-    trials(strategy, chain, rounds=after)
-    state = json.loads(json.dumps(strategy.state()))
-    rest = trials(strategy, chain)
-    other, _ = made(name, seed=7)
-    trials(other, chain, rounds=1)  # it need not be fresh
-    other, _ = made(name)
-    other.restore(state)
-    assert trials(other, chain) == rest
-
-
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("uniform", "magnitude")])
-def test_seeds_differ(name: str) -> None:
-    assert trials(*made(name, seed=1)) != trials(*made(name, seed=2))
+def test_the_contract_has_all_its_promises() -> None:
+    assert len([name for name in vars(StrategyContract) if name.startswith("test_")]) == 4
 
 
 def test_same_trials_in_another_process_with_another_hash_seed() -> None:
@@ -187,7 +127,7 @@ def test_a_storage_that_optuna_cannot_use_is_told(tmp_path: Path) -> None:
         made("optuna:TPESampler", storage=storage)
 
 
-@pytest.mark.parametrize("name", ["", "rl", "optuna:NoSampler", "tests.driver.synthetic:Chain", "no.such.module:Thing"])
+@pytest.mark.parametrize("name", ["", "rl", "optuna:NoSampler", "fxprune.testing.synthetic:Chain", "no.such.module:Thing"])
 def test_unknown_strategies_are_refused_with_what_there_is(name: str) -> None:
     if name.startswith("optuna:"):
         pytest.importorskip("optuna", reason="the optuna extra is not installed")

@@ -14,7 +14,7 @@ from fxprune.driver.problem import IntArray
 from fxprune.driver.strategies.rl.rl_pruner import RLPruner
 from fxprune.driver.strategies.table import from_table
 from fxprune.errors import SearchError
-from tests.driver.synthetic import Chain
+from fxprune.testing.synthetic import Chain
 
 
 class Even:

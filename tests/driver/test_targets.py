@@ -11,7 +11,7 @@ from fxprune.driver.budget import Budget
 from fxprune.driver.problem import IntArray
 from fxprune.driver.targets import Target, parse
 from fxprune.errors import SearchError
-from tests.driver.synthetic import Chain
+from fxprune.testing.synthetic import Chain
 
 
 def budget(*targets: str, chain: Chain | None = None) -> Budget:

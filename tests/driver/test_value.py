@@ -13,7 +13,7 @@ from fxprune.driver.problem import FloatArray, IntArray
 from fxprune.driver.simplex import proportional
 from fxprune.driver.strategies.rl.sampler import trajectories
 from fxprune.driver.strategies.rl.value import ValueModel
-from tests.driver.synthetic import Chain
+from fxprune.testing.synthetic import Chain
 
 
 def taught(count: int, seed: int = 0) -> tuple[ValueModel, Chain, np.random.Generator]:
