@@ -6,10 +6,13 @@ import copy
 import types
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+
+from fxprune.passes.ir.contents import CachedFunction, Contents
 
 _SHARED = (
     type(None),
@@ -43,6 +46,17 @@ _VALUES = frozenset({type(None), bool, int, float, str, torch.dtype, torch.devic
 _PLAIN = frozenset({tuple, list, dict, set, OrderedDict})
 
 
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What the modules of a skeleton hold: per module its attributes and what is registered, and what is in containers."""
+
+    modules: list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]]
+    contents: Contents
+
+
 class Skeleton:
     """The copy (``root``) and the tables between its tensors and modules and the original's names.
 
@@ -52,6 +66,8 @@ class Skeleton:
     def __init__(self, model: nn.Module, is_known: Callable[[nn.Module], bool]) -> None:
         self.original = model
         self.training_was_read = False
+        self.past: list[Any] | None = None  # what a trace may start from; tracing finds and keeps it here
+        self.has_history = False  # whether earlier calls left something that the trace does without
         self.keep_alive: list[Any] = []
         memo: dict[int, Any] = {}
         self._real: dict[str, torch.Tensor] = {}
@@ -88,6 +104,7 @@ class Skeleton:
             if not is_known(module):  # whose reads of ``training`` count
                 memo[id(module)].__dict__["_fxprune_skeleton"] = self
         self.keep_alive.append(memo)
+        self.twins: dict[nn.Module, nn.Module] = {module: memo[id(module)] for module in originals}
         self.root: nn.Module = memo[id(model)]
         self._modules: dict[str, nn.Module] = {path: memo[id(m)] for path, m in self._original_modules.items()}
         self.module_names: dict[nn.Module, str] = {}
@@ -131,18 +148,24 @@ class Skeleton:
     def names(self) -> list[str]:
         return list(self._meta)
 
-    def snapshot(self) -> list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]]:
+    def snapshot(self) -> Snapshot:
         """What every module holds: a forward pass may keep things on its modules, and proxies must not outlive their trace."""
         kinds = ("_parameters", "_buffers", "_modules")
-        return [(m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in kinds}) for m in self.module_names]
+        contents = Contents()
+        for module in self.module_names:
+            for key, value in module.__dict__.items():
+                if key not in _OF_EVERY_MODULE:
+                    contents.add(value)
+        return Snapshot([(m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in kinds}) for m in self.module_names], contents)
 
-    def restore(self, before: list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]]) -> None:
-        for module, state, registered in before:
+    def restore(self, before: Snapshot) -> None:
+        for module, state, registered in before.modules:
             module.__dict__.clear()
             module.__dict__.update(state)
             for kind, held in registered.items():
                 module.__dict__[kind].clear()
                 module.__dict__[kind].update(held)
+        before.contents.restore()
 
     def set_training(self, mode: bool) -> None:
         for module in self.module_names:
@@ -178,6 +201,8 @@ def fill(source: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
                 state[key] = _copied(value, memo)
         elif isinstance(value, (torch.Tensor, *_SHARED)):
             continue
+        elif isinstance(value, CachedFunction):  # past its cache, which would keep what a trace computes
+            state[key] = _copied(value.__wrapped__, memo)
         elif isinstance(value, (list, dict, set)) and not value:
             state[key] = copy.copy(value)
         else:

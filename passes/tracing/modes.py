@@ -15,9 +15,11 @@ from torch.fx.node import map_arg
 from fxprune.errors import InputError, TraceError
 from fxprune.example_inputs import call_form
 from fxprune.passes.ir.dead_code import eliminate
-from fxprune.passes.ir.skeleton import Skeleton
+from fxprune.passes.ir.skeleton import Skeleton, Snapshot
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.tracing.module_state import keep_state
+from fxprune.passes.tracing.past.history import History, past
+from fxprune.passes.tracing.past.isolation import remove_left
 from fxprune.passes.tracing.tracer import ShapeTracer, is_skipped
 
 
@@ -48,22 +50,23 @@ def add_traced(
     has_rule: Callable[[Any], bool],
     device: torch.device | None = None,
     strict: bool = False,
+    forget: bool = True,
 ) -> None:
     """Trace the module at ``path`` and add its graphs, "eval" and where it differs "train", under ``path:`` for a part of the model.
 
     ``device``: where the inputs are, if the example only stands for them. ``strict``: what cannot be traced raises; the error's ``module``
-    is the path of the module whose code was at work.
+    is the path of the module whose code was at work. ``forget``: start from before the model's first call.
     """
     skeleton = traced.skeleton
     device = device or next((t.device for t in _tensors(example) if t.device.type != "meta"), torch.device("cpu"))
     blocked: dict[str, str] = {}
     prefix = f"{path}:" if path else ""
 
-    def attempt(training: bool) -> tuple[ShapeTracer, fx.Graph]:
+    def attempt(training: bool, history: History, blocked: dict[str, str]) -> tuple[ShapeTracer, fx.Graph]:
         while True:
             tracer = ShapeTracer(skeleton, is_known, {*traced.opaque, *blocked}, device, has_rule, path)
             try:
-                return tracer, _one(tracer, example, training)
+                return tracer, _one(tracer, example, training, history)
             except TraceError as error:
                 culprit = _culprit(error)
                 if strict:
@@ -74,13 +77,30 @@ def add_traced(
                     raise (error if first is None else TraceError(first)) from error.__cause__
                 blocked[culprit] = str(error)
 
+    def without_history(training: bool) -> tuple[ShapeTracer, fx.Graph]:
+        """From before the first call where that can be traced as well as from what earlier calls left."""
+        for history in histories:
+            tried = dict(blocked)
+            try:
+                found = attempt(training, history, tried)
+            except TraceError:
+                if history is histories[-1]:
+                    raise
+                continue
+            if history is histories[-1] or tried.keys() == blocked.keys():
+                blocked.update(tried)
+                histories[:] = [history]
+                return found
+        raise AssertionError("the last history returns or raises")
+
+    histories = past(skeleton, forget)
     skeleton.training_was_read = False
-    tracer, graph = attempt(training=False)
+    tracer, graph = without_history(training=False)
     graphs, notes, constants = {"eval": graph}, dict(tracer.notes), dict(tracer.constants)
     traced.read |= tracer.read
     if skeleton.training_was_read:
         try:
-            second, graph = attempt(training=True)
+            second, graph = without_history(training=True)
             if not _same(graphs["eval"], graph):
                 graphs["train"] = graph
                 notes.update(second.notes)
@@ -103,21 +123,30 @@ def _culprit(error: BaseException | None) -> str:
     return ""
 
 
-def _one(tracer: ShapeTracer, example: Any, training: bool) -> fx.Graph:
+def _one(tracer: ShapeTracer, example: Any, training: bool, history: History) -> fx.Graph:
     tracer.skeleton.set_training(training)
     tracer.graph_is_training = training
-    before = tracer.skeleton.snapshot()
+    original = tracer.skeleton.snapshot()
     try:
-        graph = tracer.run(example)
-        keep_state(tracer, graph, before)
+        history.forget()
+        graph = _recorded(tracer, example, history, None if history.first else original)
     except (TraceError, InputError):
         raise
     except Exception as error:  # the user's forward may raise anything when it meets a proxy
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TraceError(f"{_where(error)}: {type(tracer.skeleton.original).__name__} could not be traced: {first}") from error
     finally:
-        tracer.skeleton.restore(before)
+        tracer.skeleton.restore(original)
+    for place in remove_left(tracer.made):
+        tracer.notes[f"forward kept what it computed while it was traced in {place}, which was rid of it"] = None
     eliminate(graph)
+    return graph
+
+
+def _recorded(tracer: ShapeTracer, example: Any, history: History, before: Snapshot | None = None) -> fx.Graph:
+    before = before or tracer.skeleton.snapshot()
+    graph = tracer.run(example, history.isolated)
+    keep_state(tracer, graph, before)
     return graph
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
+from fxprune.passes.ir.skeleton import Snapshot
 from fxprune.passes.tracing.proxies import ShapeProxy
 from fxprune.passes.tracing.recorder import Recorder
 
-Snapshot = list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]]
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _NUMBERS = (bool, int, float, str)
 
@@ -18,13 +16,18 @@ _NUMBERS = (bool, int, float, str)
 def keep_state(tracer: Recorder, graph: fx.Graph, before: Snapshot) -> None:
     """``before``: what every module held when the trace began, as ``Skeleton.snapshot`` gives it."""
     bound: dict[str, ShapeProxy] = {}
-    for module, state, registered in before:
+    for module, state, registered in before.modules:
         path = tracer.skeleton.module_names[module]
         for key, held in registered["_buffers"].items():
             now = module.__dict__["_buffers"].get(key)
             if not isinstance(now, ShapeProxy):
                 continue
-            if held is not None and held.shape == now.value.shape and held.dtype == now.value.dtype:
+            if (
+                held is not None
+                and id(held) in tracer.skeleton.tensor_names
+                and held.shape == now.value.shape
+                and held.dtype == now.value.dtype
+            ):
                 bound[tracer.skeleton.tensor_names[id(held)]] = now
             else:
                 _note(tracer, path, key, now)

@@ -86,6 +86,8 @@ class ShapeProxy(fx.Proxy):
                 return getattr(value, name)
             if name in _STATIC_METHODS:
                 return getattr(value, name)
+            if name == "type":
+                return self._type_name
             if name in ("tolist", "item"):
                 return lambda: self._concrete(name, name)
             if not hasattr(value, name):
@@ -104,6 +106,14 @@ class ShapeProxy(fx.Proxy):
                 return lambda: getattr(np, name)(self._concrete(f"numpy.{name}()"))
             raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
         return ShapeAttribute(self, name)
+
+    def _type_name(self, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """``x.type()``: the name of the tensor's type, on the device that the model is on."""
+        if dtype is not None:
+            return self.tracer.create_proxy("call_method", "type", (self, dtype, *args), kwargs)
+        name = torch.empty(0, dtype=self.value.dtype).type()
+        kind = self.tracer.device.type
+        return name if kind in ("cpu", "meta") else name.replace("torch.", f"torch.{kind}.", 1)
 
     def __iter__(self) -> Iterator[Any]:
         value = self.value
@@ -172,7 +182,7 @@ class ShapeProxy(fx.Proxy):
 
     def __hash__(self) -> int:
         value = self.value
-        return hash(value) if _isinstance(value, (int, float, str, bool)) else id(self)
+        return hash(value) if _isinstance(value, (int, float, str, bool, torch.dtype, torch.device)) else id(self)
 
     def _concrete(self, use: str, method: str = "item") -> Any:
         value = self.value

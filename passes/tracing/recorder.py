@@ -28,6 +28,7 @@ class Recorder(Protocol):
     asked: Asked
     busy: bool
     source: fx.Node | None
+    device: torch.device
 
     @property
     def recording(self) -> bool:

@@ -15,8 +15,10 @@ import os
 import sys
 import threading
 import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
@@ -36,6 +38,7 @@ from fxprune.passes.tracing.graph_inputs import graph_of, interpret, origin
 from fxprune.passes.tracing.meta_execution import execute, hides_structure, run_for_real, to_meta, with_numbers
 from fxprune.passes.tracing.patching import patched
 from fxprune.passes.tracing.proxies import ShapeProxy, ShapeTuple
+from fxprune.passes.tracing.recorder import Recorder
 from fxprune.passes.tracing.sizes import fixed_sizes as extents
 from fxprune.passes.tracing.sizes.specialisation import Asked
 
@@ -81,6 +84,7 @@ class ShapeTracer(fx.Tracer):
         self._shapes: dict[fx.Node, ShapeTuple] = {}
         self._attributes: dict[str, ShapeProxy] = {}
         self.constants: dict[str, torch.Tensor] = {}
+        self.made: list[weakref.ref[ShapeProxy]] = []
 
     @property
     def recording(self) -> bool:
@@ -103,7 +107,9 @@ class ShapeTracer(fx.Tracer):
     # -- what fx asks of a tracer -------------------------------------------------------------------------------------------
 
     def proxy(self, node: fx.Node) -> ShapeProxy:
-        return ShapeProxy(node, self)
+        made = ShapeProxy(node, self)
+        self.made.append(weakref.ref(made))
+        return made
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.opaque or self.is_known(m)
@@ -256,11 +262,18 @@ class ShapeTracer(fx.Tracer):
 
         return call, flat
 
-    def run(self, example: tuple[tuple[Any, ...], dict[str, Any]]) -> fx.Graph:
+    def run(
+        self, example: tuple[tuple[Any, ...], dict[str, Any]], isolation: Callable[[Recorder], AbstractContextManager[None]]
+    ) -> fx.Graph:
+        """Trace the module at ``path``. ``isolation(tracer)``: what is to hold meanwhile for what forward keeps outside of its modules."""
         self.example, self.module = example, self.skeleton.module(self.path)
-        with torch.no_grad(), patched(self):
-            # As a function: fx would search a root module for tensors held as attributes, which the skeleton knows already.
-            return self.trace(lambda: None)
+        try:
+            with torch.no_grad(), patched(self), isolation(self):
+                # As a function: fx would search a root module for tensors held as attributes, which the skeleton knows already.
+                return self.trace(lambda: None)
+        finally:
+            self._shapes.clear()
+            self._attributes.clear()
 
     # -- values -------------------------------------------------------------------------------------------------------------
 
@@ -336,7 +349,16 @@ class ShapeTracer(fx.Tracer):
         return name
 
     def specialised(self, proxy: ShapeProxy, what: str) -> None:
-        """Code asked for a number: it is reported if a size of an input's own dimension is in it; channels and literals are no loss."""
+        """Code asked for a number: it is reported if a size of an input's own dimension is in it; channels and literals are no loss.
+
+        A branch on the dtype is reported where ``half()`` would take the other one.
+        """
+        given: Any = proxy.node.args
+        compared = [a.meta["val"] if _isinstance(a, fx.Node) else a for a in given]
+        if proxy.node.target in (operator.eq, operator.ne) and any(_isinstance(a, torch.dtype) for a in compared):
+            if all(_isinstance(a, torch.dtype) and (a.is_floating_point or a.is_complex) for a in compared):
+                self.notes[f"{self.here()}: a branch on the dtype was specialised to {compared[0]}"] = None
+            return
         if extents.depends(proxy.node, self.skeleton.module) is not None:
             self.asked.add(f"{self.here()}: {what} was specialised to the example inputs", self.source)
 

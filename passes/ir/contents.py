@@ -1,0 +1,82 @@
+"""What dicts, lists, sets and plain objects hold, kept aside so that it can be put back into the very same objects."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+MAPPINGS = frozenset({dict, OrderedDict, defaultdict, weakref.WeakKeyDictionary, weakref.WeakValueDictionary})
+CONTAINERS = MAPPINGS | {list, set, deque}
+CachedFunction = type(functools.lru_cache(lambda: None))
+_FOREIGN = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "scipy", "networkx", "safetensors", "rich"}
+_OPAQUE = (
+    torch.Tensor,
+    nn.Module,
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    types.MethodType,
+    CachedFunction,
+    fx.Graph,
+    fx.Proxy,
+    fx.Node,
+)
+_VALUES = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.Tensor, nn.Parameter})
+_DEEP, _LONG = 4, 1000  # how far into containers within containers, and up to which length one is searched for others
+
+
+def is_foreign(value: Any) -> bool:
+    """Whether a function, class or module is torch's, NumPy's, Python's, or the compiler's own."""
+    home = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+    return not home or str(home).split(".")[0] in _FOREIGN or str(home).startswith("fxprune.passes")
+
+
+class Contents:
+    """The contents of the containers that were added, and of those within them."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[Any, list[Any]]] = {}
+
+    def add(self, value: Any, deep: int = _DEEP) -> None:
+        kind = type(value)
+        if kind in _VALUES or deep == 0 or id(value) in self._held:
+            return
+        inner: Any = ()
+        if kind in MAPPINGS:
+            self._held[id(value)] = value, list(value.items())
+            inner = value.values()
+        elif kind in CONTAINERS:
+            self._held[id(value)] = value, list(value)
+            inner = value
+        elif isinstance(value, tuple):
+            inner = value
+        elif not isinstance(value, _OPAQUE) and not is_foreign(kind) and type(getattr(value, "__dict__", None)) is dict:
+            self.add(value.__dict__, deep)
+        if len(inner) <= _LONG:
+            for one in inner:
+                self.add(one, deep - 1)
+
+    def restore(self) -> None:
+        """Put everything back that has changed since."""
+        for value, before in self._held.values():
+            now = list(value.items()) if type(value) in MAPPINGS else list(value)
+            if type(value) in MAPPINGS and _same(now, before, lambda a, b: a[0] is b[0] and a[1] is b[1]):
+                continue
+            if type(value) not in MAPPINGS and _same(now, before, lambda a, b: a is b):
+                continue
+            value.clear()
+            if type(value) is list or type(value) is deque:
+                value.extend(before)
+            else:
+                value.update(before)
+
+
+def _same(now: list[Any], before: list[Any], same: Any) -> bool:
+    return len(now) == len(before) and all(map(same, now, before))

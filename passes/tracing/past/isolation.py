@@ -1,0 +1,203 @@
+"""What forward keeps outside of its modules: nothing of a trace is read from it or stays in it.
+
+Functions behind ``functools.lru_cache`` are called past their caches. Dicts, lists and sets that the code of forward reaches by name
+(globals, class attributes, closures, defaults) are put back afterwards, and so are the names themselves; those that it fills as a cache
+start empty. Generators of random numbers go on where they stood. What holds a proxy all the same is found, and rid of it.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import functools
+import gc
+import random
+import threading
+import types
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from fxprune.errors import TraceError
+from fxprune.passes.ir.contents import CONTAINERS, MAPPINGS, CachedFunction, Contents
+from fxprune.passes.tracing.past.reachable import Reach, held
+from fxprune.passes.tracing.proxies import ShapeAttribute, ShapeProxy
+from fxprune.passes.tracing.recorder import Recorder
+
+_isinstance = builtins.isinstance
+
+
+@contextlib.contextmanager
+def isolated(tracer: Recorder, reach: Reach, empty: Sequence[Any], first: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
+    """For the time of a trace: ``empty`` are containers that start empty, ``first`` globals that start with another value.
+
+    A global, a closure or a default that holds a module of the model holds its twin meanwhile.
+    """
+    before = Contents()
+    for function in reach.functions:
+        before.add((function.__defaults__, function.__kwdefaults__, function.__dict__))
+    with contextlib.ExitStack() as stack:
+        stack.callback(before.restore)
+        for owner, name in reach.places.values():
+            value = held(owner, name)
+            before.add(value)
+            if _isinstance(value, CachedFunction):
+                stack.callback(_bind, owner, name, value)
+                _bind(owner, name, _past_cache(value))
+            elif _isinstance(value, nn.Module) and value in tracer.skeleton.twins:
+                stack.callback(_bind, owner, name, value)
+                _bind(owner, name, tracer.skeleton.twins[value])
+            elif not _isinstance(value, (type, types.FunctionType, types.ModuleType, property)):
+                stack.callback(_bind, owner, name, value)
+        for container in empty:
+            container.clear()
+        for space, name, value in first:
+            space[name] = value
+        for function in reach.functions:
+            if any(_isinstance(v, nn.Module) and v in tracer.skeleton.twins for v in function.__defaults__ or ()):
+                stack.callback(setattr, function, "__defaults__", function.__defaults__)
+                twins = (tracer.skeleton.twins.get(v, v) if _isinstance(v, nn.Module) else v for v in function.__defaults__ or ())
+                function.__defaults__ = tuple(twins)
+            space = function.__globals__
+            if "type" in function.__code__.co_names and "type" not in space:
+                stack.callback(space.pop, "type", None)
+                space["type"] = _Type
+        with _generators(tracer):
+            yield
+
+
+def _bind(owner: Any, name: str, value: Any) -> None:
+    if held(owner, name) is value:
+        return
+    if _isinstance(owner, dict):
+        owner[name] = value
+    elif _isinstance(owner, types.CellType):
+        owner.cell_contents = value
+    else:
+        setattr(owner, name, value)
+
+
+def _past_cache(cached: Any) -> Any:
+    """A cached function with a cache of this trace alone, for calls without proxies: a size is not the number that it equals."""
+    thread, results = threading.get_ident(), {}
+
+    @functools.wraps(cached.__wrapped__)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return cached(*args, **kwargs)
+        if any(_isinstance(leaf, fx.Proxy) for leaf in _flat((args, kwargs))):
+            return cached.__wrapped__(*args, **kwargs)
+        key = (args, tuple(sorted(kwargs.items())), tuple(map(type, args)))
+        if key not in results:
+            results[key] = cached.__wrapped__(*args, **kwargs)
+        return results[key]
+
+    call.cache_clear, call.cache_info = lambda: None, cached.cache_info  # type: ignore[attr-defined]
+    return call
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if _isinstance(value, (tuple, list, set, frozenset)):
+        for one in value:
+            yield from _flat(one)
+    elif type(value) is dict:
+        yield from _flat(tuple(value.values()))
+    else:
+        yield value
+
+
+class _SeenThrough(type):
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and type(args[0]) in (ShapeProxy, ShapeAttribute):
+            return type(args[0].value)
+        return type(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return _isinstance(instance, type)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, type)
+
+
+class _Type(type, metaclass=_SeenThrough):
+    """``type`` for code that is traced: what it says of a proxy is the type of its value."""
+
+
+@contextlib.contextmanager
+def _generators(tracer: Recorder) -> Iterator[None]:
+    """Random numbers that Python or NumPy drew stay what they were, which is said; the user's generators do not move."""
+    python, numpy, torch_state = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        drew = []
+        if random.getstate() != python:
+            random.setstate(python)
+            drew.append("random")
+        now = np.random.get_state(legacy=False)  # noqa: NPY002
+        if any(not np.array_equal(now["state"][key], numpy["state"][key]) for key in ("key", "pos")):
+            np.random.set_state(numpy)  # noqa: NPY002
+            drew.append("numpy.random")
+        for name in drew:
+            tracer.notes[f"forward draws from {name}; what was drawn while it was traced is specialised, every call has the same"] = None
+        if not torch.equal(torch.get_rng_state(), torch_state):
+            torch.set_rng_state(torch_state)
+
+
+def remove_left(made: Sequence[weakref.ref[Any]]) -> list[str]:
+    """Find which of the proxies of a finished trace something still holds, and take them out. Returns what held them, for a note.
+
+    Raises:
+        TraceError: Something holds one that it cannot be taken out of.
+    """
+    if not any(ref() is not None for ref in made):
+        return []
+    gc.collect()
+    left = _alive(made)
+    where: list[str] = []
+    for _ in range(4):
+        if not left:
+            return where
+        kept: list[Any] = list(left)
+        ids = {id(k) for k in kept} | {id(left), id(kept)}
+        for _ in range(3):  # tuples and links of a cache stand between a proxy and what holds it
+            for holder in gc.get_referrers(*kept):
+                if _isinstance(holder, types.FrameType) or id(holder) in ids:
+                    continue
+                ids.add(id(holder))
+                if _isinstance(holder, CachedFunction):
+                    holder.cache_clear()
+                    where.append(f"the cache of {holder.__wrapped__.__qualname__}()")
+                elif type(holder) in CONTAINERS:
+                    _take_out(holder, {id(k) for k in kept})
+                    where.append(f"a {type(holder).__name__}")
+                else:
+                    kept.append(holder)
+        made = [weakref.ref(proxy) for proxy in left]
+        left.clear()
+        kept.clear()
+        holder = None
+        gc.collect()
+        left = _alive(made)
+    raise TraceError(f"forward keeps what it computes in something that outlives it ({type(left[0]).__name__}); it cannot be traced")
+
+
+def _alive(made: Sequence[weakref.ref[Any]]) -> list[Any]:
+    return [proxy for proxy in (ref() for ref in made) if proxy is not None]
+
+
+def _take_out(holder: Any, wanted: set[int]) -> None:
+    if type(holder) in MAPPINGS:
+        for key in [k for k, v in holder.items() if id(k) in wanted or id(v) in wanted]:
+            del holder[key]
+    elif type(holder) is set:
+        for one in [v for v in holder if id(v) in wanted]:
+            holder.discard(one)
+    else:
+        stay = [v for v in holder if id(v) not in wanted]
+        holder.clear()
+        holder.extend(stay)

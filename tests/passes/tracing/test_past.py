@@ -1,0 +1,349 @@
+"""Neither what ran before a trace nor the trace itself shows: caches, globals, closures, and what forward keeps on its modules."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import fxprune
+from fxprune.passes.tracing.modes import trace
+
+torch.manual_seed(0)
+X, OTHER = torch.randn(2, 3, 8, 8), torch.randn(3, 3, 6, 10)
+TABLES: dict[int, Tensor] = {}
+NAMED: dict[str, Tensor] = {}
+SEEN: list[Tensor] = []
+GRID: Tensor | None = None
+SHAPE: Any = None
+
+
+@functools.cache
+def ramp(length: int) -> Tensor:
+    return torch.linspace(0, 1, length)
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        made = self.last(nn.functional.dropout(y + self.table(y), 0.25, self.training))
+        assert isinstance(made, Tensor)
+        return made
+
+    def table(self, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class LruCache(Layers):
+    def table(self, y: Tensor) -> Tensor:
+        return ramp(y.shape[2])[:, None] + ramp(y.shape[3])
+
+
+class LruMethod(Layers):
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - what users write
+    def grown(self, length: int) -> Tensor:
+        return torch.arange(length).float()
+
+    def table(self, y: Tensor) -> Tensor:
+        return self.grown(y.shape[3])
+
+
+class LruAttribute(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.grown = functools.lru_cache(maxsize=4)(self.make)
+
+    def make(self, length: int) -> Tensor:
+        return torch.arange(length).float()
+
+    def table(self, y: Tensor) -> Tensor:
+        return self.grown(y.shape[3])
+
+
+class GlobalDict(Layers):
+    def table(self, y: Tensor) -> Tensor:
+        SEEN.append(y)
+        if y.shape[2] not in TABLES:
+            TABLES[y.shape[2]] = torch.arange(y.shape[2])[:, None].float()
+        NAMED["last"] = y
+        return TABLES[y.shape[2]]
+
+
+class GlobalMemo(Layers):
+    def table(self, y: Tensor) -> Tensor:
+        global GRID, SHAPE
+        if GRID is None or y.shape[-2:] != SHAPE:
+            GRID, SHAPE = torch.arange(y.shape[3]).float(), y.shape[-2:]
+        return GRID
+
+
+class ClassDict(Layers):
+    tables: dict[Any, Tensor] = {}
+
+    def table(self, y: Tensor) -> Tensor:
+        key = (y.shape[2], y.shape[3])
+        if key not in self.tables:
+            self.tables[key] = torch.arange(y.shape[2] * y.shape[3]).view(y.shape[2], y.shape[3]) / 10
+        return self.tables[key]
+
+
+def closed_over() -> Callable[[int], Tensor]:
+    known: dict[int, Tensor] = {}
+
+    def table(length: int) -> Tensor:
+        if length not in known:
+            known[length] = torch.arange(length).float()
+        return known[length]
+
+    return table
+
+
+class Closure(Layers):
+    make = staticmethod(closed_over())
+
+    def table(self, y: Tensor) -> Tensor:
+        return self.make(y.shape[3])
+
+
+def by_default(length: int, known: dict[int, Tensor] = {}) -> Tensor:  # noqa: B006 - what users write
+    if length not in known:
+        known[length] = torch.arange(length).float()
+    return known[length]
+
+
+class Default(Layers):
+    def table(self, y: Tensor) -> Tensor:
+        return by_default(y.shape[3])
+
+
+class Memo(Layers):
+    """As detectors have it: grids for the last shape."""
+
+    shape = None
+    grid = torch.empty(0)
+
+    def table(self, y: Tensor) -> Tensor:
+        shape = y.shape
+        if self.shape != shape:
+            self.grid = torch.arange(shape[2] * shape[3]).view(shape[2], shape[3]) / 10
+            self.shape = shape
+        return self.grid
+
+
+class MemoList(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.grids = [torch.zeros(1)] * 2
+        self.scales = [torch.empty(0) for _ in range(2)]
+
+    def table(self, y: Tensor) -> Tensor:
+        if self.grids[1].shape[2:4] != y.shape[2:4]:
+            self.grids[1] = torch.arange(y.shape[3]).expand(1, 1, y.shape[2], y.shape[3]) / 10
+            self.scales[0] = torch.ones(y.shape[2], 1)
+        return self.grids[1] * self.scales[0]
+
+
+class MemoLate(Layers):
+    """There only since the first call."""
+
+    late: Tensor
+
+    def table(self, y: Tensor) -> Tensor:
+        if not hasattr(self, "late") or self.late.shape[0] != y.shape[3]:
+            self.late = torch.arange(y.shape[3]).float()
+        return self.late
+
+
+class MemoDict(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.memo: dict[Any, Tensor] = {}
+
+    def table(self, y: Tensor) -> Tensor:
+        if y.shape[3] not in self.memo:
+            self.memo[y.shape[3]] = torch.arange(y.shape[3]).float()
+        return self.memo[y.shape[3]]
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.grid: Tensor | None = None
+
+    def of(self, y: Tensor) -> Tensor:
+        if self.grid is None or self.grid.shape[0] != y.shape[3]:
+            self.grid = torch.arange(y.shape[3]).float()
+        return self.grid
+
+
+class MemoObject(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = Cache()
+
+    def table(self, y: Tensor) -> Tensor:
+        return self.cache.of(y)
+
+
+class MemoBuffer(Layers):
+    grid: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("grid", torch.zeros(1), persistent=False)
+
+    def table(self, y: Tensor) -> Tensor:
+        if self.grid.shape[-1] != y.shape[3]:
+            self.grid = torch.arange(y.shape[3]).float()
+        return self.grid
+
+
+KINDS = [LruCache, LruMethod, LruAttribute, GlobalDict, GlobalMemo, ClassDict, Closure, Default]
+KINDS += [Memo, MemoList, MemoLate, MemoDict, MemoObject, MemoBuffer]
+
+
+def einops_net() -> nn.Module:
+    einops = pytest.importorskip("einops")
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.qkv, self.out, self.last = nn.Conv2d(3, 12, 1), nn.Linear(12, 36), nn.Linear(12, 12), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = einops.rearrange(self.embed(x), "b c h w -> b (h w) c")
+            q, k, v = (einops.rearrange(t, "b n (h d) -> b h n d", h=3) for t in self.qkv(y).chunk(3, -1))
+            y = y + self.out(einops.rearrange((q @ k.transpose(-1, -2)).softmax(-1) @ v, "b h n d -> b n (h d)"))
+            made = self.last(einops.reduce(y, "b n c -> b c", "mean"))
+            assert isinstance(made, Tensor)
+            return made
+
+    return Attention()
+
+
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("make", [*KINDS, einops_net], ids=lambda kind: kind.__name__)
+def test_the_past_does_not_matter(make: Callable[[], nn.Module], ran: bool) -> None:
+    model = make().eval()
+    fresh = copy.deepcopy(model)
+    if ran:
+        with torch.no_grad():
+            model(X), model.train()(X), model.eval()
+    proxies = alive()
+    slim = fxprune.compress(model, 0.0, X)
+    assert alive() == proxies, "the trace is gone"
+    with torch.no_grad():
+        for x in (X, OTHER, X, X[:1]):
+            want = model(x)
+            assert type(want) is Tensor
+            torch.testing.assert_close(slim(x), want)
+    notes = [note for note in fxprune.record(slim).notes if "specialised" in note and "dtype" not in note]
+    assert not notes or make is MemoBuffer, notes  # which asks a buffer for its size, and buffers are the graph's
+    pruned = fxprune.compress(model, 0.5, X, verify=True)
+    again = fxprune.compress(fresh, fxprune.record(pruned).policy, X)
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(OTHER), again(OTHER))
+
+
+def alive() -> int:
+    gc.collect()
+    return sum(issubclass(type(one), fx.Proxy) for one in gc.get_objects())
+
+
+def test_plain_containers_are_as_they_were() -> None:
+    TABLES.clear()
+    NAMED.clear()
+    SEEN.clear()
+    model = GlobalDict().eval()
+    model(X)
+    before = dict(TABLES), dict(NAMED), list(SEEN)
+    fxprune.analyze(model, OTHER)
+    assert all(a is b for old, new in zip(before, (TABLES, NAMED, SEEN), strict=True) for a, b in zip(old, new, strict=True))
+    assert TABLES[8] is before[0][8] and NAMED["last"] is before[1]["last"]
+
+
+class Hidden:
+    """Keeps things where nobody looks: behind an attribute that is found by a computed name."""
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+
+
+HIDDEN = {"some": {"where": {"deep": {"inside": {"of": Hidden()}}}}}
+
+
+class Leaking(Layers):
+    def table(self, y: Tensor) -> Tensor:
+        globals()["HID" + "DEN"]["some"]["where"]["deep"]["inside"]["of"].kept.append(y * 2)
+        return y
+
+
+def test_what_is_left_is_found_and_named() -> None:
+    hidden = HIDDEN["some"]["where"]["deep"]["inside"]["of"]
+    graph = fxprune.analyze(Leaking().eval(), X)
+    assert not hidden.kept and any("forward kept what it computed while it was traced in a list" in note for note in graph.notes)
+
+
+class Trusting(Layers):
+    """The table of widths was there before; forward only reads it, and adds the last result under a name."""
+
+    table_of = {8: 2.0, 16: 3.0}
+
+    def table(self, y: Tensor) -> Tensor:
+        return y * self.table_of[y.shape[1]]
+
+
+def test_tables_that_forward_only_reads_are_read() -> None:
+    model = Trusting().eval()
+    torch.testing.assert_close(fxprune.compress(model, 0.0, X)(X), model(X))
+
+
+class Counter(Layers):
+    """No memo: what it computes depends on how often it ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def table(self, y: Tensor) -> Tensor:
+        self.calls += 1
+        return y
+
+
+def test_what_forward_counts_is_named() -> None:
+    model = Counter().eval()
+    model(X)
+    assert "forward sets 'calls', which the slim module does not do" in fxprune.analyze(model, X).notes
+    assert model.calls == 1
+
+
+class Selfish(Layers):
+    """A function that holds the module it belongs to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.rand(8, 1, 1))
+        self.run: Callable[[Tensor], Tensor] = lambda y: y * self.last.weight.mean() + self.shift
+
+    def table(self, y: Tensor) -> Tensor:
+        return self.run(y)
+
+
+def test_closures_over_the_module_compute_with_the_slim_weights() -> None:
+    model = Selfish().eval()
+    slim = fxprune.compress(model, 0.0, X)
+    assert set(slim.state_dict()) == set(model.state_dict())
+    slim(X).sum().backward()
+    model(X).sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(slim.get_parameter(name).grad, p.grad)
+    assert not trace(model, X, lambda m: isinstance(m, nn.Conv2d)).constants
