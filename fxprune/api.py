@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune import example_inputs as forms
+from fxprune.allocation.targets import allocated, is_target
 from fxprune.attached import Sources, attach, record_of, sources_of
 from fxprune.errors import FxPruneError, InputError, PruningWarning
 from fxprune.evaluation.running import device_of
@@ -93,7 +94,9 @@ def compress(
     Args:
         model: as for ``analyze``; or a ``CouplingGraph``: then nothing is traced again and the weights its model holds now are sliced.
         policy: a ``Policy``; one sparsity for every group (0 keeps all); a mapping to sparsities from names of groups, names of modules
-            (every group that the module's layers produce) and globs over both; or a policy file's path.
+            (every group that the module's layers produce) and globs over both; a target, "macs=0.5" (or params, memory: what is left of
+            the original; sparsity: the share of output channels that goes), met without a search: by error tables where there is
+            ``calibration``, else by the same share of every group; or a policy file's path.
         example_inputs: as for ``analyze``; may be left out where the policy records them.
         ignore: as for ``analyze``.
         importance: what ranks the units of a group: "taylor", "l2", "l1", "variance", "random", "reconstruction", "auto" (taylor where
@@ -122,13 +125,15 @@ def compress(
 
     Raises:
         PolicyError: a key of the policy names nothing, or a sparsity is out of range.
+        TargetError: the target that the policy names cannot be met; ``nearest`` is the policy that comes closest.
         UnsupportedError: ``keep_class`` where a number in the code changes with the channels; names the node and line.
         VerificationError: the zeroing oracle fails.
 
     Warns:
         PruningWarning: nothing was removed, or less than half of what was asked because the rest is locked.
     """
-    chosen = _policy(policy)
+    target = policy if isinstance(policy, str) and is_target(policy) else None
+    chosen = Policy({}) if target is not None else _policy(policy)
     options = dict(chosen.options)
     graph_given = isinstance(model, CouplingGraph)
     ignored, chosen_attention = listed(ignore), attention
@@ -151,8 +156,11 @@ def compress(
         model = _module(model)
         example = _example(model, example_inputs, chosen.inputs)
         graph = analysed(model, example, ignored, chosen_attention, observe, str(wanted_norms or "plain"))
+    if target is not None:
+        chosen = allocated(graph, target, batches, importance=importance, loss=loss, repair=repair, round_to=multiple, most=most)
+        options = dict(chosen.options)
     wanted = resolved(graph, checked_sparsity(policy, "a uniform policy") if isinstance(policy, (int, float)) else chosen.sparsity)
-    units = options.get("units") if importance == options.get("importance", "auto") else None
+    units = options.get("units") if importance_name(importance) == options.get("importance", "auto") else None
 
     def score(graph: CouplingGraph) -> Mapping[str, Any]:
         return _recorded(graph, wanted.sparsity, units) or scores(graph, ranked_by, batches, loss=loss)

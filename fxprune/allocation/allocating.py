@@ -15,6 +15,7 @@ from fxprune.allocation.widths import Knapsack
 from fxprune.errors import InputError, TargetError
 from fxprune.evaluation.running import one_thread
 from fxprune.importance.criteria import importance_name, resolved, scores
+from fxprune.importance.gradients import Loss
 from fxprune.index_lists import ranges
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.planning.naming import limits
@@ -23,6 +24,7 @@ from fxprune.policies import Policy
 from fxprune.repair.registry import named
 
 TOLERANCE = 1e-6  # by which a share may be above its bound
+TIGHTENINGS = 12  # times that more is asked for where rounding gave too much back
 
 
 class Allocator:
@@ -77,6 +79,7 @@ def allocate(
     calibration: Iterable[Any],
     *,
     importance: Any = "auto",
+    loss: Loss | None = None,
     repair: str = "lstsq",
     round_to: int = 1,
     most: Mapping[str, float] | float | None = None,
@@ -95,6 +98,7 @@ def allocate(
         calibration: Batches of inputs, or of (inputs, labels); a few hundred samples or more. Labels are read only by an ``importance``
             that needs them.
         importance: What ranks the units of a group; "auto": the table itself. Otherwise as for ``compress``.
+        loss: What an importance that needs gradients differentiates, as for ``compress``.
         repair: How the slim network will be repaired, for which the errors are reckoned.
         round_to: Channels kept in every pruned dimension are rounded up to a multiple of it.
         most: The largest share of its units that any group loses, or a mapping from group, module or glob to it.
@@ -115,21 +119,35 @@ def allocate(
             raise InputError(f"{metric}={share} is out of range; give what is to be left as a share above 0 and at most 1")
     batches = list(calibration)
     with one_thread():
-        ranking = None if importance == "auto" else scores(graph, resolved(importance), batches, seed)
+        ranking = None if importance == "auto" else scores(graph, resolved(importance), batches, seed, loss)
         table = error_table(graph, batches, ranking=ranking, repair=repair, seed=seed)
     allocator = Allocator(graph, table, round_to=round_to, most=most)
     if not allocator.groups:
         raise InputError("there is no prunable group; fxprune.visualize(model, inputs) says why each is locked")
-    removed = allocator.allocate(bounds)
-    counts = {group.name: int(count) for group, count in zip(allocator.groups, removed, strict=True)}
-    if allocator.rounding is not None:
-        counts = allocator.rounding(counts)
-    left = {m: float(allocator.prices.shares(m, np.array([[counts[g.name] for g in allocator.groups]]))[0]) for m in bounds}
+    counts, left = _met(allocator, bounds)
     for metric, share in bounds.items():
-        if left[metric] > share + TOLERANCE and round_to == 1:
+        if left[metric] > share + TOLERANCE:
             least = float(allocator.prices.shares(metric, np.array([[len(a) - 1 for a in allocator._knapsack.allowed]]))[0])
             raise TargetError(f"{metric}={share} cannot be met: with all that may go, {least:.3g} is left; ask for more")
     return _policy(graph, table, counts, importance, round_to, {"strategy": "table", "bounds": dict(bounds), "left": left})
+
+
+def _met(allocator: Allocator, bounds: Mapping[str, float]) -> tuple[dict[str, int], dict[str, float]]:
+    """Units to remove by group, and what they leave of each bounded metric. Rounding gives units back: then a little more is asked."""
+    wanted = dict(bounds)
+    for _ in range(TIGHTENINGS):
+        removed = allocator.allocate(wanted)
+        counts = {group.name: int(count) for group, count in zip(allocator.groups, removed, strict=True)}
+        if allocator.rounding is not None:
+            counts = allocator.rounding(counts)
+        rounded = np.array([[counts[group.name] for group in allocator.groups]])
+        left = {metric: float(allocator.prices.shares(metric, rounded)[0]) for metric in bounds}
+        over = [metric for metric, share in bounds.items() if left[metric] > share + TOLERANCE]
+        if not over or allocator.rounding is None:
+            break
+        for metric in over:
+            wanted[metric] *= 0.99 * bounds[metric] / left[metric]
+    return counts, left
 
 
 def _policy(

@@ -1,0 +1,180 @@
+"""A target in place of a policy: ``"macs=0.5"`` as an allocation, without a search."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from fxprune.allocation.allocating import allocate
+from fxprune.allocation.prices import METRICS, output_channels
+from fxprune.errors import PolicyError, TargetError
+from fxprune.evaluation.running import one_thread
+from fxprune.importance.criteria import Scores, importance_name, resolved, scores
+from fxprune.importance.gradients import Loss
+from fxprune.index_lists import ranges
+from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.passes.planning.cost import cost_model
+from fxprune.passes.planning.naming import limits
+from fxprune.passes.planning.plan import Keep, Rounding, keep_counts
+from fxprune.policies import Policy
+
+_TARGET = re.compile(r"\s*\w+\s*=")
+_MEASURED = ("latency",)
+TOLERANCE = 1e-9  # of the rounding of floats, by which a share may be above its bound
+
+
+def is_target(text: str) -> bool:
+    """Whether a policy given as text is a target, ``METRIC=SHARE``, rather than the path of a file."""
+    return _TARGET.match(text) is not None
+
+
+def bounds_of(text: str) -> dict[str, float]:
+    """A target as metric -> share of the original that may be left; several are separated by commas or blanks.
+
+    "sparsity" is given as the share of the output channels that goes, as everywhere, and comes out as the share that stays. Raises
+    ``PolicyError`` for anything malformed, and for what would have to be measured.
+    """
+    found: dict[str, float] = {}
+    for part in re.sub(r"\s*=\s*", "=", text).replace(",", " ").split():
+        metric, sign, share = part.partition("=")
+        if metric in _MEASURED:
+            raise PolicyError(f"the target {part!r} has to be measured on candidates; search for it: fxprune.search with targets={part!r}")
+        if metric not in METRICS:
+            raise PolicyError(f"the target {text!r} names {metric!r}; it is METRIC=SHARE with one of {', '.join(METRICS)}, as in macs=0.5")
+        try:
+            value = float(share)
+        except ValueError:
+            value = float("nan")
+        if not sign or not 0 < value < 1:
+            raise PolicyError(f"the target {part!r} needs a share between 0 and 1 of what {'goes' if metric == 'sparsity' else 'is left'}")
+        if metric in found:
+            raise PolicyError(f"the target {text!r} names {metric} twice; a Pareto run is a matter for fxprune.search")
+        found[metric] = 1 - value if metric == "sparsity" else value
+    return found
+
+
+def allocated(
+    graph: CouplingGraph,
+    target: str,
+    calibration: Iterable[Any] | None,
+    *,
+    importance: Any = "auto",
+    loss: Loss | None = None,
+    repair: str = "none",
+    round_to: int = 1,
+    most: Mapping[str, float] | float | None = None,
+) -> Policy:
+    """The policy that meets a target: by the error tables where there is ``calibration``, else the same share of every group.
+
+    Args:
+        graph: the analysed network.
+        target: as ``bounds_of`` reads it. The other arguments are those of ``compress``.
+
+    Returns:
+        A policy that names the units; ``meta`` has the bounds and what is left.
+
+    Raises:
+        PolicyError: the target is malformed.
+        TargetError: it cannot be met; ``nearest`` is the policy that comes closest.
+    """
+    bounds = bounds_of(target)
+    if calibration is not None:
+        return allocate(graph, bounds, calibration, importance=importance, loss=loss, repair=repair, round_to=round_to, most=most)
+    with one_thread():
+        ranking = scores(graph, resolved(importance))
+    uniform = _Uniform(graph, ranking, bounds, round_to, most)
+    counts = uniform.counts()
+    left = uniform.left(counts)
+    policy = _policy(graph, uniform.keep(counts), round_to, importance, {"strategy": "uniform", "bounds": bounds, "left": left})
+    over = [metric for metric, share in bounds.items() if left[metric] > share + TOLERANCE]
+    if over:
+        why = "with all that may go" if most is None else "with all that most= lets go"
+        raise TargetError(f"{target!r} cannot be met: {why}, {left[over[0]]:.3g} of the {over[0]} are left; ask for less", policy)
+    return policy
+
+
+class _Uniform:
+    """Allocations that take the same share of every group, to the unit, and what they leave."""
+
+    def __init__(
+        self, graph: CouplingGraph, ranking: Scores, bounds: Mapping[str, float], round_to: int, most: Mapping[str, float] | float | None
+    ) -> None:
+        self.graph, self.ranking, self.bounds = graph, ranking, bounds
+        self.groups = [group for group in graph.groups if group.prunable]
+        allowed = limits(graph, most)
+        self.room = [min(allowed.get(g.name, g.size - 1), g.size - 1) for g in self.groups]
+        self.grain = round_to
+        self.rounding: Callable[[Mapping[str, int]], dict[str, int]] = Rounding(graph, round_to) if round_to > 1 else dict
+        costs = cost_model(graph)
+        self.costs = {"macs": costs.macs, "params": costs.params, "memory": costs.memory}
+        self.whole = {name: max(cost(), 1) for name, cost in self.costs.items()}
+        channels, fixed = output_channels(graph)
+        self.channels = {g.name: channels[g.name] for g in self.groups}
+        self.all_channels = max(sum(g.size * channels[g.name] for g in self.groups) + fixed, 1)
+
+    def keep(self, counts: Mapping[str, int]) -> Keep:
+        return keep_counts(self.graph, counts, self.ranking)
+
+    def left(self, counts: Mapping[str, int]) -> dict[str, float]:
+        """What is left of each bounded metric, as a share of the original."""
+        keep = self.keep(counts)
+        gone = sum(count * self.channels[name] for name, count in counts.items())
+        return {m: 1 - gone / self.all_channels if m == "sparsity" else self.costs[m](keep) / self.whole[m] for m in self.bounds}
+
+    def fits(self, counts: Mapping[str, int]) -> bool:
+        left = self.left(counts)
+        return all(left[metric] <= share + TOLERANCE for metric, share in self.bounds.items())
+
+    def counts(self) -> dict[str, int]:
+        """The fewest units by which the bounds are met; where they cannot be, as many as may go."""
+        order = self._order()
+        low, high = 0, len(order)
+        if not self.fits(self._first(order, high)):
+            return self._first(order, high)
+        while high - low > 1:  # costs fall as units go, so the boundary is found by halving
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.fits(self._first(order, middle)) else (middle, high)
+        return self._returned(self._first(order, high))
+
+    def _order(self) -> Any:
+        """The groups in the order in which they lose units, so that all have lost about the same share at any point."""
+        names = [np.full(room, i) for i, room in enumerate(self.room)]
+        shares = [np.arange(1, room + 1) / group.size for group, room in zip(self.groups, self.room, strict=True)]
+        return np.concatenate(names)[np.argsort(np.concatenate(shares), kind="stable")] if names else np.zeros(0, dtype=np.int64)
+
+    def _first(self, order: Any, number: int) -> dict[str, int]:
+        taken = np.bincount(order[:number], minlength=len(self.groups))
+        return self.rounding({group.name: int(n) for group, n in zip(self.groups, taken, strict=True)})
+
+    def _returned(self, counts: dict[str, int]) -> dict[str, int]:
+        """Units given back, as long as the bounds hold: those that bring it nearest to them."""
+        while True:
+            best, slack = counts, self._slack(counts)
+            for group in self.groups:
+                if counts[group.name]:
+                    less = self.rounding({**counts, group.name: max(counts[group.name] - self.grain, 0)})
+                    if less != counts and self.fits(less) and self._slack(less) < slack:
+                        best, slack = less, self._slack(less)
+            if best is counts:
+                return counts
+            counts = best
+
+    def _slack(self, counts: Mapping[str, int]) -> float:
+        left = self.left(counts)
+        return min(share - left[metric] for metric, share in self.bounds.items())
+
+
+def _policy(graph: CouplingGraph, keep: Keep, round_to: int, importance: Any, meta: Mapping[str, Any]) -> Policy:
+    sparsity, units = {}, {}
+    for group in graph.groups:
+        if group.prunable:
+            gone = np.flatnonzero(~keep[graph.starts[group.number] : graph.starts[group.number + 1]])
+            sparsity[group.name] = len(gone) / group.size
+            if len(gone):
+                units[group.name] = ranges(torch.from_numpy(gone))
+    options = {**graph.options, "round_to": round_to, "importance": importance_name(importance), "units": units}
+    return Policy(sparsity, graph.inputs, options, meta)
