@@ -531,3 +531,66 @@ def test_both_networks_run_once_over_the_calibration_inputs(monkeypatch: pytest.
     Repairer(graph, calibration, "lstsq", progress=lambda done, of, name: seen.append((done, of)))(slimmer.run(), slimmer)
     assert samples <= 3 * 80 * 12
     assert seen == [(i + 1, 13) for i in range(13)]
+
+
+class ByHand(nn.Module):
+    """Attention written out, with the factor on the queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).view(*x.shape[:2], 2, 8).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        weights = (q * 8**-0.5 @ k.transpose(-2, -1)).softmax(-1)
+        y: Tensor = self.out((weights @ v).transpose(1, 2).flatten(2))
+        return y
+
+
+class Fused(nn.Module):
+    """Queries, keys and values from one layer, as ``scaled_dot_product_attention`` takes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        y: Tensor = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return y
+
+
+class Module(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return y
+
+
+@pytest.mark.parametrize("make", [ByHand, Fused, Module])
+def test_queries_make_up_for_the_dimensions_that_their_products_lack(make: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "weight" in name:
+                weight.mul_(1.5)
+    calibration = [_smooth((9, 16), 32, i) for i in range(8)]
+    unseen = _smooth((9, 16), 64, 100)
+    graph = fxprune.analyze(model, unseen[:2], attention="head_dim")
+    first = next(group for group in graph.groups if group.prunable)  # of the queries and keys; values stay whole
+    errors = []
+    for without in (True, False):
+        with monkeypatch.context() as patched:
+            if without:
+                patched.setattr(repairs, "contractions", lambda graph: [])
+            slim = fxprune.compress(graph, {first.name: 0.5}, importance="l2", repair="lstsq", calibration=calibration)
+        with torch.no_grad():
+            errors.append(float((model(unseen) - slim(unseen)).square().mean()))
+        made = {name: one for name, one in fxprune.record(slim).repaired.items() if name.endswith(":products")}
+        assert len(made) == (0 if without else 1)
+    assert all(one.done == "fitted" and one.after < one.before for one in made.values())
+    assert errors[1] < errors[0]

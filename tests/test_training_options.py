@@ -89,6 +89,19 @@ def test_frozen_batchnorm_keeps_its_statistics() -> None:
     assert not torch.equal(model[1].running_mean, before)  # type: ignore[index]
 
 
+def test_vectors_alone_are_trained() -> None:
+    model = network()
+    dict(model.named_parameters())["4.bias"].requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, loader(), config=TrainConfig(1, lr=0.1, device="cpu", parameters="vectors"))
+    moved = {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
+    assert moved == {"0.bias", "1.weight", "1.bias"}
+    assert [p.requires_grad for p in model.parameters()] == flags
+    with pytest.raises(InputError, match="finds none to train"):
+        train(nn.Linear(4, 2, bias=False), loader(), config=TrainConfig(1, device="cpu", parameters="vectors"))
+
+
 def test_synchronised_batchnorm_gives_way_to_the_models_own() -> None:
     class Two:
         num_processes, device = 2, torch.device("cuda")
@@ -184,6 +197,7 @@ def test_a_schedule_by_the_score() -> None:
         ({"precision": "int4"}, "TrainConfig.precision is int4; it must be one of no, fp16, bf16"),
         ({"ema": 1.0}, "TrainConfig.ema is 1.0"),
         ({"batchnorm": "none"}, "TrainConfig.batchnorm is none; it must be one of local, sync, frozen"),
+        ({"parameters": "norms"}, "TrainConfig.parameters is norms; it must be one of all, vectors"),
         ({"accumulate": 0}, "TrainConfig.accumulate is 0"),
         ({"resume": True}, "TrainConfig.resume is True; it must be False where there is no checkpoint_dir"),
         ({"trackers": "tensorboard"}, "TrainConfig.trackers is tensorboard; it must be a list of names"),

@@ -27,6 +27,7 @@ from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.labels.values import values
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.records import LayerRepair
+from fxprune.repair.attention import Contraction, Products, by_head, change_queries, contractions, maker, picked
 from fxprune.repair.calibration import FIT, JUDGE, Piece, pieces, samples
 from fxprune.repair.judging import unlikeness
 from fxprune.repair.layers import Layer, Norm, Reading
@@ -75,6 +76,7 @@ class Repairer:
         self.layers: dict[str, LayerRepair] = {}
         self._inputs: dict[str, int] = {}  # weight -> the axis along which a layer reads with it
         self._cache = _Cache()
+        self._norms: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}  # what the original's BatchNorms read: mean and variance
         self._original: nn.Module | None = None
         self._pieces: list[Piece] = []
 
@@ -157,13 +159,18 @@ class Repairer:
         twin_cells = {str(node.target): (node, module) for node, module in first.recurrent().items()}
         cells = reading.recurrent() if self.kind == "lstsq" else {}
         cells = {n: m for n, m in cells.items() if str(n.target) in reached.recurrent and str(n.target) in twin_cells}
+        here, there = contractions(reading.graph), contractions(first.graph)
+        paired = zip(here, there, reached.products, strict=True) if len(here) == len(there) == len(reached.products) else ()
+        products = {one.node: (one, twin, kept) for one, twin, kept in paired if kept is not None and self.kind == "lstsq"}
         order = {name: i for i, name in enumerate(originals)}
         with Room(ROOM) as room:
             run = _Run(self, part, Playback(module, reading.graph, self._calls(slim, part), room), self.playback(part, room))
-            stops = [node for node in reading.graph.nodes if node in layers or node in norms or node in cells]
+            stops = [node for node in reading.graph.nodes if node in layers or node in norms or node in cells or node in products]
             for done, node in enumerate(stops):
                 if node in norms:
                     run.norm(norms[node], twins[_key(node)], reached.norms[_key(node)])
+                elif node in products:
+                    self.layers.update(run.products(*products[node], {one.node: one for one in reading.layers()}))
                 elif node in cells:
                     name = str(node.target)
                     full = f"{part}.{name}" if part else name
@@ -264,6 +271,7 @@ class _Run:
     def __init__(self, repairer: Repairer, part: str, slim: Playback, original: Playback) -> None:
         self.repairer, self.part, self.slim, self.original = repairer, part, slim, original
         self.roles = [piece.role for piece in repairer.pieces]
+        self._everything: tuple[dict[fx.Node, Any], fx.Interpreter] | None = None
 
     def layer(self, one: Layer, twin: Layer, number: int, kept: Any) -> LayerRepair:
         """Repair a layer, ``number`` in the original's order; ``kept``: its output channels that are left, or None."""
@@ -299,6 +307,40 @@ class _Run:
         if fit.shift is not None:
             one.add_shift(fit.shift.flatten())
 
+    def products(
+        self, one: Contraction, twin: Contraction, kept: tuple[Any, Any], layers: Mapping[fx.Node, Layer]
+    ) -> dict[str, LayerRepair]:
+        """Bring the products of queries and keys to what they are in the original; ``kept``: what is left of the original's, by axis."""
+        if len(one.queries.users) != 1:
+            return {}
+        if self._everything is None:
+            self._everything = self.slim.everything(0)
+        made = maker(one, layers, *self._everything)
+        if made is None:
+            return {}
+        sums, width = Products(), 0
+        for piece, role in enumerate(self.roles):
+            now, then = self.slim.before(piece, one.node), self.original.before(piece, twin.node)
+            for each, other in zip(now, then, strict=True):
+                wanted = picked(other[twin.queries], kept[0]), picked(other[twin.keys], kept[1])
+                rows = [by_head(each[one.queries]), by_head(each[one.keys], one.turned), by_head(wanted[0]), by_head(wanted[1], one.turned)]
+                if len({len(x) for x in rows}) > 1 or rows[0].shape[-1] != made.rows.shape[-1]:
+                    return {}
+                sums.add(role, *rows)
+                width = rows[0].shape[-1]
+            self.slim.leave(piece, now)
+            self.original.leave(piece, then)
+        matrix, before, after = sums.matrix(width)
+        if matrix is not None:
+            change_queries(made, matrix)
+            for piece in range(len(self.roles)):
+                now = self.slim.before(piece, one.node)
+                for each in now:
+                    q = each[one.queries]
+                    each[one.queries] = (q.reshape(q.shape[0], -1, *q.shape[-2:]) @ matrix.to(q)).reshape(q.shape)
+                self.slim.leave(piece, now)
+        return {f"{made.layer.path}:products": LayerRepair("sliced" if matrix is None else "fitted", None, before, after)}
+
     def recurrent(self, node: fx.Node, cell: Any, twin: fx.Node, original: Any, kept: Any) -> LayerRepair | None:
         """Repair a recurrent layer; None where its input is no plain tensor."""
         calls: list[Sequences] = []
@@ -316,7 +358,11 @@ class _Run:
 
     def norm(self, one: Norm, twin: Norm, kept: Any) -> None:
         """Move the statistics of a BatchNorm that no repaired layer feeds alone by what its input has moved."""
-        sums = [_channel_sums(play, node, self.roles) for play, node in ((self.slim, one.node), (self.original, twin.node))]
+        known = self.repairer._norms
+        key = (self.part, _key(twin.node))
+        if key not in known:
+            known[key] = _channel_sums(self.original, twin.node, self.roles)
+        sums = _channel_sums(self.slim, one.node, self.roles), known[key]
         (mean, var), (mean0, var0) = ((m.to(one.mean), v.to(one.var)) for m, v in sums)
         mean0, var0 = (t if kept is None else t[torch.from_numpy(kept).to(t.device)] for t in (mean0, var0))
         one.mean.add_(mean - mean0)
@@ -416,10 +462,12 @@ class _Reached:
         self.layers: dict[str, Any] = {}
         self.norms: dict[str, Any] = {}
         self.recurrent: set[str] = set()
+        self.products: list[tuple[Any, Any] | None] = []  # what is left of queries and keys, by axis, where their products lack dimensions
         nodes = traced.graphs[mode].nodes
         reading = Reading(traced.skeleton.original, traced.graphs[mode])
         layers = {one.node: one for one in reading.layers()}
         norms = {one.node for one in reading.norms()}
+        self.products += [_factors(one, env, slimmer) for one in contractions(traced.graphs[mode])]
         reached: set[fx.Node] = set()
         for node in nodes:
             if any(one in reached or (one.op != "get_attr" and slimmer.touched(env.get(one))) for one in node.all_input_nodes):
@@ -436,6 +484,20 @@ class _Reached:
                     self.layers[layers[node].name.removeprefix(f"{part}." if part else "")] = slimmer.kept(output, axis)
             elif node in norms and all(slimmer.kept(output, other) is None for other in output.axes if other != 1):
                 self.norms[_key(node, part)] = slimmer.kept(output, 1)
+
+
+def _factors(one: Contraction, env: Mapping[fx.Node, Any], slimmer: Slimmer) -> tuple[Any, Any] | None:
+    """For queries and keys what is left along each axis but that of their products; None where none of its dimensions went."""
+    found = []
+    for node, turned in ((one.queries, False), (one.keys, one.turned)):
+        value = next(iter(values(env.get(node))), None)
+        if value is None or value.ndim < 3:
+            return None
+        axis = value.ndim - (2 if turned else 1)
+        if slimmer.kept(value, axis) is None:
+            return None
+        found.append([None if i == axis else slimmer.kept(value, i) for i in range(value.ndim)])
+    return found[0], found[1]
 
 
 def _key(node: fx.Node, part: str = "") -> str:

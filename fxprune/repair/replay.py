@@ -116,6 +116,16 @@ class Playback:
         self._at = at + 1
         return found
 
+    def everything(self, batch: int) -> tuple[dict[fx.Node, Any], fx.Interpreter]:
+        """The values of all nodes in the first call of a batch, and what runs single nodes on them."""
+        values = self._bound(self.calls(batch)[0])
+        interpreter = fx.Interpreter(self.interpreter.module, graph=self.interpreter.graph)
+        interpreter.env = values
+        for node in self.nodes[:-1]:
+            if node.op != "placeholder":
+                values[node] = interpreter.run_node(node)
+        return values, interpreter
+
     def arguments(self, values: dict[fx.Node, Any], node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What ``node``, which is about to run, is called with."""
         self._fetch(values, node.all_input_nodes)

@@ -34,6 +34,7 @@ class Progress:
     seconds_left: float
 
 
+PARAMETERS = ("all", "vectors")
 BATCHNORM = ("local", "sync", "frozen")
 # Options that change no result, or hold what cannot be compared.
 _FREE = frozenset({"device", "validate", "on_step", "checkpoint_dir", "checkpoint_every", "resume", "trackers", "log_dir"})
@@ -47,6 +48,8 @@ class TrainConfig:
     ``optimizer``: None for SGD with Nesterov's ``momentum``; else an import path ("torch.optim.AdamW") or a class, called with the
     parameters, ``lr``, ``weight_decay`` and ``optimizer_options``. ``scheduler``: likewise, in place of the warm-up and the cosine; an
     option that is the text "steps" or "epochs" becomes that number; ``scheduler_every``: "step" or "epoch".
+    ``parameters``: "all", or "vectors": only those of at most one dimension, the scales and shifts of normalisations and the biases (PERP,
+    Zimmer 2023, https://arxiv.org/abs/2312.15230): minutes of training between a repair and distillation. The others stay as they are.
     ``clip``: largest norm of the gradient, None for no limit. ``accumulate``: batches whose gradients make one step.
     ``precision``: "no", "fp16" or "bf16"; None: what ``accelerate launch`` says, else "no".
     ``ema``: decay of an exponential moving average of the weights, for example 0.999; it is what is validated and kept then.
@@ -71,6 +74,7 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     warmup: float = 0.1
+    parameters: str = "all"
     clip: float | None = None
     device: str = "auto"
     seed: int = 0
@@ -101,6 +105,7 @@ class TrainConfig:
             "momentum": (0 <= self.momentum < 1, "from 0 to below 1"),
             "weight_decay": (self.weight_decay >= 0, "0 or more"),
             "warmup": (0 <= self.warmup < 1, "a share from 0 to below 1"),
+            "parameters": (self.parameters in PARAMETERS, f"one of {', '.join(PARAMETERS)}"),
             "clip": (self.clip is None or self.clip > 0, "above 0, or None"),
             "scheduler_every": (self.scheduler_every in ("step", "epoch"), "step or epoch"),
             "accumulate": (self.accumulate >= 1, "1 or more"),

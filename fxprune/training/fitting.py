@@ -46,6 +46,7 @@ def fit(model: nn.Module, loader: Iterable[Any], config: TrainConfig, objective:
         modes_kept(model),
         torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []),
         _placed(model, accelerator.device),
+        _learning(model, config.parameters),
         batchnorm_as(model, config.batchnorm, accelerator),
     ):
         if device.index is not None and accelerator.num_processes > 1:
@@ -61,6 +62,21 @@ def fit(model: nn.Module, loader: Iterable[Any], config: TrainConfig, objective:
         finally:
             run.finish()
     return run.history
+
+
+@contextmanager
+def _learning(model: nn.Module, which: str) -> Iterator[None]:
+    """Only the parameters that are to be trained take a gradient for the length of the block."""
+    still = [p for p in model.parameters() if p.requires_grad and which == "vectors" and p.ndim > 1]
+    if which == "vectors" and not any(p.requires_grad and p.ndim <= 1 for p in model.parameters()):
+        raise InputError('parameters="vectors" finds none to train: no parameter of at most one dimension takes a gradient')
+    try:
+        for parameter in still:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in still:
+            parameter.requires_grad_(True)
 
 
 @contextmanager
