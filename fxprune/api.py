@@ -115,10 +115,10 @@ def compress(
             batch leave no doubt (``fxprune.importance.gradients``).
         passes: passes of your own that run on the slim graph module afterwards: ``torch.fx.passes`` passes, or functions from graph module
             to graph module. Each gets a copy, which it may edit.
+        observe: called as ``observe(step, result, seconds)`` after each step: "Trace", "Couple", "Plan", "Slim" and your own passes.
         norms: "plain": layer, RMS and group norms, softmax and means over channels work on the channels that are left; "exact": they keep
             the divisor of the original, what is gone counting as zeros, so that the slim network equals the zeroed original there as
             well (``group.undefined`` says where it cannot). None: what the policy says, else "plain".
-        observe: called as ``observe(step, result, seconds)`` after each step: "Trace", "Couple", "Plan", "Slim" and your own passes.
 
     Returns:
         The slim module.

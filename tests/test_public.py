@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import re
 import runpy
 import subprocess
@@ -86,3 +88,45 @@ def test_the_exception_tree_is_drawn_as_it_is() -> None:
     assert drawn == set(made) - {"FxPruneError"}
     assert all(kind.__bases__ == (errors.FxPruneError,) for name, kind in made.items() if name != "FxPruneError")
     assert errors.FxPruneError.__bases__ == (Exception,)
+
+
+FUNCTIONS = [name for name in fxprune.__all__ if inspect.isfunction(getattr(fxprune, name))]
+CLASSES = [name for name in fxprune.__all__ if dataclasses.is_dataclass(getattr(fxprune, name))]
+
+
+def section(text: str, title: str) -> str:
+    """The indented lines under a heading of a Google-style docstring."""
+    found = re.search(rf"^{title}:\n((?:    .*\n|\n)+)", inspect.cleandoc(text) + "\n", re.MULTILINE)
+    return found[1] if found else ""
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_public_functions_say_their_arguments_result_and_errors(name: str) -> None:
+    function = getattr(fxprune, name)
+    signature = inspect.signature(function)
+    said = re.findall(r"^    \*{0,2}(\w+): \S", section(function.__doc__, "Args"), re.MULTILINE)
+    assert said == list(signature.parameters)
+    raised = re.findall(r"^    (\w+): \S", section(function.__doc__, "Raises"), re.MULTILINE)
+    assert raised and set(raised) <= set(vars(errors)), "errors of fxprune, each with when it comes"
+    assert section(function.__doc__, "Returns") or signature.return_annotation in (None, "None")
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if name != "SearchConfig"])  # whose fields are in the source, each with its line
+def test_public_classes_say_their_fields(name: str) -> None:
+    kind = getattr(fxprune, name)
+    inherited = {field.name for base in kind.__mro__[1:] if dataclasses.is_dataclass(base) for field in dataclasses.fields(base)}
+    own = {field.name for field in dataclasses.fields(kind)} - inherited
+    said = set(re.findall(r"``(\w+)``", kind.__doc__)) | set(re.findall(r"^    (\w+): \S", section(kind.__doc__, "Args"), re.MULTILINE))
+    assert own <= said, f"{name} says nothing of {sorted(own - said)}"
+
+
+def test_the_reference_has_every_public_name() -> None:
+    pages = (PACKAGE.parent / "docs" / "reference").glob("*.md")
+    listed = {name for page in pages for name in re.findall(r"^::: fxprune\.(\w+)$", page.read_text(encoding="utf-8"), re.MULTILINE)}
+    assert listed - {"errors"} == set(fxprune.__all__)
+
+
+def test_the_glossary_has_the_words_that_results_use() -> None:
+    text = (PACKAGE.parent / "docs" / "glossary.md").read_text(encoding="utf-8")
+    words = set(re.findall(r"\*\*(\w+)\*\*", text))
+    assert {"label", "unit", "group", "class", "pin", "note", "part", "mode", "record", "policy"} <= words

@@ -27,15 +27,24 @@ _NEEDS_VALUES = (RuntimeError, TypeError, ValueError, LookupError, AttributeErro
 
 
 def profile(model: nn.Module, example_inputs: Any) -> Profile:
-    """Count what one call of ``model`` on ``example_inputs`` (a tensor, a tuple or a dict, any batch size) costs in evaluation mode.
+    """Count what one call of ``model`` costs in evaluation mode.
 
-    MACs are those of convolutions, linears and matrix products, attention's and recurrent layers' included, whatever spells them;
-    biases, norms and activations are not counted. They stand under the module that owns the weight or, where two activations are
-    multiplied, the innermost module that runs then. Activation memory is that of the tensors which operations make, views counted
-    once, the inputs left out, each freed as soon as nothing refers to it.
+    Multiply-accumulates are those of convolutions, linears and matrix products, attention's and recurrent layers' included, however they
+    are
+    written; biases, norms and activations are not counted. They stand under the module that owns the weight or, where two activations are
+    multiplied, the innermost module that runs then. Activation memory is that of the tensors which operations make, views counted once, the
+    inputs left out, each freed as soon as nothing refers to it.
 
-    The model may lie on the meta device, but then has no latency. One whose forward pass depends on values is run on a real copy
-    instead. Raises ``InputError`` where it does not run on the example inputs.
+    Args:
+        model: any module, on any device. On the meta device it has no latency. One whose forward pass depends on values is run on a real
+            copy instead.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs, with any batch size.
+
+    Returns:
+        The costs of one call with these inputs: numbers of multiply-accumulates and parameters, bytes, and ``latency()`` in seconds.
+
+    Raises:
+        InputError: the model does not run on the example inputs.
     """
     counts = _counted(model, example_inputs)
     params: dict[str, int] = {}

@@ -28,8 +28,11 @@ TOLERANCE = 1e-3  # of the output's largest magnitude: other kernels and orders 
 
 @dataclass(frozen=True)
 class Exported:
-    """An exported file. ``difference``: the largest from eager PyTorch on random inputs, as a share of the output's largest
-    magnitude; None where the file was not run. ``bytes``: on disk, with what lies beside it."""
+    """An exported file.
+
+    ``path``: where it lies. ``format``: the name of its format. ``difference``: the largest from eager PyTorch on random inputs, as a share
+    of the output's largest magnitude; None where the file was not run. ``bytes``: on disk, with what lies beside it.
+    """
 
     path: Path
     format: str
@@ -50,19 +53,32 @@ def export(
 ) -> Exported:
     """Write ``slim``, in evaluation mode, to ``path`` for another runtime, and run the file against eager PyTorch.
 
-    ``format``: "torch" (``torch.export``, .pt2), "onnx" (.onnx), "openvino" (.xml and .bin), "executorch" (.pte, by XNNPACK), and in
-    8-bit integers "torch-int8" (.int8.pt2), "onnx-int8" (.int8.onnx) and "openvino-int8" (.int8.xml); without it the suffix decides.
-    ``example_inputs``: a tensor, a tuple or a dict; a slim module's record has their form already. ``dynamic``: axis -> name for the
-    sizes that may change, of every input that has the axis; {0: "batch"} unless said, {} for none. ``calibration``: batches of inputs,
-    or of (inputs, labels), whose activations set the ranges of the 8-bit formats; "onnx-int8" without it rounds activations as it runs.
+    Args:
+        slim: what ``compress`` or ``load`` returned, or any module that ``torch.export`` takes. It is not changed.
+        path: of the file. A file that fails leaves an older one as it was.
+        format: "torch" (``torch.export``, .pt2), "onnx" (.onnx), "openvino" (.xml and .bin), "executorch" (.pte, by XNNPACK), and in 8-bit
+            integers "torch-int8" (.int8.pt2), "onnx-int8" (.int8.onnx) and "openvino-int8" (.int8.xml); one of ``register_format``, or the
+            path ``module:NAME`` of a ``Format``. Without it the suffix decides.
+        example_inputs: a tensor, a tuple or a dict; a slim module's record has their form already.
+        dynamic: axis -> name for the sizes that may change, of every input that has the axis; {0: "batch"} unless given, {} for none.
+        calibration: batches of inputs, or of (inputs, labels), whose activations set the ranges of the 8-bit formats; "onnx-int8" without
+        it
+            rounds activations as it runs.
+        verify: compare the file's outputs with eager's on random inputs, at another batch (and twice the other sizes that may change).
+        None:
+            where the runtime is installed.
+        tolerance: the largest difference accepted, as a share of the output's largest magnitude. None: 1e-3, and no bound for the 8-bit
+            formats, whose difference is only reported.
 
-    ``verify``: compare the file's outputs with eager's on random inputs, at another batch (and twice the other sizes that may change);
-    None does where the runtime is installed. ``tolerance``: the largest difference accepted, as a share of the output's largest
-    magnitude; 1e-3 unless said, for the 8-bit formats none: there the difference is only reported.
+    Returns:
+        The path, the format, the difference and the size in bytes.
 
-    The module is not changed, and a file that fails leaves an older one as it was. Raises ``DependencyError`` with the pip command for
-    what is not installed, ``ExportError`` where the exporter or runtime refuses, ``VerificationError`` where the file computes something
-    else, ``InputError`` for a format or inputs that do not fit, ``FileError`` for a path that cannot be written.
+    Raises:
+        DependencyError: a package is not installed; the message has the pip command.
+        ExportError: the exporter or the runtime refuses.
+        VerificationError: the file computes something else.
+        InputError: a format or inputs that do not fit, or missing calibration data.
+        FileError: the path cannot be written.
     """
     target = Path(path)
     name = format_named(format, target)

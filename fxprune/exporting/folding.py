@@ -20,8 +20,17 @@ def fold_batchnorm(slim: nn.Module) -> fx.GraphModule:
 
     It computes the same in evaluation mode, up to rounding, and is for running, not for training: BatchNorm's statistics are gone, and
     training mode computes as evaluation does. BatchNorms elsewhere stay, as those before a convolution, and those of layers that share
-    weights. The record stays, so that the result saves, loads and is pruned again like any other. ``slim`` is not changed, and comes back
-    itself where there is nothing to fold. Raises ``InputError`` in training mode, ``UnsupportedError`` for what is no graph module.
+    weights. The record stays, so that the result is saved, loaded and pruned again like any other.
+
+    Args:
+        slim: the graph module that ``compress`` returned, in evaluation mode. It is not changed.
+
+    Returns:
+        The folded copy; ``slim`` itself where there is nothing to fold.
+
+    Raises:
+        InputError: ``slim`` is in training mode.
+        UnsupportedError: ``slim`` is no graph module.
     """
     if not isinstance(slim, SlimModule):
         raise UnsupportedError(f"fold_batchnorm needs the graph module that compress returns; this {type(slim).__name__} has no graph")

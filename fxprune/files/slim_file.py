@@ -31,9 +31,15 @@ _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 def save(slim: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a slim module to ``path``; an older file there is replaced only when the new one is whole.
 
-    The file holds the weights under their names, so it also reads as a plain safetensors state_dict; tied tensors once, their other
-    names as aliases in the metadata; non-persistent buffers and tensor attributes under names of their own; and the pruning record.
-    Raises ``FileError`` for a module without a record, a tensor that safetensors does not know, or a path that cannot be written.
+    The file holds the weights under their names, so it also reads as a plain safetensors state_dict; tied tensors once, their other names
+    as aliases in the metadata; non-persistent buffers and tensor attributes under names of their own; and the pruning record.
+
+    Args:
+        slim: what ``compress``, ``search`` or ``load`` returned.
+        path: of the file; its folder is there.
+
+    Raises:
+        FileError: the module has no record, a tensor is one that safetensors does not know, or the path cannot be written.
     """
     record = record_of(slim)
     if record is None:
@@ -53,26 +59,42 @@ def save(slim: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
-    """Rebuild the slim module of ``path`` from ``model``, a fresh original, which may lie on the meta device and is not changed.
+    """Rebuild the slim module of ``path``: ``apply`` with the record of the file, and then the weights of the file.
 
-    That is ``apply`` with the record of the file, and then the weights of the file.
+    Args:
+        path: of a file that ``save`` wrote. No pickle is read.
+        model: a fresh original, which may lie on the meta device, unless its root could not be traced. It is not changed.
 
-    What comes back is what ``compress`` gave: a ``torch.fx.GraphModule``, or, where the root could not be traced, a copy of the user's
-    module with slim parts (such a model must be built with values, not on meta). It lies where the model does, on the CPU for a model
-    on meta, and has its modes and ``requires_grad`` flags; weights, dtypes and the record are the file's. Raises ``FileError``, in one
-    line that says what differs, for a file that is none of ``save``'s, is damaged, or was made of another model.
+    Returns:
+        What ``compress`` gave: a ``torch.fx.GraphModule``, or, where the root could not be traced, a copy of the user's module with slim
+        parts.
+        It lies where the model does, on the CPU for a model on meta, and has its modes and ``requires_grad`` flags; weights, dtypes and the
+        record are the file's.
+
+    Raises:
+        FileError: in one line that says what differs: the file is none of ``save``'s, is damaged, or was made of another model.
     """
     device = device_of(model)
     return _loaded(Path(path), model, torch.device("cpu") if device.type == "meta" else device)[0]
 
 
 def rebuild(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """The slim module of the file at ``path`` on the meta device, made from ``model``, a fresh original, which may lie on meta itself.
+    """The slim module of the file at ``path`` on the meta device.
 
     It has the names, shapes, dtypes and ties of the saved module and its record, but no weights. A plain state_dict loads into it:
     ``rebuild(model, path).load_state_dict(safetensors.torch.load_file(path), assign=True)``, the file's own or one that was trained
-    elsewhere; tied names may be there once or all. What no state_dict holds (non-persistent buffers, tensor attributes) has the
-    file's values already. Raises ``FileError`` as ``load`` does.
+    elsewhere;
+    tied names may be there once or all. What no state_dict holds (non-persistent buffers, tensor attributes) has the file's values already.
+
+    Args:
+        model: a fresh original, which may lie on the meta device itself. It is not changed.
+        path: of a file that ``save`` wrote.
+
+    Returns:
+        The slim module on the meta device.
+
+    Raises:
+        FileError: as ``load`` does.
     """
     slim, aliases = _loaded(Path(path), model, None)
     tied = _Ties(aliases)

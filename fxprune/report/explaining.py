@@ -92,9 +92,20 @@ class Explanation:
 def explain(
     model: nn.Module | CouplingGraph, example_inputs: Any = None, *, ignore: Iterable[Any] = (), attention: str = "auto"
 ) -> Explanation:
-    """Say what can be pruned of ``model``, what is locked and why, and what could be done about it.
+    """Say what can be pruned of ``model``, what is locked and why, and what could be done about it. Nothing is pruned.
 
-    Arguments as of ``analyze``, or the graph that it returned. Nothing is pruned. Raises what ``analyze`` raises.
+    Args:
+        model: as for ``analyze``, or the graph that it returned.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; not needed with a graph.
+        ignore: modules, classes of modules, qualified names or globs, one or several; their output channels stay.
+        attention: prune "heads", "head_dim", or "auto", the axis with more units.
+
+    Returns:
+        The findings; ``print`` shows them as text.
+
+    Raises:
+        TraceError: ``model`` cannot be traced.
+        InputError: the example inputs are missing or do not fit.
     """
     graph = model if isinstance(model, CouplingGraph) else analyze(model, example_inputs, ignore=ignore, attention=attention)
     open_groups = [g for g in graph.groups if g.prunable]

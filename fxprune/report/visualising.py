@@ -25,9 +25,19 @@ SUFFIXES = (".html", ".svg", ".txt", ".dot", ".graphml")
 def visualize(model_or_graph: nn.Module | CouplingGraph, example_inputs: Any = None, *, file: str | os.PathLike[str] | None = None) -> None:
     """Print what is coupled with what: groups as a tree, their members, what couples them, and why locked ones are locked.
 
-    ``file``: written instead, in the format of its suffix: .html, .svg and .txt for people, .dot and .graphml for graph tools. The page
-    can be zoomed and searched; without plotly it has a table and says so. A slim module is shown as it is now, and the tree says how many
-    units each of its groups lost.
+    Args:
+        model_or_graph: a model, a slim module or a ``CouplingGraph``. A slim module is shown as it is now, with how many units each of its
+            groups lost.
+        example_inputs: a tensor, a tuple or a dict; not needed with a graph or a module that records them.
+        file: a path that is written instead, in the format of its suffix: .html, .svg and .txt for people, .dot and .graphml for graph
+            tools. The page can be zoomed and searched; without plotly it has a table and says so.
+
+    Returns:
+        Nothing.
+
+    Raises:
+        InputError: the suffix of ``file`` is none of these, or the example inputs are missing or do not fit.
+        TraceError: the model cannot be traced.
     """
     graph = model_or_graph if isinstance(model_or_graph, CouplingGraph) else analyze(model_or_graph, example_inputs)
     made = record_of(graph.model)

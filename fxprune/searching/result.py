@@ -53,13 +53,27 @@ def search(
 ) -> SearchResult:
     """Find how much to take from which group of ``model`` so that the target of ``config`` is met at the highest reward.
 
-    ``evaluate``: slim module -> a number or a mapping of metrics, larger is better; on data held out of training, never the test set.
-    ``calibration``: a few batches, ``(inputs, targets)`` or inputs, for the importance and for the repair of candidates and result;
-    without it nothing is repaired, as the record of the result says, and weights alone rank the units.
-    ``rough``: a cheaper ``evaluate`` that gives the same metrics; with ``config.finalists`` the search goes by it, and only so many of the
-    best are judged by ``evaluate`` itself.
-    ``checkpoint_dir``, ``resume``: where the state is kept after every round, and whether to go on from it.
-    Raises ``TargetError`` where no candidate is on target, ``SearchError`` for options that do not fit.
+    Args:
+        model: a trained model, as for ``compress``. It is not changed.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+        evaluate: slim module -> a number, or a mapping of metrics, larger is better; on data held out of training, never the test set.
+        config: the options; targets, strategy, reward, repair, budget and seed among them.
+        calibration: a few batches, ``(inputs, targets)`` or inputs alone, for the importance and for the repair of candidates and result.
+            Without it nothing is repaired, as the record of the result says, and weights alone rank the units.
+        rough: a cheaper ``evaluate`` that gives the same metrics. With ``config.finalists`` the search goes by it, and only so many of the
+            best are judged by ``evaluate`` itself.
+        checkpoint_dir: a folder in which the state is kept after every round.
+        resume: go on from the state in ``checkpoint_dir``.
+        on_event: called with a ``fxprune.driver.Progress`` after every round.
+
+    Returns:
+        The policy, the slim module (repaired as the candidates were), the history, the reward and the number of evaluations.
+
+    Raises:
+        TargetError: no candidate is on target; ``nearest`` holds the closest.
+        SearchError: an option does not fit, or the checkpoint is another search's.
+        EvaluationError: ``evaluate`` raised, or gave no finite number.
+        TraceError: ``model`` cannot be traced.
     """
     config = SearchConfig() if config is None else config
     if not isinstance(config, SearchConfig):

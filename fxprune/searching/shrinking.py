@@ -48,12 +48,30 @@ def shrink(
     attention: str = "auto",
     repair: Any = "none",
 ) -> Shrunk:
-    """Prune ``model`` as ``policy`` says in ``steps`` equal shares of the units, and call ``recover`` on the slim module after each.
+    """Prune ``model`` in ``steps`` equal shares of the units, and call ``recover`` on the slim module after each.
 
-    ``recover`` trains the slim module it is given in place, for example by ``fxprune.distill(slim, model, loader)``; ``model`` stays as
-    it is, to be the teacher. What a step learned is what the next one scores and slices; units that went stay away. One step is one-shot
-    pruning. The other arguments are those of ``compress``. The record of the result is in terms of ``model``. Raises ``InputError`` for
-    fewer than one step, and what ``compress`` raises.
+    What a step learned is what the next one scores and slices; units that were removed stay away. One step is one-shot pruning.
+
+    Args:
+        model: a trained model, as for ``compress``. It is not changed, so that it can be the teacher.
+        policy: a ``Policy``, one sparsity for every group, or a mapping from group name to sparsity.
+        recover: trains the slim module that it is given in place, for example by ``fxprune.distill(slim, model, loader)``. What it returns
+            is kept in the history.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+        steps: how many steps, at least one.
+        importance: as for ``compress``; the units are ranked again before each step.
+        calibration: as for ``compress``.
+        round_to: as for ``compress``.
+        ignore: as for ``compress``.
+        attention: as for ``compress``.
+        repair: as for ``compress``; made before each call of ``recover``.
+
+    Returns:
+        The slim module after its last recovery, whose record is in terms of ``model``, and the history of the steps.
+
+    Raises:
+        InputError: fewer than one step, and for arguments that do not fit, as in ``compress``.
+        PolicyError: the policy names what is not there.
     """
     if steps < 1:
         raise InputError(f"steps is {steps}; it must be at least 1")

@@ -58,14 +58,28 @@ class DistillConfig(TrainConfig):
 
 
 def distill(student: nn.Module, teacher: nn.Module, train_loader: Iterable[Any], *, config: DistillConfig | None = None) -> History:
-    """Train ``student`` in place to respond as ``teacher`` does; return its history, one record an epoch.
+    """Train ``student`` in place to respond as ``teacher`` does.
 
-    ``train_loader`` gives batches of (inputs, labels): inputs as the network takes them (a tensor, a tuple, a dict), labels class
-    numbers of shape (batch,), or (batch, ...) where the networks score every position. The class scores are the output itself, its
-    ``logits`` or ``out``, or its first tensor; with ``config.loss`` outputs and batches may be of any form. The teacher runs in
-    evaluation mode and without gradients, and is not changed. Started by ``accelerate launch`` or ``torchrun``, every process takes its
-    share of every batch. What is kept, reported and raised is said at ``training.fitting.fit``; an epoch's record has
-    ``teacher_replaced`` where the student took over.
+    Started by ``accelerate launch`` or ``torchrun``, every process takes its share of every batch. What is kept and reported is said at
+    ``training.fitting.fit``.
+
+    Args:
+        student: the slim module; it is trained in place.
+        teacher: the original. It runs in evaluation mode and without gradients, and is not changed.
+        train_loader: gives batches of (inputs, labels): inputs as the network takes them (a tensor, a tuple, a dict), labels class numbers
+        of
+            shape (batch,), or (batch, ...) where the networks score every position. The class scores are the output itself, its ``logits``
+            or ``out``, or its first tensor. With ``config.loss`` outputs and batches may be of any form.
+        config: epochs, learning rate, temperature, hints and the rest.
+
+    Returns:
+        The history: one record an epoch, with ``teacher_replaced`` where the student took over.
+
+    Raises:
+        InputError: the two are one module, a batch is not a pair, or an option does not fit.
+        EvaluationError: the loss is not finite, or an output has no class scores.
+        FileError: the checkpoint cannot be written, or belongs to another training.
+        DependencyError: accelerate is not installed.
     """
     config = config or DistillConfig()
     if student is teacher:

@@ -32,7 +32,7 @@ class Hint:
     """Two places that are compared, and how.
 
     ``student``: a node of the slim module's graph (``[node.name for node in slim.graph.nodes]``) or the path of a layer;
-    ``teacher``: likewise, by default the same name, since the slim graph keeps the original's.
+    ``teacher``: likewise, by default the same name, since the slim graph keeps the original's. ``weight``: of this term in the loss.
     ``kind``: "features": the mean squared difference (FitNets, Romero 2015, https://arxiv.org/abs/1412.6550, without their separate
     stage); "attention": the squared distance of the two maps of where the squares summed over channels are large, each map scaled to
     length 1, mean over the batch (Zagoruyko & Komodakis 2017, https://arxiv.org/abs/1612.03928, eq. 2 with p = 2, there not squared).

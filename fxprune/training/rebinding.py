@@ -24,18 +24,27 @@ Dims = Mapping[int, Tensor]
 def rebind(
     optimizer: Optimizer, slim: nn.Module, *, model: nn.Module | None = None, reset: bool = False, schedulers: Sequence[Any] = ()
 ) -> Optimizer:
-    """A new optimiser of the same class that goes on with the parameters of ``slim``, where ``optimizer`` was built on the original.
+    """A new optimizer of the same class that goes on with the parameters of ``slim``, where ``optimizer`` was built on the original.
 
-    Parameter groups keep their settings and their order. Every state tensor of a parameter's shape (momentum, first and second moments)
-    is sliced by the record's kept indices, as is one that has size 1 where the parameter has more (Adafactor's rows and columns); step
-    counts and the state of parameters that did not change are copied. Parameters that are not the network's, as those of a loss, stay as
-    they are. ``optimizer`` is left as it was. ``schedulers``: its learning rate schedulers, which from then on set the new one's rates.
+    Parameter groups keep their settings and their order. Every state tensor of a parameter's shape (momentum, first and second moments) is
+    sliced by the record's kept indices, as is one that has size 1 where the parameter has more (Adafactor's rows and columns); step counts
+    and the state of parameters that did not change are copied. Parameters that are not the network's, as those of a loss, stay as they are.
+    Call it between a step and the next forward pass: gradients are not carried over.
 
-    ``slim``: what ``compress`` returned for the optimiser's model, or for a slim module of it. ``model``: that model, where ``slim`` went
-    through a file or a pickle and no longer knows it. ``reset``: a parameter whose state has a tensor of another shape, which cannot be
-    sliced, begins with none, and a warning names it; else that is an ``UnsupportedError``. LBFGS keeps one history of all parameters,
-    so there it is all or nothing. Call it between a step and the next forward pass: gradients are not carried over. Raises ``InputError``
-    where the two do not belong together.
+    Args:
+        optimizer: built on the original, or on the slim module that was pruned again. It is left as it was.
+        slim: what ``compress`` returned for the optimizer's model, or for a slim module of it.
+        model: the optimizer's model, where ``slim`` went through a file or a pickle and no longer knows it.
+        reset: a parameter whose state has a tensor of another shape, which cannot be sliced, begins with none, and a warning names it.
+            Otherwise that is an error. LBFGS keeps one history of all parameters, so there it is all or nothing.
+        schedulers: the optimizer's learning rate schedulers, which from then on set the new one's rates.
+
+    Returns:
+        The new optimizer.
+
+    Raises:
+        InputError: the two do not belong together, or the optimizer is a wrapper.
+        UnsupportedError: a state cannot be sliced, or the class cannot be made again from its defaults.
     """
     if isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # accelerate's
         raise InputError(f"{type(optimizer).__name__} wraps an optimizer; rebind the one inside, its .optimizer, and prepare the result")

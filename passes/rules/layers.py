@@ -38,6 +38,7 @@ class LayerSpec:
             channels are tied to ``inputs``, output channels are those of ``outputs``. Without it, add a rule by ``register_op``.
         channel_dims: How many leading dimensions of ``weight`` may carry channels; None for all (a kernel's width is never pruned).
         shape: ``shape(module, args) -> result`` on meta tensors, by arithmetic; None where the module has to be run. Only for speed.
+        has_channels: Whether the layer has channels of its own; False for one that only moves elements around.
         function: ``torch.nn.functional`` name of the same operation, for questions about which sizes are fixed; empty where there is none.
     """
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxprune.errors import InputError
+
 Infer = Callable[..., Any]
 Rewrite = Callable[..., None]
 
@@ -35,12 +37,23 @@ MODULES: dict[type, Rule] = {}
 
 
 def register_op(target: Any, *, rewrite: Rewrite | None = None) -> Callable[[Infer], Infer]:
-    """Decorator that adds a rule for ``target``: a function, the name of a tensor method, or a module type.
+    """Decorator that adds a rule for ``target``.
 
     The decorated function is called as ``rule(ctx, node, *args, **kwargs)`` with a ``Value`` for every tensor and returns the Value of the
     result, usually by a method of the context (``passes.labels.context``): ``ctx.pointwise(node, x, y)`` for element-wise operations,
-    ``ctx.through(node, x, mixed=(2, 3))`` for one that mixes the named axes and leaves the others. A module type that has a rule is kept
-    whole by the tracer. ``rewrite(slim, node)`` is called when channels went from a tensor the node reads or makes.
+    ``ctx.through(node, x, mixed=(2, 3))`` for one that mixes the named axes and leaves the others.
+
+    Args:
+        target: a function, the name of a tensor method, or a module type. A module type that has a rule is kept whole by the tracer.
+        rewrite: ``rewrite(slim, node)`` sets the arguments of the call that depend on channel counts; it is called when channels went from
+        a
+            tensor that the node reads or makes.
+
+    Returns:
+        The decorator, which returns the rule as it is.
+
+    Raises:
+        InputError: ``target`` is none of these.
     """
 
     def add(infer: Infer) -> Infer:
@@ -52,7 +65,7 @@ def register_op(target: Any, *, rewrite: Rewrite | None = None) -> Callable[[Inf
         elif callable(target):
             FUNCTIONS[target] = rule
         else:
-            raise TypeError(f"register_op takes a function, a method name or a module type, not {target!r}")
+            raise InputError(f"register_op takes a function, a method name or a module type, not {target!r}")
         return infer
 
     return add
