@@ -30,10 +30,9 @@ def profile(model: nn.Module, example_inputs: Any) -> Profile:
     """Count what one call of ``model`` costs in evaluation mode.
 
     Multiply-accumulates are those of convolutions, linears and matrix products, attention's and recurrent layers' included, however they
-    are
-    written; biases, norms and activations are not counted. They stand under the module that owns the weight or, where two activations are
-    multiplied, the innermost module that runs then. Activation memory is that of the tensors which operations make, views counted once, the
-    inputs left out, each freed as soon as nothing refers to it.
+    are written; biases, norms and activations are not counted. They stand under the module that owns the weight or, where two activations
+    are multiplied, the innermost module that runs then. Activation memory is that of the tensors which operations make, views counted once,
+    the inputs left out, each freed as soon as nothing refers to it.
 
     Args:
         model: any module, on any device. On the meta device it has no latency. One whose forward pass depends on values is run on a real

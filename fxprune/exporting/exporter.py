@@ -62,11 +62,9 @@ def export(
         example_inputs: a tensor, a tuple or a dict; a slim module's record has their form already.
         dynamic: axis -> name for the sizes that may change, of every input that has the axis; {0: "batch"} unless given, {} for none.
         calibration: batches of inputs, or of (inputs, labels), whose activations set the ranges of the 8-bit formats; "onnx-int8" without
-        it
-            rounds activations as it runs.
+            it rounds activations as it runs.
         verify: compare the file's outputs with eager's on random inputs, at another batch (and twice the other sizes that may change).
-        None:
-            where the runtime is installed.
+            None: where the runtime is installed.
         tolerance: the largest difference accepted, as a share of the output's largest magnitude. None: 1e-3, and no bound for the 8-bit
             formats, whose difference is only reported.
 

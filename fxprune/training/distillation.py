@@ -67,8 +67,8 @@ def distill(student: nn.Module, teacher: nn.Module, train_loader: Iterable[Any],
         student: the slim module; it is trained in place.
         teacher: the original. It runs in evaluation mode and without gradients, and is not changed.
         train_loader: gives batches of (inputs, labels): inputs as the network takes them (a tensor, a tuple, a dict), labels class numbers
-        of
-            shape (batch,), or (batch, ...) where the networks score every position. The class scores are the output itself, its ``logits``
+            of shape (batch,), or (batch, ...) where the networks score every position. The class scores are the output itself, its
+            ``logits``
             or ``out``, or its first tensor. With ``config.loss`` outputs and batches may be of any form.
         config: epochs, learning rate, temperature, hints and the rest.
 

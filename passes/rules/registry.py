@@ -46,8 +46,7 @@ def register_op(target: Any, *, rewrite: Rewrite | None = None) -> Callable[[Inf
     Args:
         target: a function, the name of a tensor method, or a module type. A module type that has a rule is kept whole by the tracer.
         rewrite: ``rewrite(slim, node)`` sets the arguments of the call that depend on channel counts; it is called when channels went from
-        a
-            tensor that the node reads or makes.
+            a tensor that the node reads or makes.
 
     Returns:
         The decorator, which returns the rule as it is.
