@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from benchmarks import analysis, cifar10, studies
+from benchmarks import allocation, analysis, cifar10, densenet_bc, studies
 from benchmarks.coverage import RESULTS, main, read, shown
 from benchmarks.coverage_page import BEGIN, write_page
 from benchmarks.networks import cases
@@ -245,3 +246,28 @@ def test_bars_are_as_long_as_the_shares() -> None:
     drawn = studies.bars(["a", "b"], np.array([[1.0, 0.5], [0.25, 0.0]]))
     assert [part.split('"')[0] for part in drawn.split('width="')[1:] if 'fill="#4c6ef5"' in part] == ["360.0", "90.0", "180.0", "0.0"]
     assert drawn.count("</text>") == 2
+
+
+def test_allocations_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    save_file(allocation.load_model("fxprune.models:digits_net", num_classes=10).state_dict(), tmp_path / "digits.safetensors")
+    spec = {"title": "Digits", "data": "digits", "classes": 10, "mean": None, "std": None}
+    spec |= {"model": "fxprune.models:digits_net", "weights": "digits.safetensors"}
+    monkeypatch.setattr(allocation, "NETWORKS", {"digits": spec})
+    page = tmp_path / "page.md"
+    options = ["--folder", str(tmp_path), "--methods", "uniform,magnitude,table,rl-pruner:8", "--images", "128", "--test-images", "50"]
+    allocation.main([*options, "--macs", "0.6", "--out", str(tmp_path / "cells.jsonl"), "--page", str(page)])
+    rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| Digits")]
+    assert [row[1] for row in rows] == ["dense", "uniform", "magnitude", "table", "rl-pruner:8"]
+    assert all(0.57 < float(row[4].rstrip("%")) / 100 <= 0.606 for row in rows[1:])
+    assert [row[6] for row in rows[:4]] == ["0"] * 4 and 3 <= int(rows[4][6]) <= 8
+    page.write_text(page.read_text() + "By hand.\n")
+    allocation.main([*options, "--out", str(tmp_path / "cells.jsonl"), "--page", str(page)])  # nothing is left to do
+    assert page.read_text().endswith("By hand.\n")
+
+
+def test_the_densenet_of_that_page_is_the_published_one() -> None:
+    model = densenet_bc.densenet_bc100()
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(0.80e6, rel=0.01)
+    with torch.no_grad():
+        assert model.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 100)

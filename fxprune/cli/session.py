@@ -37,6 +37,7 @@ from fxprune.exporting.exporter import export
 from fxprune.exporting.formats import FORMATS, require
 from fxprune.models.loading import load_model
 from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.passes.planning.cost import cost_model
 from fxprune.repair.repairer import Repairer
 from fxprune.report.formatting import Row
 from fxprune.searching.candidates import Candidates
@@ -48,6 +49,7 @@ from fxprune.training.distillation import DistillConfig, distill
 from fxprune.training.fitting import train
 
 FORMAT = "fxprune-session/1"
+LARGE = 5 * 10**10  # multiply-accumulates of a scoring beyond which candidates are scored on part of the images first
 SMALL_STEP = 10**9  # multiply-accumulates of a training batch below which a second thread costs more than it brings
 
 
@@ -204,6 +206,7 @@ class Session:
             rough=scored.first(self.options.rough_images),
             latency=alone(self.example),
             tabled=config.wants_table,
+            rungs=self.rungs(scored, graph),
         )
         if config.recover_every:
             problem = Recovery(candidates, working, lambda slim: self.recover(original, slim, watcher)).attached(problem)
@@ -223,6 +226,13 @@ class Session:
         finally:
             if scalars is not None:
                 scalars.close()
+
+    def rungs(self, scored: Likeness, graph: CouplingGraph) -> list[Likeness]:
+        """Where scoring is expensive: the same on a quarter and on half of the images."""
+        images = self.options.score_images
+        if cost_model(graph).macs() * images < LARGE:
+            return []
+        return [scored.first(-(-images // 4)), scored.first(-(-images // 2))]
 
     def reference(self, original: nn.Module, graph: CouplingGraph) -> CouplingGraph | None:
         """The original, analysed, where training between prune steps changes the weights that ``graph`` slices."""

@@ -40,6 +40,7 @@ class SearchConfig:
     noise: float = 0.4  # the largest standard deviation of the noise on an action. Paper: 0.04, absolute
     noise_relative: bool = True  # noise counted in mean entries (1 / groups), so it suits any number of groups. Paper: False
     screen: int = 16  # actions drawn for each one scored; a model of the rewards so far picks it. Paper: 1, what is drawn is scored
+    halving: int = 2  # where there are cheaper scores by less data: one in so many of the candidates passes each of them; 1: none is used
     floor: float = 1e-5  # no entry of an action or policy is smaller. Paper: 1e-5
     step_length: float = 1.0  # how far the policy moves to the best action. Paper: 0.1
     clip: float | None = None  # a policy entry changes by at most this ratio a round. Paper: 0.25
@@ -47,6 +48,7 @@ class SearchConfig:
     epsilon_decay: str = "cosine"  # constant, linear or cosine. Paper: cosine
     epsilon_share: float = 0.1  # share of the steps over which epsilon decays; zero after it. Paper: a tenth
     patience: int | None = 16  # rounds without improvement after which a step ends early; None: never. Paper's early code: 3
+    pays: float | None = 1e-3  # a step ends once the later half of its rounds gained less than this; None, or no patience: never
     improvement: float = 1e-4  # what counts as an improvement of the best Q
     sharp_drop: float = 0.10  # relative fall of accuracy that resets the policy and redoes the step once. Paper: 10 %
     recover_every: int = 0  # prune steps between recoveries (distillation); 0: none during the search. Paper: 1
@@ -74,7 +76,7 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         parse(self.targets)
-        for name in ("samples", "rounds", "depth", "screen", "round_to", "jobs"):
+        for name in ("samples", "rounds", "depth", "screen", "halving", "round_to", "jobs"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("steps", "patience", "evaluations"):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "at least 1, or none")
@@ -84,6 +86,7 @@ class SearchConfig:
             _require(0 < getattr(self, name) <= 1, name, getattr(self, name), "above 0 and at most 1")
         for name in ("noise", "improvement"):
             _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "a finite number, 0 or more")
+        _require(self.pays is None or 0 <= self.pays < float("inf"), "pays", self.pays, "a finite number, 0 or more, or none")
         _require(0 < self.floor < 1e-2, "floor", self.floor, "above 0 and below 0.01")
         _require(self.depth_scaling >= 1, "depth_scaling", self.depth_scaling, "at least 1")
         _require(self.clip is None or 0 < self.clip < 1, "clip", self.clip, "between 0 and 1, or none")
@@ -140,6 +143,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "likeness": 0.0,
         "noise_relative": False,
         "screen": 1,
+        "halving": 1,
         "floor": 1e-5,
         "step_length": 0.1,
         "clip": 0.25,
@@ -147,6 +151,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "epsilon_decay": "cosine",
         "epsilon_share": 0.1,
         "patience": None,
+        "pays": None,
         "sharp_drop": 0.10,
         "recover_every": 1,
         "first": "even",

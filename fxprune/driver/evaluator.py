@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fxprune.driver.budget import Budget
 from fxprune.driver.config import Reward
 from fxprune.driver.executors.base import Executor
+from fxprune.driver.levels import Levels, survivors
 from fxprune.driver.memo import Memo
 from fxprune.driver.problem import IntArray, Metrics, Problem
 from fxprune.driver.strategies.base import Scored
@@ -28,6 +29,7 @@ class Evaluator:
         self.executor = executor
         self.memo = Memo()
         self.count = 0
+        self.levels = Levels([*problem.rungs, self.score]) if problem.rungs else None
 
     def new(self, vectors: Sequence[IntArray]) -> list[IntArray]:
         """Those of ``vectors`` that have yet to be scored, each once, in order."""
@@ -37,10 +39,27 @@ class Evaluator:
     def __call__(self, vectors: Sequence[IntArray], budget: Budget) -> list[Scored]:
         """An outcome for every vector, in order. Raises ``EvaluationError`` for a score that is not a finite number."""
         new = self.new(vectors)
-        for vector, scored in zip(new, self.executor.map(self.score, new), strict=True):
+        for vector, scored in zip(new, self._scored(new), strict=True):
             self.memo[vector] = self._checked(vector, scored)
             self.count += 1
         return [self.outcome(vector, budget) for vector in vectors]
+
+    def _scored(self, vectors: Sequence[IntArray]) -> list[Metrics]:
+        if self.levels is None or self.score is not self.levels.scores[-1]:
+            return self.executor.map(self.score, vectors)
+        return self.levels.map(self.executor, len(self.levels.scores) - 1, vectors)
+
+    def best_by_rungs(self, vectors: Sequence[IntArray], wanted: int, budget: Budget) -> list[int]:
+        """The places of the ``wanted`` vectors that the cheaper scores let pass, in rising order; these scorings are not counted."""
+        levels = self.levels
+        if levels is None:
+            return list(range(min(wanted, len(vectors))))
+
+        def judged(level: int, given: Sequence[IntArray]) -> list[float]:
+            metrics = levels.map(self.executor, level, given)
+            return [self._rewarded(v, self._checked(v, m), budget).reward for v, m in zip(given, metrics, strict=True)]
+
+        return survivors(vectors, wanted, len(levels.scores) - 1, judged)
 
     def finals(self, vectors: Sequence[IntArray], budget: Budget) -> list[Scored]:
         """The outcomes by the problem's own score, whatever the search goes by; they are not kept among the others."""
@@ -56,8 +75,10 @@ class Evaluator:
 
     def outcome(self, vector: IntArray, budget: Budget) -> Scored:
         """The outcome of a vector that was scored."""
-        scored, costs = self.memo[vector], budget.costs(vector)
-        metrics = _Lookup({**scored, **costs}, budget, vector)
+        return self._rewarded(vector, self.memo[vector], budget)
+
+    def _rewarded(self, vector: IntArray, scored: Metrics, budget: Budget) -> Scored:
+        metrics = _Lookup({**scored, **budget.costs(vector)}, budget, vector)
         try:
             value = self.reward(metrics)
         except KeyError as error:

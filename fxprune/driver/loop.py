@@ -146,8 +146,13 @@ class _Search:
     def one_round(self, strategy: Strategy) -> bool:
         """Ask, score, tell. Returns False when the strategy is done or the evaluations are used up."""
         vectors = strategy.ask()
-        if not vectors or self.used_up(vectors):
+        wanted = strategy.wanted(len(vectors))
+        if not vectors or self.used_up(vectors[:wanted]):
             return False
+        if wanted < len(vectors):
+            vectors = strategy.narrow(self.evaluator.best_by_rungs(vectors, wanted, strategy.budget))
+            if self.used_up(vectors):
+                return False
         outcomes = self.evaluator(vectors, strategy.budget)
         best, current = outcomes[0], strategy.current()
         if len(vectors) > 1 or current is None or not np.array_equal(vectors[0], current):  # else it only scores where it stands

@@ -45,7 +45,7 @@ class Space:
         they are asked for. Only the names that a search needs are looked up, so a mapping may measure on lookup.
     ``unit_scores``: for each group the importance of its units in ascending order, float64, shape ``(units,)``; None if there is none.
     ``rounding``: removal vector -> the one that it comes to, nowhere more, where channels are kept in multiples of ``grain``; None: itself.
-    ``table``: the error table, where there is one.
+    ``table``: the error table, where there is one. ``rungs``: how many cheaper scores there are.
     """
 
     names: tuple[str, ...]
@@ -57,6 +57,7 @@ class Space:
     rounding: Rounding | None = None
     grain: int = 1
     table: Allocating | None = None
+    rungs: int = 0
 
     @property
     def room(self) -> IntArray:
@@ -98,6 +99,8 @@ class Problem:
     ``score``: removal vector -> metrics, among them "accuracy" (any figure of merit, larger is better). Expensive. It must be a pure
         function of the vector, so that executors and resumed runs agree; an executor with several workers pickles it.
     ``rough``: a cheaper score, of fewer images say, that gives the same metrics; with ``SearchConfig.finalists`` the search goes by it.
+    ``rungs``: cheaper scores still, by less data each, the cheapest first; each lets the better of the candidates pass to the next one, and
+        the last to ``score``; see ``SearchConfig.halving``.
     ``recover``: called with the current removal vector between prune steps to train what is left; scores may change after it.
     ``measured``: the original's latency in seconds, by the name "latency", once ``cost`` has measured it; a resumed search puts there what
         the first one measured, so that old and new shares are of the same whole.
@@ -112,6 +115,7 @@ class Problem:
     fixed_channels: int = 0
     unit_scores: Sequence[FloatArray] | None = None
     rough: Score | None = None
+    rungs: Sequence[Score] = ()
     recover: Callable[[IntArray], None] | None = None
     save_weights: Callable[[Path], None] | None = None
     load_weights: Callable[[Path], None] | None = None
@@ -138,4 +142,15 @@ class Problem:
     def space(self) -> Space:
         """The part of the problem that strategies may see."""
         scores = None if self.unit_scores is None else tuple(np.asarray(s, dtype=np.float64) for s in self.unit_scores)
-        return Space(self.names, self.units, self.channels, self.cost, self.fixed_channels, scores, self.rounding, self.grain, self.table)
+        return Space(
+            self.names,
+            self.units,
+            self.channels,
+            self.cost,
+            self.fixed_channels,
+            scores,
+            self.rounding,
+            self.grain,
+            self.table,
+            len(self.rungs),
+        )

@@ -28,6 +28,16 @@ def resnet20(num_classes: int = 10) -> nn.Module:
     return _CifarResNet(3, num_classes)
 
 
+def resnet32(num_classes: int = 10) -> nn.Module:
+    """ResNet-32 for CIFAR, as ``resnet20`` with five blocks a stage."""
+    return _CifarResNet(5, num_classes)
+
+
+def resnet44(num_classes: int = 10) -> nn.Module:
+    """ResNet-44 for CIFAR, as ``resnet20`` with seven blocks a stage."""
+    return _CifarResNet(7, num_classes)
+
+
 def resnet56(num_classes: int = 10) -> nn.Module:
     """ResNet-56 for CIFAR, as ``resnet20`` with nine blocks a stage."""
     return _CifarResNet(9, num_classes)

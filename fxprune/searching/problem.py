@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ def make_problem(
     rough: Evaluate | None = None,
     latency: Callable[[nn.Module], float] | None = None,
     tabled: bool = False,
+    rungs: Sequence[Evaluate] = (),
 ) -> tuple[Problem, Candidates]:
     """An analysed network as a search problem: costs from the analysis, scores from ``evaluate`` on slim networks.
 
@@ -48,6 +49,8 @@ def make_problem(
     ``reference``: the same network analysed with the weights whose responses a repair aims at, where those of ``graph`` will change.
     ``tabled``: whether the problem has an error table, made once from ``calibration``, where there is any; with ``importance`` "auto" and
     a repair by least squares it also ranks the units.
+    ``rungs``: cheaper ``evaluate``s, each on half the data of the next one and the last on half of what ``evaluate`` takes; candidates are
+    repaired for them on as small a share of ``calibration``.
     """
     batches = None if calibration is None else list(calibration)
     named(repair)
@@ -72,6 +75,11 @@ def make_problem(
     channels, fixed = output_channels(graph)
     per_unit = np.array([channels[name] for name in candidates.names], dtype=np.int64)
     repairer = Repairer(graph, batches or (), repair if batches else "none", reference)
+
+    def fewer(halvings: int) -> Repairer:
+        held = (batches or [])[: -(-len(batches or []) // 2**halvings)]
+        return Repairer(graph, held, repair if held else "none", reference)
+
     problem = Problem(
         names=candidates.names,
         units=np.array([g.size for g in candidates.groups]),
@@ -79,6 +87,7 @@ def make_problem(
         cost=lambda removed: CandidateCosts(candidates, removed, share),
         score=Score(candidates, evaluate, repairer),
         rough=None if rough is None else Score(candidates, rough, repairer),
+        rungs=[Score(candidates, one, fewer(len(rungs) - i)) for i, one in enumerate(rungs)],
         fixed_channels=fixed,
         unit_scores=[np.sort(candidates.ranking[n]) for n in candidates.names],
         rounding=candidates.rounded if round_to > 1 else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ def search(
     config: SearchConfig | None = None,
     calibration: Iterable[Any] | None = None,
     rough: Evaluate | None = None,
+    rungs: Sequence[Evaluate] = (),
     checkpoint_dir: Path | str | None = None,
     resume: bool = False,
     on_event: Callable[[Any], None] | None = None,
@@ -62,6 +63,8 @@ def search(
             Without it nothing is repaired, as the record of the result says, and weights alone rank the units.
         rough: a cheaper ``evaluate`` that gives the same metrics. With ``config.finalists`` the search goes by it, and only so many of the
             best are judged by ``evaluate`` itself.
+        rungs: cheaper ``evaluate``s, each on half the data of the next, the last on half of what ``evaluate`` takes. ``rl-pruner`` then
+            draws more candidates, and ``config.halving`` says how many of them pass each rung.
         checkpoint_dir: a folder in which the state is kept after every round.
         resume: go on from the state in ``checkpoint_dir``.
         on_event: called with a ``fxprune.driver.Progress`` after every round.
@@ -90,6 +93,7 @@ def search(
         seed=config.seed,
         rough=rough,
         tabled=config.wants_table,
+        rungs=rungs,
     )
     outcome = run(problem, config, checkpoint_dir=checkpoint_dir, resume=resume, on_event=on_event)
     assert isinstance(problem.score, Score)

@@ -67,6 +67,13 @@ class Strategy(ABC):
         """How much of its work is done, 0 to 1."""
         return min(1.0, self.step / self.steps())
 
+    def wanted(self, asked: int) -> int:
+        """How many of the ``asked`` vectors are to be scored in full, where cheaper scores can choose among them."""
+        return asked
+
+    def narrowed(self, chosen: Sequence[int]) -> None:  # noqa: B027 - an optional hook
+        """Only the vectors at these places of those proposed are scored in full and told."""
+
     def current(self) -> IntArray | None:
         """The architecture that the strategy stands on, from which it goes on and which ``recover`` trains; None if it has none."""
         return None
@@ -101,6 +108,15 @@ class Strategy(ABC):
         vectors = [self.space.checked(v, f"{type(self).__name__}.propose, vector {i}") for i, v in enumerate(self.propose())]
         self._asked = [v.copy() for v in vectors] or None
         return vectors
+
+    @final
+    def narrow(self, chosen: Sequence[int]) -> list[IntArray]:
+        """Only these of the vectors asked for will be told; returns them."""
+        if self._asked is None:
+            raise SearchError(f"{type(self).__name__}.narrow was called without ask")
+        self._asked = [self._asked[i] for i in chosen]
+        self.narrowed(chosen)
+        return [vector.copy() for vector in self._asked]
 
     @final
     def tell(self, outcomes: Sequence[Scored]) -> bool:

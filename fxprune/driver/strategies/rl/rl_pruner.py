@@ -23,6 +23,8 @@ from fxprune.driver.strategies.rl.update import updated
 from fxprune.driver.strategies.rl.value import ValueModel
 from fxprune.driver.strategies.table import from_table
 
+SHORTEST = 12  # rounds before it is asked whether more pay
+
 
 class RLPruner(Strategy):
     """State: units kept in every group. Action: each group's share of the step's removals. Policy: the distribution actions come from."""
@@ -35,6 +37,7 @@ class RLPruner(Strategy):
         self.round = 0
         self.stale = 0
         self.peak = -math.inf
+        self.peaks: list[float] = []  # the best Q after every round of the step
         self.before_reset: Entry | None = None  # what the step came to before a sharp drop had it redone
         self.closed = False
         self.nodes: list[sampler.Node] = []
@@ -61,7 +64,7 @@ class RLPruner(Strategy):
             self.at,
             self.policy,
             self._advance,
-            samples=config.samples,
+            samples=config.samples * (config.halving**self.space.rungs if self._races() else 1),
             depth=config.depth,
             scaling=config.depth_scaling,
             noise=self.noise,
@@ -90,8 +93,20 @@ class RLPruner(Strategy):
         self.round += 1
         self.stale = 0 if best.q > self.peak + config.improvement else self.stale + 1
         self.peak = max(self.peak, best.q)
-        if self.round >= config.rounds or (config.patience is not None and self.stale >= config.patience):
+        self.peaks.append(self.peak)
+        if not self._pays() or self.round >= config.rounds or (config.patience is not None and self.stale >= config.patience):
             self._move()
+
+    def wanted(self, asked: int) -> int:
+        return min(asked, self.config.samples) if self.accuracy is not None and self._races() else asked
+
+    def narrowed(self, chosen: Sequence[int]) -> None:
+        self.nodes = [self.nodes[i] for i in chosen]
+
+    def _races(self) -> bool:
+        """Whether more candidates are drawn than are scored in full (ours). Not in the first round, whose first sample is given, nor along
+        trajectories, where children belong to their parents."""
+        return self.space.rungs > 0 and self.config.halving > 1 and self.config.depth == 1 and not self.step == self.round == 0
 
     def step_done(self) -> bool:
         return self.closed
@@ -129,6 +144,7 @@ class RLPruner(Strategy):
             "buffer": self.buffer.state(),
             "round": self.round,
             "stale": self.stale,
+            "peaks": self.peaks,
             "peak": self.peak if math.isfinite(self.peak) else None,
             "before_reset": self.before_reset.state() if self.before_reset else None,
             "value": self.value.state(),
@@ -140,6 +156,7 @@ class RLPruner(Strategy):
         self.policy = np.array(memory["policy"], dtype=np.float64)
         self.buffer.restore(memory["buffer"])
         self.round, self.stale = memory["round"], memory["stale"]
+        self.peaks = list(memory["peaks"])
         self.peak = -math.inf if memory["peak"] is None else memory["peak"]
         self.before_reset = Entry.of(memory["before_reset"]) if memory["before_reset"] else None
         self.value.restore(memory["value"])
@@ -162,6 +179,17 @@ class RLPruner(Strategy):
         expected = self.value.predict(drawn)
         expected[[removed in self.value for removed in drawn]] -= np.inf
         return int(np.argmax(expected))
+
+    def _pays(self) -> bool:
+        """Whether more rounds are worth their evaluations: what they gain is judged by what the later half of those so far gained, as many
+        more as there were would hardly gain more (ours). ``SHORTEST`` rounds are always made."""
+        pays = self.config.pays
+        return (
+            pays is None
+            or self.config.patience is None
+            or self.round < SHORTEST
+            or self.peaks[-1] - self.peaks[(self.round - 1) // 2] >= pays
+        )
 
     def _epsilon(self) -> float:
         config = self.config
@@ -196,4 +224,4 @@ class RLPruner(Strategy):
     def _restart(self, policy: FloatArray) -> None:
         self.buffer.clear()
         self.policy = policy
-        self.round, self.stale, self.peak = 0, 0, -math.inf
+        self.round, self.stale, self.peak, self.peaks = 0, 0, -math.inf, []
