@@ -45,8 +45,10 @@ class DenseNetBC(nn.Module):
         self.bn, self.fc = nn.BatchNorm2d(channels), nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.trans2(self.dense2(self.trans1(self.dense1(self.conv1(x)))))
-        logits: Tensor = self.fc(F.avg_pool2d(F.relu(self.bn(self.dense3(x))), 8).flatten(1))
+        x = self.conv1(x)
+        for name in ("dense1", "trans1", "dense2", "trans2", "dense3"):
+            x = self.get_submodule(name)(x)
+        logits: Tensor = self.fc(F.avg_pool2d(F.relu(self.bn(x)), 8).flatten(1))
         return logits
 
 

@@ -23,6 +23,7 @@ from benchmarks.networks import cases
 from benchmarks.packages import checks, networks
 from benchmarks.packages.network import CHECKS, NOT_ASKED, Network, image, of, rows
 from benchmarks.zeroing import judged
+from fxprune.models.loading import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -250,7 +251,7 @@ def test_bars_are_as_long_as_the_shares() -> None:
 
 def test_allocations_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    save_file(allocation.load_model("fxprune.models:digits_net", num_classes=10).state_dict(), tmp_path / "digits.safetensors")
+    save_file(load_model("fxprune.models:digits_net", num_classes=10).state_dict(), tmp_path / "digits.safetensors")
     spec = {"title": "Digits", "data": "digits", "classes": 10, "mean": None, "std": None}
     spec |= {"model": "fxprune.models:digits_net", "weights": "digits.safetensors"}
     monkeypatch.setattr(allocation, "NETWORKS", {"digits": spec})

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
+from tests.driver.synthetic import Chain
 
 from fxprune.driver import Problem, Scored, SearchConfig, run
 from fxprune.driver.budget import Budget
@@ -14,7 +15,6 @@ from fxprune.driver.levels import survivors
 from fxprune.driver.problem import IntArray
 from fxprune.driver.strategies.rl.rl_pruner import SHORTEST, RLPruner
 from fxprune.errors import SearchError
-from tests.driver.synthetic import Chain
 
 
 class Blurred:
