@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune import example_inputs as forms
 from fxprune.allocation.targets import allocated, is_target
 from fxprune.attached import Sources, attach, record_of, sources_of
-from fxprune.errors import FxPruneError, InputError, PruningWarning
+from fxprune.errors import FxPruneError, InputError, PruningWarning, UnsupportedError
 from fxprune.evaluation.running import device_of
 from fxprune.evaluation.wrappers import unwrapped
 from fxprune.importance.criteria import Importance, importance_name, scores
@@ -24,13 +25,16 @@ from fxprune.importance.criteria import resolved as resolved_importance
 from fxprune.importance.gradients import Loss
 from fxprune.index_lists import indices
 from fxprune.passes.base import GraphPass, Observer, UserPass, run_passes
+from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.pipeline import NORMS, Plan, Slim, analysed, compilation, listed, module_names, traced_graph
 from fxprune.passes.planning.cost import cost_model
-from fxprune.passes.planning.naming import limits, resolved
+from fxprune.passes.planning.naming import carried_over, left_out, limits, resolved
 from fxprune.passes.planning.shortfall import shortfall
+from fxprune.passes.rewriting.blocks import without_blocks
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.verify import verify as zeroing_oracle
+from fxprune.passes.verify import verify_blocks
 from fxprune.policies import Policy, checked_sparsity, units_removed
 from fxprune.records import PruningRecord
 from fxprune.repair.registry import named as named_repair
@@ -44,7 +48,13 @@ Ignore = str | nn.Module | type[nn.Module] | Iterable[Any]
 
 
 def analyze(
-    model: nn.Module | ExportedProgram, example_inputs: Any = None, *, ignore: Ignore = (), attention: str = "auto", norms: str = "plain"
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any = None,
+    *,
+    ignore: Ignore = (),
+    attention: str = "auto",
+    norms: str = "plain",
+    blocks: bool = False,
 ) -> CouplingGraph:
     """Find which channels of ``model`` must be removed together. The model is not touched.
 
@@ -54,6 +64,7 @@ def analyze(
         ignore: what keeps its output channels: a module, a qualified name, a glob over qualified names, a class of modules, or several.
         attention: prune "heads", "head_dim", or "auto" (the axis with more units).
         norms: what ``compress`` of the graph does at statistics over channels; see there.
+        blocks: find what can be left out as a whole, too: ``CouplingGraph.blocks``.
 
     Returns:
         The coupling graph, which ``compress`` takes in place of the model.
@@ -64,7 +75,7 @@ def analyze(
     """
     model = _module(model)
     example = _example(model, example_inputs, None)
-    return analysed(model, example, listed(ignore), attention, norms=norms)
+    return analysed(model, example, listed(ignore), attention, norms=norms, blocks=blocks)
 
 
 def compress(
@@ -96,7 +107,8 @@ def compress(
         policy: a ``Policy``; one sparsity for every group (0 keeps all); a mapping to sparsities from names of groups, names of modules
             (every group that the module's layers produce) and globs over both; a target, "macs=0.5" (or params, memory: what is left of
             the original; sparsity: the share of output channels that goes), met without a search: by error tables where there is
-            ``calibration``, else by the same share of every group; or a policy file's path.
+            ``calibration``, else by the same share of every group; or a policy file's path. An entry with the name of a block
+            (``analyze(..., blocks=True)``) and sparsity 1 leaves the block out.
         example_inputs: as for ``analyze``; may be left out where the policy records them.
         ignore: as for ``analyze``.
         importance: what ranks the units of a group: "taylor", "l2", "l1", "variance", "random", "reconstruction", "auto" (taylor where
@@ -155,11 +167,33 @@ def compress(
     else:
         model = _module(model)
         example = _example(model, example_inputs, chosen.inputs)
-        graph = analysed(model, example, ignored, chosen_attention, observe, str(wanted_norms or "plain"))
+        graph = analysed(model, example, ignored, chosen_attention, observe, str(wanted_norms or "plain"), bool(options.get("blocks")))
     if target is not None:
         chosen = allocated(graph, target, batches, importance=importance, loss=loss, repair=repair, round_to=multiple, most=most)
         options = dict(chosen.options)
-    wanted = resolved(graph, checked_sparsity(policy, "a uniform policy") if isinstance(policy, (int, float)) else chosen.sparsity)
+    gone, shares = left_out(graph, chosen.sparsity)
+    wanted = resolved(graph, checked_sparsity(policy, "a uniform policy") if isinstance(policy, (int, float)) else shares)
+    if gone:
+        if keep_class:
+            raise UnsupportedError("keep_class cannot leave out blocks: the model's own code calls them; leave out keep_class")
+        given = example if _has_values(example) else forms.build(graph.inputs, device=device_of(graph.model))
+        cut = _cut(graph, gone, given if verify else None, observe)
+        thinner = compress(
+            cut,
+            carried_over(graph, cut, wanted.sparsity),
+            given,
+            importance=importance,
+            calibration=batches,
+            round_to=multiple,
+            repair=repair,
+            verify=verify,
+            most=most,
+            loss=loss,
+            passes=passes,
+            observe=observe,
+            norms=None if wanted_norms is None else str(wanted_norms),
+        )
+        return _named(thinner, {**wanted.sparsity, **{block.name: 1.0 for block in gone}})
     units = options.get("units") if importance_name(importance) == options.get("importance", "auto") else None
 
     def score(graph: CouplingGraph) -> Mapping[str, Any]:
@@ -190,6 +224,32 @@ def compress(
         notes = repairer(slim, slimmer)
         attach(slim, made.with_repair(repair_name, notes, repairer.layers))
     return _passed(slim, passes, observe)
+
+
+def _named(slim: Any, sparsity: Mapping[str, float]) -> fx.GraphModule:
+    """``slim``, whose record's policy names the groups and blocks of the network that the user gave."""
+    done = record(slim)
+    used = replace(done.policy, sparsity=sparsity, options={**done.policy.options, "blocks": True})
+    attach(slim, replace(done, policy=used))
+    return slim  # type: ignore[no-any-return]
+
+
+def _cut(graph: CouplingGraph, blocks: Sequence[Block], example: Any, observe: Observer | None) -> CouplingGraph:
+    """The network without ``blocks``, all channels kept, analysed as ``graph`` was. ``example``: for the oracle, None for no oracle."""
+    whole = without_blocks(graph, blocks)
+    whole.train(graph.model.training)
+    if example is not None:
+        verify_blocks(graph, blocks, whole, *forms.call_form(example))
+    options = graph.options
+    paths = [*dict(whole.named_modules()), *dict(whole.named_parameters())]
+    ignored = [name for name in options.get("ignore", ()) if any(fnmatch.fnmatchcase(path, name) for path in paths)]
+    inputs = forms.build(graph.inputs, device="meta")
+    cut = analysed(whole, inputs, ignored, str(options["attention"]), observe, str(options.get("norms", "plain")))
+    before, after = cost_model(graph).profile(), cost_model(cut).profile()
+    done = {block.name: "removed" for block in blocks}
+    policy = Policy(dict.fromkeys(done, 1.0), graph.inputs, {**options, "blocks": True})
+    attach(whole, PruningRecord({}, {}, policy, "none", before, after, notes=graph.notes, blocks=done), Sources(graph.model))
+    return cut
 
 
 def _passed(slim: Any, passes: Sequence[Any], observe: Observer | None) -> fx.GraphModule:
@@ -332,4 +392,6 @@ def _composed(first: PruningRecord, second: PruningRecord) -> PruningRecord:
     notes = tuple(dict.fromkeys(first.notes + second.notes))
     renumbered = tuple(sorted({*first.renumbered, *second.renumbered}))
     steps = (*(first.steps or (first,)), second)
-    return replace(second, kept=kept, removed_units=removed, before=first.before, renumbered=renumbered, notes=notes, steps=steps)
+    blocks = {**first.blocks, **second.blocks}
+    whole = replace(second, kept=kept, removed_units=removed, before=first.before, renumbered=renumbered, notes=notes, steps=steps)
+    return replace(whole, blocks=blocks)

@@ -67,6 +67,7 @@ class PruningRecord:
     ``repaired``: layer name -> ``LayerRepair``, for the layers that a repair reached.
     ``steps``: where a slim module was pruned again, the record of each pruning in terms of the module it was given; else empty.
     ``keep_class``: whether the slim module is an instance of the original's class. ``folded``: whether its BatchNorms are folded away.
+    ``blocks``: name of a block that was left out -> what became of it.
     ``notes``: sentences a user should know: what tracing specialised, what could not be kept.
     """
 
@@ -82,6 +83,7 @@ class PruningRecord:
     keep_class: bool = False
     folded: bool = False
     repaired: Mapping[str, LayerRepair] = field(default_factory=dict)
+    blocks: Mapping[str, str] = field(default_factory=dict)
 
     def with_repair(self, repair: str, notes: tuple[str, ...] = (), layers: Mapping[str, LayerRepair] | None = None) -> PruningRecord:
         """The same record after a repair; ``notes``: how much was repaired, and what could not be; ``layers``: what was done to each."""

@@ -274,6 +274,7 @@ def analysed(
     attention: str,
     observe: Observer | None = None,
     norms: str = "plain",
+    blocks: bool = False,
 ) -> CouplingGraph:
     """Trace and couple; the steps every use of a model shares."""
     if attention not in ("auto", "heads", "head_dim"):
@@ -296,7 +297,11 @@ def analysed(
         observe("Trace", traced, time.perf_counter() - start)
     carrier = traced_graph(traced)
     run_passes(carrier, [Couple(describe(example_inputs), ignore, attention, norms)], observe)
-    return compilation(carrier).coupled()
+    graph = compilation(carrier).coupled()
+    if blocks:
+        graph.blocks = graph.all_blocks
+        graph.options["blocks"] = True
+    return graph
 
 
 def _on_meta(example: Any) -> bool:

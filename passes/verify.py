@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ from fxprune.errors import FAULTS, VerificationError, first_line
 from fxprune.evaluation.copying import copied
 from fxprune.evaluation.repeatable import cloned, same_random_numbers
 from fxprune.evaluation.running import set_training
+from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.labels.values import Value
 from fxprune.passes.planning.plan import Keep
+from fxprune.passes.rewriting.blocks import with_zeroed_blocks
 from fxprune.passes.rewriting.slimmer import Slimmer
 
 TOLERANCE = 1e-4  # relative to the largest magnitude of the output, in float32
@@ -103,6 +105,21 @@ def verify(graph: CouplingGraph, keep: Keep, slim: Any, args: tuple[Any, ...], k
             for what, (others, keywords) in _other_sizes(args, kwargs):
                 pair.check_size(what, others, keywords)
         return gap
+
+
+def verify_blocks(graph: CouplingGraph, blocks: Sequence[Block], slim: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+    """The oracle for blocks left out: ``slim`` computes what the original computes with the branches' outputs multiplied by zero.
+
+    Raises:
+        VerificationError: names the blocks, and how far the two differ.
+    """
+    with torch.no_grad():
+        reference = with_zeroed_blocks(graph, blocks).eval()
+        gap = difference(_run(reference, args, kwargs), _run(copied(slim).eval(), args, kwargs))
+    if not gap < TOLERANCE:
+        names = ", ".join(repr(block.name) for block in blocks)
+        raise VerificationError(f"without {names} the network differs by {gap:.1e} from the original with them at zero; please report it")
+    return gap
 
 
 def _run(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from fxprune.example_inputs import build
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.pipeline import analysed
 from fxprune.passes.planning.plan import Keep
+from fxprune.passes.rewriting.blocks import without_blocks
 from fxprune.passes.rewriting.fold import FoldBatchNorm
 from fxprune.passes.rewriting.keep_class import kept_class
 from fxprune.passes.rewriting.slimmer import Slimmer
@@ -33,6 +34,8 @@ def rebuilt(model: nn.Module, record: PruningRecord) -> nn.Module:
     options = record.policy.options
     graph = analysed(model, example, (), str(options.get("attention", "auto")), norms=str(options.get("norms", "plain")))
     names = {alias: name for name, aliases in graph.walk.traced.skeleton.aliases.items() for alias in aliases}
+    if record.blocks:
+        return _without(graph, record)
     slimmer = Slimmer(graph, units_kept(graph, record.kept, names))
     for name in names.values():
         made, wanted = slimmer.kept_dims(name), record.kept.get(name, {})
@@ -41,6 +44,15 @@ def rebuilt(model: nn.Module, record: PruningRecord) -> nn.Module:
             raise FileError(f"it does not fit this model: dimension {min(differing)} of {name!r} is coupled to other channels here")
     slim: nn.Module = kept_class(slimmer) if record.keep_class else slimmer.run()
     return FoldBatchNorm().run(slim) if record.folded and isinstance(slim, fx.GraphModule) else slim
+
+
+def _without(graph: CouplingGraph, record: PruningRecord) -> nn.Module:
+    """The network of a graph without the blocks that a record names. Raises ``FileError`` where it has no such block."""
+    blocks = {block.name: block for block in graph.all_blocks}
+    missing = next((name for name in record.blocks if name not in blocks), None)
+    if missing is not None:
+        raise FileError(f"it does not fit this model: there is no block {missing!r} here, which was left out there")
+    return without_blocks(graph, [blocks[name] for name in record.blocks])
 
 
 def units_kept(graph: CouplingGraph, kept: Mapping[str, Mapping[int, Tensor]], names: Mapping[str, str]) -> Keep:

@@ -39,6 +39,7 @@ def encode_record(record: PruningRecord) -> Json:
         "renumbered": list(record.renumbered),
         "notes": list(record.notes),
         "keep_class": record.keep_class,
+        "blocks": dict(record.blocks),
         "folded": record.folded,
         "repaired": {name: [one.done, one.ridge, one.before, one.after] for name, one in record.repaired.items()},
         "steps": [encode_record(step) for step in record.steps],
@@ -65,6 +66,7 @@ def decode_record(data: Json, *, within: bool = False) -> PruningRecord:
             notes=tuple(_checked(note, str, "notes") for note in data["notes"]),
             steps=tuple(decode_record(step, within=True) for step in steps),
             keep_class=bool(data.get("keep_class", False)),
+            blocks={str(name): _checked(text, str, "blocks") for name, text in data.get("blocks", {}).items()},
             folded=bool(data.get("folded", False)),
             repaired={str(name): _layer_repair(*one) for name, one in data.get("repaired", {}).items()},
         )

@@ -11,6 +11,7 @@ import networkx as nx
 import numpy as np
 import torch
 
+from fxprune.passes.coupling.blocks import Block, find_blocks
 from fxprune.passes.coupling.grouping import partition
 from fxprune.passes.coupling.untraced import pin_unseen
 from fxprune.passes.coupling.walk import Walk
@@ -70,6 +71,7 @@ class CouplingGraph:
         self.walk, self.inputs, self.options = walk, inputs, dict(options)
         self.model = walk.traced.skeleton.original
         self.notes = walk.traced.notes
+        self.blocks: tuple[Block, ...] = ()  # what can be left out, where ``analyze`` was asked for it
         self.templates: dict[str, Any] = {}  # what the rewrites of this graph share, by norms; made by the first
         self.costs: Any = None  # its cost model (passes.cost), made when it is first asked for
         self._functional = output_dims(walk.traced)
@@ -215,6 +217,11 @@ class CouplingGraph:
             return None
         key = keys[slot]
         return key if key in self.unit_of and label < starts[slot] + len(self.unit_of[key]) else None
+
+    @cached_property
+    def all_blocks(self) -> tuple[Block, ...]:
+        """The blocks of the network, whether ``analyze`` was asked for them or not."""
+        return find_blocks(self.walk)
 
     # -- what the rewrite asks ----------------------------------------------------------------------------------------------
 

@@ -113,7 +113,9 @@ class LabelContext(ParameterLabels):
         self.labels.unite(a, b)
 
     def cost(self, layer: str, macs: int, *along: Vector | None) -> None:
-        self.costs[self.mode].append(Cost(layer, macs, tuple(v for v in along if v is not None)))
+        self.costs[self.mode].append(
+            Cost(layer, macs, tuple(v for v in along if v is not None), self.node.name if self.node is not None else "")
+        )
 
     def owner(self, node: fx.Node) -> str:
         return str(node.target) if node.op == "call_module" else str(node.meta.get("owner") or node.name)

@@ -14,6 +14,7 @@ class Cost:
     layer: str
     macs: int
     along: tuple[Vector, ...]
+    node: str = ""
 
 
 @dataclass

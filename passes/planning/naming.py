@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fxprune.errors import PolicyError
+from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph, Group
 from fxprune.policies import units_removed
 
@@ -50,6 +51,35 @@ def resolved(graph: CouplingGraph, policy: Mapping[str, float] | float) -> Wante
         {name: p for name, p in shares.items() if by_name[name].prunable},
         {name: p for name, p in shares.items() if p > 0 and not by_name[name].prunable},
     )
+
+
+def left_out(graph: CouplingGraph, policy: Mapping[str, float]) -> tuple[list[Block], dict[str, float]]:
+    """The blocks that a policy leaves out, and its other entries.
+
+    An entry with a block's name and sparsity 1 leaves the block out; 0 keeps it. A name that is also that of a group means the block only
+    where the network was analysed with ``blocks=True``.
+    """
+    if not graph.blocks and not any(p == 1 for p in policy.values()):
+        return [], dict(policy)
+    blocks = {block.name: block for block in graph.all_blocks if graph.blocks or block.name not in graph.by_name}
+    gone = [blocks[name] for name, p in policy.items() if p == 1 and name in blocks]
+    rest = {name: p for name, p in policy.items() if not (name in blocks and (p == 1 or (p == 0 and name not in graph.by_name)))}
+    return gone, rest
+
+
+def carried_over(graph: CouplingGraph, cut: CouplingGraph, sparsity: Mapping[str, float]) -> dict[str, float]:
+    """Sparsities of the groups of ``graph`` as those of ``cut``, the same network with parts left out: a group goes by what it holds."""
+    found: dict[str, float] = {}
+    for name, p in sparsity.items():
+        for parameter, dim, indices in graph.by_name[name].members if p > 0 else ():
+            units = cut.unit_of.get((parameter, dim))
+            if units is None:
+                continue
+            for number in np.unique(cut.group_of_unit[units[indices.numpy()]]).tolist():
+                if number in cut.by_number and cut.by_number[number].prunable:
+                    found.setdefault(cut.by_number[number].name, p)
+            break
+    return found
 
 
 def groups_named(graph: CouplingGraph, key: str) -> list[Group]:
