@@ -190,7 +190,7 @@ def test_clipping_bounds_the_step() -> None:
     def moved(clip: float | None) -> float:
         model = network()
         before = weights(model)
-        train(model, [(torch.randn(8, 4) * 100, torch.arange(8) % 2)], config=TrainConfig(1, 0.1, 0.0, 0.0, 0.0, clip))
+        train(model, [(torch.randn(8, 4) * 100, torch.arange(8) % 2)], config=TrainConfig(1, 0.1, 0.0, 0.0, 0.0, clip=clip))
         return float((weights(model) - before).norm())
 
     assert moved(1e-3) <= 0.1 * 1e-3 * 1.01 < moved(None)

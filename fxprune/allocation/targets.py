@@ -13,7 +13,8 @@ from fxprune.allocation.allocating import allocate
 from fxprune.allocation.prices import METRICS, output_channels
 from fxprune.errors import PolicyError, TargetError
 from fxprune.evaluation.running import one_thread
-from fxprune.importance.criteria import Scores, importance_name, resolved, scores
+from fxprune.importance.criteria import importance_name, resolved, scores
+from fxprune.importance.criterion import Scores
 from fxprune.importance.gradients import Loss
 from fxprune.index_lists import ranges
 from fxprune.passes.coupling.graph import CouplingGraph

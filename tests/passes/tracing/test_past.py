@@ -265,9 +265,10 @@ def test_plain_containers_are_as_they_were() -> None:
     SEEN.clear()
     model = GlobalDict().eval()
     model(X)
-    before = dict(TABLES), dict(NAMED), list(SEEN)
+    before: Any = (dict(TABLES), dict(NAMED), list(SEEN))
     fxprune.analyze(model, OTHER)
-    assert all(a is b for old, new in zip(before, (TABLES, NAMED, SEEN), strict=True) for a, b in zip(old, new, strict=True))
+    now: Any = (TABLES, NAMED, SEEN)
+    assert all(a is b for old, new in zip(before, now, strict=True) for a, b in zip(old, new, strict=True))
     assert TABLES[8] is before[0][8] and NAMED["last"] is before[1]["last"]
 
 
