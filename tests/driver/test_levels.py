@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
-from tests.driver.synthetic import Chain
 
 from fxprune.driver import Problem, Scored, SearchConfig, run
 from fxprune.driver.budget import Budget
@@ -15,6 +14,7 @@ from fxprune.driver.levels import survivors
 from fxprune.driver.problem import IntArray
 from fxprune.driver.strategies.rl.rl_pruner import SHORTEST, RLPruner
 from fxprune.errors import SearchError
+from fxprune.testing.synthetic import Chain
 
 
 class Blurred:
