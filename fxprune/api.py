@@ -169,7 +169,8 @@ def compress(
         example = _example(model, example_inputs, chosen.inputs)
         graph = analysed(model, example, ignored, chosen_attention, observe, str(wanted_norms or "plain"), bool(options.get("blocks")))
     if target is not None:
-        chosen = allocated(graph, target, batches, importance=importance, loss=loss, repair=repair_name, round_to=multiple, most=most)
+        tabled = repair if isinstance(repair, str) else "none"  # what a repair of the user's own does no table can say
+        chosen = allocated(graph, target, batches, importance=importance, loss=loss, repair=tabled, round_to=multiple, most=most)
         options = dict(chosen.options)
     gone, shares = left_out(graph, chosen.sparsity)
     wanted = resolved(graph, checked_sparsity(policy, "a uniform policy") if isinstance(policy, (int, float)) else shares)
