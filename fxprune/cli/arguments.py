@@ -40,6 +40,9 @@ HELP = {
     "tensorboard": "write the figures of each round to OUT/tensorboard too",
     "targets": "macs|params|latency|memory=SHARE that is left, or sparsity=SHARE that goes; repeat it for several at once, "
     "commas for a Pareto run; latency is that of a batch of 32, on one thread on a CPU",
+    "costs": "a cost of your own as target: NAME=module:function of the network; repeat it for several",
+    "most": "the largest share of its units that any group loses, or NAME=SHARE,... for groups, modules and globs",
+    "loss": "module:function of output and batch, for importances that need gradients; default: cross-entropy",
     "strategy": f"{', '.join(STRATEGIES)}, optuna:SAMPLER or module:Class",
     "reward": f"{', '.join(REWARDS)} or module:function",
     "importance": f"auto, {', '.join(CRITERIA)}, or module:NAME of a fxprune.Criterion or a function",
@@ -53,10 +56,11 @@ HELP = {
     "ignore": "names or globs of modules whose output channels stay, with commas",
 }
 COMMON = (
-    *("targets", "strategy", "reward", "repair", "importance", "steps", "samples", "seed"),
+    *("targets", "strategy", "reward", "repair", "importance", "steps", "samples", "seed", "most"),
     *("device", "jobs", "executor", "round_to"),
 )
 RESUMABLE = frozenset({"jobs", "executor", "device"})
+_REPEATED = {"targets": "METRIC=SHARE", "costs": "NAME=MODULE:FUNCTION"}  # given once for each, by a name in the singular
 _OWN = {one.name: str(one.type) for one in fields(Options) if one.name not in ("search", "preset")}
 _SEARCH = {one.name: str(one.type) for one in fields(SearchConfig)}
 
@@ -151,12 +155,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(group: Any, name: str, kind: str) -> None:
-    flag = "--target" if name == "targets" else f"--{name.replace('_', '-')}"
+    flag = f"--{name.removesuffix('s')}" if name in _REPEATED else f"--{name.replace('_', '-')}"
     text = HELP.get(name)
     if kind.removesuffix(" | None") == "bool":
         group.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=text)
-    elif name == "targets":
-        group.add_argument(flag, dest=name, action="append", metavar="METRIC=SHARE", help=text)
+    elif name in _REPEATED:
+        group.add_argument(flag, dest=name, action="append", metavar=_REPEATED[name], help=text)
     else:
         group.add_argument(flag, dest=name, type=_reader(kind), metavar=_metavar(kind), help=text)
 
@@ -201,7 +205,7 @@ def _from_file(path: Path) -> dict[str, Any]:
     values = {}
     for key, value in found.items():
         name = str(key).replace("-", "_")
-        name = "targets" if name == "target" else name
+        name = f"{name}s" if f"{name}s" in _REPEATED else name
         kind = "str" if name == "preset" else {**_OWN, **_SEARCH}.get(name)
         if kind is None:
             raise SearchError(f"--config {path}: unknown option {key!r}; fxprune-search --help lists the options")
@@ -210,7 +214,9 @@ def _from_file(path: Path) -> dict[str, Any]:
 
 
 def _from_yaml(value: Any, name: str, kind: str, where: str) -> Any:
-    if name == "targets":
+    if name == "most" and isinstance(value, dict):
+        return value
+    if name in _REPEATED:
         return [str(item) for item in value] if isinstance(value, list) else value if isinstance(value, dict) else str(value)
     truth = kind.removesuffix(" | None") == "bool"
     if truth and value is None and kind != "bool":

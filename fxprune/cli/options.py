@@ -96,9 +96,12 @@ class Options:
     def state(self) -> dict[str, Any]:
         """The options as JSON. Raises ``SearchError`` for a function among them, which no other process could take up."""
         described = {**asdict(self), "search": self.search.described()}
-        for name in ("strategy", "reward", "importance", "repair"):
+        for name in ("strategy", "reward", "importance", "repair", "loss"):
             if callable(getattr(self.search, name)):
                 raise SearchError(f"{name} is a function; from the command line name it as package.module:function")
+        for name, cost in (self.search.costs or {}).items():
+            if callable(cost):
+                raise SearchError(f"cost {name!r} is a function; from the command line name it as {name}=package.module:function")
         return described
 
     @classmethod

@@ -207,6 +207,9 @@ class Session:
             latency=alone(self.example),
             tabled=config.wants_table,
             rungs=self.rungs(scored, graph),
+            most=config.most,
+            loss=config.loss,
+            own_costs=config.costs,
         )
         if config.recover_every:
             problem = Recovery(candidates, working, lambda slim: self.recover(original, slim, watcher)).attached(problem)

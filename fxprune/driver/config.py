@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from fxprune.driver.targets import Point, parse
+from fxprune.driver.targets import METRICS, Point, parse
 from fxprune.errors import SearchError
 
 Reward = Callable[[Mapping[str, float]], float]
@@ -20,6 +20,7 @@ class SearchConfig:
     """Options of a search. The defaults are ours, for a small CNN in minutes; ``preset("paper")`` gives the paper's."""
 
     targets: Any = ("macs=0.5",)  # one text, several texts or a mapping: see fxprune.driver.targets.parse
+    costs: Any = None  # costs of your own, which targets may then name: name -> f(module) -> number, or module:function
     strategy: Any = "rl-pruner"  # rl-pruner, table, uniform, random, magnitude, optuna:SAMPLER, module:Class, or a Strategy subclass
     reward: Any = "accuracy"  # accuracy, flops, params, latency, module:function, or a function of the metrics
     alpha: float | None = None  # weight of the MACs removed in the reward; None: the preset reward's own
@@ -65,6 +66,8 @@ class SearchConfig:
     attention: str = "auto"
     ignore: tuple[str, ...] = ()
     round_to: int = 1
+    most: Any = None  # the largest share of its units that any group loses, or a mapping from group, module or glob to it
+    loss: Any = None  # f(output, batch) -> scalar for importances that need gradients, or module:function; None: cross-entropy, where clear
     norms: str = "plain"  # or exact: statistics over channels keep the original's divisor. Paper: plain
     # repair inside the score and of the result: none, bn, bias, lstsq, a registered one, module:function, or a function. Paper: none
     repair: Any = "lstsq"
@@ -75,7 +78,9 @@ class SearchConfig:
     jobs: int = 1
 
     def __post_init__(self) -> None:
-        parse(self.targets)
+        object.__setattr__(self, "costs", read_costs(self.costs))
+        object.__setattr__(self, "most", read_most(self.most))
+        parse(self.targets, tuple(self.costs or ()))
         for name in ("samples", "rounds", "depth", "screen", "halving", "round_to", "jobs"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("steps", "patience", "evaluations"):
@@ -104,7 +109,7 @@ class SearchConfig:
     @property
     def points(self) -> tuple[Point, ...]:
         """The targets of each point of a Pareto run; a single one in an ordinary run."""
-        return parse(self.targets)
+        return parse(self.targets, tuple(self.costs or ()))
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SearchConfig:
@@ -165,6 +170,45 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+def read_costs(given: Any) -> dict[str, Any] | None:
+    """Costs of the user's own, by name: a mapping, or texts ``NAME=module:function``. Raises ``SearchError`` for anything else."""
+    if given is None:
+        return None
+    pairs: dict[str, Any] = {}
+    if isinstance(given, Mapping):
+        pairs.update((str(name), cost) for name, cost in given.items())
+    else:
+        for text in [given] if isinstance(given, str) else list(given):
+            name, sign, path = str(text).partition("=")
+            if not sign or not path.strip():
+                raise SearchError(f"cost {text!r} is malformed; write NAME=module:function, for example energy=costs:energy")
+            pairs[name.strip()] = path.strip()
+    for name, cost in pairs.items():
+        if name in METRICS or not name.isidentifier():
+            raise SearchError(f"a cost of your own cannot be named {name!r}; take a word other than {', '.join(METRICS)}")
+        if not callable(cost) and not (isinstance(cost, str) and ":" in cost):
+            raise SearchError(f"cost {name!r} is {cost!r}; it must be a function of the module, or module:function")
+    return pairs
+
+
+def read_most(given: Any) -> Any:
+    """A limit for groups: a share, a mapping, or either as text ("0.9", "layer1.*=0.5,stem=0.25"). Raises ``SearchError``."""
+    if isinstance(given, str):
+        parts = [part.rpartition("=") for part in given.split(",")]
+        try:
+            if len(parts) == 1 and not parts[0][1]:
+                given = float(given)
+            else:
+                given = {key.strip(): float(share) for key, _, share in parts}
+        except ValueError:
+            raise SearchError(f"most {given!r} is malformed; write a share, or NAME=SHARE,..., for example layer1.*=0.5") from None
+    shares = list(given.values()) if isinstance(given, Mapping) else [] if given is None else [given]
+    for share in shares:
+        right = isinstance(share, (int, float)) and not isinstance(share, bool) and 0 <= share <= 1
+        _require(right, "most", share, "a share from 0 to 1, or a mapping to such shares")
+    return dict(given) if isinstance(given, Mapping) else given
+
+
 def _require(holds: bool, name: str, value: Any, expected: str) -> None:
     if not holds:
         raise SearchError(f"search option {name} is {value}; it must be {expected}")
@@ -173,6 +217,8 @@ def _require(holds: bool, name: str, value: Any, expected: str) -> None:
 def _named(value: Any) -> Any:
     if callable(value):
         return f"{getattr(value, '__module__', '?')}:{getattr(value, '__qualname__', type(value).__qualname__)}"
+    if isinstance(value, Mapping):
+        return {str(key): _named(item) for key, item in value.items()}
     if isinstance(value, tuple):
         return [_named(item) for item in value]
     return value

@@ -105,7 +105,8 @@ class _Search:
         self.score_baselines(budget)
         if not budget.fits(budget.space.room):
             bound = self.evaluator([budget.space.room], budget)[0]
-            raise self.unmet(budget, bound, "cannot be met: even with all but one unit of every group removed,")
+            most = "all but one unit of every group" if budget.space.most is None else "all that most= lets go"
+            raise self.unmet(budget, bound, f"cannot be met: even with {most} removed,")
         strategy = strategies.find(self.config.strategy)(budget, self.config.with_targets(budget.targets))
         if self.strategy_state is not None:
             strategy.restore(self.strategy_state)

@@ -58,11 +58,12 @@ class Space:
     grain: int = 1
     table: Allocating | None = None
     rungs: int = 0
+    most: IntArray | None = None
 
     @property
     def room(self) -> IntArray:
-        """The most that each group may lose: all units but one."""
-        return self.units - 1
+        """The most that each group may lose: all units but one, or its limit."""
+        return self.units - 1 if self.most is None else np.minimum(self.units - 1, self.most)
 
     def zeros(self) -> IntArray:
         """The removal vector of the original network."""
@@ -123,6 +124,7 @@ class Problem:
     grain: int = 1
     table: Allocating | None = None
     measured: dict[str, float] = field(default_factory=dict)
+    most: IntArray | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(self.names))
@@ -153,4 +155,5 @@ class Problem:
             self.grain,
             self.table,
             len(self.rungs),
+            self.most,
         )

@@ -18,8 +18,6 @@ class Target:
     value: float
 
     def __post_init__(self) -> None:
-        if self.metric not in METRICS:
-            raise SearchError(f"unknown target {self.metric!r}; use one of {', '.join(METRICS)}, for example macs=0.5")
         if not 0 < self.value < 1:
             raise SearchError(f"target {self.metric}={self.value:g} is out of range; give a share between 0 and 1, for example 0.5")
 
@@ -40,9 +38,10 @@ Point = tuple[Target, ...]
 """Targets to be met at once."""
 
 
-def parse(given: str | Sequence[str] | Mapping[str, float]) -> tuple[Point, ...]:
+def parse(given: str | Sequence[str] | Mapping[str, float], own: Sequence[str] = ()) -> tuple[Point, ...]:
     """Read targets: ``"macs=0.5"``, several of them, or a mapping; a comma list (``"macs=0.7,0.5"``) makes a Pareto run of several points.
 
+    ``own``: names of costs of the user's own, which may be bounded too.
     Returns the points in the order in which a search visits them, the mildest first. Raises ``SearchError`` for anything malformed.
     """
     texts = [f"{k}={v}" for k, v in given.items()] if isinstance(given, Mapping) else [given] if isinstance(given, str) else list(given)
@@ -50,6 +49,10 @@ def parse(given: str | Sequence[str] | Mapping[str, float]) -> tuple[Point, ...]
         raise SearchError("no target given; say what is to be left, for example macs=0.5")
     lists = [_values(text) for text in texts]
     metrics = [metric for metric, _ in lists]
+    for metric in metrics:
+        if metric not in (*METRICS, *own):
+            known = ", ".join((*METRICS, *own))
+            raise SearchError(f"unknown target {metric!r}; use one of {known}, for example macs=0.5, or pass your own with costs=")
     if len(set(metrics)) != len(metrics):
         raise SearchError(f"a target is given twice: {', '.join(texts)}; use one entry a metric, commas for a Pareto run")
     if sum(len(values) > 1 for _, values in lists) > 1:

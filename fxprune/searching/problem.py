@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,13 @@ from fxprune.allocation.prices import output_channels
 from fxprune.allocation.tables import error_table
 from fxprune.costs.profiling import profile
 from fxprune.driver import Problem
-from fxprune.evaluation.running import device_of, one_thread
+from fxprune.errors import FAULTS, EvaluationError, SearchError, in_a_line
+from fxprune.evaluation.running import device_of, evaluating, one_thread
 from fxprune.example_inputs import build
 from fxprune.importance.criteria import resolved, scores
+from fxprune.imports import by_path
 from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.passes.planning.naming import limits
 from fxprune.repair.registry import named
 from fxprune.repair.repairer import Repairer
 from fxprune.searching.candidates import CandidateCosts, Candidates, Evaluate, Score
@@ -24,6 +27,33 @@ from fxprune.searching.candidates import CandidateCosts, Candidates, Evaluate, S
 
 def _latency(module: nn.Module, graph: CouplingGraph) -> float:
     return profile(module, build(graph.inputs, device=device_of(module))).latency(runs=20)
+
+
+class _OwnCost:
+    """A cost of the user's own as a share of the original's, which is computed once."""
+
+    def __init__(self, name: str, cost: Any, original: nn.Module, wholes: dict[str, float]) -> None:
+        self.name, self.original, self.wholes = name, original, wholes
+        self.cost = by_path(cost, f"cost {name!r}", SearchError) if isinstance(cost, str) else cost
+
+    def __call__(self, slim: nn.Module) -> float:
+        if self.name not in self.wholes:
+            with evaluating(self.original):
+                whole = self._number(self.original)
+            if whole <= 0:
+                raise EvaluationError(f"cost {self.name!r} is {whole} for the original; a share of it needs a number above 0")
+            self.wholes[self.name] = whole
+        with evaluating(slim):
+            return self._number(slim) / self.wholes[self.name]
+
+    def _number(self, module: nn.Module) -> float:
+        try:
+            found = float(self.cost(module))
+        except FAULTS as error:
+            raise EvaluationError(f"cost {self.name!r} raised {in_a_line(error)}") from error
+        if not np.isfinite(found):
+            raise EvaluationError(f"cost {self.name!r} is {found}; it must be a finite number")
+        return found
 
 
 def make_problem(
@@ -40,6 +70,9 @@ def make_problem(
     latency: Callable[[nn.Module], float] | None = None,
     tabled: bool = False,
     rungs: Sequence[Evaluate] = (),
+    most: Mapping[str, float] | float | None = None,
+    loss: Any = None,
+    own_costs: Mapping[str, Any] | None = None,
 ) -> tuple[Problem, Candidates]:
     """An analysed network as a search problem: costs from the analysis, scores from ``evaluate`` on slim networks.
 
@@ -51,19 +84,24 @@ def make_problem(
     a repair by least squares it also ranks the units.
     ``rungs``: cheaper ``evaluate``s, each on half the data of the next one and the last on half of what ``evaluate`` takes; candidates are
     repaired for them on as small a share of ``calibration``.
+    ``most``, ``loss``: as in ``compress``; ``loss`` may be named as module:function. ``own_costs``: costs of the user's own by name:
+    ``f(module) -> number``, or module:function.
     """
     batches = None if calibration is None else list(calibration)
     named(repair)
-    own = importance == "auto" and repair == "lstsq" and bool(batches)  # the choice of units and the repair then aim at the same error
+    function = by_path(loss, "loss", SearchError) if isinstance(loss, str) else loss
+    tied = importance == "auto" and repair == "lstsq" and bool(batches)  # the choice of units and the repair then aim at the same error
     table: Allocator | None = None
     with one_thread():
-        ranking = None if own and tabled else scores(graph, "reconstruction" if own else resolved(importance), batches, seed)
+        ranking = None if tied and tabled else scores(graph, "reconstruction" if tied else resolved(importance), batches, seed, function)
         if tabled and batches:
-            table = Allocator(graph, error_table(graph, batches, ranking=ranking, repair=repair, seed=seed), round_to=round_to)
+            table = Allocator(graph, error_table(graph, batches, ranking=ranking, repair=repair, seed=seed), round_to=round_to, most=most)
             ranking = table.table.ranking
         assert ranking is not None
         candidates = Candidates(graph, ranking, round_to)
     measured: dict[str, float] = {}
+    own = {name: _OwnCost(name, cost, graph.model, measured) for name, cost in (own_costs or {}).items()}
+    allowed = limits(graph, most)
 
     seconds = latency or (lambda module: _latency(module, graph))
 
@@ -84,7 +122,7 @@ def make_problem(
         names=candidates.names,
         units=np.array([g.size for g in candidates.groups]),
         channels=per_unit,
-        cost=lambda removed: CandidateCosts(candidates, removed, share),
+        cost=lambda removed: CandidateCosts(candidates, removed, share, own),
         score=Score(candidates, evaluate, repairer),
         rough=None if rough is None else Score(candidates, rough, repairer),
         rungs=[Score(candidates, one, fewer(len(rungs) - i)) for i, one in enumerate(rungs)],
@@ -94,5 +132,6 @@ def make_problem(
         grain=round_to,
         table=table,
         measured=measured,
+        most=np.array([allowed.get(g.name, g.size - 1) for g in candidates.groups], dtype=np.int64) if allowed else None,
     )
     return problem, candidates

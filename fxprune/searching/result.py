@@ -94,6 +94,9 @@ def search(
         rough=rough,
         tabled=config.wants_table,
         rungs=rungs,
+        most=config.most,
+        loss=config.loss,
+        own_costs=config.costs,
     )
     outcome = run(problem, config, checkpoint_dir=checkpoint_dir, resume=resume, on_event=on_event)
     assert isinstance(problem.score, Score)
