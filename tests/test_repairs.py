@@ -19,7 +19,7 @@ from fxprune.passes.planning.plan import keep_counts
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.verify import difference
 from fxprune.repair import repairer as repairs
-from fxprune.repair.calibration import FIT, JUDGE, TUNE
+from fxprune.repair.calibration import FIT, JUDGE, TUNE, pieces
 from fxprune.repair.least_squares import Moments, fitted
 from fxprune.repair.matrices import choose, form_of, grouped, input_rows, matrices, output_rows, set_matrices
 from fxprune.repair.moments import collect
@@ -483,6 +483,24 @@ def test_least_squares_is_nowhere_worse_than_batchnorm_alone_on_inputs_that_were
     assert errors["lstsq"] < errors["bn"]
     made = fxprune.record(slim)
     assert made.repaired and not any("as sliced: no layer" in note for note in made.notes)
+
+
+def test_an_embedding_reads_nothing_that_could_have_gone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 16), nn.Flatten(), nn.Linear(16 * 5, 4)).eval()
+    batches = [torch.randint(0, 20, (32, 5), generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    slim = fxprune.compress(model, 0.5, batches[0], importance="l2", repair="lstsq", calibration=batches)
+    assert not any("as sliced: no layer" in note for note in fxprune.record(slim).notes)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 40])
+def test_every_set_of_batches_has_inputs_that_are_not_fitted(count: int) -> None:
+    made = pieces([torch.randn(10, 4) for _ in range(count)], lambda x: x * 2)
+    assert sum(one.samples for one in made) == count * 10
+    shares = [sum(one.samples for one in made if one.role == role) / (count * 10) for role in (FIT, TUNE, JUDGE)]
+    assert shares[0] >= 0.6 and min(shares) >= 0.1
+    mixed = pieces([torch.randn(10, 4) for _ in range(2)], lambda x: x - x.mean(0))  # samples that see each other stay together
+    assert [one.samples for one in mixed] == [10, 10] and [one.role for one in mixed] == [FIT, JUDGE]
 
 
 def test_a_recurrent_layer_is_fitted_by_its_gates() -> None:

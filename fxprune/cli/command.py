@@ -139,6 +139,9 @@ class Display:
     def searched(self, progress: SearchProgress) -> None:
         self._update(search_line(progress), progress.kind == "end" or (progress.kind == "step" and progress.steps > 1))
 
+    def repaired(self, done: int, total: int, layer: str) -> None:
+        self._update(Text(f"  layer {done}/{total}  {layer}"), done == total)
+
     def trained(self, progress: TrainingProgress) -> None:
         self._update(training_line(progress), progress.epoch == progress.epochs and progress.step == progress.steps)
 

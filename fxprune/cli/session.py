@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from fxprune import driver
-from fxprune.api import analyze, compress
+from fxprune.api import analyze, compress, record
 from fxprune.cli import run_folder as outputs
 from fxprune.cli.options import Options
 from fxprune.cli.run_folder import RunSummary
@@ -61,6 +61,9 @@ class Watcher(Protocol):
 
     def searched(self, progress: driver.Progress) -> None:
         """A round of the search is over."""
+
+    def repaired(self, done: int, total: int, layer: str) -> None:
+        """A layer of a network is repaired."""
 
     def trained(self, progress: Progress) -> None:
         """A step of training or distillation is over."""
@@ -119,8 +122,12 @@ class Session:
         watcher.stage("searching")
         outcome, candidates, unmet = self.search(original, watcher)
         watcher.stage("repairing what was found")
-        repairer = Repairer(candidates.graph, self.repairing, self.options.search.repair, self.reference(original, candidates.graph))
+        reference = self.reference(original, candidates.graph)
+        repairer = Repairer(candidates.graph, self.repairing, self.options.search.repair, reference, watcher.repaired)
         found = self.results(outcome, candidates, repairer)
+        for note in next((record(result.model).notes for result in found.values()), ()):
+            if note.startswith("repair"):
+                watcher.stage(note)
         models: dict[str, nn.Module] = {"original": original}
         if self.options.baseline:
             models["uniform"] = self.uniform(outcome, candidates, repairer)

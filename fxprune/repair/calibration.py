@@ -14,6 +14,7 @@ from fxprune.errors import FAULTS
 
 FIT, TUNE, JUDGE = range(3)
 PIECES = 5  # a fifth of the samples to choose the strength by, a fifth to judge by
+MANY = 20  # batches from which on a tenth is enough
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def pieces(batches: Sequence[Any], run: Callable[[Any], Any]) -> list[Piece]:
     count = len(inputs)
     roles = [FIT] * count
     if count >= 2:
-        every = PIECES if count >= PIECES else count
+        every = MANY // 2 if count >= MANY else min(PIECES, count)
         for i in range(count):
             if i % every == every - 1:
                 roles[i] = JUDGE

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 64  # features: narrower blocks of a product would be slower than what they save
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean variance of the features
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # of the mean variance of the features
 FLOOR = 1e-12  # of the same: a feature that never varies has no say, and its weight stays where it was
 
 

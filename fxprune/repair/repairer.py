@@ -524,7 +524,17 @@ def _left(graph: CouplingGraph, slimmer: Slimmer, repaired: set[str], axes: Mapp
     skeleton = graph.walk.traced.skeleton
     cut = {name for name in skeleton.parameter_names if any(dim == axes.get(name, dim or -1) for dim in slimmer.kept_dims(name))}
     left = {name for name in cut if not {name, name.removesuffix(".weight"), name.rpartition(".")[0]} & repaired}
-    return sorted({name.rpartition(".")[0] or name for name in left})
+    owners = {name.rpartition(".")[0] or name for name in left}
+    return sorted(
+        owner for owner in owners if not isinstance(_module(graph, owner), (nn.Embedding, nn.EmbeddingBag))
+    )  # they read no channels
+
+
+def _module(graph: CouplingGraph, path: str) -> nn.Module | None:
+    try:
+        return graph.walk.traced.skeleton.original.get_submodule(path)
+    except AttributeError:  # a parameter of the root
+        return None
 
 
 def _listed(paths: Sequence[str]) -> str:
