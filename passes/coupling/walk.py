@@ -10,22 +10,24 @@ axis (a view into heads and head dimension, a channel shuffle), ``rectangles`` p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.node import map_arg
 from torch.nn.utils.rnn import PackedSequence
 
+from fxprune.errors import FAULTS, FxPruneError, first_line
 from fxprune.passes.ir.nested import has_tensor, packed, tensors
 from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.ir.writes import written
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, lift, values
-from fxprune.passes.rules import registry
+from fxprune.passes.rules import binding, registry
 from fxprune.passes.rules.layers import called_again, channel_dims
+from fxprune.passes.tracing.sizes.fixed_sizes import is_fixed
 
 
 class Walk(LabelContext):
@@ -52,6 +54,9 @@ class Walk(LabelContext):
         self._real.clear()  # masks and tables; the few that a rewrite asks for are made again
         return self
 
+    def is_fixed(self, node: Any, axis: int) -> bool:
+        return is_fixed(node, axis, self.traced.skeleton.module)
+
     def _step(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         value = node.meta.get("val")
         if node.op == "placeholder":
@@ -74,20 +79,55 @@ class Walk(LabelContext):
             return value
         if isinstance(node.target, type):  # a named tuple or a dataclass is built
             return packed(*args) if node.target is PackedSequence else node.target(*args, **kwargs)
-        if node.op == "call_module":
-            module = self.traced.skeleton.module(str(node.target))
+        module = self.traced.skeleton.module(str(node.target)) if node.op == "call_module" else None
+        if module is not None:
             rule = registry.module_rule(module) if str(node.target) not in self.traced.opaque else None
-            if rule is not None:
-                result = self._checked(node, rule.infer(self, node, module, *args, **kwargs))
-                called_again(self, node, module, inputs, values(result))
-                return result
         else:
             rule = registry.METHODS.get(str(node.target)) if node.op == "call_method" else registry.function_rule(node.target)
-            if rule is not None:
-                return self._checked(node, rule.infer(self, node, *args, **kwargs))
-            if not has_tensor(value):
-                return value  # a number computed from tensors (a dtype, a device): nothing to carry
+        if rule is not None:
+            return self._ruled(rule, node, module, args, kwargs, inputs)
+        if module is None and not has_tensor(value):
+            return value  # a number computed from tensors (a dtype, a device): nothing to carry
         return self.opaque(node, inputs)
+
+    def _ruled(self, rule: registry.Rule, node: fx.Node, module: nn.Module | None, args: Any, kwargs: Any, inputs: Sequence[Value]) -> Any:
+        """What a rule says. One that fails, ours or the user's, says nothing: what the operation touches stays whole."""
+        out = kwargs.get("out")
+        try:
+            result = self._checked(node, self._asked(rule, node, module, args, kwargs))
+            if module is not None:
+                called_again(self, node, module, inputs, values(result))
+            return result if out is None else self._into(node, out, result)
+        except FxPruneError:
+            raise
+        except FAULTS as error:
+            text = f"its rule failed ({type(error).__name__}: {first_line(error) if str(error).strip() else 'no message'})"
+            self.unknown.setdefault(f"{self.op_name()}: {text}", self.where())
+            return self.opaque(node, inputs, text, ReasonKind.RULE_FAILED)
+
+    def _asked(self, rule: registry.Rule, node: fx.Node, module: nn.Module | None, args: Any, kwargs: Any) -> Any:
+        self.given = values((args, {key: value for key, value in kwargs.items() if key != "out"}))
+        fixed = (self, node) if module is None else (self, node, module)
+        if not rule.bound and binding.takes(rule.infer, fixed, args, kwargs):
+            return rule.infer(*fixed, *args, **kwargs)
+        arguments = binding.form_of(node, module).arguments(args, kwargs)
+        if module is None:
+            arguments.pop("out", None)
+        return binding.call(rule.infer, fixed, arguments)
+
+    def _into(self, node: fx.Node, out: Any, result: Any) -> Any:
+        """``out=``: the result is written into tensors that are there already, so the channels of both are the same."""
+        for target, made in zip(values(out), values(result), strict=True):
+            if target.shape != made.shape:
+                self.pin_all(target, "it is resized to hold a result", ReasonKind.ASSIGNED)
+                self.pin_all(made, "it is written into a tensor of another size", ReasonKind.ASSIGNED)
+            else:
+                self.combine(made.shape, [target, made])
+        free = [
+            Value(m.shape, {a: v for a, v in m.axes.items() if a in t.axes}, m.zero, m.why)
+            for t, m in zip(values(out), values(result), strict=True)
+        ]
+        return tuple(free) if isinstance(result, tuple) else free[0]
 
     def _body(self, call: fx.Node, env: dict[fx.Node, Any]) -> Any:
         """What a call gives whose code was traced aside: its labels, carried through that code."""

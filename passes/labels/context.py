@@ -50,6 +50,8 @@ class LabelContext(ParameterLabels):
         self._soft: list[tuple[int, int]] = []
         self._real: dict[Any, Any] = {}
         self.mode = ""
+        self.given: list[Value] = []
+        """The Values that the current node was given, in the order of its arguments, without ``out``."""
 
     # -- helpers for rules --------------------------------------------------------------------------------------------------
 
@@ -62,7 +64,7 @@ class LabelContext(ParameterLabels):
 
     def is_soft(self, vector: Vector) -> bool:
         """Whether all labels were made by an expansion or a factory and have met no other label."""
-        if not self._soft or not np.array_equal(self.labels.find(vector), vector):
+        if not self._soft or self.labels.have_met(vector):
             return False
         starts = np.array([s for s, _ in self._soft])
         ends = np.array([e for _, e in self._soft])
@@ -124,6 +126,9 @@ class LabelContext(ParameterLabels):
         """The Value of the node's result (or of its ``index``-th result), with labels ``axes``."""
         meta = node.meta["val"] if index is None else node.meta["val"][index]
         shape = tuple(meta.shape)
+        for axis, vector in axes.items():
+            if shape[axis] == 1:  # it belongs to no axis any more, so the tensor as a whole must stay
+                self.pin(vector, "one channel fills a whole tensor")
         axes = {a: v for a, v in axes.items() if shape[a] > 1}
         return Value(shape, axes, frozenset(a for a in zero if a in axes), self.origin(why))
 
@@ -275,6 +280,50 @@ class LabelContext(ParameterLabels):
         few, many = sorted((a, b), key=lambda v: (not self.is_soft(np.unique(v)), self.labels.units(v)))
         self.pin(few, "it is folded into one axis with other channels", ReasonKind.FOLDED)
         return many
+
+    def is_fixed(self, node: Any, axis: int) -> bool:
+        """Whether a node's tensor has one size along ``axis`` whatever the input; False where that is not plain to see."""
+        return False
+
+    def is_number(self, size: Any) -> bool:
+        """Whether a number is the same for every input: a literal, or computed of channel counts and sizes that are fixed."""
+        todo, seen = [size], set()
+        while todo:
+            node = todo.pop()
+            if not isinstance(node, fx.Node) or node in seen:
+                continue
+            seen.add(node)
+            if node.op == "placeholder":
+                return False
+            if node.op == "call_method" and node.target == "size" and len(node.args) == 2:
+                if not self._has_fixed(node.args[0], node.args[1]):
+                    return False
+                continue
+            if isinstance(node.meta.get("val"), torch.Tensor) and node.op != "get_attr":
+                return False
+            todo.extend(node.all_input_nodes)
+        return True
+
+    def _has_fixed(self, source: Any, axis: Any) -> bool:
+        value = self.env[self.mode].get(source)
+        if isinstance(value, Value) and axis % value.ndim in value.axes:
+            vector = value.axes[axis % value.ndim]
+            return self.labels.units(vector) == len(vector) or self.is_fixed(source, axis)
+        return self.is_fixed(source, axis)
+
+    def counts_channels(self, size: Any) -> bool:
+        """Whether a number is read of channels, and of nothing that the input decides."""
+        todo = [size]
+        while todo:
+            node = todo.pop()
+            if isinstance(node, fx.Node) and node.op == "call_method" and node.target == "size" and len(node.args) == 2:
+                source, axis = node.args[0], node.args[1]
+                value = self.env[self.mode].get(source)  # type: ignore[arg-type]
+                if isinstance(value, Value) and axis % value.ndim in value.axes:  # type: ignore[operator]
+                    return self.is_number(size)
+            elif isinstance(node, fx.Node):
+                todo.extend(node.all_input_nodes)
+        return False
 
     def stays_view(self, node: fx.Node) -> bool:
         """Whether ``node`` has to share memory with what it is a part of: one of them is written into later."""

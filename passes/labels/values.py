@@ -20,6 +20,7 @@ class Labels:
 
     def __init__(self) -> None:
         self._parent: Vector = np.arange(1024, dtype=np.int64)
+        self._met = np.zeros(1024, dtype=bool)
         self.count = 0
         self.pins: list[tuple[Vector, Reason]] = []
         self.inexact: list[tuple[Vector, Reason]] = []
@@ -29,7 +30,9 @@ class Labels:
         if self.count > len(self._parent):
             grown = np.arange(max(self.count, 2 * len(self._parent)), dtype=np.int64)
             grown[: len(self._parent)] = self._parent
-            self._parent = grown
+            met = np.zeros(len(grown), dtype=bool)
+            met[: len(self._met)] = self._met
+            self._parent, self._met = grown, met
         return np.arange(start, self.count, dtype=np.int64)
 
     def find(self, vector: Vector) -> Vector:
@@ -52,8 +55,13 @@ class Labels:
             if not differ.any():
                 return
             a, b = a[differ], b[differ]
+            self._met[a] = self._met[b] = True
             # Several pairs may name one root: it takes the smallest partner, and the next round unites the others.
             np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
+
+    def have_met(self, vector: Vector) -> bool:
+        """Whether any of the labels was united with another."""
+        return bool(self._met[vector].any() or self._met[self.find(vector)].any())
 
     def pin(self, vector: Vector, reason: Reason) -> None:
         self.pins.append((vector, reason))

@@ -16,19 +16,20 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from fxprune.errors import UnsupportedError
+from fxprune.errors import FAULTS, FxPruneError, UnsupportedError, first_line
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.dead_code import impure
-from fxprune.passes.ir.nodes import op_name
+from fxprune.passes.ir.nodes import op_name, target_name
 from fxprune.passes.ir.slim_module import SlimModule
 from fxprune.passes.labels.values import Value, Vector, values
 from fxprune.passes.planning.plan import Keep
 from fxprune.passes.rewriting.assemble import Copies, assemble, copies, replace_module
 from fxprune.passes.rewriting.slicing import cut
 from fxprune.passes.rewriting.statistics import is_rms, rewrite_exact
-from fxprune.passes.rules import registry
+from fxprune.passes.rules import binding, registry
 from fxprune.passes.rules.layers import has_sizes, resize
 from fxprune.passes.rules.moving.indexing import left_of
+from fxprune.passes.tracing.sizes.fixed_sizes import depends, is_fixed
 
 _ARITHMETIC = {
     getattr(operator, n) for n in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "eq", "ne", "lt", "le", "gt", "ge")
@@ -99,16 +100,32 @@ class Slimmer:
     def touched(self, nested: Any) -> bool:
         return any(self.kept_of(v) is not None for value in values(nested) for v in value.axes.values())
 
-    def argument(self, node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-        if len(node.args) > position:
-            return node.args[position]
-        return node.kwargs.get(name, default)
+    def argument(self, node: fx.Node, name: str, default: Any = None) -> Any:
+        at = self._form(node).places.get(name)
+        if at is None:
+            return default
+        return node.kwargs[at] if isinstance(at, str) else node.args[at]
 
-    def set_argument(self, node: fx.Node, position: int, name: str, value: Any) -> None:
-        if len(node.args) > position:
-            node.args = (*node.args[:position], value, *node.args[position + 1 :])
+    def set_argument(self, node: fx.Node, name: str, value: Any) -> None:
+        at = self._form(node).places.get(name, name)
+        if isinstance(at, str):
+            node.kwargs = {**node.kwargs, at: value}
+        elif isinstance(at, slice):
+            node.args = (*node.args[: at.start], *value)
         else:
-            node.kwargs = {**node.kwargs, name: value}
+            node.args = (*node.args[:at], value, *node.args[at + 1 :])
+
+    def _form(self, node: fx.Node) -> binding.Form:
+        """How the node's call is bound, by what the original was given."""
+        return binding.form_of(node.meta.get("old", node))
+
+    def is_fixed(self, node: Any, axis: int) -> bool:
+        return is_fixed(node.meta.get("old", node), axis, self.skeleton.module)
+
+    def rescaled(self, given: Any, left: int) -> Any:
+        if not isinstance(given, fx.Node) or depends(given.meta.get("old", given), self.skeleton.module) is None:
+            return left
+        return self._scaled(given, left, self.number(given))
 
     def number(self, value: Any) -> int:
         """The number a literal or an integer node stands for on the example (a channel count is the same for every input)."""
@@ -123,19 +140,22 @@ class Slimmer:
         kept = self.kept(value, axis)
         if kept is None or (isinstance(given, int) and given == -1):
             return given
-        if not isinstance(given, fx.Node) or self._static(value.axes[axis]):
+        if not isinstance(given, fx.Node) or self._static(node, value, axis):
             return len(kept)
         return self._scaled(given, len(kept), value.shape[axis])
 
-    def _static(self, vector: Vector) -> bool:
-        """No label repeats: the axis holds channels alone. Otherwise batch or space may be folded into it and its size is a product."""
-        units = self.graph.units_of_labels(vector)
-        return len(np.unique(units)) == len(units)
+    def _static(self, node: fx.Node, value: Value, axis: int) -> bool:
+        """The axis holds channels alone. Otherwise batch or space may be folded into it and its size is a product: where no label repeats
+        there may be one of them in the example only."""
+        units = self.graph.units_of_labels(value.axes[axis])
+        return len(np.unique(units)) == len(units) and self.is_fixed(node, axis)
 
     def _scaled(self, given: fx.Node, numerator: int, denominator: int) -> fx.Node:
         divisor = int(np.gcd(numerator, denominator))
         times = self.new.call_function(operator.mul, (given, numerator // divisor))
-        return self.new.call_function(operator.floordiv, (times, denominator // divisor))
+        scaled: fx.Node = self.new.call_function(operator.floordiv, (times, denominator // divisor))
+        scaled.meta = {"old": given.meta.get("old"), "number": self.number(given) * numerator // denominator}
+        return scaled
 
     def renumbered(self, node: fx.Node, index: Any, kept: Vector, size: int) -> Any:
         """An index tensor along a pruned axis: entries of removed channels dropped, the others renumbered."""
@@ -270,7 +290,7 @@ class Slimmer:
             rule = self._rule_of(old)
             if rule is not None and rule.rewrite is not None and self._needs_rewrite(rule, old, values):
                 with self.new.inserting_before(node):
-                    rule.rewrite(self, node)
+                    self._rewrite(rule.rewrite, node)
         self._sweep()
         self.copied.update((node, old) for old, node in made.items() if isinstance(node, fx.Node))
         for node in self.new.nodes:
@@ -284,6 +304,18 @@ class Slimmer:
             return []
         source: Any = old.args[0] if old.args else old.kwargs["input"]
         return [axis for axis in sorted(axes) if self.kept(values[source], axis) is not None]
+
+    def _rewrite(self, rewrite: registry.Rewrite, node: fx.Node) -> None:
+        try:
+            rewrite(self, node)
+        except FxPruneError:
+            raise
+        except FAULTS as error:
+            place = node.meta.get("where") or node.name
+            raise UnsupportedError(
+                f"{place}: the arguments of {target_name(node) or node.target} could not be changed "
+                f"({type(error).__name__}: {first_line(error)}); pass its layer to ignore="
+            ) from error
 
     def _needs_rewrite(self, rule: registry.Rule, old: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
         if rule.always:
@@ -305,9 +337,11 @@ class Slimmer:
             kept = self.kept(value, axis)
             if kept is None:
                 return None
-            if self._static(value.axes[axis]):
+            if self._static(source, value, axis):
                 return value.shape[axis]
-            return self._scaled(self.new.node_copy(old, made.__getitem__), value.shape[axis], len(kept))
+            read = self.new.node_copy(old, made.__getitem__)
+            read.meta = {"old": old, "number": len(kept)}
+            return self._scaled(read, value.shape[axis], len(kept))
         if old.op == "call_function" and old.target in _ARITHMETIC and old.all_input_nodes:
             args = map_arg(old.args, made.__getitem__)
             if all(isinstance(a, (int, float)) for a in args):

@@ -57,9 +57,9 @@ def _padded(slim: Rewriter, node: fx.Node, module: Any, axes: Sequence[int]) -> 
 def _layer_norm(slim: Rewriter, node: fx.Node, module: Any, axes: Sequence[int]) -> fx.Node:
     x = _input(node)
     value = slim.value(x)
-    shape = module.normalized_shape if module is not None else slim.argument(node, 1, "normalized_shape")
-    eps = module.eps if module is not None else slim.argument(node, 4, "eps", 1e-5)
-    weight, bias = _affine(slim, node, module, (2, 3))
+    shape = module.normalized_shape if module is not None else slim.argument(node, "normalized_shape")
+    eps = module.eps if module is not None else slim.argument(node, "eps", 1e-5)
+    weight, bias = _affine(slim, node, module)
     sizes = list(value.shape[value.ndim - len(shape) :])
     made = _call(slim, node, F.layer_norm, _zeros_back(slim, node, x, axes), sizes, None, None, eps)
     return _scaled(slim, node, _dropped(slim, made, value, axes), weight, bias)
@@ -68,9 +68,9 @@ def _layer_norm(slim: Rewriter, node: fx.Node, module: Any, axes: Sequence[int])
 def _group_norm(slim: Rewriter, node: fx.Node, module: Any, axes: Sequence[int]) -> fx.Node:
     x = _input(node)
     value = slim.value(x)
-    groups = module.num_groups if module is not None else slim.number(slim.argument(node, 1, "num_groups"))
-    eps = module.eps if module is not None else slim.argument(node, 4, "eps", 1e-5)
-    weight, bias = _affine(slim, node, module, (2, 3))
+    groups = module.num_groups if module is not None else slim.number(slim.argument(node, "num_groups"))
+    eps = module.eps if module is not None else slim.argument(node, "eps", 1e-5)
+    weight, bias = _affine(slim, node, module)
     whole, left, now = value.shape[1] // groups, slim.count(value, 1), groups_left(slim, value, groups)
     each = left // now
     grouped = _call(slim, node, torch.unflatten, x, 1, (now, each))
@@ -88,14 +88,14 @@ def _rms_norm(slim: Rewriter, node: fx.Node, module: Any, axes: Sequence[int]) -
     ratio = share(slim, slim.value(_input(node)), axes)
     if module is not None:
         return node if module.weight is not None else _call(slim, node, torch.mul, node, math.sqrt(ratio))
-    eps = slim.argument(node, 3, "eps")
+    eps = slim.argument(node, "eps")
     x = _input(node)
     value = slim.value(x)
-    shape = slim.argument(node, 1, "normalized_shape")
+    shape = slim.argument(node, "normalized_shape")
     left = [slim.count(value, a) for a in range(value.ndim - len(shape), value.ndim)]
-    slim.set_argument(node, 1, "normalized_shape", left)
+    slim.set_argument(node, "normalized_shape", left)
     example = node.meta["old"].meta["val"]
-    slim.set_argument(node, 3, "eps", (torch.finfo(example.dtype).eps if eps is None else eps) * ratio)
+    slim.set_argument(node, "eps", (torch.finfo(example.dtype).eps if eps is None else eps) * ratio)
     return _call(slim, node, torch.mul, node, math.sqrt(ratio))
 
 
@@ -131,10 +131,10 @@ def _scaled(slim: Rewriter, node: fx.Node, made: fx.Node, weight: Any, bias: Any
     return made if bias is None else _call(slim, node, torch.add, made, bias)
 
 
-def _affine(slim: Rewriter, node: fx.Node, module: Any, places: tuple[int, int]) -> tuple[Any, Any]:
+def _affine(slim: Rewriter, node: fx.Node, module: Any) -> tuple[Any, Any]:
     """The weight and bias that a norm multiplies and adds, as nodes; None where it has none."""
     if module is None:
-        return slim.argument(node, places[0], "weight"), slim.argument(node, places[1], "bias")
+        return slim.argument(node, "weight"), slim.argument(node, "bias")
     found: list[Any] = []
     for key in ("weight", "bias"):
         if getattr(module, key, None) is None:

@@ -45,11 +45,18 @@ class Rewriter(Protocol):
     def number(self, value: Any) -> int:
         """The number that a literal or an integer node stands for on the example."""
 
-    def argument(self, node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-        """An argument by position or name."""
+    def argument(self, node: fx.Node, name: str, default: Any = None) -> Any:
+        """The argument that the operation's schema calls ``name``, however it was written; ``input`` is what a method is called on."""
 
-    def set_argument(self, node: fx.Node, position: int, name: str, value: Any) -> None:
-        """Replace an argument where it stands."""
+    def set_argument(self, node: fx.Node, name: str, value: Any) -> None:
+        """Replace an argument where it stands, or add it by its name."""
+
+    def is_fixed(self, node: Any, axis: int) -> bool:
+        """Whether a node's tensor has one size along ``axis`` whatever the input; False where that is not plain to see."""
+
+    def rescaled(self, given: Any, left: int) -> Any:
+        """What a number of the graph becomes of which ``left`` are left on the example: ``left``, or for a number that the input decides
+        the same share of it."""
 
     def renumbered(self, node: fx.Node, index: Any, kept: Vector, size: int) -> Any:
         """An index tensor along an axis of ``size`` positions of which ``kept`` are left: entries of removed ones dropped, the others

@@ -1,7 +1,8 @@
 """The tables of rules: what an operation does to channels, and how its arguments change when channels go.
 
-A rule is ``rule(ctx, node, *args, **kwargs) -> Value`` (or a tuple of Values): the node's arguments arrive with every tensor
-replaced by its ``Value``. A rewrite is ``rewrite(slim, node) -> None``: it edits the arguments of the copied node in place.
+A rule of ours is ``rule(ctx, node, **arguments) -> Value`` (or a tuple of Values): the arguments arrive by the names of the operation's
+schema (``rules.binding``), with every tensor replaced by its ``Value``. A user's arrive as they were written. A rewrite is
+``rewrite(slim, node) -> None``: it edits the arguments of the copied node in place.
 No rule is a loud, named outcome: the walker pins what the operation touches and reports its name.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,12 +25,13 @@ Rewrite = Callable[..., None]
 
 @dataclass(frozen=True)
 class Rule:
-    """``infer`` says what happens to labels; ``rewrite`` (if any) mends arguments when a touched axis lost channels, or, with ``always``,
-    when anything did."""
+    """``infer`` says what happens to labels; ``rewrite`` (if any) changes arguments when a touched axis lost channels, or, with ``always``,
+    when anything did. ``bound``: arguments arrive by the names of the schema, else as they were written."""
 
     infer: Infer
     rewrite: Rewrite | None = None
     always: bool = False
+    bound: bool = True
 
 
 FUNCTIONS: dict[Any, Rule] = {}
@@ -56,7 +59,7 @@ def register_op(target: Any, *, rewrite: Rewrite | None = None) -> Callable[[Inf
     """
 
     def add(infer: Infer) -> Infer:
-        rule = Rule(infer, rewrite)
+        rule = Rule(infer, rewrite, bound=False)
         if isinstance(target, type) and issubclass(target, nn.Module):
             MODULES[target] = rule
         elif isinstance(target, str):
@@ -117,18 +120,56 @@ def function_rule(target: Any) -> Rule | None:
 
 
 def module_rule(module: nn.Module) -> Rule | None:
-    """The rule of a module kept whole: its exact type has one, or a base whose ``forward`` it inherits."""
-    for cls in type(module).__mro__:
-        rule = MODULES.get(cls)
-        if rule is not None:
-            return rule if type(module).forward is cls.forward else None  # type: ignore[attr-defined]
-    return None
+    """The rule of a module kept whole: its type has one, or a base of which it overrides nothing that ``forward`` reads."""
+    base, unchanged = _ruled_base(type(module))
+    return MODULES[base] if base is not None and unchanged and base in MODULES else None
+
+
+def _ruled_base(cls: type) -> tuple[type | None, bool]:
+    """The first base with a rule, and whether ``cls`` computes what that base does."""
+    base = next((one for one in cls.__mro__ if one in MODULES), None)
+    return base, base is not None and (base is cls or not _overrides(cls, base))
+
+
+@cache
+def _overrides(cls: type, base: type) -> bool:
+    """Whether a subclass says otherwise about anything that the base's ``forward`` uses: a method, a property in place of a parameter."""
+    if cls.forward is not base.forward:  # type: ignore[attr-defined]
+        return True
+    own = {name for one in cls.__mro__[: cls.__mro__.index(base)] for name in vars(one)}
+    return bool(own & (_used(base) | {"__getattr__", "__getattribute__", "__call__", "_call_impl"}))
+
+
+@cache
+def _used(cls: type) -> frozenset[str]:
+    """The names that ``forward`` reads of anything, and those that the methods of the class read which it calls."""
+    found: set[str] = set()
+    todo = ["forward"]
+    while todo:
+        function = getattr(getattr(cls, todo.pop(), None), "__code__", None)
+        for name in function.co_names if function is not None else ():
+            if name not in found and name not in _CHECKS:
+                found.add(name)
+                todo.append(name)
+    return frozenset(found)
+
+
+# Methods that a forward calls and that compute nothing.
+_CHECKS = frozenset({"_check_input_dim", "extra_repr"})
 
 
 def is_known(module: nn.Module) -> bool:
-    """Whether the tracer keeps ``module`` whole: it has a rule, and no hook or parametrization computes its weights."""
-    if module._forward_hooks or module._forward_pre_hooks or "parametrizations" in module._modules or "forward" in module.__dict__:
+    """Whether the tracer keeps ``module`` whole: it has a rule, and no hook, parametrization or method of its own changes what it does."""
+    if module._forward_hooks or module._forward_pre_hooks or "parametrizations" in module._modules:
         return False
     if type(module).__call__ is not nn.Module.__call__:
         return False
-    return module_rule(module) is not None
+    rule = module_rule(module)
+    base, _ = _ruled_base(type(module))
+    return rule is not None and base is not None and not (vars(module).keys() & {"forward", *_methods(base)})
+
+
+@cache
+def _methods(base: type) -> frozenset[str]:
+    """The methods that ``forward`` calls: an instance that holds one of its own does something else."""
+    return frozenset(name for name in _used(base) if callable(getattr(base, name, None)))

@@ -14,7 +14,7 @@ from fxprune.passes.ir.nested import packed
 from fxprune.passes.rules.computing import pointwise
 from fxprune.passes.rules.layers import SPECS, spec_of
 
-_SAME_EXACT = frozenset(pointwise.KEEP_ZERO_MODULES) | frozenset(pointwise.MOVE_ZERO_MODULES)
+_SAME_EXACT = frozenset(pointwise.MODULES)
 _SAME_FUNCTIONS = frozenset(
     {F.relu, F.relu6, F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.dropout, F.leaky_relu, torch.relu, torch.sigmoid, torch.tanh}
 )

@@ -15,7 +15,8 @@ from torch import fx, nn
 
 from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.labels.context import LabelContext
-from fxprune.passes.labels.values import Value
+from fxprune.passes.labels.values import Value, values
+from fxprune.passes.rules.computing import zeros
 from fxprune.passes.rules.layers import layers
 from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, modules, named
@@ -74,7 +75,7 @@ def linear_value(ctx: LabelContext, node: fx.Node, x: Value, weight: Value, bias
     axes, zero = contract(ctx, [(x, free + "I"), (weight, "OI")], free + "O", layer)
     out = x.ndim - 1
     if bias is not None:
-        zero -= set(range(out))  # the bias is added to removed slices along the other axes too
+        zero -= set(range(out)) | ({out} if 0 not in bias.zero else set())  # the bias is added to removed slices along other axes too
         _bias(ctx, axes, out, bias)
     return ctx.make(node, axes, zero)
 
@@ -152,7 +153,7 @@ def _bilinear(ctx: LabelContext, node: fx.Node, input1: Value, input2: Value, we
     _need_labels(ctx, input2, input2.ndim - 1, weight, 2)
     axes, zero = contract(ctx, [(input1, free + "I"), (input2, free + "J"), (weight, "OIJ")], free + "O", layer)
     if bias is not None:
-        zero -= set(range(input1.ndim - 1))
+        zero -= set(range(input1.ndim - 1)) | ({input1.ndim - 1} if 0 not in bias.zero else set())
         _bias(ctx, axes, input1.ndim - 1, bias)
     return ctx.make(node, axes, zero)
 
@@ -179,8 +180,8 @@ def _matmul(ctx: LabelContext, a: Value, b: Value, layer: str) -> tuple[dict[int
     return contract(ctx, [(a, first), (b, second)], batch + ("I" if a.ndim > 1 else "") + "J", layer)
 
 
-@named("baddbmm", "addmm", "addbmm", "addmv", inplace=False)
-def addmm(ctx: LabelContext, node: fx.Node, input: Value, first: Value, second: Value, **kwargs: Any) -> Value:
+@named("baddbmm", "addmm", "addbmm", "addmv")
+def addmm(ctx: LabelContext, node: fx.Node, input: Value, first: Value, second: Value, **_: Any) -> Value:
     if getattr(node.target, "__name__", node.target) == "addbmm":
         return ctx.opaque(node, [input, first, second])  # type: ignore[no-any-return]
     for value in (first, second):
@@ -189,6 +190,40 @@ def addmm(ctx: LabelContext, node: fx.Node, input: Value, first: Value, second: 
     axes, zero = _matmul(ctx, first, second, ctx.owner(node))
     product = ctx.make(node, axes, zero)
     return ctx.pointwise(node, product, input, zero="all")  # type: ignore[no-any-return]
+
+
+@named("outer", "ger", inplace=False)
+def outer(ctx: LabelContext, node: fx.Node, input: Value, vec2: Value) -> Value:
+    """``input`` (n) times ``vec2`` (m): (n, m)."""
+    axes, zero = contract(ctx, [(input, "I"), (vec2, "J")], "IJ", ctx.owner(node))
+    return ctx.make(node, axes, zero)
+
+
+@named("inner", inplace=False)
+def inner(ctx: LabelContext, node: fx.Node, input: Value, other: Value) -> Value:
+    """The last axes meet; without one it is a product with a number."""
+    if not input.ndim or not other.ndim:
+        return zeros.elementwise(ctx, node)  # type: ignore[no-any-return]
+    for value in (input, other):
+        if ctx.is_weight(value):
+            ctx.read_as_weight(value)
+    first, second = string.ascii_lowercase[: input.ndim - 1], string.ascii_uppercase[: other.ndim - 1]
+    axes, zero = contract(ctx, [(input, first + "Z"), (other, second + "Z")], first + second, ctx.owner(node))
+    return ctx.make(node, axes, zero)
+
+
+@named("multi_dot", "chain_matmul", inplace=False)
+def multi_dot(ctx: LabelContext, node: fx.Node, tensors: Sequence[Value], **_: Any) -> Value:
+    """A chain of matrices; the first and the last may be vectors."""
+    operands = []
+    for i, value in enumerate(tensors):
+        letters = string.ascii_letters[i : i + 2]
+        operands.append((value, letters if value.ndim == 2 else letters[1] if i == 0 else letters[0]))
+        if ctx.is_weight(value):
+            ctx.read_as_weight(value)
+    out = "".join(c for c in string.ascii_letters[: len(operands) + 1] if sum(c in names for _, names in operands) == 1)
+    axes, zero = contract(ctx, operands, out, ctx.owner(node))
+    return ctx.make(node, axes, zero)
 
 
 @functions(torch.einsum, torch.functional.einsum)
@@ -227,7 +262,7 @@ def tensordot(ctx: LabelContext, node: fx.Node, a: Value, b: Value, dims: Any = 
 
 @named("cdist", inplace=False)
 @functions(torch.functional.cdist)
-def distance(ctx: LabelContext, node: fx.Node, x1: Value, x2: Value, *_: Any, **__: Any) -> Any:
+def distance(ctx: LabelContext, node: fx.Node, x1: Value, x2: Value, **_: Any) -> Any:
     """Distances between rows ``x1`` (..., P, M) and ``x2`` (..., R, M): channels that hold zeros in both add nothing."""
     batch = string.ascii_lowercase[: max(x1.ndim, x2.ndim) - 2]
     first, second = (batch[len(batch) - (x.ndim - 2) :] for x in (x1, x2))
@@ -263,28 +298,47 @@ def embedding_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input:
 
 
 @functions(F.embedding)
-def embedding(ctx: LabelContext, node: fx.Node, input: Value, weight: Value, *_: Any, **__: Any) -> Value:
+def embedding(ctx: LabelContext, node: fx.Node, input: Value, weight: Value, **_: Any) -> Value:
     """``input`` (...) of indices into ``weight`` (vocabulary, channels): the channels are the last axis of the result."""
     ctx.read_as_weight(weight)
     ctx.pin(weight.axes.get(0), "a vocabulary is not pruned", ReasonKind.STRUCTURE)
     ctx.pin_all(input, "it is used as an index")
-    return ctx.make(node, {input.ndim: weight.axes[1]} if 1 in weight.axes else {}, [input.ndim], weight.why)
+    axes = {input.ndim: weight.axes[1]} if 1 in weight.axes else {}
+    return ctx.make(node, axes, axes if 1 in weight.zero else (), weight.why)
 
 
 @modules(nn.EmbeddingBag)
-def embedding_bag(
+def embedding_bag_module(
     ctx: LabelContext, node: fx.Node, module: nn.Module, input: Value, offsets: Any = None, per_sample_weights: Any = None
 ) -> Value:
     weight = ctx.weight(node, "weight")
     assert weight is not None
+    return embedding_bag(ctx, node, input, weight, offsets, per_sample_weights)
+
+
+@functions(F.embedding_bag)
+def embedding_bag(
+    ctx: LabelContext,
+    node: fx.Node,
+    input: Value,
+    weight: Value,
+    offsets: Any = None,
+    per_sample_weights: Any = None,
+    **_: Any,
+) -> Value:
+    """``input`` (bags, length), or (entries) with ``offsets`` (bags), of indices into ``weight`` (vocabulary, channels)."""
+    ctx.read_as_weight(weight)
     ctx.pin(weight.axes.get(0), "a vocabulary is not pruned", ReasonKind.STRUCTURE)
-    return ctx.make(node, {1: weight.axes[1]} if 1 in weight.axes else {}, [1], weight.why)
+    for given in values((input, offsets, per_sample_weights)):
+        ctx.pin_all(given, "it is used as an index")
+    axes = {1: weight.axes[1]} if 1 in weight.axes else {}
+    return ctx.make(node, axes, axes if 1 in weight.zero else (), weight.why)
 
 
 def _keep_scale(slim: Rewriter, node: fx.Node) -> None:
     """Attention divides by sqrt(head_dim) of the original heads, whatever is left of them (design: the softmax scale stays)."""
-    query = node.args[0] if node.args else node.kwargs["query"]
-    if len(node.args) > 6 or node.kwargs.get("scale") is not None or not slim.pruned(query, -1):
+    query = slim.argument(node, "query")
+    if slim.argument(node, "scale") is not None or not slim.pruned(query, -1):
         return
     node.kwargs = {**node.kwargs, "scale": 1.0 / math.sqrt(slim.value(query).shape[-1])}
 

@@ -24,13 +24,13 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def _groups(slim: Rewriter, node: fx.Node) -> None:
     """A functional convolution names its groups, and whole groups may have gone."""
     transposed = "transpose" in getattr(node.target, "__name__", "")
-    if slim.argument(node, 6, "groups", 1) == 1:
+    groups = slim.argument(node, "groups", 1)
+    if slim.number(groups) == 1:
         return
-    x, weight = slim.argument(node, 0, "input"), slim.argument(node, 1, "weight")
+    x, weight = slim.argument(node, "input"), slim.argument(node, "weight")
     channel = slim.value(x).ndim - slim.value(weight).ndim + 1
     left = group_count(slim.size(x, channel), slim.size(node, channel), slim.size(weight, 1), transposed)
-    if left != slim.number(slim.argument(node, 6, "groups", 1)):  # where as many are left, a number the graph computes stays computed
-        slim.set_argument(node, 6, "groups", left)
+    slim.set_argument(node, "groups", slim.rescaled(groups, left))
 
 
 def group_count(inputs: int, outputs: int, per_group: int, transposed: bool) -> int:
@@ -169,6 +169,9 @@ def convolve(
     for axis in sorted(set(range(channel + 1, x.ndim)) - kept):
         ctx.pin(x.axes.get(axis), "a convolution slides along it")
     arriving = x.axes.get(channel)
+    summed = groups == 1 or x.shape[channel] > groups
+    if arriving is not None and summed and channel not in x.zero and (0 if transposed else 1) not in w.zero:
+        ctx.inexact(arriving, "two activations are multiplied and summed over it")
     if arriving is None:
         for dim in (0,) if transposed else (1,):
             ctx.pin(w.axes.get(dim), "the layer reads channels of fixed size", because=x.why)
@@ -179,12 +182,17 @@ def convolve(
         made = w.axes.get(out)
     else:
         made = _grouped(ctx, x, channel, arriving, w, groups, transposed)
+    if made is not None and bias is not None and 0 not in bias.axes and math.prod(bias.shape) > 1:
+        ctx.pin(made, "its bias has a fixed size", because=bias.why)
+        made = None
     meta = node.meta["val"]
     axes = {a: v for a, v in x.axes.items() if a in kept}
     zero = {a for a in x.zero if a in kept} if bias is None else set()
     if made is not None:
         axes[channel] = made
-        zero.add(channel)
+        nothing = _makes_zero(w, groups, transposed) or (not summed and channel in x.zero)
+        if nothing and (bias is None or 0 in bias.zero):
+            zero.add(channel)
         if bias is not None and 0 in bias.axes:
             ctx.unite(made, bias.axes[0])
     elif bias is not None:
@@ -194,6 +202,11 @@ def convolve(
     along = (arriving, w.axes.get(1)) if transposed else (made, w.axes.get(1))
     ctx.cost(layer, macs, *along, *(v for a, v in x.axes.items() if a in kept))
     return ctx.make(node, axes, zero)
+
+
+def _makes_zero(w: Value, groups: int, transposed: bool) -> bool:
+    """Whether a removed output channel has a kernel of zeros."""
+    return (0 if not transposed else 1 if groups == 1 else 0) in w.zero or (transposed and groups > 1 and 1 in w.zero)
 
 
 def _tie(ctx: LabelContext, arriving: Vector, w: Value, dim: int) -> None:

@@ -34,15 +34,16 @@ def two(ctx: LabelContext, node: fx.Node, input: Value, s: Any = None, dim: Sequ
 
 
 @functions(*_MANY)
-def many(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    place = 0 if "shift" in node.target.__name__ else 1  # type: ignore[union-attr]
-    dim = kwargs.get("dim", args[place] if len(args) > place else None)
-    return _along(ctx, node, input, range(input.ndim) if dim is None else dim if isinstance(dim, (tuple, list)) else (dim,))
+def many(ctx: LabelContext, node: fx.Node, input: Value, s: Any = None, dim: Any = None, **_: Any) -> Any:
+    if dim is None and s is not None:
+        dim = range(-len(s), 0)
+    return _along(ctx, node, input, range(input.ndim) if dim is None else (dim,) if isinstance(dim, int) else dim)
 
 
 def _whole(slim: Rewriter, node: fx.Node) -> None:
     """Pairs have to lie together at an even offset; a part of a tensor that lost an odd number of channels may not."""
-    node.args = (slim.new.call_method("clone", (node.args[0],), {"memory_format": torch.contiguous_format}),)
+    given = slim.argument(node, "input")
+    slim.set_argument(node, "input", slim.new.call_method("clone", (given,), {"memory_format": torch.contiguous_format}))
 
 
 @named("view_as_complex", rewrite=_whole, inplace=False, always=True)

@@ -23,19 +23,24 @@ _STATE = ("weight", "bias", "running_mean", "running_var")
 
 
 def _per_channel(ctx: LabelContext, node: fx.Node, x: Value, axis: int, others: list[Value | None]) -> Value:
-    """Each channel along ``axis`` of ``x`` has its own entry in every one-dimensional tensor of ``others``."""
-    vector = x.axes.get(axis)
+    """Each channel along ``axis`` of ``x`` has its own entry in every tensor of ``others``: scale, shift, mean, variance."""
+    axes = dict(x.axes)
     for other in others:
-        if other is None or 0 not in other.axes:
+        if other is None:
             continue
-        if vector is None:
-            ctx.pin(other.axes[0], "it normalises channels of fixed size", because=x.why)
+        if 0 not in other.axes:
+            if axis in axes and math.prod(other.shape) > 1:
+                ctx.pin(axes.pop(axis), "it is normalised by a tensor of fixed size", because=other.why)
+        elif axis in axes:
+            ctx.unite(axes[axis], other.axes[0])
         else:
-            ctx.unite(vector, other.axes[0])
-    # With its affine pair and running mean zeroed, a removed channel is zero after the norm as well. Labels on other axes
-    # (heads folded into the batch) get the bias.
-    zero = {axis} | (x.zero if others[1] is None and others[2] is None else set())
-    return ctx.make(node, x.axes, zero, x.why)
+            ctx.pin(other.axes[0], "it normalises channels of fixed size", because=x.why)
+    weight, bias, mean, _ = others
+    # (x - mean) * scale + shift: zero where the shift is, and either the scale or both x and its mean (of zeros, where it is computed).
+    shifted = bias is None or 0 in bias.zero
+    scaled = (weight is not None and 0 in weight.zero) or (axis in x.zero and (mean is None or 0 in mean.zero))
+    zero = ({axis} if shifted and scaled else set()) | (set(x.zero) - {axis} if bias is None and mean is None else set())
+    return ctx.make(node, axes, zero, x.why)
 
 
 def _batch_channel(module: Any, x: Value) -> int:
@@ -81,16 +86,13 @@ def batch_norm(
     ctx: LabelContext,
     node: fx.Node,
     input: Value,
-    running_mean: Value | None,
-    running_var: Value | None,
+    running_mean: Value | None = None,
+    running_var: Value | None = None,
     weight: Value | None = None,
     bias: Value | None = None,
     training: Any = False,
-    *_: Any,
-    **__: Any,
+    **_: Any,
 ) -> Value:
-    if getattr(node.target, "__module__", "") != F.__name__:  # torch.batch_norm takes the affine pair first
-        running_mean, running_var, weight, bias = weight, bias, running_mean, running_var
     if training or running_mean is None:  # its own statistics, as of a weight that is standardised
         for axis in sorted(set(input.axes) - {1}):
             ctx.inexact(input.axes[axis], "statistics over channels")
@@ -107,8 +109,7 @@ def instance_norm(
     running_var: Value | None = None,
     weight: Value | None = None,
     bias: Value | None = None,
-    *_: Any,
-    **__: Any,
+    **_: Any,
 ) -> Value:
     for axis in range(2, input.ndim):
         ctx.inexact(input.axes.get(axis), "statistics over channels")
@@ -120,23 +121,28 @@ def _layer(ctx: LabelContext, node: fx.Node, x: Value, dims: int, weight: Value 
     """The last ``dims`` axes of ``x`` share a mean and variance (RMS norm: a mean square)."""
     axes = dict(x.axes)
     for axis in range(x.ndim - dims, x.ndim):
+        own = axis - (x.ndim - dims)
         for part in (weight, bias):
-            if part is None or (own := axis - (x.ndim - dims)) not in part.axes:
+            if part is None:
                 continue
-            if axis in x.axes:
-                ctx.unite(x.axes[axis], part.axes[own])
+            if own not in part.axes:
+                if axis in axes and part.shape[own] > 1:
+                    ctx.pin(axes.pop(axis), "it is normalised by a tensor of fixed size", because=part.why)
+            elif axis in axes:
+                ctx.unite(axes[axis], part.axes[own])
             else:
                 ctx.pin(part.axes[own], "it normalises channels of fixed size", because=x.why)
         ctx.statistic(node, x, axis, "statistics over channels")
-    zero = {a for a in axes if a >= x.ndim - dims and weight is not None}
+    first = x.ndim - dims
+    zero = {a for a in axes if a >= first and weight is not None and a - first in weight.zero and (bias is None or a - first in bias.zero)}
     return ctx.make(node, axes, zero, x.why)
 
 
 def _shape(slim: Rewriter, node: fx.Node) -> None:
-    x = node.args[0]
-    shape = slim.argument(node, 1, "normalized_shape")
+    x = slim.argument(node, "input")
+    shape = slim.argument(node, "normalized_shape")
     first = slim.value(x).ndim - len(shape)
-    slim.set_argument(node, 1, "normalized_shape", slim.sizes(x, shape, first))
+    slim.set_argument(node, "normalized_shape", slim.sizes(x, shape, first))
 
 
 def _resize_layer(slim: Rewriter, module: Any, x: Value, y: Value) -> None:
@@ -174,8 +180,7 @@ def layer_norm(
     normalized_shape: Any,
     weight: Value | None = None,
     bias: Value | None = None,
-    *_: Any,
-    **__: Any,
+    **_: Any,
 ) -> Value:
     ctx.read_as_weight(weight)
     return _layer(ctx, node, input, len(normalized_shape), weight, bias)
@@ -184,9 +189,7 @@ def layer_norm(
 if hasattr(F, "rms_norm"):
 
     @functions(F.rms_norm, torch.rms_norm, rewrite=_shape)
-    def rms_norm(
-        ctx: LabelContext, node: fx.Node, input: Value, normalized_shape: Any, weight: Value | None = None, *_: Any, **__: Any
-    ) -> Value:
+    def rms_norm(ctx: LabelContext, node: fx.Node, input: Value, normalized_shape: Any, weight: Value | None = None, **_: Any) -> Value:
         ctx.read_as_weight(weight)
         return _layer(ctx, node, input, len(normalized_shape), weight, None)
 
@@ -198,9 +201,8 @@ def group_norm_module(ctx: LabelContext, node: fx.Node, module: Any, input: Valu
 
 def _group_arguments(slim: Rewriter, node: fx.Node) -> None:
     """Whole groups may have gone; where positions within groups went, the number of groups stays."""
-    x = slim.argument(node, 0, "input")
-    groups = slim.argument(node, 1, "num_groups")
-    slim.set_argument(node, 1, "num_groups", groups_left(slim, slim.value(x), groups))
+    x, groups = slim.value(slim.argument(node, "input")), slim.argument(node, "num_groups")
+    slim.set_argument(node, "num_groups", slim.rescaled(groups, groups_left(slim, x, slim.number(groups))))
 
 
 def _resize_group(slim: Rewriter, module: Any, x: Value, y: Value) -> None:
@@ -225,8 +227,7 @@ def group_norm(
     num_groups: int,
     weight: Value | None = None,
     bias: Value | None = None,
-    *_: Any,
-    **__: Any,
+    **_: Any,
 ) -> Value:
     ctx.read_as_weight(weight)
     return _group(ctx, node, input, num_groups, weight, bias)
@@ -248,12 +249,13 @@ def _group(ctx: LabelContext, node: fx.Node, x: Value, groups: int, weight: Valu
     for axis in range(2, x.ndim):
         ctx.pin(x.axes.get(axis), "a normalisation averages over it")
     made = _per_channel(ctx, node, x, 1, [weight, bias, None, None])
-    shared = {1} if vector is not None and per > 1 and weight is None else set()  # a removed channel then holds minus the others' mean
+    scaled = weight is not None and 0 in weight.zero
+    shared = {1} if vector is not None and per > 1 and not scaled else set()  # a removed channel then holds minus the others' mean
     return ctx.make(node, made.axes, made.zero - shared, made.why)
 
 
 @functions(F.local_response_norm)
-def local_response_norm(ctx: LabelContext, node: fx.Node, input: Value, *_: Any, **__: Any) -> Value:
+def local_response_norm(ctx: LabelContext, node: fx.Node, input: Value, **_: Any) -> Value:
     ctx.pin(input.axes.get(1), "a local response norm mixes neighbouring channels")
     return ctx.through(node, input, mixed=())
 
@@ -264,7 +266,7 @@ def local_response_norm_module(ctx: LabelContext, node: fx.Node, module: nn.Modu
 
 
 @functions(F.normalize)
-def normalize(ctx: LabelContext, node: fx.Node, input: Value, p: float = 2.0, dim: Any = 1, *_: Any, **__: Any) -> Value:
+def normalize(ctx: LabelContext, node: fx.Node, input: Value, p: float = 2.0, dim: Any = 1, **_: Any) -> Value:
     for axis in dim if isinstance(dim, (tuple, list)) else (dim,):
         # A removed slice is zero and adds nothing to the norm, so the result is the same.
         if axis % input.ndim not in input.zero:

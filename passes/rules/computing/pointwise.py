@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -10,74 +11,36 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.passes.labels.context import LabelContext
-from fxprune.passes.labels.values import Value, values
-from fxprune.passes.rules.computing.elementwise import FIRST, KEEP_ZERO, MOVE_ZERO, NONE, PRODUCTS, SUMS
+from fxprune.passes.labels.values import Value
+from fxprune.passes.rules.computing import zeros
+from fxprune.passes.rules.computing.elementwise import CASTS, DIVISIONS, ELEMENTWISE, OPERATORS
 from fxprune.passes.rules.layers import layers
 from fxprune.passes.rules.registry import functions, modules, named
 
 
-@named(*KEEP_ZERO)
-def keep_zero(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    if any(True for _ in values((args, kwargs))):
-        return ctx.make(node, input.axes, input.zero, input.why)  # type_as and to(other) read no values
-    return ctx.pointwise(node, input, zero="first")
+@named(*CASTS)
+def cast(ctx: LabelContext, node: fx.Node, input: Value, **_: Any) -> Any:
+    """The same numbers, in another form or place; of a tensor whose form is taken no values are read."""
+    return ctx.make(node, input.axes, input.zero, input.why)
 
 
-@named(*MOVE_ZERO)
-def move_zero(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    return ctx.pointwise(node, input, *args, zero="none")
+@named(*ELEMENTWISE)
+@functions(*OPERATORS)
+def elementwise(ctx: LabelContext, node: fx.Node, **arguments: Any) -> Any:
+    return zeros.elementwise(ctx, node)
 
 
-@named("clamp", "clip", "clamp_min", "clamp_max")
-def clamp(ctx: LabelContext, node: fx.Node, input: Value, *bounds: Any, **kwargs: Any) -> Any:
-    return ctx.pointwise(node, input, *bounds, *kwargs.values(), zero="none")
-
-
-@named("copy")
-def copy(ctx: LabelContext, node: fx.Node, input: Value, source: Value, *_: Any, **__: Any) -> Any:
-    """``input.copy_(source)``: element by element, and nothing is left of what was there."""
-    return ctx.pointwise(node, input, source, zero="all")
-
-
-@named(*SUMS)
-@functions(operator.add, operator.sub, operator.iadd, operator.isub)
-def sums(ctx: LabelContext, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
-    return ctx.pointwise(node, *args, *(v for k, v in kwargs.items() if k != "alpha"), zero="all")
-
-
-@named(*PRODUCTS)
-@functions(operator.mul, operator.imul, operator.and_, operator.iand)
-def products(ctx: LabelContext, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
-    return ctx.pointwise(node, *args, *kwargs.values(), zero="one")
-
-
-@named(*FIRST)
+@named(*DIVISIONS)
 @functions(operator.truediv, operator.itruediv, operator.floordiv, operator.mod)
-def quotients(ctx: LabelContext, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
-    if len(args) > 1 and isinstance(args[1], Value) and "masked_fill" not in str(getattr(node.target, "__name__", node.target)):
-        for axis in args[1].zero:
-            ctx.inexact(args[1].axes[axis], "it divides by what is zero once its channels are")
-    filled = getattr(node.target, "__name__", node.target) in ("masked_fill", "masked_fill_") and args[-1] != 0
-    return ctx.pointwise(node, *args, *kwargs.values(), zero="first" if isinstance(args[0], Value) and not filled else "none")
-
-
-@named(*NONE)
-@functions(
-    operator.pow, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.or_, operator.xor, operator.invert
-)
-def arithmetic(ctx: LabelContext, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
-    name = getattr(node.target, "__name__", node.target)
-    square = name in ("pow", "pow_") and len(args) == 2 and isinstance(args[0], Value) and isinstance(args[1], (int, float)) and args[1] > 0
-    return ctx.pointwise(node, *args, *kwargs.values(), zero="first" if square else "none")
-
-
-@functions(operator.neg, operator.pos, operator.abs)
-def unary(ctx: LabelContext, node: fx.Node, input: Value) -> Any:
-    return ctx.pointwise(node, input, zero="first")
+def quotient(ctx: LabelContext, node: fx.Node, input: Any, other: Any, **arguments: Any) -> Any:
+    if isinstance(other, Value):
+        for axis in other.zero:
+            ctx.inexact(other.axes[axis], "it divides by what is zero once its channels are")
+    return zeros.elementwise(ctx, node)
 
 
 @named("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros_like", inplace=False)
-def like(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+def like(ctx: LabelContext, node: fx.Node, input: Value, **_: Any) -> Any:
     """The result takes its size from ``input`` when it runs, so its axes are the same channels."""
     zero = input.axes if getattr(node.target, "__name__", node.target) == "zeros_like" else ()
     return ctx.make(node, input.axes, zero, input.why)
@@ -87,11 +50,14 @@ def like(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: A
 def prelu(ctx: LabelContext, node: fx.Node, input: Value, weight: Value) -> Value:
     """``weight`` (channels) or (1): one slope for each index of axis 1."""
     axis = 1 if input.ndim > 1 else 0
-    if 0 in weight.axes and axis in input.axes:
-        ctx.unite(input.axes[axis], weight.axes[0])
+    axes = dict(input.axes)
+    if 0 in weight.axes and axis in axes:
+        ctx.unite(axes[axis], weight.axes[0])
     elif 0 in weight.axes:
         ctx.pin(weight.axes[0], "it meets channels of fixed size", because=input.why)
-    return ctx.make(node, input.axes, input.zero, input.why)
+    elif axis in axes and math.prod(weight.shape) > 1:
+        ctx.pin(axes.pop(axis), "its slopes have a fixed size", because=weight.why)
+    return ctx.make(node, axes, input.zero, input.why)
 
 
 layers(nn.PReLU, produces=False, sizes={"num_parameters": ("weight", 0)})
@@ -104,7 +70,7 @@ def prelu_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Val
     return prelu(ctx, node, input, weight)
 
 
-KEEP_ZERO_MODULES = (
+MODULES = (
     nn.ReLU,
     nn.ReLU6,
     nn.LeakyReLU,
@@ -129,18 +95,17 @@ KEEP_ZERO_MODULES = (
     nn.Dropout3d,
     nn.AlphaDropout,
     nn.FeatureAlphaDropout,
+    nn.Sigmoid,
+    nn.Hardsigmoid,
+    nn.Softplus,
+    nn.LogSigmoid,
+    nn.Threshold,
 )
-MOVE_ZERO_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Threshold)
 
 
-@modules(*KEEP_ZERO_MODULES)
-def keep_zero_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Value) -> Any:
-    return ctx.pointwise(node, input, zero="first")
-
-
-@modules(*MOVE_ZERO_MODULES)
-def move_zero_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Value) -> Any:
-    return ctx.pointwise(node, input, zero="none")
+@modules(*MODULES)
+def elementwise_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Value) -> Any:
+    return zeros.elementwise(ctx, node, module)
 
 
 def _pooled(ctx: LabelContext, node: fx.Node, x: Value, space: int) -> Any:
@@ -178,7 +143,7 @@ def _space(target: Any) -> int:
         )
     ),
 )
-def pool(ctx: LabelContext, node: fx.Node, input: Value, *_: Any, **__: Any) -> Any:
+def pool(ctx: LabelContext, node: fx.Node, input: Value, **_: Any) -> Any:
     return _pooled(ctx, node, input, _space(node.target))
 
 
@@ -188,7 +153,7 @@ def pool_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Valu
 
 
 @functions(F.max_unpool1d, F.max_unpool2d, F.max_unpool3d, torch._C._nn.max_unpool2d, torch._C._nn.max_unpool3d)
-def max_unpool(ctx: LabelContext, node: fx.Node, input: Value, indices: Value, *_: Any, **__: Any) -> Any:
+def max_unpool(ctx: LabelContext, node: fx.Node, input: Value, indices: Value, **_: Any) -> Any:
     """Each maximum goes back to where it came from: ``indices`` has the channels of ``input``."""
     for axis in range(input.ndim - _space(node.target), input.ndim):
         for value in (input, indices):
@@ -202,7 +167,7 @@ def max_unpool(ctx: LabelContext, node: fx.Node, input: Value, indices: Value, *
     F.upsample,
     *(f for name, f in vars(torch._C._nn).items() if "upsample_" in name and "backward" not in name),
 )
-def interpolate(ctx: LabelContext, node: fx.Node, input: Value, *_: Any, **__: Any) -> Value:
+def interpolate(ctx: LabelContext, node: fx.Node, input: Value, **_: Any) -> Value:
     return ctx.through(node, input, mixed=range(2, input.ndim))
 
 
@@ -212,18 +177,18 @@ def upsample_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: 
 
 
 @functions(F.grid_sample, torch.grid_sampler)
-def grid_sample(ctx: LabelContext, node: fx.Node, input: Value, grid: Value, *_: Any, **__: Any) -> Value:
+def grid_sample(ctx: LabelContext, node: fx.Node, input: Value, grid: Value, **_: Any) -> Value:
     ctx.pin_all(grid, "it is used as sampling positions")
     return ctx.through(node, input, mixed=range(2, input.ndim))
 
 
 @functions(F.affine_grid)
-def affine_grid(ctx: LabelContext, node: fx.Node, theta: Value, *_: Any, **__: Any) -> Any:
+def affine_grid(ctx: LabelContext, node: fx.Node, theta: Value, **_: Any) -> Any:
     return ctx.opaque(node, [theta], "it is a map of sampling positions")
 
 
 @named("tril", "triu")
-def triangle(ctx: LabelContext, node: fx.Node, input: Value, *_: Any, **__: Any) -> Value:
+def triangle(ctx: LabelContext, node: fx.Node, input: Value, **_: Any) -> Value:
     return ctx.through(node, input, mixed=(-1, -2))
 
 

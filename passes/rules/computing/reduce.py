@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, values
+from fxprune.passes.rules.computing import zeros
 from fxprune.passes.rules.registry import functions, modules, named
 
 
@@ -37,74 +39,82 @@ def _reduce(ctx: LabelContext, node: fx.Node, x: Value, dims: set[int], keepdim:
         axes[place] = vector
         if axis in x.zero:
             zero.add(place)
+    kept = zeros.keeps_zero(node) if zero else ()
     if isinstance(node.meta["val"], torch.Tensor):
-        return ctx.make(node, axes, zero, x.why)
-    return tuple(ctx.make(node, axes, zero if i == 0 else (), x.why, i) for i in range(len(node.meta["val"])))
+        return ctx.make(node, axes, zero if kept[:1] == (True,) else (), x.why)
+    return tuple(ctx.make(node, axes, zero if kept[i : i + 1] == (True,) else (), x.why, i) for i in range(len(node.meta["val"])))
 
 
-@named("sum", "nansum", "count_nonzero", "norm", "vector_norm", inplace=False)
-def total(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    name = str(getattr(node.target, "__name__", node.target))
-    rest = list(args)
-    exact = True
-    if "norm" in name:  # norm(x, p, dim, keepdim)
-        order = kwargs.get("p", kwargs.get("ord", rest[0] if rest else 2))
-        exact = not isinstance(order, (int, float)) or order >= 0  # the smallest magnitude is a removed slice's
-        rest = rest[1:]
-    dim = kwargs.get("dim", kwargs.get("axis", rest[0] if rest and not isinstance(rest[0], torch.dtype) else None))
-    return _reduce(ctx, node, input, _dims(input, dim), _keepdim(rest, kwargs), exact=exact)
+@named("sum", "nansum", "count_nonzero", inplace=False)
+def total(ctx: LabelContext, node: fx.Node, input: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> Any:
+    return _reduce(ctx, node, input, _dims(input, dim), keepdim, exact=True)
+
+
+@named("norm", "vector_norm", "matrix_norm", inplace=False)
+def length(ctx: LabelContext, node: fx.Node, input: Value, dim: Any = None, keepdim: bool = False, **named: Any) -> Any:
+    order = named.get("p", named.get("ord"))
+    if dim is None and "matrix_norm" in target_name(node):
+        dim = (-2, -1)
+    exact = not isinstance(order, (int, float)) or order >= 0  # below, the smallest magnitude counts, which is a removed slice's
+    return _reduce(ctx, node, input, _dims(input, dim), keepdim, exact=exact)
 
 
 @named(
-    "mean",
-    "nanmean",
-    "amax",
-    "amin",
-    "prod",
-    "var",
-    "std",
-    "var_mean",
-    "std_mean",
-    "logsumexp",
-    "median",
-    "any",
-    "all",
-    "aminmax",
+    *("mean", "nanmean", "amax", "amin", "prod", "var", "std", "var_mean", "std_mean", "logsumexp", "median", "nanmedian"),
+    *("any", "all", "aminmax"),
     inplace=False,
 )
-def average(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    dim = kwargs.get("dim", kwargs.get("axis", args[0] if args and not isinstance(args[0], torch.dtype) else None))
-    if isinstance(dim, bool):  # var(x, unbiased)
-        dim = None
-    place_free = getattr(node.target, "__name__", node.target) not in ("median", "nanmedian")
-    return _reduce(ctx, node, input, _dims(input, dim), _keepdim(list(args), kwargs), exact=False, place_free=place_free)
+def average(ctx: LabelContext, node: fx.Node, input: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> Any:
+    dims = _dims(input, dim)
+    median = target_name(node) in ("median", "nanmedian")
+    if median:
+        _pin_used_index(ctx, node, input, dims)
+    return _reduce(ctx, node, input, dims, keepdim, exact=False, place_free=not median)
 
 
-def _keepdim(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    if "keepdim" in kwargs or "keepdims" in kwargs:
-        return bool(kwargs.get("keepdim", kwargs.get("keepdims")))
-    return any(a is True for a in args[-1:]) and len(args) > 1
+@named("quantile", "nanquantile", inplace=False)
+def quantile(ctx: LabelContext, node: fx.Node, input: Value, q: Any, dim: int | None = None, keepdim: bool = False, **_: Any) -> Any:
+    """Several quantiles ``q`` make a first axis."""
+    many = isinstance(q, Value) and q.ndim > 0
+    if isinstance(q, Value):
+        ctx.pin_all(q, "it says which quantiles are taken")
+    inner = _reduce_value(ctx, input, _dims(input, dim), keepdim)
+    shift = int(many)
+    return ctx.make(node, {a + shift: v for a, v in inner.items()}, (), input.why)
+
+
+def _reduce_value(ctx: LabelContext, x: Value, dims: set[int], keepdim: bool) -> dict[int, Any]:
+    for axis in dims & set(x.axes):
+        ctx.inexact(x.axes[axis], "a reduction over channels")
+    return {axis if keepdim else axis - sum(d < axis for d in dims): v for axis, v in x.axes.items() if axis not in dims}
+
+
+@named("kthvalue", "mode", inplace=False)
+def chosen(ctx: LabelContext, node: fx.Node, input: Value, dim: int = -1, keepdim: bool = False, **_: Any) -> Any:
+    """The k-th smallest, or the commonest, of those along ``dim``: which one it is depends on all of them."""
+    dims = _dims(input, dim)
+    for axis in dims:
+        ctx.pin(input.axes.get(axis), "which of its values is taken depends on how many there are")
+    return _reduce(ctx, node, input, dims, keepdim, exact=False)
 
 
 @named("max", "min", inplace=False)
-def extreme(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    other = args[0] if args else kwargs.get("other")
-    if isinstance(other, Value):
-        return ctx.pointwise(node, input, other, zero="all")
-    dim = kwargs.get("dim", other)
-    dims = _dims(input, dim)
-    if not isinstance(node.meta["val"], torch.Tensor) and any(
-        user.args[1:2] == (1,) or user.target is not _getitem() for user in node.users
-    ):
+def extreme(ctx: LabelContext, node: fx.Node, input: Value, **named: Any) -> Any:
+    if isinstance(named.get("other"), Value):
+        return zeros.elementwise(ctx, node)
+    dims = _dims(input, named.get("dim"))
+    _pin_used_index(ctx, node, input, dims)
+    return _reduce(ctx, node, input, dims, bool(named.get("keepdim", False)), exact=False, place_free=True)
+
+
+def _pin_used_index(ctx: LabelContext, node: fx.Node, x: Value, dims: set[int]) -> None:
+    """Where something reads the second result, the position of an extreme, all channels that it was sought among stay."""
+    if isinstance(node.meta["val"], torch.Tensor):
+        return
+    values_only = ((operator.getitem, 0), (getattr, "values"))
+    if any((user.target, user.args[1] if len(user.args) > 1 else None) not in values_only for user in node.users):
         for axis in dims:
-            ctx.pin(input.axes.get(axis), "the index of a maximum over it is used")
-    return _reduce(ctx, node, input, dims, _keepdim(list(args), kwargs), exact=False, place_free=True)
-
-
-def _getitem() -> Any:
-    import operator
-
-    return operator.getitem
+            ctx.pin(x.axes.get(axis), "the index of a maximum over it is used")
 
 
 @named("argmax", "argmin", inplace=False)
@@ -115,11 +125,9 @@ def index_of(ctx: LabelContext, node: fx.Node, input: Value, dim: Any = None, ke
     return _reduce(ctx, node, input, dims, keepdim, exact=False)
 
 
-@named("topk", "sort", "argsort", inplace=False)
-def ordered(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    name = getattr(node.target, "__name__", node.target)
-    place = 1 if name == "topk" else 0
-    dim = kwargs.get("dim", args[place] if len(args) > place and not isinstance(args[place], bool) else -1)
+@named("topk", "sort", "argsort", "msort", inplace=False)
+def ordered(ctx: LabelContext, node: fx.Node, input: Value, dim: int | None = None, **_: Any) -> Any:
+    dim = (0 if target_name(node) == "msort" else -1) if dim is None else dim
     if isinstance(node.meta["val"], torch.Tensor):
         return ctx.through(node, input, mixed=(dim,), zero=False)
     return tuple(ctx.through(node, input, mixed=(dim,), zero=False, index=i) for i in range(len(node.meta["val"])))
@@ -132,8 +140,7 @@ def _shared(ctx: LabelContext, node: fx.Node, x: Value, dim: int | None, what: s
 
 
 @named("softmax", "log_softmax", "softmin", "gumbel_softmax", "_safe_softmax", inplace=False)
-def softmax(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Value:
-    dim = kwargs.get("dim", args[0] if args and not isinstance(args[0], torch.dtype) else None)
+def softmax(ctx: LabelContext, node: fx.Node, input: Value, dim: int | None = None, **_: Any) -> Value:
     return _shared(ctx, node, input, dim, "softmax over channels")
 
 
@@ -147,16 +154,25 @@ def softmax2d_module(ctx: LabelContext, node: fx.Node, module: Any, input: Value
     return _shared(ctx, node, input, -3, "softmax over channels")
 
 
-@named("cumsum", "cumprod", "logcumsumexp")
-def cumulative(ctx: LabelContext, node: fx.Node, input: Value, dim: int, **_: Any) -> Value:
-    ctx.inexact(input.axes.get(dim % input.ndim), "a running total over channels")
-    return ctx.make(node, input.axes, {a for a in input.zero if a != dim % input.ndim}, input.why)
+@named("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
+def cumulative(ctx: LabelContext, node: fx.Node, input: Value, dim: int, **_: Any) -> Any:
+    axis = dim % input.ndim if input.ndim else 0
+    if isinstance(node.meta["val"], torch.Tensor):
+        ctx.inexact(input.axes.get(axis), "a running total over channels")
+    else:
+        ctx.pin(input.axes.get(axis), "the index of a maximum over it may be used")
+    axes = {a: v for a, v in input.axes.items() if isinstance(node.meta["val"], torch.Tensor) or a != axis}
+    zero = {a for a in input.zero if a != axis}
+    kept = zeros.keeps_zero(node) if zero else ()
+    if isinstance(node.meta["val"], torch.Tensor):
+        return ctx.make(node, axes, zero if kept == (True,) else (), input.why)
+    return tuple(ctx.make(node, axes, zero if kept[i : i + 1] == (True,) else (), input.why, i) for i in range(2))
 
 
 @named("diff", inplace=False)
-def difference(ctx: LabelContext, node: fx.Node, input: Value, n: int = 1, dim: int = -1, *more: Any, **kwargs: Any) -> Any:
+def difference(ctx: LabelContext, node: fx.Node, input: Value, n: int = 1, dim: int = -1, **more: Any) -> Any:
     """Neighbours along ``dim`` are subtracted."""
-    if ends := values((more, kwargs)):
+    if ends := values(more):
         return ctx.opaque(node, [input, *ends], "it is joined with other tensors before neighbours are subtracted")
     return ctx.through(node, input, mixed=(dim,))
 
@@ -204,9 +220,9 @@ def vecdot(ctx: LabelContext, node: fx.Node, x: Value, y: Value, dim: int = -1) 
 
 
 @functions(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy_with_logits)
-def loss(ctx: LabelContext, node: fx.Node, input: Value, target: Value, *rest: Any, **kwargs: Any) -> Any:
+def loss(ctx: LabelContext, node: fx.Node, input: Value, target: Value, **rest: Any) -> Any:
     """Element by element, then the mean (or sum) of all: a network may compute a loss of its own (a codebook's)."""
-    both = _together(ctx, input, target, *values((rest, kwargs)))
+    both = _together(ctx, input, target, *values(rest))
     shape = both.shape
     if node.meta["val"].ndim == len(shape):
         return ctx.make(node, both.axes, (), input.why)

@@ -16,9 +16,8 @@ from fxprune.passes.rules.protocols import Rewriter
 
 
 def _deformable_groups(slim: Rewriter, node: fx.Node) -> None:
-    x, weight = node.args[0], node.args[1]
-    groups = slim.size(x, 1) // slim.size(weight, 1)
-    node.args = (*node.args[:11], groups, *node.args[12:])
+    x, weight = slim.argument(node, "input"), slim.argument(node, "weight")
+    slim.set_argument(node, "groups", slim.size(x, 1) // slim.size(weight, 1))
 
 
 def deformable(
@@ -33,7 +32,7 @@ def deformable(
     return conv.convolve(ctx, node, input, conv.kernel(ctx, node, weight), bias, groups, False, ctx.owner(node))
 
 
-def regions(ctx: LabelContext, node: fx.Node, input: Value, boxes: Value, *_: Any, **__: Any) -> Any:
+def regions(ctx: LabelContext, node: fx.Node, input: Value, boxes: Value, **_: Any) -> Any:
     """Windows of ``input`` (N, C, H, W) around ``boxes`` (K, 5): each channel by itself, and K in place of N."""
     ctx.pin_all(boxes, "it is used as boxes")
     for axis in (0, 2, 3):
@@ -48,5 +47,5 @@ def regions(ctx: LabelContext, node: fx.Node, input: Value, boxes: Value, *_: An
 registry.FUNCTIONS.setdefault(torch.ops.torchvision.deform_conv2d, registry.Rule(deformable, _deformable_groups))
 registry.FUNCTIONS.setdefault(torch.ops.torchvision.roi_align, registry.Rule(regions))
 registry.FUNCTIONS.setdefault(torch.ops.torchvision.roi_pool, registry.Rule(regions))
-registry.FUNCTIONS.setdefault(torchvision.ops.stochastic_depth, registry.Rule(pointwise.keep_zero))
-registry.MODULES.setdefault(torchvision.ops.StochasticDepth, registry.Rule(pointwise.keep_zero_module))
+registry.FUNCTIONS.setdefault(torchvision.ops.stochastic_depth, registry.Rule(pointwise.elementwise))
+registry.MODULES.setdefault(torchvision.ops.StochasticDepth, registry.Rule(pointwise.elementwise_module))

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, values
+from fxprune.passes.rules import binding
 from fxprune.passes.rules.moving.indexing import entries_of, pin_pairs, resolved, rewrite_getitem
+from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, named
 
 _COMPUTED = "positions in it are computed by the graph"
@@ -86,31 +89,63 @@ def index_put(ctx: LabelContext, node: fx.Node, input: Value, indices: Sequence[
 
 
 @named("scatter", "scatter_add", "scatter_reduce")
-def scatter(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Value, *rest: Any, **kwargs: Any) -> Any:
+def scatter(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Value, **rest: Any) -> Any:
     """``input`` with entries of the source put, or added, at computed positions along ``dim``; the other axes go together."""
-    sources = values((rest, kwargs))
-    plain = next((v for v in (*rest, *kwargs.values()) if isinstance(v, (int, float)) and not isinstance(v, bool)), 0)
+    sources = values(rest)
+    plain = next((v for v in rest.values() if isinstance(v, (int, float)) and not isinstance(v, bool)), 0)
     return _along(ctx, node, input, dim, [index, *sources], sources if not plain else None)
 
 
 @named("index_add", "index_copy", "index_reduce", "index_fill")
-def index_add(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Value, *rest: Any, **kwargs: Any) -> Any:
+def index_add(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Value, **rest: Any) -> Any:
     """Slices of the source put, or added, at computed positions along ``dim``."""
-    sources = values((rest, kwargs))
-    filled = "fill" in str(getattr(node.target, "__name__", node.target)) and not any(_is_zero(v) for v in (*rest, *kwargs.values()))
+    sources = values(rest)
+    filled = "fill" in target_name(node) and not any(_is_zero(v) for v in rest.values())
     return _along(ctx, node, input, dim, sources, None if filled else sources)
 
 
-@named("gather", inplace=False)
+def _renumbered(slim: Rewriter, node: fx.Node) -> None:
+    """A constant index into channels: what went is dropped from it, the rest is renumbered."""
+    x = slim.value(slim.argument(node, "input"))
+    name = "index" if slim.argument(node, "index") is not None else "indices"
+    dim = slim.argument(node, "dim")
+    if dim is None:
+        return
+    axis = slim.number(dim) % x.ndim
+    kept = slim.kept(x, axis)
+    if kept is not None:
+        slim.set_argument(node, name, slim.renumbered(node, slim.argument(node, name), kept, x.shape[axis]))
+
+
+@named("gather", rewrite=_renumbered, inplace=False)
 def gather(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Value, **_: Any) -> Any:
+    if (picked := _picked(ctx, node, input, dim, index, "index")) is not None:
+        return picked
     return _along(ctx, node, input, dim, [index], [])
 
 
-@named("take_along_dim", inplace=False)
-def take_along_dim(ctx: LabelContext, node: fx.Node, input: Value, indices: Value, dim: int | None = None) -> Any:
+@named("take_along_dim", rewrite=_renumbered, inplace=False)
+def take_along_dim(ctx: LabelContext, node: fx.Node, input: Value, indices: Value, dim: int | None = None, **_: Any) -> Any:
     if dim is None or indices.ndim != input.ndim:
         return ctx.opaque(node, [input, indices], "it is gathered by values the graph computes", ReasonKind.COMPUTED_INDEX)
+    if (picked := _picked(ctx, node, input, dim, indices, "indices")) is not None:
+        return picked
     return _along(ctx, node, input, dim, [indices], [], broadcast=True)
+
+
+def _picked(ctx: LabelContext, node: fx.Node, x: Value, dim: int, index: Value, name: str) -> Any:
+    """Channels that a constant picks, the same for all positions beside them; None where that is not so."""
+    axis = dim % x.ndim
+    actual = ctx.real(binding.form_of(node).arguments(node.args, node.kwargs).get(name))
+    if axis not in x.axes or actual is None or index.ndim != x.ndim:
+        return None
+    row = actual.movedim(axis, 0).reshape(actual.shape[axis], -1)
+    if not bool((row == row[:, :1]).all()) or set(x.axes) != {axis}:
+        return None
+    if any(n not in (1, m) for a, (n, m) in enumerate(zip(actual.shape, x.shape, strict=True)) if a != axis):
+        return None
+    chosen = x.axes[axis][row[:, 0].cpu().numpy()]
+    return ctx.make(node, {axis: chosen}, {axis} & x.zero, x.why)
 
 
 def _along(

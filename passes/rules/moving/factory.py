@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any, cast
 
 import torch
 from torch import fx
 
+from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.labels.context import LabelContext
-from fxprune.passes.labels.values import Value
+from fxprune.passes.labels.values import Value, values
 from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, named
 
 
 def _factory_sizes(slim: Rewriter, node: fx.Node) -> None:
-    given: Any = node.kwargs.get("size")
-    if given is not None:
-        node.kwargs = {**node.kwargs, "size": slim.sizes(node, given)}
-        return
-    first = 1 if node.op == "call_method" else 0
-    args: Any = node.args[first:]
-    listed = isinstance(args[0], (tuple, list))
-    node.args = (*node.args[:first], slim.sizes(node, args[0] if listed else args), *(args[1:] if listed else ()))
+    slim.set_argument(node, "size", slim.sizes(node, slim.argument(node, "size")))
 
 
 @functions(torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn, torch.full, rewrite=_factory_sizes)
-def factory(ctx: LabelContext, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
+def factory(ctx: LabelContext, node: fx.Node, **_: Any) -> Value:
     """Every axis gets labels of its own: its size can follow whatever it meets."""
     shape = tuple(node.meta["val"].shape)
     axes = {a: ctx.fresh("factory", n, soft=True) for a, n in enumerate(shape) if n > 1}
-    return ctx.make(node, axes, axes if node.target is torch.zeros else (), f"it is made by {ctx.op_name()}")
+    return ctx.make(node, axes, axes if target_name(node) in ("zeros", "new_zeros") else (), f"it is made by {ctx.op_name()}")
 
 
 for _name in ("new_zeros", "new_ones", "new_empty", "new_full"):
-    named(_name, rewrite=_factory_sizes, inplace=False)(lambda ctx, node, *args, **kwargs: factory(ctx, node))
+    named(_name, rewrite=_factory_sizes, inplace=False)(factory)
 
 
 def _picked(slim: Rewriter, node: fx.Node) -> None:
@@ -47,8 +42,8 @@ def _picked(slim: Rewriter, node: fx.Node) -> None:
             node.target, node.args, node.kwargs = operator.getitem, (made, (*[slice(None)] * axis, kept.tolist())), {}
 
 
-@functions(torch.arange, torch.linspace, torch.logspace, torch.eye, torch.tensor, torch.as_tensor, rewrite=_picked)
-def counted(ctx: LabelContext, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
+@functions(torch.arange, torch.linspace, torch.logspace, torch.eye, rewrite=_picked)
+def counted(ctx: LabelContext, node: fx.Node, **_: Any) -> Value:
     """Numbers made of literals and channel counts alone, one for each channel maybe (the frequencies of a positional encoding)."""
     static = all(_is_static(ctx, source) for source in node.all_input_nodes)
     axes = {a: ctx.fresh("factory", n, soft=True) for a, n in enumerate(node.meta["val"].shape) if n > 1 and static}
@@ -56,12 +51,25 @@ def counted(ctx: LabelContext, node: fx.Node, *args: Any, **kwargs: Any) -> Valu
     return made
 
 
+@functions(torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor, rewrite=_picked)
+@named("new_tensor", rewrite=_picked, inplace=False)
+def copied(ctx: LabelContext, node: fx.Node, **arguments: Any) -> Any:
+    """A copy of one tensor has its channels; one of literals may hold one number for each channel."""
+    given = values({k: v for k, v in arguments.items() if k != "input" or target_name(node) != "new_tensor"})
+    if not given:
+        return counted(ctx, node)
+    shape = tuple(node.meta["val"].shape)
+    if len(given) == 1 and given[0].shape == shape:
+        return ctx.make(node, given[0].axes, given[0].zero, given[0].why)
+    return ctx.opaque(node, given, "its numbers are copied into a tensor")
+
+
 def _is_static(ctx: LabelContext, node: fx.Node) -> bool:
     """Whether a number is the same for every input: channel counts, and what is computed of them."""
     if node.op == "call_method" and node.target == "size":
         source, axis = cast(tuple[fx.Node, int], node.args)
-        value = ctx.env[ctx.mode][source]
-        return isinstance(value, Value) and axis % value.ndim in value.axes
+        value = ctx.env[ctx.mode].get(source)
+        return isinstance(value, Value) and axis % value.ndim in value.axes and ctx.is_number(node)
     if node.op == "placeholder" or isinstance(node.meta.get("val"), torch.Tensor):
         return False
     if node.target is getattr and node.args[1] in ("device", "dtype"):
@@ -70,7 +78,7 @@ def _is_static(ctx: LabelContext, node: fx.Node) -> bool:
 
 
 @functions(torch.scalar_tensor, torch.randint, torch.randperm, torch.tril_indices, torch.triu_indices, torch.normal)
-def positions(ctx: LabelContext, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
+def positions(ctx: LabelContext, node: fx.Node, **_: Any) -> Value:
     """Their values depend on where they stand, so their sizes stay."""
     return ctx.make(node, {}, (), f"it is made by {ctx.op_name()}")
 
@@ -80,10 +88,28 @@ def _size_read(slim: Rewriter, node: fx.Node) -> None:
 
 
 @named("size", rewrite=_size_read, inplace=False)
-def size(ctx: LabelContext, node: fx.Node, input: Value, *_: Any) -> Any:
+def size(ctx: LabelContext, node: fx.Node, input: Value, **_: Any) -> Any:
+    return node.meta["val"]
+
+
+def _numel(slim: Rewriter, node: fx.Node) -> None:
+    """The number of elements of the original, from that of what is left."""
+    given = slim.argument(node, "input")
+    x = slim.value(given)
+    left, whole = math.prod(slim.count(x, a) for a in range(x.ndim)), math.prod(x.shape)
+    if left == whole:
+        return
+    made = slim.new.create_node(node.op, node.target, node.args, node.kwargs)
+    divisor = math.gcd(left, whole)
+    times = slim.new.call_function(operator.mul, (made, whole // divisor))
+    node.op, node.target, node.args, node.kwargs = "call_function", operator.floordiv, (times, left // divisor), {}
+
+
+@named("numel", "nelement", rewrite=_numel, inplace=False)
+def numel(ctx: LabelContext, node: fx.Node, input: Value) -> Any:
     return node.meta["val"]
 
 
 @functions(torch._assert)
-def assertion(ctx: LabelContext, node: fx.Node, *_: Any, **__: Any) -> Any:
+def assertion(ctx: LabelContext, node: fx.Node, **_: Any) -> Any:
     return None

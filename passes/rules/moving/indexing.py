@@ -14,6 +14,7 @@ from fxprune.errors import UnsupportedError
 from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, Vector, values
+from fxprune.passes.rules import binding
 from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, named
 
@@ -44,8 +45,13 @@ def getitem(ctx: LabelContext, node: fx.Node, input: Any, index: Any) -> Any:
         if isinstance(owner, torch.nn.Embedding):  # positions beyond the example's are read by longer inputs
             ctx.pin(input.axes.get(0), "a vocabulary is not pruned", ReasonKind.STRUCTURE)
     axis = -1
-    for entry in entries_of(indexed, input.ndim):
+    given = entries_of(tuple(raw), input.ndim)
+    for entry, source in zip(entries_of(indexed, input.ndim), given, strict=True):
         axis += entry is not None
+        bounds = (source.start, source.stop, source.step) if isinstance(source, slice) else (source,)
+        moving = [b for b in bounds if isinstance(b, fx.Node) and isinstance(b.meta.get("val"), int) and not ctx.is_number(b)]
+        if moving and axis in input.axes:
+            ctx.pin(input.axes[axis], "the size of the input decides which of its channels are taken", ReasonKind.COMPUTED_INDEX)
         # What is left of every second channel is listed, and a list copies.
         if isinstance(entry, slice) and entry.step not in (None, 1) and axis in input.axes and ctx.stays_view(node):
             ctx.pin(input.axes[axis], "every second or so of its channels is written in place", ReasonKind.WRITTEN_IN_PLACE)
@@ -176,12 +182,11 @@ def left_of(node: fx.Node, chosen: np.ndarray[Any, Any], kept: Vector) -> np.nda
 
 
 def _index_select(slim: Rewriter, node: fx.Node) -> None:
-    x = slim.value(slim.argument(node, 0, "input"))
-    kept = slim.kept(x, slim.argument(node, 1, "dim") % x.ndim)
+    x = slim.value(slim.argument(node, "input"))
+    axis = slim.number(slim.argument(node, "dim")) % x.ndim
+    kept = slim.kept(x, axis)
     if kept is not None:
-        slim.set_argument(
-            node, 2, "index", slim.renumbered(node, slim.argument(node, 2, "index"), kept, x.shape[slim.argument(node, 1, "dim")])
-        )
+        slim.set_argument(node, "index", slim.renumbered(node, slim.argument(node, "index"), kept, x.shape[axis]))
 
 
 @named("index_select", rewrite=_index_select, inplace=False)
@@ -189,7 +194,7 @@ def index_select(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index
     axis = dim % input.ndim
     if axis not in input.axes:
         return ctx.make(node, input.axes, input.zero, input.why)
-    actual = ctx.real(node.args[2] if len(node.args) > 2 else node.kwargs["index"])
+    actual = ctx.real(binding.form_of(node).arguments(node.args, node.kwargs)["index"])
     if actual is None:
         return ctx.opaque(node, [input, index], "it is indexed by values the graph computes", ReasonKind.COMPUTED_INDEX)
     return ctx.move(node, input, lambda labels: labels.index_select(axis, actual.cpu()))

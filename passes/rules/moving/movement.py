@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,37 +12,34 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, Vector, values
 from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, modules, named
 
 
-def call(node: fx.Node, x: Value, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def call(node: fx.Node, named: Mapping[str, Any]) -> Any:
     """The node's own operation as a function of its first tensor."""
 
     def run(labels: torch.Tensor) -> Any:
         try:
             if node.op == "call_method":
-                return getattr(labels, str(node.target))(*args, **kwargs)
-            return node.target(labels, *args, **kwargs)  # type: ignore[operator]
+                return getattr(labels, str(node.target))(**named)
+            return node.target(labels, **named)  # type: ignore[operator]
         except (RuntimeError, NotImplementedError) as error:
             if "not implemented for" not in str(error):
                 raise
-            done = node.target(labels.double(), *args, **kwargs)  # type: ignore[operator]
+            done = node.target(labels.double(), **named)  # type: ignore[operator]
             return done.long()
 
     return run
 
 
-def moved(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    if computed := values((args, kwargs)):
-        return ctx.opaque(node, [input, *computed], "where its parts begin and end is computed by the graph")
-    return ctx.move(node, input, call(node, input, args, kwargs))
-
-
-def flat(args: Sequence[Any]) -> list[Any]:
-    return list(args[0]) if len(args) == 1 and isinstance(args[0], (tuple, list)) else list(args)
+def moved(ctx: LabelContext, node: fx.Node, input: Value, **named: Any) -> Any:
+    if computed := values(named):
+        return ctx.opaque(node, [input, *computed], "where its parts begin and end is computed by the graph", ReasonKind.COMPUTED_INDEX)
+    return ctx.move(node, input, call(node, named))
 
 
 @named(
@@ -63,8 +60,8 @@ def flat(args: Sequence[Any]) -> list[Any]:
     "rot90",
     "adjoint",
 )
-def move(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    return moved(ctx, node, input, *args, **kwargs)
+def move(ctx: LabelContext, node: fx.Node, input: Value, **named: Any) -> Any:
+    return moved(ctx, node, input, **named)
 
 
 @named("diagonal")
@@ -105,8 +102,8 @@ def attribute(ctx: LabelContext, node: fx.Node, input: Any, name: str) -> Any:
 
 
 @named("pixel_shuffle", "pixel_unshuffle")
-def pixels(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    return moved(ctx, node, _between(ctx, node, input), *args, **kwargs)
+def pixels(ctx: LabelContext, node: fx.Node, input: Value, **named: Any) -> Any:
+    return moved(ctx, node, _between(ctx, node, input), **named)
 
 
 @modules(nn.PixelShuffle, nn.PixelUnshuffle)
@@ -133,36 +130,33 @@ def move_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Valu
 
 def _shuffled(slim: Rewriter, node: fx.Node) -> None:
     """Any channels may have gone, so what is left no longer falls into groups of equal width: it is picked by its order."""
-    x = slim.value(node.args[0])
+    given = slim.argument(node, "input")
+    x = slim.value(given)
     kept = slim.kept(x, 1)
     if kept is not None:
-        order = np.arange(x.shape[1]).reshape(slim.number(slim.argument(node, 1, "groups")), -1).T.reshape(-1)
+        order = np.arange(x.shape[1]).reshape(slim.number(slim.argument(node, "groups")), -1).T.reshape(-1)
         chosen = np.searchsorted(kept, order[np.isin(order, kept)]).tolist()
-        node.target, node.args, node.kwargs = operator.getitem, (node.args[0], (slice(None), chosen)), {}
+        node.target, node.args, node.kwargs = operator.getitem, (given, (slice(None), chosen)), {}
 
 
 named("channel_shuffle", "native_channel_shuffle", rewrite=_shuffled, inplace=False)(move)
 
 
 def _squeezed(slim: Rewriter, node: fx.Node) -> None:
-    """``squeeze()`` drops every axis of size one: a channel axis left with one channel must stay."""
-    x = slim.value(node.args[0])
-    if len(node.args) + len(node.kwargs) == 1:
-        slim.set_argument(node, 1, "dim", tuple(a for a, n in enumerate(x.shape) if n == 1))
+    """Axes of size one are dropped, and others never are: a channel axis left with one channel must stay."""
+    x = slim.value(slim.argument(node, "input"))
+    dim = slim.argument(node, "dim")
+    dims = range(x.ndim) if dim is None else [d % x.ndim for d in (dim if isinstance(dim, (tuple, list)) else [slim.number(dim)])]
+    slim.set_argument(node, "dim", tuple(a for a in dims if x.shape[a] == 1))
 
 
 named("squeeze", rewrite=_squeezed)(move)
 
 
-def _unfold(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    return moved(ctx, node, input, *args, **kwargs)
-
-
 @functions(F.unfold)
-def unfold(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+def unfold(ctx: LabelContext, node: fx.Node, input: Value, kernel_size: Any, **_: Any) -> Any:
     """Windows of ``input`` (N, C, H, W) as columns (N, C * window, positions); padding holds no channel, so it takes its neighbour's."""
-    kernel = args[0] if args else kwargs["kernel_size"]
-    return _columns(ctx, node, input, math.prod(kernel) if isinstance(kernel, (tuple, list)) else kernel**2)
+    return _columns(ctx, node, input, math.prod(kernel_size) if isinstance(kernel_size, (tuple, list)) else kernel_size**2)
 
 
 @modules(nn.Unfold)
@@ -182,7 +176,7 @@ def _columns(ctx: LabelContext, node: fx.Node, x: Value, window: int) -> Any:
 
 
 @functions(F.fold)
-def fold(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+def fold(ctx: LabelContext, node: fx.Node, input: Value, **_: Any) -> Any:
     return _folded(ctx, node, input)
 
 
@@ -205,9 +199,9 @@ def _folded(ctx: LabelContext, node: fx.Node, x: Value) -> Any:
 
 
 @named("unfold", "unfold_copy", inplace=False)
-def windows(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
+def windows(ctx: LabelContext, node: fx.Node, input: Value, **named: Any) -> Any:
     if node.op == "call_function" and node.target is F.unfold:
-        return unfold(ctx, node, input, *args, **kwargs)
-    axis = (args[0] if args else kwargs["dimension"]) % input.ndim
+        return unfold(ctx, node, input, **named)
+    axis = named["dimension"] % input.ndim
     ctx.pin(input.axes.get(axis), "a window slides along it")
     return ctx.make(node, {a: v for a, v in input.axes.items() if a != axis}, input.zero, input.why)

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
+from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, values
+from fxprune.passes.rules import binding
 from fxprune.passes.rules.layers import layers
-from fxprune.passes.rules.moving.movement import flat, moved
+from fxprune.passes.rules.moving.movement import moved
 from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import modules, named
 
 
 def _view_sizes(slim: Rewriter, node: fx.Node) -> None:
-    name = "size" if "size" in node.kwargs else "shape"
-    if name in node.kwargs:
-        node.kwargs = {**node.kwargs, name: slim.sizes(node, node.kwargs[name])}
-    else:
-        node.args = (
-            (node.args[0], *slim.sizes(node, flat(node.args[1:])))
-            if node.op == "call_method"
-            else (node.args[0], slim.sizes(node, flat(node.args[1:])))
-        )
+    for name in ("size", "shape"):
+        given = slim.argument(node, name)
+        if isinstance(given, (tuple, list)):
+            slim.set_argument(node, name, slim.sizes(node, given))
 
 
-@named("view", "reshape", "_unsafe_view", rewrite=_view_sizes, inplace=False)
-def view(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    if args and isinstance(args[0], torch.dtype):
+@named("view", "reshape", "_unsafe_view", "view_copy", rewrite=_view_sizes, inplace=False)
+def view(ctx: LabelContext, node: fx.Node, input: Value, **named: Any) -> Any:
+    if isinstance(named.get("dtype"), torch.dtype):
         return ctx.opaque(node, [input], "its bits are read as another dtype")
     shape = node.meta["val"].shape
     quick = _same_places(input, shape)
@@ -64,14 +62,13 @@ def view_as(ctx: LabelContext, node: fx.Node, input: Value, other: Value) -> Any
 
 
 def _unflatten_sizes(slim: Rewriter, node: fx.Node) -> None:
-    x = slim.value(slim.argument(node, 0, "input"))
-    sizes = slim.argument(node, 2, "sizes" if "sizes" in node.kwargs else "unflattened_size")
-    name = "sizes" if "sizes" in node.kwargs else "unflattened_size"
-    slim.set_argument(node, 2, name, slim.sizes(node, sizes, slim.argument(node, 1, "dim") % x.ndim))
+    x = slim.value(slim.argument(node, "input"))
+    first = slim.number(slim.argument(node, "dim")) % x.ndim
+    slim.set_argument(node, "sizes", slim.sizes(node, slim.argument(node, "sizes"), first))
 
 
 @named("unflatten", rewrite=_unflatten_sizes, inplace=False)
-def unflatten(ctx: LabelContext, node: fx.Node, input: Value, *_: Any, **__: Any) -> Any:
+def unflatten(ctx: LabelContext, node: fx.Node, input: Value, **_: Any) -> Any:
     return view(ctx, node, input)
 
 
@@ -93,12 +90,8 @@ def unflatten_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input:
     return view(ctx, node, input)
 
 
-def _expand_sizes(slim: Rewriter, node: fx.Node) -> None:
-    _view_sizes(slim, node)
-
-
-@named("expand", "broadcast_to", rewrite=_expand_sizes, inplace=False)
-def expand(ctx: LabelContext, node: fx.Node, input: Value, *_: Any, **__: Any) -> Any:
+@named("expand", "broadcast_to", rewrite=_view_sizes, inplace=False)
+def expand(ctx: LabelContext, node: fx.Node, input: Value, **_: Any) -> Any:
     """An axis that is expanded gets labels of its own: its size can follow whatever it meets."""
     shape = tuple(node.meta["val"].shape)
     shift = len(shape) - input.ndim
@@ -115,35 +108,51 @@ def expand_as(ctx: LabelContext, node: fx.Node, input: Value, other: Value) -> A
     return ctx.make(node, axes, [a for a in axes if a - other.ndim + input.ndim in input.zero], input.why)
 
 
+def _times(x: Value, named: Mapping[str, Any]) -> list[Any]:
+    """How often each axis of the result is repeated; ``x`` may have fewer axes, or for ``tile`` more."""
+    given = next(iter(named.values()))
+    times = list(given) if isinstance(given, (tuple, list)) else [given]
+    return [1] * (x.ndim - len(times)) + times
+
+
 def _repeats(slim: Rewriter, node: fx.Node) -> None:
-    x, out = slim.value(node.args[0]), slim.value(node)
-    times = flat(node.args[1:]) if len(node.args) > 1 else list(node.kwargs.get("dims", node.kwargs.get("repeats", ())))  # type: ignore[arg-type]
+    x, out = slim.value(slim.argument(node, "input")), slim.value(node)
+    name = "repeats" if slim.argument(node, "repeats") is not None else "dims"
+    times = _times(x, {name: slim.argument(node, name)})
     shift = out.ndim - x.ndim
-    new = [
-        slim.count(out, a) if slim.kept(out, a) is not None and (a < shift or x.shape[a - shift] == 1) else t
-        for a, t in enumerate([1] * (out.ndim - len(times)) + times)
-    ]
-    node.args, node.kwargs = (node.args[0], tuple(new)), {}
+    new = []
+    for axis, given in enumerate(times):
+        inside = 1 if axis < shift else slim.count(x, axis - shift)
+        left = slim.count(out, axis)
+        new.append(given if left == inside * slim.number(given) else slim.rescaled(given, left // inside))
+    slim.set_argument(node, name, tuple(new))
 
 
 @named("repeat", "tile", rewrite=_repeats, inplace=False)
-def repeat(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    moved = ctx.move(node, input, lambda labels: labels.expand(input.shape).repeat(*_padded(input, args, kwargs)))
-    shift = moved.ndim - input.ndim
+def repeat(ctx: LabelContext, node: fx.Node, input: Value, **named: Any) -> Any:
+    times = _times(input, named)
+    form = binding.form_of(node).arguments(node.args, node.kwargs)
+    counted = _times(input, {k: v for k, v in form.items() if k != "input"})
+    shift = len(times) - input.ndim
+    once = set()
+    for axis, vector in input.axes.items():
+        if times[axis + shift] > 1 and isinstance(counted[axis + shift], fx.Node) and ctx.counts_channels(counted[axis + shift]):
+            # A filter of every channel: the channels that it is repeated for are those that go.
+            ctx.pin(vector, "it is repeated once for each channel", ReasonKind.FOLDED)
+            once.add(axis + shift)
+    inside = Value(input.shape, {a: v for a, v in input.axes.items() if a + shift not in once}, input.zero, input.why)
+    moved = ctx.move(node, inside, lambda labels: labels.expand(input.shape).repeat(*times))
     axes = dict(moved.axes)
     for axis, size in enumerate(moved.shape):
-        if size > 1 and axis not in axes and (axis < shift or input.shape[axis - shift] == 1):
+        if axis in once:
+            axes[axis] = np.repeat(ctx.fresh("repeat", times[axis], soft=True), size // times[axis])
+        elif size > 1 and axis not in axes and (axis < shift or input.shape[axis - shift] == 1):
             axes[axis] = ctx.fresh("repeat", size, soft=True)
     return ctx.make(node, axes, moved.zero, input.why)
 
 
-def _padded(x: Value, args: Sequence[Any], kwargs: dict[str, Any]) -> list[int]:
-    times = flat(args) if args else list(kwargs.get("dims", kwargs.get("repeats", ())))
-    return [1] * (x.ndim - len(times)) + list(times)
-
-
 @named("repeat_interleave", inplace=False)
-def repeat_interleave(ctx: LabelContext, node: fx.Node, input: Value, *args: Any, **kwargs: Any) -> Any:
-    if any(True for _ in values((args, kwargs))):
-        return ctx.opaque(node, [input, *values((args, kwargs))], "it is repeated a different number of times per index")
-    return moved(ctx, node, input, *args, **kwargs)
+def repeat_interleave(ctx: LabelContext, node: fx.Node, input: Value, **named: Any) -> Any:
+    if found := values(named):
+        return ctx.opaque(node, [input, *found], "it is repeated a different number of times per index")
+    return moved(ctx, node, input, **named)
