@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 
 import torch
 from torch import fx, nn
@@ -10,6 +11,7 @@ from torch import fx, nn
 from fxprune.passes.ir.nodes import op_name
 from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.ir.traced import TracedModel
+from fxprune.passes.ir.writes import is_rewritten
 from fxprune.passes.labels.ledger import Tie
 from fxprune.passes.labels.values import Labels, Value, Vector
 
@@ -43,8 +45,15 @@ class ParameterLabels:
         floating, mask = tensor.is_floating_point(), tensor.dtype == torch.bool  # a mask has channels; an index has positions
         width = self._channels_end(name, len(shape)) if floating or mask or tensor.is_complex() else 0
         axes = {d: self.parameter(name, d, n) for d, n in enumerate(shape[:width]) if n > 1}
-        zeroed = floating and name not in self.traced.constants  # a removed slice of a parameter is one of zeros; of a literal it is not
+        # A removed slice of a parameter is one of zeros; of a literal, or of what forward writes into, it is not.
+        zeroed = floating and name not in self.traced.constants and name not in self._written
         return Value(shape, axes, frozenset(axes) if zeroed else frozenset(), _from(name))
+
+    @cached_property
+    def _written(self) -> frozenset[str]:
+        """The tensors that an evaluation writes into: from the second call on they hold what it wrote."""
+        graphs = [graph for mode, graph in self.traced.graphs.items() if not mode.endswith("train")]
+        return frozenset(str(n.target) for graph in graphs for n in graph.nodes if n.op == "get_attr" and is_rewritten(n))
 
     def _channels_end(self, name: str, ndim: int) -> int:
         """How many leading dimensions of a tensor may carry channels, by the layers that hold it."""

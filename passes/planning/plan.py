@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.planning.naming import limits, sparsities
+from fxprune.passes.planning.parts import keep_one_of_each
 from fxprune.policies import units_removed
 
 Keep = npt.NDArray[np.bool_]
@@ -35,7 +36,8 @@ def plan(
 
 
 def keep_counts(graph: CouplingGraph, removed: Mapping[str, int], scores: Mapping[str, Any], round_to: int = 1) -> Keep:
-    """Like ``plan``, from the number of units to remove of each group."""
+    """Like ``plan``, from the number of units to remove of each group. Of what an operation sees alone (a slice) one unit stays, and the
+    next of its group goes instead."""
     keep = np.ones(int(graph.starts[-1]) if len(graph.starts) else 0, dtype=bool)
     counts = {name: min(n, graph.by_name[name].size - 1) for name, n in removed.items()}
     if round_to > 1:
@@ -46,6 +48,7 @@ def keep_counts(graph: CouplingGraph, removed: Mapping[str, int], scores: Mappin
         group = graph.by_name[name]
         ranked = np.argsort(np.asarray(scores[name], dtype=np.float64), kind="stable")
         keep[graph.starts[group.number] + ranked[:count]] = False
+    keep_one_of_each(graph, keep, scores)
     return keep
 
 

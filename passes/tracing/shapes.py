@@ -31,12 +31,18 @@ def quick(module: Any, args: tuple[Any, ...]) -> torch.Tensor | None:
     x = args[0]
     kind = type(module)
     if kind in _SAME_EXACT:
-        return x if getattr(module, "inplace", False) else _like(x)
+        return x if getattr(module, "inplace", False) or _hands_on(module) else _like(x)
     spec = spec_of(module)
     if spec is None or spec.shape is None or (spec.produces and kind not in SPECS):  # a subclass may compute something else
         return None
     found: torch.Tensor | None = spec.shape(module, args)
     return found
+
+
+def _hands_on(module: Any) -> bool:
+    """Whether a module returns the very tensor that it is given: what is written into one is written into the other."""
+    idle = isinstance(module, nn.modules.dropout._DropoutNd) and (not module.training or module.p == 0)
+    return idle or isinstance(module, nn.Identity)
 
 
 def recurrent(module: Any, args: tuple[Any, ...]) -> tuple[Any, Any] | None:
@@ -87,7 +93,8 @@ def quick_function(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         unchanged = len(args) == 1 and not (kwargs.keys() - {"inplace", "p", "training"})
         if not unchanged or target == "contiguous":
             return x if unchanged and x.is_contiguous() else None
-        return x if kwargs.get("inplace") is True else _like(x)
+        idle = target is F.dropout and (kwargs.get("training") is False or kwargs.get("p") == 0)
+        return x if kwargs.get("inplace") is True or idle else _like(x)
     if target in _AUGMENTED and len(args) == 2 and (isinstance(args[1], (int, float)) or _fits(args[1], x)):
         return x
     if target in _BINARY and len(args) == 2 and not kwargs:

@@ -36,6 +36,8 @@ def _split_sizes(slim: Rewriter, node: fx.Node) -> None:
     if slim.kept(x, dim) is None:
         return
     parts: Any = [slim.count(part, dim) for part in slim.value(node)]
+    if len(set(parts)) == 1 and not slim.is_fixed(given, dim) and isinstance(slim.argument(node, "chunks"), int):
+        return  # equal parts, as many with every batch that may be folded in
     size = slim.argument(node, "split_size", slim.argument(node, "split_size_or_sections"))
     if isinstance(size, (int, fx.Node)) and len(set(parts)) == 1 and not slim.is_fixed(given, dim):
         parts = slim.rescaled(size, parts[0])  # a batch may be folded in: with more of it there are more parts
@@ -55,7 +57,8 @@ def split(ctx: LabelContext, node: fx.Node, input: Value, dim: int = 0, **sizes:
         return tuple(ctx.make(node, input.axes, input.zero, input.why, i) for i in range(len(node.meta["val"])))
     given = sizes if target_name(node) in _ALONG else {**sizes, "dim": axis}
     parts = moved(ctx, node, input, **given)
-    repeated = ctx.labels.units(input.axes[axis]) < input.shape[axis]
+    counted = isinstance(sizes.get("chunks", sizes.get("sections")), int)
+    repeated = not counted and ctx.labels.units(input.axes[axis]) < input.shape[axis]
     if repeated and not ctx.is_fixed(node.all_input_nodes[0], axis) and not _periodic(ctx, node, parts, axis, sizes):
         for part in parts:
             ctx.pin(part.axes.get(axis), "how many parts there are depends on the input", ReasonKind.COMPUTED_INDEX)
