@@ -92,7 +92,7 @@ DOUBTFUL = [
 
 @pytest.mark.parametrize(("give", "batch", "words"), DOUBTFUL)
 def test_what_leaves_a_doubt_names_the_ways_and_a_loss_settles_it(give: Any, batch: Any, words: str) -> None:
-    with pytest.raises(InputError, match=f"{words}.*pass loss=f, where f\\(output, batch\\).*importance=\"l2\""):
+    with pytest.raises(InputError, match=f'{words}.*pass loss=f, where f\\(output, batch\\).*importance="l2"'):
         gradients(net(give), [batch])
     seen = []
 

@@ -47,7 +47,6 @@ class LabelContext(ParameterLabels):
         self.statistics: dict[fx.Node, set[int]] = {}  # axes of the first input along which norms="exact" counts zeros
         self.clashes: list[tuple[Vector, Vector]] = []
         self.sized: dict[str, list[tuple[Value, int]]] = {}
-        self._soft: list[tuple[int, int]] = []
         self._real: dict[Any, Any] = {}
         self.mode = ""
         self.given: list[Value] = []
@@ -57,19 +56,11 @@ class LabelContext(ParameterLabels):
 
     def fresh(self, key: str, size: int, soft: bool = False) -> Vector:
         """New labels for an axis that the current node makes. ``soft`` ones yield where they meet a fixed size."""
-        vector = self.labels.new(size)
-        if soft and size:
-            self._soft.append((int(vector[0]), int(vector[-1])))
-        return vector
+        return self.labels.new(size, soft)
 
     def is_soft(self, vector: Vector) -> bool:
-        """Whether all labels were made by an expansion or a factory and have met no other label."""
-        if not self._soft or self.labels.have_met(vector):
-            return False
-        starts = np.array([s for s, _ in self._soft])
-        ends = np.array([e for _, e in self._soft])
-        slot = np.searchsorted(starts, vector, side="right") - 1
-        return bool((slot >= 0).all() and (vector <= ends[slot]).all())
+        """Whether all labels were made by an expansion or a factory and have met no other kind."""
+        return self.labels.yields(vector)
 
     def pin(self, vector: Vector | None, detail: str, kind: ReasonKind | None = None, because: Reason | None = None) -> None:
         """Keep these labels. ``detail``: why, without the place; ``because``: the ``why`` of a value that the reason rests on."""

@@ -20,19 +20,21 @@ class Labels:
 
     def __init__(self) -> None:
         self._parent: Vector = np.arange(1024, dtype=np.int64)
-        self._met = np.zeros(1024, dtype=bool)
+        self._yields = np.zeros(1024, dtype=bool)  # of a class: whether nothing but expansions and factories made its labels
         self.count = 0
         self.pins: list[tuple[Vector, Reason]] = []
         self.inexact: list[tuple[Vector, Reason]] = []
 
-    def new(self, size: int) -> Vector:
+    def new(self, size: int, soft: bool = False) -> Vector:
+        """``size`` labels; ``soft`` ones yield where their class meets a fixed size."""
         start, self.count = self.count, self.count + size
         if self.count > len(self._parent):
             grown = np.arange(max(self.count, 2 * len(self._parent)), dtype=np.int64)
             grown[: len(self._parent)] = self._parent
-            met = np.zeros(len(grown), dtype=bool)
-            met[: len(self._met)] = self._met
-            self._parent, self._met = grown, met
+            yields = np.zeros(len(grown), dtype=bool)
+            yields[: len(self._yields)] = self._yields
+            self._parent, self._yields = grown, yields
+        self._yields[start : self.count] = soft
         return np.arange(start, self.count, dtype=np.int64)
 
     def find(self, vector: Vector) -> Vector:
@@ -55,13 +57,14 @@ class Labels:
             if not differ.any():
                 return
             a, b = a[differ], b[differ]
-            self._met[a] = self._met[b] = True
+            hard = ~(self._yields[a] & self._yields[b])
+            self._yields[a[hard]] = self._yields[b[hard]] = False
             # Several pairs may name one root: it takes the smallest partner, and the next round unites the others.
             np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
 
-    def have_met(self, vector: Vector) -> bool:
-        """Whether any of the labels was united with another."""
-        return bool(self._met[vector].any() or self._met[self.find(vector)].any())
+    def yields(self, vector: Vector) -> bool:
+        """Whether all labels are soft, and have met none that are not."""
+        return bool(self._yields[self.find(vector)].all())
 
     def pin(self, vector: Vector, reason: Reason) -> None:
         self.pins.append((vector, reason))

@@ -43,7 +43,7 @@ def form_of(node: fx.Node, module: nn.Module | None = None) -> Form:
     """How the arguments of a call are named; ``module``: what a ``call_module`` node calls."""
     kinds = tuple(_kind(a) for a in node.args)
     named = tuple((key, _kind(value)) for key, value in node.kwargs.items())
-    target = type(module) if module is not None else node.target
+    target: Any = type(module) if module is not None else node.target
     try:
         return _form(node.op, target, kinds, named)
     except TypeError:  # a target that cannot be hashed
@@ -96,7 +96,7 @@ class _Schema:
         for position, parameter in enumerate(self.positional):
             if position >= len(kinds):
                 break
-            several = len(kinds) > position + 1 or kinds[position] == "int"
+            several = len(kinds) > position + 1 or (kinds[position] == "int" and not parameter.fixed)
             if parameter.rest or (parameter.name == self.one_by_one and several):
                 found[parameter.name] = slice(position, None)
                 break

@@ -313,7 +313,8 @@ def embedding_bag_module(
 ) -> Value:
     weight = ctx.weight(node, "weight")
     assert weight is not None
-    return embedding_bag(ctx, node, input, weight, offsets, per_sample_weights)
+    found: Value = embedding_bag(ctx, node, input, weight, offsets, per_sample_weights)
+    return found
 
 
 @functions(F.embedding_bag)
