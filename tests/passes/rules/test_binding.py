@@ -15,8 +15,10 @@ from fxprune.passes.labels.values import Value
 from fxprune.passes.rules import binding, registry
 from tests.passes.helpers import assert_sound, prime
 
+torch_: Any = torch  # its stubs do not know NumPy's names
 
-def names(call: Callable[[Any], Any], *shapes: tuple[int, ...]) -> dict[str, Any]:
+
+def names(call: Callable[..., Any], *shapes: tuple[int, ...]) -> dict[str, Any]:
     """The arguments of the first call that ``call`` makes, by name; tensors as "T"."""
     graph = fx.Graph()
     inputs = [graph.placeholder(f"x{i}") for i in range(len(shapes))]
@@ -32,18 +34,18 @@ X = (2, 6, 5)
 FORMS: list[tuple[dict[str, Any], list[Callable[[Any], Any]]]] = [
     (
         {"input": "T", "dim": 1},
-        [lambda x: x.cumsum(1), lambda x: x.cumsum(axis=1), lambda x: torch.cumsum(input=x, dim=1), lambda x: torch.cumsum(x, axis=1)],
+        [lambda x: x.cumsum(1), lambda x: x.cumsum(axis=1), lambda x: torch_.cumsum(input=x, dim=1), lambda x: torch_.cumsum(x, axis=1)],
     ),
-    ({"input": "T", "dim": 1, "unbiased": True}, [lambda x: x.std(1, True), lambda x: torch.std(x, 1, unbiased=True)]),
-    ({"input": "T", "unbiased": True}, [lambda x: x.std(True), lambda x: torch.var(x, unbiased=True)]),
+    ({"input": "T", "dim": 1, "unbiased": True}, [lambda x: x.std(1, True), lambda x: torch_.std(x, 1, unbiased=True)]),
+    ({"input": "T", "unbiased": True}, [lambda x: x.std(True), lambda x: torch_.var(x, unbiased=True)]),
     ({"input": "T", "dim": 1, "keepdim": True}, [lambda x: x.sum(1, True), lambda x: x.mean(axis=1, keepdims=True)]),
     ({"input": "T", "size": (2, 30)}, [lambda x: x.view(2, 30), lambda x: x.view((2, 30)), lambda x: x.view(size=(2, 30))]),
-    ({"input": "T", "shape": (2, 30)}, [lambda x: x.reshape(2, 30), lambda x: torch.reshape(input=x, shape=(2, 30))]),
-    ({"input": "T", "dims": (0, 2, 1)}, [lambda x: x.permute(0, 2, 1), lambda x: torch.permute(x, (0, 2, 1))]),
-    ({"input": "T", "dims": (1,)}, [lambda x: x.flip(1), lambda x: torch.flip(dims=(1,), input=x)]),
-    ({"input": "T"}, [lambda x: x.squeeze(), lambda x: torch.squeeze(input=x)]),
-    ({"input": "T", "dim": -1}, [lambda x: x.unsqueeze(-1), lambda x: torch.unsqueeze(input=x, dim=-1)]),
-    ({"input": "T", "min": 0.0, "max": 1.0}, [lambda x: x.clamp(0.0, 1.0), lambda x: torch.clamp(x, max=1.0, min=0.0)]),
+    ({"input": "T", "shape": (2, 30)}, [lambda x: x.reshape(2, 30), lambda x: torch_.reshape(input=x, shape=(2, 30))]),
+    ({"input": "T", "dims": (0, 2, 1)}, [lambda x: x.permute(0, 2, 1), lambda x: torch_.permute(x, (0, 2, 1))]),
+    ({"input": "T", "dims": (1,)}, [lambda x: x.flip(1), lambda x: torch_.flip(dims=(1,), input=x)]),
+    ({"input": "T"}, [lambda x: x.squeeze(), lambda x: torch_.squeeze(input=x)]),
+    ({"input": "T", "dim": -1}, [lambda x: x.unsqueeze(-1), lambda x: torch_.unsqueeze(input=x, dim=-1)]),
+    ({"input": "T", "min": 0.0, "max": 1.0}, [lambda x: x.clamp(0.0, 1.0), lambda x: torch_.clamp(x, max=1.0, min=0.0)]),
     ({"input": "T", "output_size": 2}, [lambda x: F.adaptive_avg_pool1d(x, 2), lambda x: F.adaptive_avg_pool1d(input=x, output_size=2)]),
     ({"input": "T", "kernel_size": 2}, [lambda x: F.max_pool1d(x, 2), lambda x: F.max_pool1d(input=x, kernel_size=2)]),
     (
@@ -67,9 +69,9 @@ def test_forms_of_one_call(number: int) -> None:
 
 
 def test_two_tensors() -> None:
-    assert list(names(lambda x, y: torch.bmm(input=x, mat2=y), X, (2, 5, 3))) == ["input", "mat2"]
-    assert list(names(lambda x, y: torch.add(x1=x, x2=y), X, X)) == ["input", "other"]
-    assert list(names(lambda x, y: torch.lerp(weight=0.5, end=y, input=x), X, X)) == ["input", "end", "weight"]
+    assert list(names(lambda x, y: torch_.bmm(input=x, mat2=y), X, (2, 5, 3))) == ["input", "mat2"]
+    assert list(names(lambda x, y: torch_.add(x1=x, x2=y), X, X)) == ["input", "other"]
+    assert list(names(lambda x, y: torch_.lerp(weight=0.5, end=y, input=x), X, X)) == ["input", "end", "weight"]
 
 
 def test_a_rule_takes_what_it_names_and_the_rest_in_order() -> None:
@@ -133,34 +135,34 @@ class Around(nn.Module):
 
 
 KEYWORDS: dict[str, tuple[Callable[[Any], Any], bool]] = {
-    "narrow": (lambda y: torch.cat([torch.narrow(input=y, dim=1, start=8, length=8), y.narrow(dim=1, start=0, length=8)], axis=1), True),
-    "roll": (lambda y: torch.roll(input=y, dims=1, shifts=3), True),
+    "narrow": (lambda y: torch_.cat([torch_.narrow(input=y, dim=1, start=8, length=8), y.narrow(dim=1, start=0, length=8)], axis=1), True),
+    "roll": (lambda y: torch_.roll(input=y, dims=1, shifts=3), True),
     "pad": (lambda y: F.pad(input=y, pad=(1, 1, 1, 1, 2, 2), mode="constant")[:, 2:-2], True),
-    "chunk": (lambda y: torch.cat(tensors=torch.chunk(chunks=2, input=y, dim=1)[::-1], dim=1), True),
-    "split": (lambda y: torch.cat(torch.split(tensor=y, split_size_or_sections=[4, 12], dim=1), axis=1), True),
-    "hsplit": (lambda y: torch.cat(y.hsplit(4), 1), True),
-    "unsafe_split": (lambda y: torch.cat(y.unsafe_split(4, 1), 1), True),
-    "permute": (lambda y: torch.permute(dims=(0, 2, 3, 1), input=y).permute(dims=(0, 3, 1, 2)), True),
-    "movedim": (lambda y: torch.movedim(y, source=1, destination=-1).movedim(-1, 1), True),
+    "chunk": (lambda y: torch_.cat(tensors=torch_.chunk(chunks=2, input=y, dim=1)[::-1], dim=1), True),
+    "split": (lambda y: torch_.cat(torch_.split(tensor=y, split_size_or_sections=[4, 12], dim=1), axis=1), True),
+    "hsplit": (lambda y: torch_.cat(y.hsplit(4), 1), True),
+    "unsafe_split": (lambda y: torch_.cat(y.unsafe_split(4, 1), 1), True),
+    "permute": (lambda y: torch_.permute(dims=(0, 2, 3, 1), input=y).permute(dims=(0, 3, 1, 2)), True),
+    "movedim": (lambda y: torch_.movedim(y, source=1, destination=-1).movedim(-1, 1), True),
     "unflatten": (lambda y: y.unflatten(dim=1, sizes=(4, 4)).flatten(start_dim=1, end_dim=2), True),
-    "reshape": (lambda y: torch.reshape(shape=(y.shape[0], 16, -1), input=y).reshape(y.shape), True),
-    "expand": (lambda y: y * torch.ones(1).expand(size=(y.shape[0], 16, 1, 1)), True),
+    "reshape": (lambda y: torch_.reshape(shape=(y.shape[0], 16, -1), input=y).reshape(y.shape), True),
+    "expand": (lambda y: y * torch_.ones(1).expand(size=(y.shape[0], 16, 1, 1)), True),
     "repeat": (lambda y: y + y.mean((2, 3), keepdim=True).repeat(repeats=(1, 1, 8, 8)), True),
-    "repeat_interleave": (lambda y: torch.repeat_interleave(repeats=2, input=y, dim=1)[:, ::2], True),
-    "index_select": (lambda y: torch.index_select(index=torch.arange(15, -1, -1), dim=1, input=y), True),
-    "select": (lambda y: y + torch.select(input=y, dim=2, index=0)[:, :, None], True),
-    "transpose": (lambda y: torch.transpose(dim0=1, dim1=2, input=y).transpose(dim0=2, dim1=1), True),
-    "linear": (lambda y: F.linear(weight=torch.eye(8), input=y), True),
-    "einsum": (lambda y: torch.einsum("bchw,bc->bchw", y, y.mean(axis=(2, 3))), True),
-    "where": (lambda y: torch.where(input=y, other=0.0, condition=y > 0), True),
-    "lerp": (lambda y: torch.lerp(weight=0.5, end=y.relu(), input=y), True),
-    "clamp": (lambda y: torch.clamp(max=1.0, input=y, min=-1.0), True),
-    "max": (lambda y: torch.max(input=y, other=y.relu()), True),
+    "repeat_interleave": (lambda y: torch_.repeat_interleave(repeats=2, input=y, dim=1)[:, ::2], True),
+    "index_select": (lambda y: torch_.index_select(index=torch_.arange(15, -1, -1), dim=1, input=y), True),
+    "select": (lambda y: y + torch_.select(input=y, dim=2, index=0)[:, :, None], True),
+    "transpose": (lambda y: torch_.transpose(dim0=1, dim1=2, input=y).transpose(dim0=2, dim1=1), True),
+    "linear": (lambda y: F.linear(weight=torch_.eye(8), input=y), True),
+    "einsum": (lambda y: torch_.einsum("bchw,bc->bchw", y, y.mean(axis=(2, 3))), True),
+    "where": (lambda y: torch_.where(input=y, other=0.0, condition=y > 0), True),
+    "lerp": (lambda y: torch_.lerp(weight=0.5, end=y.relu(), input=y), True),
+    "clamp": (lambda y: torch_.clamp(max=1.0, input=y, min=-1.0), True),
+    "max": (lambda y: torch_.max(input=y, other=y.relu()), True),
     "amax": (lambda y: y * y.amax(axis=(2, 3), keepdims=True), True),
     "std": (lambda y: y * y.flatten(2).std(2, True)[..., None, None], True),
-    "norm": (lambda y: y * torch.norm(input=y, p=2, dim=(2, 3), keepdim=True), True),
+    "norm": (lambda y: y * torch_.norm(input=y, p=2, dim=(2, 3), keepdim=True), True),
     "normalize": (lambda y: F.normalize(input=y, dim=1), True),
-    "glu": (lambda y: torch.cat([F.glu(input=y, dim=1)] * 2, dim=1), True),
+    "glu": (lambda y: torch_.cat([F.glu(input=y, dim=1)] * 2, dim=1), True),
     "interpolate": (lambda y: F.interpolate(scale_factor=2, input=y, mode="nearest"), True),
     "pool": (lambda y: F.max_pool2d(kernel_size=2, input=y), True),
     "softmax": (lambda y: F.softmax(input=y, dim=2), True),
@@ -172,8 +174,8 @@ KEYWORDS: dict[str, tuple[Callable[[Any], Any], bool]] = {
         ),
         True,
     ),
-    "out": (lambda y: torch.mul(y.detach(), 2.0, out=torch.empty(y.shape)), True),
-    "numel": (lambda y: y / (y.numel() / y.shape[0]) + y / (torch.numel(input=y[:, :3]) / y.shape[0]), True),
+    "out": (lambda y: torch_.mul(y.detach(), 2.0, out=torch_.empty(y.shape)), True),
+    "numel": (lambda y: y / (y.numel() / y.shape[0]) + y / (torch_.numel(input=y[:, :3]) / y.shape[0]), True),
 }
 
 
