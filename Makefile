@@ -15,7 +15,7 @@ demo: $(VENV)/search.stamp
 test: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not long and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m "not long and not gpu"
 
 test-export: $(VENV)/dev.stamp $(VENV)/executorch.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "export and long"

@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+FOLDER = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under pytest-xdist (``-n auto --dist loadgroup``) a file's tests stay on one worker, one after another.
+
+    So what a module makes is made once, and no two tests that kill processes, measure time or start clusters in one file meet. The tests
+    of ``passes``, thousands of small ones, are dealt out one by one.
+    """
+    for item in items:
+        if item.path.is_relative_to(FOLDER) and item.path.relative_to(FOLDER).parts[0] != "passes":
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(FOLDER))))

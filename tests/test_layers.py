@@ -125,6 +125,12 @@ def test_no_imports_run_in_a_circle() -> None:
     assert not [part for part in found if not any(name.startswith("passes.tracing.") for name in part)]
 
 
+def test_the_folders_of_tests_are_named_as_the_rooms() -> None:
+    rooms = {room.split(".")[0] for room in (*ROOMS, *ASIDE)}
+    folders = {path.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").glob("*/**/test_*.py")}
+    assert folders <= rooms, sorted(folders - rooms)
+
+
 def test_no_folder_is_a_drawer() -> None:
     held: dict[Path, int] = {}
     for path in MODULES.values():

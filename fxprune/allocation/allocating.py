@@ -21,7 +21,7 @@ from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.planning.naming import limits
 from fxprune.passes.planning.plan import Rounding, keep_counts
 from fxprune.policies import Policy
-from fxprune.repair.registry import named
+from fxprune.repair.registry import Repair, named
 
 TOLERANCE = 1e-6  # by which a share may be above its bound
 TIGHTENINGS = 12  # times that more is asked for where rounding gave too much back
@@ -80,7 +80,7 @@ def allocate(
     *,
     importance: Any = "auto",
     loss: Loss | None = None,
-    repair: str = "lstsq",
+    repair: Repair = "lstsq",
     round_to: int = 1,
     most: Mapping[str, float] | float | None = None,
     seed: int = 0,

@@ -23,6 +23,7 @@ from fxprune.passes.coupling.graph import CouplingGraph, Group
 from fxprune.repair.calibration import samples as samples_of
 from fxprune.repair.least_squares import gram
 from fxprune.repair.matrices import choose, input_rows
+from fxprune.repair.registry import Repair
 
 FloatArray = npt.NDArray[np.float64]
 ROWS = 32  # rows a layer takes from each calibration sample: places of a convolution's output, or tokens
@@ -66,7 +67,7 @@ def error_table(
     calibration: Iterable[Any],
     *,
     ranking: Mapping[str, Any] | None = None,
-    repair: str = "lstsq",
+    repair: Repair = "lstsq",
     samples: int = SAMPLES,
     seed: int = 0,
 ) -> ErrorTable:
@@ -225,7 +226,7 @@ class _Thinned:
         responses: Responses,
         statistics: _Statistics,
         ranking: Mapping[str, Any] | None,
-        repair: str,
+        repair: Repair,
     ) -> _Thinned:
         read = [(responses.readers[c.name], c) for c in cut if c.name in statistics.stakes]
         rest = [c for c in cut if c.name in responses.rest]

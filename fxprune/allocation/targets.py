@@ -22,6 +22,7 @@ from fxprune.passes.planning.cost import cost_model
 from fxprune.passes.planning.naming import limits
 from fxprune.passes.planning.plan import Keep, Rounding, keep_counts
 from fxprune.policies import Policy
+from fxprune.repair.registry import Repair
 
 _TARGET = re.compile(r"\s*\w+\s*=")
 _MEASURED = ("latency",)
@@ -65,7 +66,7 @@ def allocated(
     *,
     importance: Any = "auto",
     loss: Loss | None = None,
-    repair: str = "none",
+    repair: Repair = "none",
     round_to: int = 1,
     most: Mapping[str, float] | float | None = None,
 ) -> Policy:

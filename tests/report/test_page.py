@@ -16,7 +16,7 @@ from fxprune.report import page as webpage
 from fxprune.report import plots as figures
 from fxprune.report.page import coupling_page
 from fxprune.report.search_page import layers_of, search_page
-from tests.pages import coupling, history, result
+from tests.report.pages import coupling, history, result
 
 FIGURES = {"before-after", "sparsity-plot", "rewards", "round-costs", "candidates", "layer-macs", "layer-params", "coupling"}
 VOID = {"meta", "link", "input", "img", "br"}

@@ -20,7 +20,7 @@ from fxprune.errors import InputError
 from tests.passes.helpers import zeroed
 from tests.test_asking import Attention, X, net
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def other(model: nn.Module) -> Any:
@@ -121,7 +121,7 @@ def test_every_rank_takes_the_channels_of_the_first(tmp_path: Path) -> None:
     """Two processes with data of their own: their gradients choose other channels; apply makes them one network again."""
     launch = [sys.executable, "-W", "error", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*launch, "-m", "tests.two_ranks", str(tmp_path)]
+    command = [*launch, "-m", "tests.files.two_ranks", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))

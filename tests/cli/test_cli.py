@@ -33,7 +33,7 @@ from fxprune.models.small import digits_net
 
 pytest.importorskip("sklearn", reason="the search extra is not installed")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 QUICK = [
     "--train-epochs",
     "3",
@@ -361,7 +361,7 @@ def test_a_target_for_the_latency_is_measured_as_the_table_is(run: Run, tmp_path
 
 
 def test_units_too_coarse_for_the_target(run: Run, tmp_path: Path) -> None:
-    ended = run("--out", tmp_path, *QUICKEST, "--model", "tests.test_cli:Narrow", "--target", "macs=0.35")
+    ended = run("--out", tmp_path, *QUICKEST, "--model", "tests.cli.test_cli:Narrow", "--target", "macs=0.35")
     assert ended.status == 3
     assert "units are too coarse" in ended.err
 
@@ -415,7 +415,7 @@ def test_weights_from_a_file_and_options_from_yaml(run: Run, tmp_path: Path) -> 
         ([], False),
         (["--train-epochs", "2"], False),
         (["--augment"], True),
-        (["--train-epochs", "0", "--model", "tests.test_cli:Narrow"], True),
+        (["--train-epochs", "0", "--model", "tests.cli.test_cli:Narrow"], True),
         (["--weights", "net.pt"], True),
         (["--weights", "net.pt", "--train-epochs", "2"], True),
         (["--weights", "net.pt", "--no-augment"], False),
@@ -461,7 +461,7 @@ BAD = [
     (["--model", "torchvision:resnet18", "--data", "imagefolder:{tmp}/empty"], "--weights FILE, or --train-epochs"),
     (["--model", "torchvision:resnet18", "--train-epochs", "1"], "does not run on 1x8x8 images"),
     (["--model", "no.such:net"], "no.such"),
-    (["--model", "tests.test_cli:NotANumber", "--train-epochs", "1"], "nan"),
+    (["--model", "tests.cli.test_cli:NotANumber", "--train-epochs", "1"], "nan"),
     (["--weights", "{tmp}/none.safetensors"], "none.safetensors"),
     (["--weights", "{tmp}/other.safetensors"], "do not fit"),
     (["--data", "imagefolder:{tmp}/empty"], "empty"),

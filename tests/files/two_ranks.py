@@ -1,4 +1,4 @@
-"""What tests/test_apply.py runs in two processes: every rank prunes by its own data, then takes the channels of rank 0."""
+"""What tests/files/test_apply.py runs in two processes: every rank prunes by its own data, then takes the channels of rank 0."""
 
 from __future__ import annotations
 

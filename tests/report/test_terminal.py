@@ -16,7 +16,7 @@ pytest.importorskip("sklearn", reason="the search extra is not installed")
 pty = pytest.importorskip("pty", reason="only POSIX has terminals like that")
 pytestmark = pytest.mark.long
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 QUICK = [
     *("--train-epochs", "3", "--distill-epochs", "1", "--no-baseline", "--target", "macs=0.4"),
     *("--rounds", "40", "--samples", "3", "--evaluations", "60", "--score-images", "100", "--calibration-images", "64"),

@@ -16,7 +16,7 @@ from fxprune.models.small import digits_net, resnet20, resnet56, vgg19
 from fxprune.training.config import TrainConfig
 from fxprune.training.fitting import train
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_shared_data = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not there")
 
 

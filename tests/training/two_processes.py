@@ -1,4 +1,4 @@
-"""What tests/test_processes.py runs in one process and in two: distillations, their weights and histories to files."""
+"""What tests/training/test_processes.py runs in one process and in two: distillations, their weights and histories to files."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.report.lane_layout import BOTH, CARRIES, READS, WRITES, coupling_data, folded, packed
 from fxprune.report.lane_svg import coupling_svg
-from tests.pages import coupling
+from tests.report.pages import coupling
 
 
 class Net(nn.Module):

@@ -11,7 +11,7 @@ import pytest
 
 from fxprune.report.page import coupling_page
 from fxprune.report.search_page import search_page
-from tests.pages import coupling, history, result
+from tests.report.pages import coupling, history, result
 
 pytestmark = pytest.mark.browser
 pytest.importorskip("plotly", reason="the search extra is not installed")
