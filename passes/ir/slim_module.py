@@ -11,6 +11,8 @@ from torch import fx, nn
 from torch.fx.graph_module import _forward_from_src
 from torch.fx.node import map_arg
 
+from fxprune.errors import FAULTS, UnsupportedError, first_line
+
 _FX = frozenset(
     {
         "_graph",
@@ -127,6 +129,42 @@ class SlimModule(fx.GraphModule):
             cls.forward = _forward_from_src(source, {})
         return code
 
+    def detached(self) -> fx.GraphModule:
+        """A plain ``torch.fx.GraphModule`` that computes the same and needs no fxprune: not to run, to pickle, to load or to script.
+
+        It shares no storage with this module and carries no pruning record; it has the one graph of the mode, training or evaluation, that
+        this module is in, and the parameters and buffers that the graph reads. When fx loads such a module from a pickle it traces the
+        module's code again, which is tried here.
+
+        Returns:
+            The module, in the same mode, on the same device, with the same ``requires_grad`` flags.
+
+        Raises:
+            UnsupportedError: the graph calls a function or module of fxprune's own, or fx cannot trace its code again; says what instead.
+        """
+        mode = "train" if self.training and "train" in self.__dict__["graphs"] else "eval"
+        graph, twin = _thaw(self._frozen()[mode]), copy.deepcopy(self)
+        for node in graph.nodes:
+            node.meta = {}
+            home = type(twin.get_submodule(str(node.target))) if node.op == "call_module" else node.target
+            if str(getattr(home, "__module__", "")).startswith("fxprune"):
+                raise UnsupportedError(
+                    f"the slim network calls {getattr(home, '__name__', home)!r} of fxprune at {node.name!r}, so it cannot be detached; "
+                    "export it with torch.export.export(slim, inputs)"
+                )
+        plain = fx.GraphModule(twin, graph, "GraphModule")
+        modes = {name: module.training for name, module in self.named_modules()}
+        for name, module in plain.named_modules():
+            module.training = modes.get(name, self.training)
+        try:
+            fx.graph_module.GraphModule(plain, _Again().trace(plain))
+        except FAULTS as error:
+            raise UnsupportedError(
+                f"fx cannot trace the slim network's code again, as it does when a pickle is loaded ({first_line(error)}); "
+                "export it with torch.export.export(slim, inputs), or keep it with fxprune.save"
+            ) from error
+        return plain
+
     def _state(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in _FX}
 
@@ -144,6 +182,13 @@ class SlimModule(fx.GraphModule):
 
     def _frozen(self) -> dict[str, Frozen]:
         return {m: _freeze(g) for m, g in self.__dict__["graphs"].items()}
+
+
+class _Again(fx.Tracer):
+    """The tracer that fx uses when it loads a graph module from a pickle: every submodule stays a call."""
+
+    def is_leaf_module(self, _: nn.Module, __: str) -> bool:
+        return True
 
 
 class _Ref:
