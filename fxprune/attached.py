@@ -1,17 +1,20 @@
 """What a slim module carries besides its weights: the record of its pruning, and which parameters its own were sliced from.
 
 Both lie in the module's ``__dict__``, so that ``copy.deepcopy`` and pickles take them along; only this file reads and writes them there.
+The pickle of a module of the user's own class must not need fxprune, so what lies there is then pickled as dicts (``files.record_json``).
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from fxprune.records import PruningRecord
 
+readers: list[Callable[[Any], PruningRecord]] = []  # how a record is read that was pickled as a dict
 RECORD, SOURCES = "_record", "_sources"
 References = dict[str, "weakref.ref[nn.Parameter]"]
 
@@ -33,7 +36,7 @@ class Sources:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Sources, ()
+        return dict, ()
 
 
 def attach(module: nn.Module, record: PruningRecord, sources: Sources | None = None) -> None:
@@ -46,6 +49,8 @@ def attach(module: nn.Module, record: PruningRecord, sources: Sources | None = N
 def record_of(module: Any) -> PruningRecord | None:
     """The pruning record of a module; None for one that fxprune did not make. ``fxprune.record`` raises there instead."""
     found = getattr(module, RECORD, None)
+    if isinstance(found, dict) and readers:
+        found = module.__dict__[RECORD] = readers[0](found)
     return found if isinstance(found, PruningRecord) else None
 
 

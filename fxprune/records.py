@@ -85,6 +85,9 @@ class PruningRecord:
     repaired: Mapping[str, LayerRepair] = field(default_factory=dict)
     blocks: Mapping[str, str] = field(default_factory=dict)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PruningRecord:
+        return self  # it is never changed
+
     def with_repair(self, repair: str, notes: tuple[str, ...] = (), layers: Mapping[str, LayerRepair] | None = None) -> PruningRecord:
         """The same record after a repair; ``notes``: how much was repaired, and what could not be; ``layers``: what was done to each."""
         return replace(self, repair=repair, notes=tuple(dict.fromkeys((*self.notes, *notes))), repaired=dict(layers or {}))

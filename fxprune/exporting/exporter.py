@@ -21,8 +21,11 @@ from fxprune.errors import ExportError, FileError, FxPruneError, InputError, Ver
 from fxprune.evaluation.accuracy import labelled
 from fxprune.evaluation.running import call
 from fxprune.exporting.formats import FORMATS, Format, Job, cannot_run, format_named, require, tensors
+from fxprune.exporting.pretrained import own_model, quiet, write_pretrained
 from fxprune.imports import needed
 
+PRETRAINED = "transformers"
+SAME = 1e-5  # the same operations on the same sizes
 TOLERANCE = 1e-3  # of the output's largest magnitude: other kernels and orders of summation, in float32
 
 
@@ -58,7 +61,8 @@ def export(
         path: of the file. A file that fails leaves an older one as it was.
         format: "torch" (``torch.export``, .pt2), "onnx" (.onnx), "openvino" (.xml and .bin), "executorch" (.pte, by XNNPACK), and in 8-bit
             integers "torch-int8" (.int8.pt2), "onnx-int8" (.int8.onnx) and "openvino-int8" (.int8.xml); one of ``register_format``, or the
-            path ``module:NAME`` of a ``Format``. Without it the suffix decides.
+            path ``module:NAME`` of a ``Format``. Without it the suffix decides. "transformers": a folder that ``from_pretrained`` loads as
+            the model's own class, of a model compressed with ``keep_class=True``.
         example_inputs: a tensor, a tuple or a dict; a slim module's record has their form already.
         dynamic: axis -> name for the sizes that may change, of every input that has the axis; {0: "batch"} unless given, {} for none.
         calibration: batches of inputs, or of (inputs, labels), whose activations set the ranges of the 8-bit formats; "onnx-int8" without
@@ -79,6 +83,8 @@ def export(
         FileError: the path cannot be written.
     """
     target = Path(path)
+    if format == PRETRAINED:
+        return _pretrained(slim, target, example_inputs, verify, SAME if tolerance is None else tolerance)
     name = format_named(format, target)
     chosen = FORMATS[name]
     require(name)
@@ -108,6 +114,45 @@ def export(
         for one in written:
             os.replace(one, target.parent / one.name)
     return Exported(target, name, difference, size)
+
+
+def _pretrained(slim: nn.Module, target: Path, example_inputs: Any, verify: bool | None, tolerance: float) -> Exported:
+    """A folder of transformers, put in place once what was loaded from it computes what ``slim`` does."""
+    model = own_model(slim)
+    if any(t.is_meta for t in model.parameters()):
+        raise InputError(f"this {type(slim).__name__} lies on the meta device and has no values to export; load its weights first")
+    if not target.parent.is_dir():
+        raise FileError(f"cannot export to {target}: there is no folder {target.parent}")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileError(f"cannot export to {target}: it is there already; choose an empty folder or a new name")
+    try:
+        scratch = tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-")
+    except OSError as error:
+        raise FileError(f"cannot export to {target}: {error.strerror}; choose a folder that can be written") from error
+    with scratch as folder:
+        made = Path(folder) / "model"
+        given, twin = _sized(_example(slim, example_inputs), {}, 1), _twin(slim)
+        with torch.no_grad():
+            wanted = tensors(call(twin, given))
+
+        def agrees(other: nn.Module) -> float:
+            with torch.no_grad():
+                found = tensors(call(other, given))
+            return max((_relative(a.float(), b.float()) for a, b in zip(found, wanted, strict=True)), default=0.0)
+
+        difference: float | None = write_pretrained(twin, made, agrees, tolerance)
+        if verify is not False:
+            with quiet():
+                difference = agrees(type(model).from_pretrained(made).eval())
+            if not difference <= tolerance:
+                raise VerificationError(
+                    f"what from_pretrained gives differs from the slim model by {difference:.1e} of the largest magnitude, "
+                    f"{tolerance:.0e} is allowed; nothing was written"
+                )
+        if target.exists():
+            target.rmdir()
+        os.replace(made, target)
+    return Exported(target, PRETRAINED, difference, sum(one.stat().st_size for one in target.iterdir()))
 
 
 def _made(job: Job, path: Path, name: str, chosen: Format, verify: bool, tolerance: float | None) -> float | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from fxprune import attached
 from fxprune.errors import FileError, PolicyError
 from fxprune.index_lists import MOST, indices, ranges
 from fxprune.policies import Policy
@@ -129,3 +131,13 @@ def _count(value: Json) -> int:
     if type(value) is not int or value < 0:
         raise FileError(f"its record is damaged: {str(value)[:40]!r} is no count")
     return value
+
+
+def _reduced(record: PruningRecord) -> tuple[Any, ...]:
+    """How a record is pickled: as a dict where the module that carries it is of the user's class, and may be loaded without fxprune."""
+    found: Any = (dict, (list(encode_record(record).items()),)) if record.keep_class else object.__reduce_ex__(record, 2)
+    return found  # type: ignore[no-any-return]
+
+
+copyreg.pickle(PruningRecord, _reduced)  # type: ignore[arg-type]
+attached.readers.append(decode_record)

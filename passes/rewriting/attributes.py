@@ -217,9 +217,14 @@ class Attributes:
 
         Two attributes of one value (as many heads as each is wide) are exchanged in all the code of a class, then line by line.
         """
-        best = {site: found[0] for site, found in self.candidates.items() if found}
+        likely = {site: found[0] for site, found in self.candidates.items() if found}
+        best = {site: one for site, one in likely.items() if not self.sites[site][0].implied}
+        if len(best) < len(likely):
+            yield likely
         yield best
-        unmet = {site: of for site, of in self.sites.items() if site not in best and any(one.old != one.new for one in of)}
+        unmet = {
+            site: of for site, of in self.sites.items() if site not in best and not of[0].implied and any(one.old != one.new for one in of)
+        }
         parts = {site: found for site, of in unmet.items() if (found := self._candidates(site, of, derived=True))}
         if parts:
             best = {**best, **{site: found[0] for site, found in parts.items()}}

@@ -41,7 +41,7 @@ def uneven(slimmer: Slimmer) -> list[list[Vector]]:
     for mode, graph in slimmer.walk.traced.graphs.items():
         ties += list(even_parts(slimmer, mode, graph))
         found += literals(slimmer, mode, graph, slimmer.copy(mode, graph))
-    known = Attributes(slimmer.skeleton.original, found)
+    known = Attributes(slimmer.skeleton.original, [one for one in found if not one.implied])
     for of in known.values(next(known.choices(1))).values():
         along = [one.along for one, _ in of]
         if all(vector is not None and len(vector) == of[0][0].old for vector in along):
@@ -91,7 +91,7 @@ def kept_class(slimmer: Slimmer) -> nn.Module:
 
 def _value(of: Sequence[tuple[Literal, int]]) -> int:
     """What an attribute has to be; where its uses differ, the check that follows says so."""
-    return next((value for one, value in of if one.old != one.new), of[0][1])
+    return next((value for one, value in sorted(of, key=lambda one: one[0].implied) if one.old != one.new), of[0][1])
 
 
 class _Setting:
@@ -213,7 +213,7 @@ def _sizes_of(slimmer: Slimmer, made: nn.Module, path: str, setting: _Setting) -
 
 
 def _unanswered(known: Attributes, choice: Mapping[Any, Any]) -> Iterable[Literal]:
-    return (one for site, of in known.sites.items() if site not in choice for one in of if one.old != one.new)
+    return (one for site, of in known.sites.items() if site not in choice for one in of if one.old != one.new and not one.implied)
 
 
 def _literal_error(kind: str, literal: Literal) -> UnsupportedError:

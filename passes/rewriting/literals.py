@@ -20,7 +20,8 @@ FACTORIES = frozenset({"zeros", "ones", "empty", "rand", "randn"})
 @dataclass(frozen=True, eq=False)
 class Literal:
     """``owner``: the module whose code gave the number. ``site``: what is the same for all modules that run that code.
-    ``old``, ``new``: the number and what it has to be. ``along``: the labels of the axis whose size it is, None where it is no size."""
+    ``old``, ``new``: the number and what it has to be. ``along``: the labels of the axis whose size it is, None where it is no size.
+    ``implied``: it does not stand there, but other code of the class may know it: the size of the parts of a ``chunk``."""
 
     owner: str
     where: str
@@ -29,6 +30,7 @@ class Literal:
     old: int
     new: int
     along: Vector | None
+    implied: bool = False
 
 
 def leaves(nested: Any) -> Iterator[Any]:
@@ -89,7 +91,12 @@ def _axis_of(name: str, place: int, node: fx.Node, value: Any, count: int) -> Ve
 def _parts(slimmer: Slimmer, node: fx.Node, name: str, known: Mapping[fx.Node, Any]) -> Iterator[Literal]:
     sizes, dim = _split_arguments(node)
     parts = known.get(node)
-    if name in ("chunk", "unsafe_chunk", "tensor_split") or not isinstance(parts, tuple) or not is_number(dim):
+    if not isinstance(parts, tuple) or not is_number(dim):
+        return
+    if name in ("chunk", "unsafe_chunk", "tensor_split"):
+        axis = int(dim) % parts[0].ndim
+        if len({part.shape[axis] for part in parts}) == len({slimmer.count(part, axis) for part in parts}) == 1:
+            yield _literal(slimmer, node, name, 0, parts[0].shape[axis], slimmer.count(parts[0], axis), parts[0].axes.get(axis), True)
         return
     for place, part in enumerate(parts):
         axis = int(dim) % part.ndim
@@ -107,11 +114,13 @@ def _split_arguments(node: fx.Node) -> tuple[Any, Any]:
     return sizes, node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
 
 
-def _literal(slimmer: Slimmer, node: fx.Node, name: str, place: int, old: int, new: int, along: Vector | None) -> Literal:
+def _literal(
+    slimmer: Slimmer, node: fx.Node, name: str, place: int, old: int, new: int, along: Vector | None, implied: bool = False
+) -> Literal:
     owner, where = str(node.meta.get("owner") or ""), str(node.meta.get("where") or "forward")
     module = slimmer.skeleton.original_module(owner) if slimmer.skeleton.module_or_none(owner) is not None else slimmer.skeleton.original
     kind = type(module)
-    return Literal(owner, where, name, (kind, where, name, place), old, new, along)
+    return Literal(owner, where, name, (kind, where, name, place), old, new, along, implied)
 
 
 def even_parts(slimmer: Slimmer, mode: str, graph: fx.Graph) -> Iterator[list[Vector]]:

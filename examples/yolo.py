@@ -1,0 +1,105 @@
+"""A YOLO of ultralytics, pruned and handed back to its own trainer: ``python examples/yolo.py [folder]``.
+
+A few images of coloured squares are drawn on the spot; nothing is downloaded. The detector trains, loses channels where they cost its
+validation least, goes on in ultralytics' own trainer (with its EMA, validation and checkpoints), is exported to ONNX, and its
+``slim.pt`` is loaded by ``YOLO`` in a process that knows nothing of fxprune. Install ``fxprune[ultralytics]``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fxprune
+
+SIZE, EPOCHS = 64, 3
+IMAGES = {"train": 32, "val": 16}
+
+
+def draw(folder: Path) -> Path:
+    """Images of one or two squares, red or green, with their boxes; the data set's yaml."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for part, count in IMAGES.items():
+        for kind in ("images", "labels"):
+            (folder / kind / part).mkdir(parents=True)
+        for number in range(count):
+            image, lines = rng.integers(60, 110, (SIZE, SIZE, 3), dtype=np.uint8), []
+            for _ in range(rng.integers(1, 3)):
+                side, label = int(rng.integers(14, 26)), int(rng.integers(2))
+                x, y = (int(v) for v in rng.integers(0, SIZE - side, 2))
+                image[y : y + side, x : x + side] = (255, 0, 0) if label == 0 else (0, 255, 0)
+                lines.append(f"{label} {(x + side / 2) / SIZE} {(y + side / 2) / SIZE} {side / SIZE} {side / SIZE}")
+            Image.fromarray(image).save(folder / "images" / part / f"{number}.png")
+            (folder / "labels" / part / f"{number}.txt").write_text("\n".join(lines))
+    data = folder / "squares.yaml"
+    data.write_text(f"path: {folder}\ntrain: images/train\nval: images/val\nnames: [red, green]\n")
+    return data
+
+
+def trainer_of(slim: torch.nn.Module, base: type) -> type:
+    """ultralytics' trainer builds its network from a yaml, at full width; this one goes on with ``slim``."""
+
+    class Slim(base):  # type: ignore[misc]
+        def get_model(self, *_: Any, **__: Any) -> torch.nn.Module:
+            return slim
+
+    return Slim
+
+
+def main(folder: Path, name: str = "yolo11n.yaml") -> None:
+    from ultralytics import YOLO
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    data = draw(folder / "data")
+    settings = {"data": str(data), "imgsz": SIZE, "batch": 8, "workers": 0, "device": "cpu", "verbose": False, "plots": False, "amp": False}
+    run = {**settings, "project": str(folder), "lr0": 0.01, "warmup_epochs": 1, "seed": 0}
+    yolo = YOLO(name)
+    yolo.train(**run, epochs=EPOCHS, name="full")
+    model = yolo.model.float().eval().requires_grad_(True)
+
+    def precision(candidate: torch.nn.Module) -> float:
+        """The mean average precision at an overlap of 0.5, measured by ultralytics' own validation."""
+        shell = YOLO(name)
+        shell.model = candidate
+        return float(shell.val(**settings, project=str(folder), name="val", exist_ok=True).box.map50)
+
+    x = torch.rand(1, 3, SIZE, SIZE)
+    slim: Any = fxprune.compress(model, 0.3, x, round_to=8, keep_class=True)
+    record = fxprune.record(slim)
+    print(f"parameters {record.before.params} -> {record.after.params}, macs {record.before.macs} -> {record.after.macs}")
+    assert type(slim) is type(model)
+
+    more = YOLO(name)
+    more.model = slim
+    more.train(**run, epochs=EPOCHS, name="slim", trainer=trainer_of(slim, DetectionTrainer))
+    best = folder / "slim" / "weights" / "best.pt"
+    assert sum(p.numel() for p in more.model.parameters()) == record.after.params
+    print(f"mAP50 of the full one {precision(model):.3f}, of the slim one {precision(more.model):.3f}")
+
+    more.export(format="onnx", imgsz=SIZE, device="cpu", simplify=False)
+    print(f"written: {best.with_suffix('.onnx').name}, {best.with_suffix('.onnx').stat().st_size} bytes")
+
+    script = (
+        "import sys; sys.modules['fxprune'] = None\n"
+        "from ultralytics import YOLO\n"
+        f"yolo = YOLO({str(best)!r})\n"
+        f"yolo.predict({str(folder / 'data' / 'images' / 'val' / '0.png')!r}, imgsz={SIZE}, device='cpu', verbose=False)\n"
+        "print('loaded elsewhere:', sum(p.numel() for p in yolo.model.parameters()), 'parameters')\n"
+    )
+    print(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1])
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        # Its settings stay out of the home folder, and it asks no server for anything.
+        os.environ.update(YOLO_CONFIG_DIR=scratch, YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false")
+        main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(scratch) / "runs")
