@@ -71,7 +71,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("kind", sorted(FAMILIES))
+@pytest.mark.parametrize("kind", ["GPT2", *(pytest.param(k, marks=pytest.mark.long) for k in sorted(FAMILIES) if k != "GPT2")])
 def test_the_class_generates_with_its_cache_and_loads_elsewhere(kind: str, tmp_path: Path) -> None:
     model = made(kind, **FAMILIES[kind])
     slim = slim_of(model, kind, 0.5)

@@ -61,16 +61,18 @@ def _give_back(keep: Keep, score: Vector, units: Sequence[Vector]) -> None:
     """Removed units return where fewer than elsewhere are left; one that lies on an axis several times counts as often."""
     while True:
         left = [int((keep[u] | (u < 0)).sum()) for u in units]
-        short = [u for u, n in zip(units, left, strict=True) if n < max(left)]
-        if not short:
+        most = max(left)
+        if min(left) == most:
             return
-        for u in short:
+        for u in units:
+            missing = most - int((keep[u] | (u < 0)).sum())  # asked again: the same axis may be named twice
+            if missing <= 0:
+                continue
             gone = np.unique(u[(u >= 0) & ~keep[u]])
             if not len(gone):  # of unequal size from the start: nothing would make them even
                 return
             times = int((u == gone[0]).sum())
-            missing = -(-(max(left) - int((keep[u] | (u < 0)).sum())) // times)
-            keep[gone[np.argsort(-score[gone], kind="stable")[: max(missing, 1)]]] = True
+            keep[gone[np.argsort(-score[gone], kind="stable")[: -(-missing // times)]]] = True
 
 
 def _rounded(graph: CouplingGraph, keep: Keep, score: Vector, multiple: int) -> None:

@@ -20,7 +20,7 @@ from fxprune.passes.labels.values import Vector
 from fxprune.passes.rewriting import attributes
 from fxprune.passes.rewriting.agreement import Agreement, Difference
 from fxprune.passes.rewriting.attributes import Attributes, Slot
-from fxprune.passes.rewriting.literals import Literal, even_parts, literals
+from fxprune.passes.rewriting.literals import Literal, even_parts, literals, read_sizes
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.rules import is_known, registry
 from fxprune.passes.tracing.modes import trace
@@ -39,7 +39,7 @@ def uneven(slimmer: Slimmer) -> list[list[Vector]]:
     ties = []
     found: list[Literal] = []
     for mode, graph in slimmer.walk.traced.graphs.items():
-        ties += list(even_parts(slimmer, mode, graph))
+        ties += [*even_parts(slimmer, mode, graph), *read_sizes(slimmer, mode, graph)]
         found += literals(slimmer, mode, graph, slimmer.copy(mode, graph))
     known = Attributes(slimmer.skeleton.original, [one for one in found if not one.implied])
     for of in known.values(next(known.choices(1))).values():

@@ -123,6 +123,25 @@ def _literal(
     return Literal(owner, where, name, (kind, where, name, place), old, new, along, implied)
 
 
+def read_sizes(slimmer: Slimmer, mode: str, graph: fx.Graph) -> Iterator[list[Vector]]:
+    """The labels of two axes of which the first gets its size by a read of the second: ``y.view(b, c, h, w)`` with the ``c`` of ``x``."""
+    known = slimmer.walk.env[mode]
+    for node in graph.nodes:
+        name, value = target_name(node) if node.op in ("call_function", "call_method") else "", known.get(node)
+        if name not in VIEWS or not isinstance(value, Value):
+            continue
+        given = list(leaves((node.args, node.kwargs)))
+        for place, leaf in enumerate(given):
+            if not (isinstance(leaf, fx.Node) and leaf.op == "call_method" and leaf.target == "size" and len(leaf.args) == 2):
+                continue
+            along, source = _axis_of(name, place, node, value, len(given)), known.get(leaf.args[0])  # type: ignore[call-overload]
+            if along is None or not isinstance(source, Value) or not is_number(leaf.args[1]):
+                continue
+            other = source.axes.get(int(leaf.args[1]) % source.ndim)  # type: ignore[arg-type]
+            if other is not None and other is not along and len(other) == len(along):
+                yield [along, other]
+
+
 def even_parts(slimmer: Slimmer, mode: str, graph: fx.Graph) -> Iterator[list[Vector]]:
     """The labels of the parts of every split into parts of one size: a ``chunk``, or a ``split`` by one number."""
     known = slimmer.walk.env[mode]
