@@ -51,6 +51,7 @@ def test_the_class_stays_and_loads_elsewhere(name: str, tasks: Any, tmp_path: Pa
         assert equal(copy.deepcopy(slim).train(training)(X), graph.train(training)(X))
     with torch.no_grad():
         wanted = slim.eval()(X)
+        module: Any
         for module in slim.modules():
             if hasattr(module, "forward_split"):  # what ultralytics' exporter runs in place of forward
                 module.forward = module.forward_split

@@ -136,8 +136,8 @@ def _count(value: Json) -> int:
 def _reduced(record: PruningRecord) -> tuple[Any, ...]:
     """How a record is pickled: as a dict where the module that carries it is of the user's class, and may be loaded without fxprune."""
     found: Any = (dict, (list(encode_record(record).items()),)) if record.keep_class else object.__reduce_ex__(record, 2)
-    return found  # type: ignore[no-any-return]
+    return tuple(found)
 
 
-copyreg.pickle(PruningRecord, _reduced)  # type: ignore[arg-type]
+copyreg.pickle(PruningRecord, _reduced)
 attached.readers.append(decode_record)

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.labels.values import Vector
 from fxprune.passes.planning.plan import Keep, Rounding
 
 Ties = Sequence[Sequence[Vector]]
+Scores = npt.NDArray[np.float64]
 
 
 def evened(graph: CouplingGraph, keep: Keep, scores: Mapping[str, Any], uneven: Callable[[Keep], Ties], round_to: int = 1) -> Keep:
@@ -43,7 +45,7 @@ def evened(graph: CouplingGraph, keep: Keep, scores: Mapping[str, Any], uneven: 
     return keep
 
 
-def _shares(graph: CouplingGraph, keep: Keep, score: Vector, units: Sequence[Vector]) -> None:
+def _shares(graph: CouplingGraph, keep: Keep, score: Scores, units: Sequence[Vector]) -> None:
     """Axes of distinct units of the same groups lose equally many: which axis a low score lies on does not count."""
     flat = np.concatenate(units)
     groups = [np.unique(graph.group_of_unit[u]) for u in units]
@@ -57,7 +59,7 @@ def _shares(graph: CouplingGraph, keep: Keep, score: Vector, units: Sequence[Vec
         keep[u[np.argsort(-score[u], kind="stable")[:left]]] = True
 
 
-def _give_back(keep: Keep, score: Vector, units: Sequence[Vector]) -> None:
+def _give_back(keep: Keep, score: Scores, units: Sequence[Vector]) -> None:
     """Removed units return where fewer than elsewhere are left; one that lies on an axis several times counts as often."""
     while True:
         left = [int((keep[u] | (u < 0)).sum()) for u in units]
@@ -75,7 +77,7 @@ def _give_back(keep: Keep, score: Vector, units: Sequence[Vector]) -> None:
             keep[gone[np.argsort(-score[gone], kind="stable")[: -(-missing // times)]]] = True
 
 
-def _rounded(graph: CouplingGraph, keep: Keep, score: Vector, multiple: int) -> None:
+def _rounded(graph: CouplingGraph, keep: Keep, score: Scores, multiple: int) -> None:
     """What had to be given back goes on to the next multiple."""
     removed = {g.name: int((~keep[graph.starts[g.number] : graph.starts[g.number + 1]]).sum()) for g in graph.groups}
     for name, count in Rounding(graph, multiple)(removed).items():

@@ -134,7 +134,7 @@ def read_sizes(slimmer: Slimmer, mode: str, graph: fx.Graph) -> Iterator[list[Ve
         for place, leaf in enumerate(given):
             if not (isinstance(leaf, fx.Node) and leaf.op == "call_method" and leaf.target == "size" and len(leaf.args) == 2):
                 continue
-            along, source = _axis_of(name, place, node, value, len(given)), known.get(leaf.args[0])  # type: ignore[call-overload]
+            along, source = _axis_of(name, place, node, value, len(given)), known.get(leaf.args[0])  # type: ignore[arg-type]
             if along is None or not isinstance(source, Value) or not is_number(leaf.args[1]):
                 continue
             other = source.axes.get(int(leaf.args[1]) % source.ndim)  # type: ignore[arg-type]
