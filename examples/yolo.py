@@ -21,7 +21,7 @@ from torch import Tensor
 import fxprune
 from fxprune.driver import SearchConfig
 
-SIZE, EPOCHS = 64, 3
+SIZE, EPOCHS = 64, 12
 IMAGES = {"train": 32, "val": 16}
 
 

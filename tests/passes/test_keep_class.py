@@ -90,7 +90,7 @@ def test_a_kept_class_is_pruned_again(tmp_path: Path) -> None:
 
 class Literal(Net):
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.features(x).reshape(-1, 12, 64).mean(2))  # line of Literal
+        logits: Tensor = self.head(self.features(x).reshape(len(x), 12, -1).mean(2))  # line of Literal
         return logits
 
 
@@ -325,7 +325,7 @@ class Computes(Asks):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(x)
-        logits: Tensor = self.head((x.view(len(x), self.channels, 64) * self.channels**-0.5).mean(2))  # line of Computes
+        logits: Tensor = self.head((x.view(len(x), self.channels, -1) * self.channels**-0.5).mean(2))  # line of Computes
         return logits
 
 
