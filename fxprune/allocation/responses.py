@@ -1,6 +1,6 @@
 """The original network run on calibration inputs with the gradients of its output at every layer that reads a group.
 
-The output is projected on random directions, drawn anew for every sample, so that the mean square of what a change of the weights does
+The output is projected on random directions, drawn again for every sample, so that the mean square of what a change of the weights does
 along them is the squared change of the output: for a change D of a layer's weights it is the mean over samples of <D, G>^2, G being the
 sample's own gradient of that weight. No labels are needed, positions count with their correlation, and so do layers with each other.
 (Gauss-Newton by random projection; with directions from the output's own distribution this would be its Fisher information, which says

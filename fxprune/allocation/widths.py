@@ -1,7 +1,7 @@
 """Widths under a budget from an error table: a greedy knapsack with exact marginal costs, improved by giving back and taking elsewhere.
 
 What a step saves depends on how wide its neighbours are (a convolution's cost is a product of two widths), and what it breaks on what
-is broken already (effects of several groups add up or cancel out), so both are computed anew after every step. Steps of several sizes
+is broken already (effects of several groups add up or cancel out), so both are computed again after every step. Steps of several sizes
 are compared, since most of a group can be as cheap to lose as half of it.
 """
 
@@ -75,7 +75,7 @@ class Knapsack:
         return self._returned(at, bounds)
 
     def _returned(self, at: IntArray, bounds: Mapping[str, float]) -> IntArray:
-        """Give back, step by step, what mends most while the bounds stay met."""
+        """Give back, step by step, what repairs most while the bounds stay met."""
         if float(self._over(at[None], bounds)[0]) > 0:
             return at
         effect = self._effect(at)

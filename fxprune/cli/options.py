@@ -1,4 +1,4 @@
-"""What a command-line search is asked to do: plain data, complete enough to be taken up again by another process."""
+"""What a command-line search is asked to do: plain data, complete enough to be resumed by another process."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Options:
         return 20 if self.data == "digits" or self.preset == "paper" else 2  # 20: what the paper gives each step
 
     def state(self) -> dict[str, Any]:
-        """The options as JSON. Raises ``SearchError`` for a function among them, which no other process could take up."""
+        """The options as JSON. Raises ``SearchError`` for a function among them, which no other process could resume."""
         described = {**asdict(self), "search": self.search.described()}
         for name in ("strategy", "reward", "importance", "repair", "loss"):
             if callable(getattr(self.search, name)):
@@ -106,7 +106,7 @@ class Options:
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Options:
-        """Take up what ``state`` returned, or a file of the same form."""
+        """Resume from what ``state`` returned, or a file of the same form."""
         values = dict(state)
         known = {one.name for one in fields(SearchConfig)}
         search = {name: _tupled(value) for name, value in dict(values.pop("search", {})).items() if name in known}

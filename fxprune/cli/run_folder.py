@@ -65,7 +65,7 @@ def begin(out: Path, described: Mapping[str, Any]) -> None:
 def finished(folder: Path) -> RunSummary | None:
     """The end of the run whose checkpoint folder this is, if it came to one."""
     path = folder / RESULT
-    return RunSummary.of(read_json(path, f"{folder.parent} cannot be taken up")) if path.exists() else None
+    return RunSummary.of(read_json(path, f"{folder.parent} cannot be resumed")) if path.exists() else None
 
 
 def write(

@@ -1,6 +1,6 @@
 """A command-line search from its options to its files, stage by stage; what a stage made is on disk before the next one begins.
 
-A run can be killed at any moment: taken up again from its folder, it redoes at most the stage or the round that was cut.
+A run can be killed at any moment: resumed from its folder, it redoes at most the stage or the round that was cut.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def resume(out: str, **changes: Any) -> Session:
     """Take a run up again from its folder; ``changes``: ``jobs``, ``executor`` or ``device``."""
     state = outputs.read_json(Path(out) / "checkpoint" / "session.json", f"{out} holds no run to resume")
     if state.get("format") != FORMAT:
-        raise SearchError(f"{out} holds a run of another version of fxprune ({state.get('format')!r}); start it anew")
+        raise SearchError(f"{out} holds a run of another version of fxprune ({state.get('format')!r}); start it again")
     options = Options.of({**state["options"], "out": out})
     return Session(options.moved(**changes), state["command"])
 
@@ -108,7 +108,7 @@ class Session:
         self.device = resolve_device(options.search.device)
 
     def run(self, watcher: Watcher) -> RunSummary:
-        """Go through all stages, from wherever an earlier try was cut. Raises ``FxPruneError`` for what the user can mend."""
+        """Go through all stages, from wherever an earlier try was cut. Raises ``FxPruneError`` for what the user can fix."""
         finished = outputs.finished(self.folder)
         if finished is not None:
             return finished
@@ -278,7 +278,7 @@ class Session:
 
     def recover(self, teacher: nn.Module, student: nn.Module, watcher: Watcher) -> None:
         """Distil between prune steps. A search that was cut redoes its last round and so comes to the recovery that was cut with it,
-        unless a latency that this round measured anew leads it to another network: what was begun belongs to one of these shapes only."""
+        unless a latency that this round measured again leads it to another network: what was begun belongs to one of these shapes only."""
         shapes = [tuple(parameter.shape) for parameter in student.parameters()]
         stage = f"recovering-{zlib.crc32(repr(shapes).encode()):08x}"
         self.train_by(teacher, student, watcher, stage)

@@ -52,7 +52,7 @@ class Data:
     ) -> Batches:
         """Normalised batches of a part, on ``device``.
 
-        ``training``: shuffled anew each epoch and augmented. ``augmented``: augmented as in training, in order and always alike, which
+        ``training``: shuffled again each epoch and augmented. ``augmented``: augmented as in training, in order and always alike, which
         makes images that a network was trained on about as hard for it as unseen ones. ``limit``: that many samples, drawn once at
         random by ``seed``; for calibration and for scoring on part of the validation data.
         """

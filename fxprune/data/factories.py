@@ -36,7 +36,7 @@ def from_factory(spec: str, asked: Asked) -> DatasetParts:
 
 
 def _stacked(dataset: Any, where: str) -> Images:
-    """The user's data set, asked for each sample anew: it may augment."""
+    """The user's data set, asked for each sample again: it may augment."""
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise InputError(f"{where} is a {type(dataset).__name__}; it must have a length and give (image, class number) by number")
     if len(dataset) and getattr(dataset[0][0], "ndim", None) != 3:

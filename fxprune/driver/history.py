@@ -68,6 +68,6 @@ class History:
         return {"records": self.records, "rounds": self.rounds, "candidates": self.candidates, "best": self.best}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up what ``state`` returned."""
+        """Resume from what ``state`` returned."""
         self.records, self.rounds, self.candidates = state["records"], state["rounds"], state["candidates"]
         self.best = state["best"]

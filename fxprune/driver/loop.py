@@ -248,7 +248,7 @@ class _Search:
                 remove(old)
 
     def restore(self, folder: Path) -> None:
-        """Take up the folder's checkpoint. Raises ``SearchError`` when it belongs to another search."""
+        """Resume from the folder's checkpoint. Raises ``SearchError`` when it belongs to another search."""
         state = checkpoint.load(folder)
         mine = {"config": self.config.identity(), "names": list(self.problem.names), "units": self.problem.units.tolist()}
         for key, value in mine.items():

@@ -28,7 +28,7 @@ class Measured:
         return {"wholes": dict(self.wholes), "shares": [[list(key), share] for key, share in self.shares.items()]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up what ``state`` returned."""
+        """Resume from what ``state`` returned."""
         self.wholes.update(state["wholes"])
         self.shares = {tuple(key): share for key, share in state["shares"]}
 

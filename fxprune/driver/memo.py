@@ -40,5 +40,5 @@ class Memo:
         return [[list(key), metrics] for key, metrics in self._known.items()]
 
     def restore(self, state: list[Any]) -> None:
-        """Take up what ``state`` returned."""
+        """Resume from what ``state`` returned."""
         self._known = {tuple(key): dict(metrics) for key, metrics in state}

@@ -64,7 +64,7 @@ class SearchOutcome:
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> SearchOutcome:
-        """Take up what ``state`` returned."""
+        """Resume from what ``state`` returned."""
         return cls(
             np.array(state["removed"], dtype=np.int64),
             state["reward"],

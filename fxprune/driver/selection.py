@@ -10,7 +10,7 @@ def best_of(strategy: Strategy, evaluator: Evaluator, most: int, *, keep_best: b
     """The candidates that a search may end with, the best first, at most ``most``; at least one: with ``keep_best`` those on target.
 
     Without ``keep_best`` it is the architecture that the strategy ends on, as in the paper. Where nothing is on target it is what comes
-    closest to it, and never the original where anything else was scored: who asks for less is not served by all of it.
+    closest to it, and never the unpruned original if any other candidate was scored.
     """
     budget = strategy.budget
     own = strategy.result()

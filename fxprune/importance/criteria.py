@@ -45,7 +45,7 @@ def scores(
     """Scores of all prunable groups: group name -> array (units).
 
     ``importance``: "taylor" (first order, |weight x gradient| summed; Molchanov 2017, here over the whole group), "l2", "l1",
-    "variance" (of the weights), "reconstruction" (the error of the layers that read the unit, fitted anew without it; see
+    "variance" (of the weights), "reconstruction" (the error of the layers that read the unit, fitted again without it; see
     ``fxprune.importance.reconstruction``), "random" (by ``seed``), "auto" (taylor where ``calibration`` is given, else l2), the name of
     another that is registered, a ``Criterion``, or a callable ``(group, module) -> scores``. ``calibration``: batches, each
     ``(inputs, targets)`` or inputs alone. ``loss``: what "taylor" differentiates (see ``fxprune.importance.gradients``). Units that are

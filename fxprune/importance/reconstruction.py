@@ -1,4 +1,4 @@
-"""Importance by reconstruction: which units the others can stand in for, once the layers that read them are fitted anew.
+"""Importance by reconstruction: which units the others can stand in for, once the layers that read them are fitted again.
 
 Backward elimination on the covariance of each reading layer's inputs: the unit goes whose loss raises the least-squares error of the
 original responses least, the remaining weights being refitted in closed form (Hassibi 1993, Optimal Brain Surgeon, with the layer-wise

@@ -86,4 +86,4 @@ def read_weights(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise FileError(f"cannot go on from {path}: {first_line(error)}; start the search anew") from error
+        raise FileError(f"cannot go on from {path}: {first_line(error)}; start the search again") from error

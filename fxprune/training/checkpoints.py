@@ -52,9 +52,9 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-        raise FileError(f"cannot go on from {path}: {first_line(error)}; remove it to start anew") from error
+        raise FileError(f"cannot go on from {path}: {first_line(error)}; remove it to start again") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise FileError(f"cannot go on from {path}: it is no checkpoint of this version of fxprune; remove it to start anew")
+        raise FileError(f"cannot go on from {path}: it is no checkpoint of this version of fxprune; remove it to start again")
     return state
 
 
@@ -64,5 +64,5 @@ def check_same(folder: Path, kept: Mapping[str, Any], now: Mapping[str, Any]) ->
         if kept.get(name) != now.get(name):
             raise FileError(
                 f"cannot go on from {folder / NAME}: {name} was {kept.get(name)!r} and is {now.get(name)!r}; "
-                "give the same options, or resume=False to start anew"
+                "give the same options, or resume=False to start again"
             )

@@ -45,7 +45,7 @@ class Objective:
         return {}
 
     def restore(self, state: Mapping[str, Any], model: nn.Module) -> None:
-        """Take up what ``state`` gave; ``model`` is the one that is trained."""
+        """Resume from what ``state`` gave; ``model`` is the one that is trained."""
 
 
 class Whole(nn.Module):

@@ -82,10 +82,10 @@ def rebind(
             anew.append(f"{name!r} ({strange})")
         else:
             raise UnsupportedError(
-                f"{type(optimizer).__name__} keeps {strange} for {name!r}, which cannot be sliced; pass reset=True to begin anew there"
+                f"{type(optimizer).__name__} keeps {strange} for {name!r}, which cannot be sliced; pass reset=True to begin again there"
             )
     if anew:
-        warnings.warn(f"{type(optimizer).__name__} begins anew with what cannot be sliced: {', '.join(anew)}", stacklevel=2)
+        warnings.warn(f"{type(optimizer).__name__} begins again with what cannot be sliced: {', '.join(anew)}", stacklevel=2)
     _follow(following, optimizer, new)
     return new
 

@@ -1,4 +1,4 @@
-"""``fxprune-search`` from its arguments to its files and exit status, interrupted and taken up again."""
+"""``fxprune-search`` from its arguments to its files and exit status, interrupted and resumed."""
 
 from __future__ import annotations
 

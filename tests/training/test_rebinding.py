@@ -247,7 +247,7 @@ def test_a_history_of_all_parameters_is_refused_or_begun_anew() -> None:
     slim = fxprune.compress(model, {"6": 0.5}, X[:1].double())  # the first parameter, which the history is filed under, stays whole
     with pytest.raises(UnsupportedError, match="LBFGS keeps one history of all parameters for '0.weight'.*pass reset=True"):
         fxprune.rebind(optimizer, slim)
-    with pytest.warns(UserWarning, match="LBFGS begins anew"):
+    with pytest.warns(UserWarning, match="LBFGS begins again"):
         rebound = fxprune.rebind(optimizer, slim, reset=True)
     assert not rebound.state
     before = loss(slim, rebound)().item()
@@ -298,7 +298,7 @@ def test_a_state_that_cannot_be_sliced_is_refused_or_begins_anew() -> None:
     slim = fxprune.compress(model, {"0": 0.5}, X[:1].double())
     with pytest.raises(UnsupportedError, match=r"keeps 'factor' of shape \[8, 8\] for '0.weight', which cannot be sliced; pass reset=True"):
         fxprune.rebind(optimizer, slim)
-    with pytest.warns(UserWarning, match=r"begins anew with what cannot be sliced: '0.weight' \('factor' of shape"):
+    with pytest.warns(UserWarning, match=r"begins again with what cannot be sliced: '0.weight' \('factor' of shape"):
         rebound = fxprune.rebind(optimizer, slim, reset=True)
     assert slim.get_parameter("0.weight") not in rebound.state
     assert "factor" in rebound.state[slim.get_parameter("7.weight")]  # unchanged, and so copied whole

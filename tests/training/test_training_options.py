@@ -292,7 +292,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
         train(nn.Linear(4, 2), loader(), config=TrainConfig(1, resume=True, **config))  # type: ignore[arg-type]
     path = tmp_path / NAME
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(FileError, match="cannot go on from .*; remove it to start anew"):
+    with pytest.raises(FileError, match="cannot go on from .*; remove it to start again"):
         train(network(), loader(), config=TrainConfig(1, resume=True, **config))  # type: ignore[arg-type]
 
 
@@ -304,7 +304,7 @@ class Bomb:
 @pytest.mark.parametrize("thing", [{"format": "fxprune-training/1", "options": Bomb()}, [1, 2], {"format": "other"}])
 def test_a_strangers_checkpoint_runs_nothing(thing: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(thing, tmp_path / NAME)
-    with pytest.raises(FileError, match="cannot go on from .*; remove it to start anew"):
+    with pytest.raises(FileError, match="cannot go on from .*; remove it to start again"):
         train(network(), loader(), config=TrainConfig(1, checkpoint_dir=tmp_path, resume=True, device="cpu"))
     assert "unpickled" not in capsys.readouterr().out
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from fxprune.driver.problem import IntArray, Metrics, Score
 
-ATTEMPTS = 3  # times that a batch is taken up again after a worker died
+ATTEMPTS = 3  # times that a batch is resumed after a worker died
 
 
 class Executor(Protocol):

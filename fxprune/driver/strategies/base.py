@@ -98,7 +98,7 @@ class Strategy(ABC):
         return {}
 
     def recall(self, memory: dict[str, Any]) -> None:  # noqa: B027 - an optional hook
-        """Take up what ``memory`` returned."""
+        """Resume from what ``memory`` returned."""
 
     @final
     def ask(self) -> list[IntArray]:
@@ -145,7 +145,7 @@ class Strategy(ABC):
 
     @final
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up what ``state`` returned; the strategy then goes on as the other one would have."""
+        """Resume from what ``state`` returned; the strategy then goes on as the other one would have."""
         self.step = int(state["step"])
         self.rng.bit_generator.state = state["generator"]
         self.recall(state["memory"])

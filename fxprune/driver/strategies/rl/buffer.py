@@ -68,5 +68,5 @@ class ReplayBuffer:
         return [entry.state() for entry in self._entries]
 
     def restore(self, state: list[Any]) -> None:
-        """Take up what ``state`` returned."""
+        """Resume from what ``state`` returned."""
         self._entries = [Entry.of(item) for item in state]

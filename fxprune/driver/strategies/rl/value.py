@@ -45,7 +45,7 @@ class ValueModel:
         return [[list(removed), reward] for removed, reward in self._known.items()]
 
     def restore(self, state: list[Any]) -> None:
-        """Take up what ``state`` returned."""
+        """Resume from what ``state`` returned."""
         self._known, self._fitted = {tuple(removed): reward for removed, reward in state}, None
 
     def predict(self, candidates: Sequence[IntArray]) -> FloatArray:
