@@ -91,7 +91,7 @@ def attribute(ctx: LabelContext, node: fx.Node, input: Any, name: str) -> Any:
         source = node.args[0].meta["val"]  # type: ignore[union-attr]
         return next(v for v, meta in zip(input, source, strict=True) if meta is getattr(source, name))
     if not isinstance(input, Value):  # an entry of a dict that has attributes, or of a dataclass
-        return input[name] if isinstance(input, dict) else getattr(input, name)
+        return input.get(name) if isinstance(input, dict) else getattr(input, name)
     if not isinstance(node.meta["val"], torch.Tensor):
         return node.meta["val"]
     if name in ("T", "mT", "H", "mH"):
