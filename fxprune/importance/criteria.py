@@ -51,7 +51,36 @@ def scores(
     ``(inputs, targets)`` or inputs alone. ``loss``: what "taylor" differentiates (see ``fxprune.importance.gradients``). Units that are
     dead already (``fxprune.zeros``) score below all others.
     """
-    return _dead_first(graph, _scores(graph, importance, calibration, seed, loss))
+    name = ("l2" if calibration is None else "taylor") if importance == "auto" else importance
+    if not isinstance(name, str) or name not in _OF_WEIGHTS or any(p.device.type == "meta" for p in graph.model.parameters()):
+        return _dead_first(graph, _scores(graph, importance, calibration, seed, loss))
+    known: dict[str, Any] = graph.__dict__.setdefault("_remembered", {})
+    now = _mark(graph)
+    earlier = known.get(name)
+    if earlier is None or not _same_mark(earlier[0], now):
+        known[name] = earlier = (now, _dead_first(graph, _scores(graph, name, None, seed, loss)))
+    return {group: one.copy() for group, one in earlier[1].items()}
+
+
+# Criteria that depend on the weights alone: their scores are remembered while the weights are unchanged.
+_OF_WEIGHTS = ("l2", "l1", "variance")
+
+
+def _mark(graph: CouplingGraph) -> tuple[list[tuple[int, int]], list[torch.Tensor]]:
+    """By what a change of the weights is noticed: versions and addresses, and the first element of every row and column of each tensor.
+
+    Writes through ``tensor.data`` leave the version as it is; where they change whole channels the elements tell.
+    """
+    tensors = [*graph.model.parameters(), *graph.model.buffers()]
+    with torch.no_grad():
+        firsts = [t.detach().reshape(t.shape[0], -1)[:, 0].clone() for t in tensors if t.ndim > 0 and t.numel()]
+        firsts += [t.detach()[0].reshape(t.shape[1], -1)[:, 0].clone() for t in tensors if t.ndim > 1 and t.numel()]
+    return [(t._version, t.data_ptr()) for t in tensors], firsts
+
+
+def _same_mark(one: Any, other: Any) -> bool:
+    alike = one[0] == other[0] and len(one[1]) == len(other[1])
+    return alike and all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
 
 
 def _dead_first(graph: CouplingGraph, found: Scores) -> Scores:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torchvision.models import VisionTransformer
@@ -36,3 +38,33 @@ def test_weights_without_values_are_ranked_by_chance_alone() -> None:
         fxprune.compress(model, 0.5, inputs)
     slim = fxprune.compress(model, 0.5, inputs, importance="random")
     assert slim(inputs).shape == (3, 2) and slim.get_parameter("0.weight").shape == (4, 4)
+
+
+@pytest.mark.parametrize("importance", ["l2", "l1", "variance"])
+def test_a_ranking_is_remembered_while_the_weights_are_unchanged(importance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxprune.importance import criteria
+
+    torch.manual_seed(0)
+    model: Any = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    graph = fxprune.analyze(model, torch.randn(3, 4))
+    made: list[int] = []
+    reckoned: Any = criteria._scores
+    def counted(*given: Any) -> Any:
+        made.append(1)
+        return reckoned(*given)
+
+    monkeypatch.setattr(criteria, "_scores", counted)
+    first = scores(graph, importance)["0"].copy()
+    scores(graph, importance)["0"][:] = 0  # what is handed out is the caller's own
+    assert (scores(graph, importance)["0"] == first).all() and len(made) == 1
+    changes: list[Any] = [
+        lambda: model[0].weight.mul_(2),
+        lambda: model[0].weight.data[3].mul_(2),  # the version stays
+        lambda: model[2].weight.data[:, 5].add_(1),
+        lambda: setattr(model[0], "weight", torch.nn.Parameter(model[0].weight.detach() + 1)),
+    ]
+    for count, change in enumerate(changes, 2):
+        with torch.no_grad():
+            change()
+        fresh = scores(fxprune.analyze(model, torch.randn(3, 4)), importance)["0"]
+        assert (scores(graph, importance)["0"] == fresh).all() and len(made) == 2 * count - 1
