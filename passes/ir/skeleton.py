@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
+from fxprune.errors import InputError
 from fxprune.passes.ir.contents import CachedFunction, Contents
 
 _SHARED = (
@@ -77,10 +79,11 @@ class Skeleton:
         self.parameter_names: set[str] = set()
         canonical: dict[int, str] = {}
         self._original_modules = dict(model.named_modules(remove_duplicate=False))
+        _refuse_lazy(self._original_modules)
         self._places: dict[str, tuple[nn.Module, str]] = {}
         for kind in ("_parameters", "_buffers"):
             for prefix, module in self._original_modules.items():
-                for key, tensor in getattr(module, kind).items():
+                for key, tensor in list(getattr(module, kind).items()):
                     if tensor is None:
                         continue
                     name = f"{prefix}.{key}" if prefix else key
@@ -97,9 +100,12 @@ class Skeleton:
                     self._real[name], self._meta[name] = tensor, meta
                     self.tensor_names[id(meta)] = name
         originals = list(dict.fromkeys(self._original_modules.values()))
+        scripted = [module for module in originals if isinstance(module, torch.jit.ScriptModule)]
         for module in originals:
-            memo[id(module)] = object.__new__(type(module))
+            memo[id(module)] = module if module in scripted else object.__new__(type(module))
         for module in originals:
+            if module in scripted:  # it stays a call, and nothing of it is looked at
+                continue
             fill(module, memo[id(module)], memo)
             if not is_known(module):  # whose reads of ``training`` count
                 memo[id(module)].__dict__["_fxprune_skeleton"] = self
@@ -107,6 +113,7 @@ class Skeleton:
         self.twins: dict[nn.Module, nn.Module] = {module: memo[id(module)] for module in originals}
         self.root: nn.Module = memo[id(model)]
         self._modules: dict[str, nn.Module] = {path: memo[id(m)] for path, m in self._original_modules.items()}
+        self._own = [twin for module, twin in self.twins.items() if module is not twin]
         self.module_names: dict[nn.Module, str] = {}
         for name, module in self._modules.items():
             self.module_names.setdefault(module, name)
@@ -119,6 +126,14 @@ class Skeleton:
 
     def module(self, name: str) -> nn.Module:
         return self._modules[name]
+
+    def modules_below(self, path: str) -> list[tuple[str, nn.Module]]:
+        """The user's modules at ``path`` and below, each once, by its first name."""
+        found: dict[nn.Module, str] = {}
+        for name, module in self._original_modules.items():
+            if path == "" or name == path or name.startswith(f"{path}."):
+                found.setdefault(module, name)
+        return [(name, module) for module, name in found.items()]
 
     def module_or_none(self, name: str) -> nn.Module | None:
         return self._modules.get(name) if name else None
@@ -139,9 +154,9 @@ class Skeleton:
     def real(self, name: str) -> torch.Tensor:
         """The user's tensor of that name, as it is now."""
         module, key = self._places[name]
-        found: torch.Tensor | None = module._parameters.get(key)
+        found: torch.Tensor | None = dict(module._parameters.items()).get(key)  # those of a scripted module are no dict
         if found is None:
-            found = module._buffers.get(key)
+            found = dict(module._buffers.items()).get(key)
         return self._real[name] if found is None else found
 
     @property
@@ -152,11 +167,11 @@ class Skeleton:
         """What every module holds: a forward pass may keep things on its modules, and proxies must not outlive their trace."""
         kinds = ("_parameters", "_buffers", "_modules")
         contents = Contents()
-        for module in self.module_names:
+        for module in self._own:
             for key, value in module.__dict__.items():
                 if key not in _OF_EVERY_MODULE:
                     contents.add(value)
-        return Snapshot([(m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in kinds}) for m in self.module_names], contents)
+        return Snapshot([(m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in kinds}) for m in self._own], contents)
 
     def restore(self, before: Snapshot) -> None:
         for module, state, registered in before.modules:
@@ -168,8 +183,14 @@ class Skeleton:
         before.contents.restore()
 
     def set_training(self, mode: bool) -> None:
-        for module in self.module_names:
+        for module in self._own:
             module.__dict__["training"] = mode
+
+
+def _refuse_lazy(modules: dict[str, nn.Module]) -> None:
+    for path, module in modules.items():
+        if any(t is not None and is_lazy(t) for t in (*module._parameters.values(), *module._buffers.values())):
+            raise InputError(f"{path or 'the model'} ({type(module).__name__}) has no weights yet: run the model once on real inputs first")
 
 
 def _meta_twin(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch.fx.graph_module import _forward_from_src
 from torch.fx.node import map_arg
 
 from fxprune.errors import FAULTS, UnsupportedError, first_line
+from fxprune.passes import compat
 
 _FX = frozenset(
     {
@@ -112,6 +113,8 @@ class SlimModule(fx.GraphModule):
             and all(a is b for x, y in zip(known[0], state, strict=True) for a, b in zip(x, y, strict=True))
         ):
             return known[1]
+        for graph in graphs.values():
+            compat.quote_keywords(graph)
         code = super().recompile()
         self.__dict__["_compiled"] = (state, code)
         if "train" in graphs:

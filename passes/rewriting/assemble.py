@@ -46,7 +46,11 @@ def assemble(modules: Copies, memo: dict[int, Any], constants: Mapping[str, torc
     root: nn.Module = memo[id(modules[0][0])]
     for name, tensor in constants.items():
         path, _, key = name.rpartition(".")
-        setattr(root.get_submodule(path), key, tensor)
+        home = root.get_submodule(path)
+        if tensor.is_floating_point() or tensor.is_complex() or key in home.__dict__:  # half() leaves it alone, as it did the original's
+            setattr(home, key, tensor)
+        else:  # an index has to follow the weights to their device
+            home.register_buffer(key, tensor, persistent=False)
     return root
 
 

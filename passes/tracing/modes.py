@@ -17,7 +17,7 @@ from fxprune.example_inputs import call_form
 from fxprune.passes.ir.dead_code import eliminate
 from fxprune.passes.ir.skeleton import Skeleton, Snapshot
 from fxprune.passes.ir.traced import TracedModel
-from fxprune.passes.tracing.module_state import keep_state
+from fxprune.passes.tracing.module_state import keep_state, lost
 from fxprune.passes.tracing.past.history import History, past
 from fxprune.passes.tracing.past.isolation import remove_left
 from fxprune.passes.tracing.tracer import ShapeTracer, is_skipped
@@ -108,6 +108,7 @@ def add_traced(
                 constants.update(second.constants)
         except TraceError as error:
             notes[f"training mode could not be traced, the slim module computes as in evaluation mode there: {error}"] = None
+    notes.update(dict.fromkeys(lost(skeleton, path)))
     traced.graphs.update({prefix + mode: g for mode, g in graphs.items()})
     traced.constants.update(constants)
     traced.opaque.update(blocked)

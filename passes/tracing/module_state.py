@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from fxprune.passes.ir.skeleton import Snapshot
+from fxprune.passes.ir.contents import is_foreign
+from fxprune.passes.ir.skeleton import Skeleton, Snapshot
 from fxprune.passes.tracing.proxies import ShapeProxy
 from fxprune.passes.tracing.recorder import Recorder
 
@@ -38,6 +39,31 @@ def keep_state(tracer: Recorder, graph: fx.Graph, before: Snapshot) -> None:
                 _note(tracer, path, key, proxies[0] if proxies else None)
     if bound:
         _write(tracer, graph, bound)
+
+
+def lost(skeleton: Skeleton, path: str) -> list[str]:
+    """What the modules at ``path`` and below have that a graph does not keep, a note each."""
+    notes: list[str] = []
+    for name, module in skeleton.modules_below(path):
+        called = f"{name!r}" if name else f"the {type(module).__name__}"
+        cls = type(module)
+        if module._backward_hooks or module._backward_pre_hooks:
+            notes.append(f"the backward hooks of {called} are not kept, and nothing calls them in the slim module")
+        if any(p is not None and p._backward_hooks for p in module._parameters.values()):
+            notes.append(f"the hooks on parameters of {called} are not kept")
+        if cls.get_extra_state is not nn.Module.get_extra_state:
+            notes.append(f"the extra state of {called} (get_extra_state) is not in the slim module's state_dict()")
+        if cls.train is not nn.Module.train and not is_foreign(cls.train):
+            notes.append(f"the slim module does not have the train() of {called}: set what it keeps in evaluation mode yourself")
+    root = skeleton.original
+    if root.training and path == "":
+        still = [n for n, m in skeleton.modules_below("") if not m.training and not n.startswith("_")]
+        first = [n for n in still if n.rpartition(".")[0] not in still]
+        if first:
+            notes.append(
+                f"in evaluation mode inside a model that trains: {', '.join(first)}; in training mode the slim module trains all of it"
+            )
+    return notes
 
 
 def _write(tracer: Recorder, graph: fx.Graph, bound: dict[str, ShapeProxy]) -> None:

@@ -111,7 +111,11 @@ class ShapeProxy(fx.Proxy):
         """``x.type()``: the name of the tensor's type, on the device that the model is on."""
         if dtype is not None:
             return self.tracer.create_proxy("call_method", "type", (self, dtype, *args), kwargs)
-        name = torch.empty(0, dtype=self.value.dtype).type()
+        before, self.tracer.busy = self.tracer.busy, True
+        try:
+            name = torch.empty(0, dtype=self.value.dtype).type()
+        finally:
+            self.tracer.busy = before
         kind = self.tracer.device.type
         return name if kind in ("cpu", "meta") else name.replace("torch.", f"torch.{kind}.", 1)
 

@@ -112,7 +112,7 @@ class ShapeTracer(fx.Tracer):
         return made
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.opaque or self.is_known(m)
+        return module_qualified_name in self.opaque or _isinstance(m, torch.jit.ScriptModule) or self.is_known(m)
 
     def path_of_module(self, mod: nn.Module) -> str:
         return self.skeleton.module_names[mod]

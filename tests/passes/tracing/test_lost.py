@@ -1,0 +1,274 @@
+"""What a graph cannot keep is named in a note, what it seemed unable to keep is kept, and questions about types are answered rightly."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.errors import InputError
+
+torch.manual_seed(0)
+X = torch.randn(2, 3, 6, 6)
+
+
+class Net(nn.Module):
+    """``how`` is what happens between two convolutions."""
+
+    def __init__(self, how: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.last(self.how(self, self.first(x)))
+        assert isinstance(made, Tensor)
+        return made
+
+
+def in_set_grad(_: Any, y: Tensor) -> Tensor:
+    with torch.set_grad_enabled(False):
+        return y * 2
+
+
+def in_inference_mode(_: Any, y: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return y * 2
+
+
+def by_python(_: Any, y: Tensor) -> Tensor:
+    return y * random.random()
+
+
+def by_numpy(_: Any, y: Tensor) -> Tensor:
+    return y * float(np.random.rand())  # noqa: NPY002 - what users write
+
+
+def by_dtype(_: Any, y: Tensor) -> Tensor:
+    return y.clamp(-1, 1) if y.dtype == torch.bfloat16 else y
+
+
+def by_dtype_in(_: Any, y: Tensor) -> Tensor:
+    return y.clamp(-1, 1) if y.dtype in (torch.bfloat16, torch.float16) else y
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (in_set_grad, "a set_grad_enabled block cannot be kept"),
+        (in_inference_mode, "a inference_mode block cannot be kept"),
+        (by_python, "forward draws from random;"),
+        (by_numpy, "forward draws from numpy.random;"),
+        (by_dtype, "a branch on the dtype was specialised"),
+        (by_dtype_in, "a branch on the dtype was specialised"),
+    ],
+)
+def test_it_is_said(how: Callable[[Any, Tensor], Tensor], said: str) -> None:
+    model = Net(how)
+    before = random.getstate(), np.random.get_state(legacy=False)["state"]["pos"], torch.get_rng_state()  # noqa: NPY002
+    notes = "\n".join(fxprune.analyze(model, X).notes)
+    assert said in notes, notes
+    after = random.getstate(), np.random.get_state(legacy=False)["state"]["pos"], torch.get_rng_state()  # noqa: NPY002
+    assert after[:2] == before[:2] and torch.equal(after[2], before[2]), "the user's generators do not move"
+
+
+def no_grad_only(_: Any, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        return y * 2
+
+
+def by_mask(_: Any, y: Tensor) -> Tensor:
+    mask = y > 0
+    return y * mask if mask.dtype == torch.bool and y.dtype != torch.bool else y
+
+
+def test_it_is_not_said_without_need() -> None:
+    notes = fxprune.analyze(Net(no_grad_only), X).notes
+    assert len(notes) == 1 and "no_grad" in notes[0], "no_grad is made of set_grad_enabled"
+    assert not fxprune.analyze(Net(by_mask), X).notes, "half() changes no mask"
+
+
+class Extra(nn.Conv2d):
+    def get_extra_state(self) -> Any:
+        return {"a": 1}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+class Frozen(Net):
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        self.first.eval()
+        return self
+
+
+def hooked() -> nn.Module:
+    model = Net(lambda _, y: y)
+    model.first.register_full_backward_hook(lambda *_: None)
+    return model
+
+
+def parameter_hooked() -> nn.Module:
+    model = Net(lambda _, y: y)
+    model.last.weight.register_hook(lambda g: g)
+    return model
+
+
+def with_extra() -> nn.Module:
+    model = Net(lambda _, y: y)
+    model.last = Extra(8, 4, 1)
+    return model
+
+
+def half_frozen() -> nn.Module:
+    model = Net(lambda _, y: y).train()
+    model.first.eval()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (hooked, "the backward hooks of 'first' are not kept"),
+        (parameter_hooked, "the hooks on parameters of 'last' are not kept"),
+        (with_extra, "the extra state of 'last'"),
+        (lambda: Frozen(lambda _, y: y), "the slim module does not have the train() of the Frozen"),
+        (half_frozen, "in evaluation mode inside a model that trains: first"),
+    ],
+)
+def test_what_modules_have_beside_their_forward(make: Callable[[], nn.Module], said: str) -> None:
+    assert said in "\n".join(fxprune.record(fxprune.compress(make(), 0.5, X)).notes)
+    assert not fxprune.record(fxprune.compress(Net(lambda _, y: y).train(), 0.5, X)).notes
+
+
+def exact(_: Any, y: Tensor) -> Tensor:
+    return y * 2 if type(y) is Tensor else y * 0
+
+
+def weight_type(m: Any, y: Tensor) -> Tensor:
+    return y * 2 if type(m.first.weight) is nn.Parameter and isinstance(type(m), type) and issubclass(type(y), Tensor) else y * 0
+
+
+def no_callable(_: Any, y: Tensor) -> Tensor:
+    return y * 0 if callable(y) or not callable(nn.functional.relu) else y * 3
+
+
+def type_name(_: Any, y: Tensor) -> Tensor:
+    return y.type(y.dtype) * 3 if y.type() == "torch.FloatTensor" else y * 0
+
+
+def by_dtype_table(_: Any, y: Tensor) -> Tensor:
+    return y * {torch.float32: 2.0, torch.float16: 3.0}[y.dtype]
+
+
+@pytest.mark.parametrize("how", [exact, weight_type, no_callable, type_name, by_dtype_table])
+def test_types_are_answered(how: Callable[[Any, Tensor], Tensor]) -> None:
+    model = Net(how).eval()
+    torch.testing.assert_close(fxprune.compress(model, 0.0, X)(X), model(X))
+    assert "type" not in vars(__import__("sys").modules[__name__]), "the name is gone from the user's module again"
+
+
+class Standardised(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        scale = weight.std((1, 2, 3), keepdim=True) + 1e-5
+        made: Tensor = super()._conv_forward(input, (weight - weight.mean((1, 2, 3), keepdim=True)) / scale, bias)
+        return made
+
+
+class Doubled(nn.Linear):
+    @property
+    def doubled(self) -> Tensor:
+        return self.weight * 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.doubled, self.bias)
+
+
+class Plain(nn.Conv2d):
+    """Only made and printed in its own way, which is no reason to look inside."""
+
+    def __init__(self, *args: int) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        return "plain"
+
+
+def test_layers_that_compute_in_their_own_way() -> None:
+    first = nn.Sequential(Standardised(3, 8, 3), nn.ReLU(), Standardised(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    second = nn.Sequential(nn.Flatten(), Doubled(108, 16), nn.ReLU(), Doubled(16, 4)).eval()
+    for model in (first, second):
+        slim = fxprune.compress(model, 0.0, X)
+        torch.testing.assert_close(slim(X), model(X))
+        fxprune.compress(model, 0.5, X, verify=True)
+    slim = fxprune.compress(nn.Sequential(Plain(3, 8, 3), nn.ReLU(), Plain(8, 4, 1)), 0.5, X)
+    assert type(slim.get_submodule("0")) is Plain
+
+
+def test_modules_named_by_keywords() -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.d = nn.ModuleDict({"in": nn.Conv2d(3, 8, 1), "0": nn.ModuleDict({"class": nn.Conv2d(8, 8, 1)}), "in_": nn.Conv2d(8, 4, 1)})
+            self.register_parameter("lambda", nn.Parameter(torch.rand(8, 1, 1)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.d["in"](x).relu() * getattr(self, "lambda")
+            inner = self.d["0"]
+            assert isinstance(inner, nn.ModuleDict)
+            made = self.d["in_"](nn.functional.dropout(inner["class"](y), 0.5, self.training))
+            assert isinstance(made, Tensor)
+            return made
+
+    model = Keywords().eval()
+    slim = fxprune.compress(model, 0.0, X)
+    for twin in (slim, copy.deepcopy(slim), pickle.loads(pickle.dumps(slim))):
+        torch.testing.assert_close(twin(X), model(X))
+        twin.train()(X)
+    fxprune.compress(model, 0.5, X, verify=True)
+
+
+def test_scripted_parts_stay_whole() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scripting is deprecated
+        part = torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()))
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), part, nn.Conv2d(8, 4, 1)).eval()
+    before = model[1].training
+    slim = fxprune.compress(model, 0.5, X)
+    torch.testing.assert_close(slim(X), model(X))
+    assert set(slim.state_dict()) == set(model.state_dict()) and model[1].training == before
+
+
+def test_modules_without_weights_yet_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sequential(nn.LazyConv2d(4, 1)))
+    with pytest.raises(InputError, match=r"1\.0 \(LazyConv2d\) has no weights yet: run the model once on real inputs first"):
+        fxprune.compress(model, 0.5, X)
+    model(X)
+    assert fxprune.compress(model, 0.5, X)(X).shape == (2, 4, 6, 6)
+
+
+def test_indices_move_with_the_model() -> None:
+    class Twice(Net):
+        order: Tensor
+
+        def __init__(self) -> None:
+            super().__init__(lambda m, y: y.index_select(1, m.order) + y.index_select(1, m.order))
+            self.register_buffer("order", torch.randperm(8))
+
+    model = Twice().eval()
+    slim = fxprune.compress(model, 0.5, X)
+    assert set(slim.state_dict()) == set(model.state_dict())
+    moved = slim.to("meta")
+    assert moved(X.to("meta")).device.type == "meta" and not [v for v in vars(moved).values() if isinstance(v, Tensor)]
+    again = pickle.loads(pickle.dumps(copy.deepcopy(fxprune.compress(model, 0.5, X))))
+    assert set(again.state_dict()) == set(model.state_dict()) and again(X).shape == (2, 4, 6, 6)
