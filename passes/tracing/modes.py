@@ -18,6 +18,7 @@ from fxprune.passes.ir.dead_code import eliminate
 from fxprune.passes.ir.skeleton import Skeleton, Snapshot
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.tracing.module_state import keep_state, lost
+from fxprune.passes.tracing.past.check import agrees
 from fxprune.passes.tracing.past.history import History, past
 from fxprune.passes.tracing.past.isolation import remove_left
 from fxprune.passes.tracing.tracer import ShapeTracer, is_skipped
@@ -39,7 +40,14 @@ def trace(
     skeleton = Skeleton(model, is_known)
     found = TracedModel(skeleton, {}, {}, opaque=dict(whole or {}))
     add_traced(found, "", call_form(example_inputs), is_known, has_rule, strict=whole is not None)
-    return found
+    eval_graph = found.graphs["eval"]
+    if not skeleton.has_history or agrees(model, eval_graph, found.constants, call_form(example_inputs)):
+        return found
+    # What forward keeps is more than a cache: what it computes depends on it.
+    kept = TracedModel(skeleton, {}, {}, opaque=dict(whole or {}))
+    add_traced(kept, "", call_form(example_inputs), is_known, has_rule, strict=whole is not None, forget=False)
+    kept.notes += ("what forward computes depends on its earlier calls; the slim module starts from what they left",)
+    return kept
 
 
 def add_traced(

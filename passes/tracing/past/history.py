@@ -35,7 +35,7 @@ class History:
 def past(skeleton: Skeleton, wanted: bool) -> list[History]:
     """Where to start from, best first; the last one is the state as it is."""
     if skeleton.past is not None:  # of a model that is traced in parts
-        return list(skeleton.past)
+        return list(skeleton.past) if wanted else skeleton.past[-1:]
     reach = reachable(skeleton.module_names)
     kept = History(reach, [], [], [])
     if not wanted:

@@ -327,6 +327,51 @@ def test_what_forward_counts_is_named() -> None:
     assert model.calls == 1
 
 
+class Warm(Layers):
+    """What a method sets is the user's, whatever else is called the same; and what forward computes from its calls is no cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 1.0
+        self.bank = [torch.zeros(1)]
+
+    def update(self, scale: float) -> None:
+        self.scale = scale
+
+    def table(self, y: Tensor) -> Tensor:
+        known: dict[str, Tensor] = {}
+        known.update(a=y)
+        if self.bank[0].numel() == 1:
+            self.bank[0] = torch.full((8, 1, 1), 3.0)
+        return known["a"] * self.scale
+
+
+class Remembers(Layers):
+    """Every later call adds what the first one saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Tensor | None = None
+
+    def table(self, y: Tensor) -> Tensor:
+        if self.seen is None:
+            self.seen = y.detach().mean((0, 2, 3)).view(-1, 1, 1)
+            return y
+        return y + self.seen
+
+
+def test_state_that_is_no_cache_is_kept() -> None:
+    warm, remembers = Warm().eval(), Remembers().eval()
+    warm.update(3.0)
+    for model in (warm, remembers):
+        with torch.no_grad():
+            model(X)
+            slim = fxprune.compress(model, 0.0, X)
+            torch.testing.assert_close(slim(X), model(X))
+            torch.testing.assert_close(slim(OTHER), model(OTHER))
+        assert any("depends on its earlier calls" in note for note in fxprune.record(slim).notes)
+
+
 class Selfish(Layers):
     """A function that holds the module it belongs to."""
 
