@@ -69,7 +69,7 @@ def slimmed(model: torch.nn.Module, data: Data, method: str, options: argparse.N
     searched = strategy == "rl-pruner"
     calibration = drawn[len(drawn) // 2 :] if searched else drawn
     score = Likeness.of(model, drawn[: len(drawn) // 2 if searched else 1])
-    problem, candidates = make_problem(graph, score, calibration=calibration, repair="lstsq", seed=options.seed, tabled=config.wants_table)
+    problem, candidates = make_problem(graph, score, calibration=calibration, repair="lstsq", seed=options.seed, tabled=config.table)
     if searched:
         outcome = driver.run(problem, config)
         removed, evaluations = outcome.removed, outcome.evaluations

@@ -30,7 +30,8 @@ TIGHTENINGS = 12  # times that more is asked for where rounding gave too much ba
 class Allocator:
     """Allocations of one network from its error table, as many as are asked for.
 
-    ``round_to``, ``most``: as in ``compress``.
+    ``round_to``, ``most``: as in ``compress``. ``kept_whole``: groups of which the table says nothing, since no gradient reaches them
+    (behind a rounding, say, or an index); they lose nothing.
     """
 
     metrics = METRICS
@@ -41,6 +42,7 @@ class Allocator:
         self.graph, self.table = graph, table
         self.groups = [group for group in graph.groups if group.prunable]
         self.limits = limits(graph, most)
+        self.kept_whole = tuple(group.name for group in self.groups if not table.effects[group.name].any())
         self.rounding = Rounding(graph, round_to) if round_to > 1 else None
 
     def allocate(self, bounds: Mapping[str, float]) -> IntArray:
@@ -64,6 +66,8 @@ class Allocator:
     def _allowed(self, number: int) -> IntArray:
         """The removals that a group may lose alone: up to its limit and, rounded, themselves; all, where rounding lets none stand."""
         group = self.groups[number]
+        if group.name in self.kept_whole:
+            return np.zeros(1, dtype=np.int64)
         most = min(self.limits.get(group.name, group.size - 1), group.size - 1)
         every = np.arange(most + 1, dtype=np.int64)
         if self.rounding is None:
@@ -129,7 +133,8 @@ def allocate(
         if left[metric] > share + TOLERANCE:
             least = float(allocator.prices.shares(metric, np.array([[len(a) - 1 for a in allocator._knapsack.allowed]]))[0])
             raise TargetError(f"{metric}={share} cannot be met: with all that may go, {least:.3g} is left; ask for more")
-    return _policy(graph, table, counts, importance, round_to, {"strategy": "table", "bounds": dict(bounds), "left": left})
+    meta = {"strategy": "table", "bounds": dict(bounds), "left": left, "kept_whole": list(allocator.kept_whole)}
+    return _policy(graph, table, counts, importance, round_to, meta)
 
 
 def _met(allocator: Allocator, bounds: Mapping[str, float]) -> tuple[dict[str, int], dict[str, float]]:

@@ -20,12 +20,13 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.allocation.readers import Reader, readers_of
-from fxprune.errors import EvaluationError, InputError
+from fxprune.errors import EvaluationError, InputError, in_a_line
 from fxprune.evaluation.running import call, device_of, modes_kept, to_device
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.repair.matrices import Form
 
+INSTEAD = "an error table needs gradients; search without one"
 Seen = Callable[[Reader, Tensor, Tensor], None]
 """(reader, its inputs, its output or the gradient there)"""
 
@@ -74,11 +75,14 @@ class Responses:
             parameter.grad = None
         try:
             with torch.enable_grad():
-                output = self._called(batch)
-                projected = _projected(output, torch.Generator().manual_seed(seed * 1_000_003 + batch))
+                projected = _projected(self._called(batch), torch.Generator().manual_seed(seed * 1_000_003 + batch))
                 if projected.requires_grad:
                     projected.backward()
+                elif self.readers or self.rest:
+                    raise EvaluationError(f"no gradient of the network's output reaches its weights (forward detaches them); {INSTEAD}")
             return {name: p.grad for name, p in self.rest.items() if p.grad is not None}
+        except (RuntimeError, NotImplementedError) as error:
+            raise EvaluationError(f"the network cannot be differentiated on the calibration data: {in_a_line(error)}; {INSTEAD}") from error
         finally:
             for parameter in self.rest.values():
                 parameter.requires_grad_(False)

@@ -212,7 +212,7 @@ class Session:
             reference=self.reference(original, graph),
             rough=scored.first(self.options.rough_images),
             latency=alone(self.example),
-            tabled=config.wants_table,
+            tabled=config.table,
             rungs=self.rungs(scored, graph),
             most=config.most,
             loss=config.loss,

@@ -102,9 +102,11 @@ class SearchConfig:
         _require(self.step_by in STEP_UNITS, "step_by", self.step_by, f"one of {', '.join(STEP_UNITS)}")
 
     @property
-    def wants_table(self) -> bool:
-        """Whether the search begins with, or consists of, the allocation of an error table."""
-        return self.strategy == "table" or (self.strategy == "rl-pruner" and self.first == "table" and not self.warm_start)
+    def table(self) -> str:
+        """Whether the search needs an error table: "must" where it consists of its allocation, "may" where it begins with it, else "no"."""
+        if self.strategy == "table":
+            return "must"
+        return "may" if self.strategy == "rl-pruner" and self.first == "table" and not self.warm_start else "no"
 
     @property
     def points(self) -> tuple[Point, ...]:

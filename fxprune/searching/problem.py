@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from fxprune.allocation.prices import output_channels
 from fxprune.allocation.tables import error_table
 from fxprune.costs.profiling import profile
 from fxprune.driver import Problem
-from fxprune.errors import FAULTS, EvaluationError, SearchError, in_a_line
+from fxprune.errors import FAULTS, EvaluationError, FxPruneError, PruningWarning, SearchError, in_a_line
 from fxprune.evaluation.running import device_of, evaluating, one_thread
 from fxprune.example_inputs import build
 from fxprune.importance.criteria import resolved, scores
@@ -68,7 +69,7 @@ def make_problem(
     reference: CouplingGraph | None = None,
     rough: Evaluate | None = None,
     latency: Callable[[nn.Module], float] | None = None,
-    tabled: bool = False,
+    tabled: str = "no",
     rungs: Sequence[Evaluate] = (),
     most: Mapping[str, float] | float | None = None,
     loss: Any = None,
@@ -80,8 +81,9 @@ def make_problem(
     ``rough``: a cheaper ``evaluate``, on fewer images say, for all but the finalists.
     ``latency``: seconds that a network takes; if left out, those for the example inputs.
     ``reference``: the same network analysed with the weights whose responses a repair aims at, where those of ``graph`` will change.
-    ``tabled``: whether the problem has an error table, made once from ``calibration``, where there is any; with ``importance`` "auto" and
-    a repair by least squares it also ranks the units.
+    ``tabled``: whether the problem has an error table, made once from ``calibration``, where there is any: "no", "must" or "may", which
+    goes on without one, with a ``PruningWarning``, where it cannot be made. With ``importance`` "auto" and a repair by least squares it
+    also ranks the units.
     ``rungs``: cheaper ``evaluate``s, each on half the data of the next one and the last on half of what ``evaluate`` takes; candidates are
     repaired for them on as small a share of ``calibration``.
     ``most``, ``loss``: as in ``compress``; ``loss`` may be named as module:function. ``own_costs``: costs of the user's own by name:
@@ -93,11 +95,20 @@ def make_problem(
     tied = importance == "auto" and repair == "lstsq" and bool(batches)  # the choice of units and the repair then aim at the same error
     table: Allocator | None = None
     with one_thread():
-        ranking = None if tied and tabled else scores(graph, "reconstruction" if tied else resolved(importance), batches, seed, function)
-        if tabled and batches:
-            table = Allocator(graph, error_table(graph, batches, ranking=ranking, repair=repair, seed=seed), round_to=round_to, most=most)
-            ranking = table.table.ranking
-        assert ranking is not None
+        ranking = None
+        if not (tied and tabled != "no"):
+            ranking = scores(graph, "reconstruction" if tied else resolved(importance), batches, seed, function)
+        if tabled != "no" and batches:
+            try:
+                found = error_table(graph, batches, ranking=ranking, repair=repair, seed=seed)
+                table = Allocator(graph, found, round_to=round_to, most=most)
+                ranking = found.ranking
+            except FxPruneError as error:
+                if tabled != "may":
+                    raise
+                warnings.warn(f"the search begins without an error table: {error}", PruningWarning, stacklevel=2)
+        if ranking is None:
+            ranking = scores(graph, "reconstruction", batches, seed, function)
         candidates = Candidates(graph, ranking, round_to)
     measured: dict[str, float] = {}
     own = {name: _OwnCost(name, cost, graph.model, measured) for name, cost in (own_costs or {}).items()}

@@ -92,7 +92,7 @@ def search(
         repair=config.repair,
         seed=config.seed,
         rough=rough,
-        tabled=config.wants_table,
+        tabled=config.table,
         rungs=rungs,
         most=config.most,
         loss=config.loss,

@@ -14,7 +14,7 @@ from fxprune.allocation.allocating import Allocator, allocate
 from fxprune.allocation.prices import METRICS, Prices
 from fxprune.allocation.tables import error_table
 from fxprune.allocation.widths import Knapsack
-from fxprune.errors import InputError, PolicyError, TargetError
+from fxprune.errors import EvaluationError, InputError, PolicyError, TargetError
 from fxprune.passes.planning.cost import cost_model
 from fxprune.passes.planning.plan import keep_counts
 
@@ -302,3 +302,41 @@ def test_a_search_by_the_table_scores_the_baselines_and_the_result(monkeypatch: 
     table = error_table(fxprune.analyze(seeded(Residual), images()[0]), images())
     for name, units in fxprune.record(found.model).removed_units.items():
         assert set(units.tolist()) == set(np.argsort(table.ranking[name])[: len(units)].tolist())
+
+
+class Rounding(nn.Module):
+    """What its first layer makes is rounded before it is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.third(torch.round(self.second(self.first(x)) * 4))
+        return out
+
+
+def test_what_no_gradient_reaches_is_kept_whole() -> None:
+    batches = [torch.randn(16, 6) for _ in range(3)]
+    graph = fxprune.analyze(seeded(Rounding), batches[0])
+    allocator = Allocator(graph, error_table(graph, batches))
+    assert allocator.kept_whole == ("first",) and [g.name for g in allocator.groups] == ["first", "second"]
+    assert allocator.allocate({"params": 0.6})[0] == 0
+
+
+class Detached(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).detach()
+
+
+def test_a_network_without_gradients_is_searched_without_a_table() -> None:
+    graph = fxprune.analyze(seeded(Detached), images()[0])
+    with pytest.raises(EvaluationError, match=r"no gradient of the network's output reaches its weights .* search without one"):
+        error_table(graph, images())
+    options: dict[str, Any] = {"targets": ("macs=0.6",), "tolerance": 0.05, "evaluations": 6}
+    with pytest.warns(fxprune.PruningWarning, match="begins without an error table: no gradient"):
+        config = fxprune.SearchConfig(**options)
+        fxprune.search(seeded(Detached), images()[0], lambda module: 0.5, config=config, calibration=images())
+    with pytest.raises(EvaluationError, match="no gradient"):
+        config = fxprune.SearchConfig(strategy="table", **options)
+        fxprune.search(seeded(Detached), images()[0], lambda module: 0.5, config=config, calibration=images())

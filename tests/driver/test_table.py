@@ -95,7 +95,7 @@ def test_rl_pruner_takes_the_tables_allocation_first() -> None:
 
 def test_even_is_the_papers_start() -> None:
     problem, _, table = tabled()
-    assert SearchConfig.preset("paper").first == "even" and not SearchConfig.preset("paper").wants_table
+    assert SearchConfig.preset("paper").first == "even" and SearchConfig.preset("paper").table == "no"
     run(problem, SearchConfig(targets=("macs=0.5",), evaluations=10, first="even"))
     assert table.asked == 0
     with pytest.raises(SearchError, match="first is best; it must be one of table, even"):

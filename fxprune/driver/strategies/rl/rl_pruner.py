@@ -50,7 +50,7 @@ class RLPruner(Strategy):
         self.per_step = max(1, math.ceil(total / config.steps)) if config.steps else share
         scale = 1 / len(space.names) if config.noise_relative else 1.0
         self.noise = config.noise * scale
-        self.first: IntArray | None = from_table(self.budget) if config.wants_table and space.table is not None else None
+        self.first: IntArray | None = from_table(self.budget) if config.table != "no" and space.table is not None else None
         self.policy: FloatArray = self._first_policy()
 
     def propose(self) -> list[IntArray]:
