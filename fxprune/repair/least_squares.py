@@ -106,7 +106,7 @@ class Fit:
 
     ``change``: of the weights as matrices, or None. ``shift``: the constant (groups, outputs), or None where it stays as sliced.
     ``ridge``: the strength chosen. ``before``, ``after``: mean squared error on left-out rows, as sliced and as fitted. ``energy``: the
-    variance of what is wanted there.
+    variance of what is wanted there. ``variances``: by output (groups, outputs), of what the layer then gives and of what is wanted.
     """
 
     change: Tensor | None
@@ -115,6 +115,7 @@ class Fit:
     before: float
     after: float
     energy: float
+    variances: tuple[Tensor, Tensor]
 
 
 def fitted(folds: Sequence[Moments], weight: Tensor | float, *, takes_shift: bool, refit: bool) -> Fit:
@@ -135,11 +136,12 @@ def fitted(folds: Sequence[Moments], weight: Tensor | float, *, takes_shift: boo
 
     energy = float((judge.variances(None)[1] * weight).sum())
     before = cost(judge, None, 0.0)
-    options = [(before, Fit(None, None, None, before, before, energy))]
+    plain = whole.variances(None)
+    options = [(before, Fit(None, None, None, before, before, energy, plain))]
     if takes_shift:
         shift = whole.shift(None)
         after = cost(judge, None, shift)
-        options.append((after, Fit(None, shift, None, before, after, energy)))
+        options.append((after, Fit(None, shift, None, before, after, energy, plain)))
     if refit:
         ridge = RIDGES[1]
         if tune.rows:
@@ -148,7 +150,7 @@ def fitted(folds: Sequence[Moments], weight: Tensor | float, *, takes_shift: boo
         change = whole.changes([ridge], centred=takes_shift)[0]
         moved = whole.shift(change) if takes_shift else None
         after = cost(judge, change, 0.0 if moved is None else moved)
-        options.append((after, Fit(change, moved, ridge, before, after, energy)))
+        options.append((after, Fit(change, moved, ridge, before, after, energy, whole.variances(change))))
     return min(options, key=lambda option: option[0])[1]
 
 
