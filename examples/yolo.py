@@ -3,6 +3,8 @@
 A few images of coloured squares are drawn on the spot; nothing is downloaded. The detector trains, loses channels where they cost its
 validation least, goes on in ultralytics' own trainer (with its EMA, validation and checkpoints), is exported to ONNX, and its
 ``slim.pt`` is loaded by ``YOLO`` in a process that knows nothing of fxprune. Install ``fxprune[ultralytics]``.
+
+A detector that starts from random weights finds nothing in so few steps, and the figures printed say so (0.000): what is shown is the road.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 import fxprune
 from fxprune.driver import SearchConfig
 
-SIZE, EPOCHS = 64, 12
+SIZE, EPOCHS = 64, 3
 IMAGES = {"train": 32, "val": 16}
 
 
