@@ -29,6 +29,11 @@ def cut(source: torch.Tensor, values: torch.Tensor | None, dims: Mapping[int, to
 
 def select(source: torch.Tensor, dims: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """The kept indices of each dimension in new memory; the layout stays."""
+    if source.layout != torch.strided:  # sparse: has neither bytes of its own nor strides
+        made = source.clone()
+        for dim, indices in dims.items():
+            made = made.index_select(dim, indices.to(made.device))
+        return made
     if source.is_cpu and source.nbytes >= _LARGE and source.is_contiguous():
         return _select_large(source, dims)
     if not dims:

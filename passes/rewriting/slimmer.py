@@ -229,7 +229,7 @@ class Slimmer:
             for old in graph.nodes:
                 name = str(old.target)
                 if old.op == "call_module" and name not in calls:
-                    inputs = values(map_arg(old.args, self.walk.env[mode].get))
+                    inputs = values(map_arg((*old.args, *old.kwargs.values()), self.walk.env[mode].get))
                     calls[name] = (inputs, values(self.walk.env[mode][old]))
         resized = []
         for name, (inputs, outputs) in calls.items():

@@ -9,31 +9,53 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.passes import blocks_attention, blocks_more, blocks_sequence
+from tests.passes import blocks_attention, blocks_more, blocks_real, blocks_sequence
 from tests.passes.blocks import BLOCKS, conv_norm
 
-__all__ = ["BLOCKS", "ENTRIES", "FORMS", "HEADS", "Composed", "Spec", "blocks_attention", "blocks_more", "blocks_sequence"]
+__all__ = [
+    "BLOCKS",
+    "ENTRIES",
+    "FORMS",
+    "HEADS",
+    "HISTORIES",
+    "Composed",
+    "Spec",
+    "blocks_attention",
+    "blocks_more",
+    "blocks_real",
+    "blocks_sequence",
+]
 
 FORMS = ("plain", "residual", "concat", "twice", "both", "input", "siamese", "earlier", "in_place")
 HEADS = ("pool", "flatten", "last", "map", "several", "dict", "dataclass", "tied", "embedding")
 ENTRIES = ("image", "pair", "tokens", "keywords")
+HISTORIES = ("none", "ran", "ran elsewhere", "compressed", "compressed elsewhere")  # what happened to the model before
 SIDE, WORDS, WIDEST = 8, 11, 64
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A network to be built: the stem's width, then blocks (name, variant, form), then a head; its inputs; how attention is pruned."""
+    """A network to be built: the stem's width, then blocks (name, variant, form), then a head; its inputs; how attention is pruned.
+
+    ``batch`` and ``side`` are the example's sizes and may be one; ``history`` is what was done with the model before it is looked at.
+    """
 
     stem: int
     blocks: tuple[tuple[str, int, str], ...]
     head: str
     entry: str = "image"
     attention: str = "auto"
+    batch: int = 2
+    side: int = SIDE
+    history: str = "none"
 
-    def inputs(self) -> Any:
+    def inputs(self, batch: int = 0, side: int = 0) -> Any:
+        """Inputs of the example's sizes, or of others."""
+        side = side or self.side
+        batch = max(batch or self.batch, 2 if side == 1 else 1)  # a batch norm that trains needs two values of a channel
         if self.entry == "tokens":
-            return (torch.randint(0, WORDS, (2, SIDE * SIDE)),)
-        images = torch.randn(2, 3, SIDE, SIDE), torch.randn(2, 3, SIDE, SIDE)
+            return (torch.randint(0, WORDS, (batch, side * side)),)
+        images = torch.randn(batch, 3, side, side), torch.randn(batch, 3, side, side)
         return {"image": images[:1], "pair": images, "keywords": {"x": images[0], "other": images[1]}}[self.entry]
 
 
@@ -50,7 +72,7 @@ class Composed(nn.Module):
         super().__init__()
         self.spec = spec
         self.stem = nn.Embedding(WORDS, spec.stem) if spec.entry == "tokens" else conv_norm(3, spec.stem)
-        c, side = spec.stem, SIDE
+        c, side = spec.stem, spec.side
         self.blocks = nn.ModuleList()
         self.forms: list[str] = []
         for name, variant, form in spec.blocks:
@@ -80,7 +102,8 @@ class Composed(nn.Module):
     def _entered(self, x: Tensor) -> Any:
         if self.spec.entry != "tokens":
             return self.stem(x)
-        return self.stem(x).transpose(1, 2).reshape(x.shape[0], -1, SIDE, SIDE)
+        side = self.spec.side  # a text has the example's length
+        return self.stem(x).transpose(1, 2).reshape(x.shape[0], -1, side, side)
 
     def _joined(self, form: str, module: nn.Module, x: Any, given: Tensor, first: Tensor) -> Any:
         if form == "siamese":

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import random
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from torch import nn
 
 import fxprune
-from tests.passes.composed import BLOCKS, ENTRIES, FORMS, HEADS, Composed, Spec
+from tests.passes.composed import BLOCKS, ENTRIES, FORMS, HEADS, HISTORIES, SIDE, Composed, Spec
 from tests.passes.helpers import (
     SPARSITIES,
     assert_accounted,
     assert_keep_all,
     assert_oracle,
     call,
+    gap,
     leaves,
     prime,
     pruned,
     skeleton,
     stacked,
+    zeroed,
 )
 
 PARTS = st.tuples(st.sampled_from(sorted(BLOCKS)), st.integers(0, 6), st.sampled_from(FORMS))
@@ -32,18 +38,35 @@ SPECS = st.builds(
     st.sampled_from(HEADS),
     st.sampled_from(ENTRIES),
     st.sampled_from(("auto", "heads", "head_dim")),
+    st.sampled_from((2, 1, 3)),
+    st.sampled_from((SIDE, 4, 2, 1)),
+    st.sampled_from(HISTORIES),
 )
+REAL = frozenset(name for name, make in BLOCKS.items() if make.__module__.endswith("blocks_real"))
 SEARCH = settings(deadline=None, database=None, derandomize=True, print_blob=False, suppress_health_check=list(HealthCheck))
+
+
+def is_open(spec: Spec) -> bool:
+    """Whether a network is of a kind that is known to be wrong; each leaves with what repairs it."""
+    return any(name == "folded" for name, _, _ in spec.blocks) and 1 in (spec.batch, spec.side)
 
 
 def check(spec: Spec, seed: int) -> None:
     torch.manual_seed(seed)
     inputs = spec.inputs()
-    model = prime(Composed(spec), inputs)
+    model = Composed(spec)
+    try:
+        prime(model, inputs)
+    except ValueError:
+        assert spec.side == 1  # an instance norm takes no single pixel in training
+        return
     with torch.no_grad():
         want = call(model, inputs)
     if not all(torch.isfinite(w).all() and w.abs().max() < 1e6 for w in leaves(want)):
         return  # float noise of an ill-conditioned network says nothing about pruning
+    with torch.no_grad():
+        others = {name: given for name, given in elsewhere(spec).items() if sound(model, given)}
+    remember(model, spec, inputs, others)
     graph = fxprune.analyze(model, inputs, attention=spec.attention)
     assert_accounted(model, graph)
     draw = random.Random(seed)
@@ -57,25 +80,82 @@ def check(spec: Spec, seed: int) -> None:
     assert_oracle(model, graph, policy, inputs, slim, rec)
     for one, two in zip(leaves(got), leaves(double), strict=True):
         assert torch.allclose(one, two[: len(one)], rtol=1e-3, atol=1e-4 * float(one.abs().max()) + 1e-6)
+    with torch.no_grad():
+        assert gap(got, call(slim, inputs)) == 0.0, "the second call differs"
+        assert gap(want, call(model, inputs)) == 0.0, "the original's outputs changed"
+    assert_elsewhere(model, graph, policy, inputs, slim, rec, others)
 
 
-@settings(SEARCH, max_examples=300)
-@given(spec=SPECS, seed=st.integers(0, 99))
+def elsewhere(spec: Spec) -> dict[str, Any]:
+    """Inputs of other sizes than the example's."""
+    larger = {"batch": spec.inputs(batch=spec.batch + 1)}
+    fixed = spec.entry == "tokens" or spec.head in ("flatten", "last")  # whose linear layer knows the number of pixels
+    return larger if fixed else larger | {"side": spec.inputs(side=spec.side + 4), "both": spec.inputs(4, spec.side + 2)}
+
+
+def sound(model: nn.Module, inputs: Any) -> bool:
+    """Whether the original takes these inputs: many arrangements have one size alone."""
+    try:
+        found = leaves(call(copy.deepcopy(model), inputs))
+    except (RuntimeError, ValueError, AssertionError):
+        return False
+    return all(bool(torch.isfinite(t).all()) and bool(t.abs().max() < 1e6) for t in found)
+
+
+def remember(model: nn.Module, spec: Spec, inputs: Any, others: dict[str, Any]) -> None:
+    """What was done with a model before must not matter."""
+    where = next(iter(others.values()), inputs) if spec.history.endswith("elsewhere") else inputs
+    if spec.history.startswith("ran"):
+        with torch.no_grad():
+            call(model, where)
+    elif spec.history.startswith("compressed"):
+        with contextlib.suppress(fxprune.FxPruneError):  # the other size may be one that is refused
+            fxprune.compress(model, 0.3, where)
+
+
+def assert_elsewhere(
+    model: nn.Module, graph: Any, policy: dict[str, float], inputs: Any, slim: nn.Module, rec: Any, others: dict[str, Any]
+) -> None:
+    """The oracle at other batches and resolutions than the example's, on the groups for which it is defined."""
+    noted = {g.name for g in graph.groups if g.notes}
+    part, kept = slim, rec.kept
+    if noted:
+        part, fewer = pruned(model, graph, {n: p for n, p in policy.items() if n not in noted}, inputs)
+        kept = fewer.kept
+    specialised = rec.notes if any("specialised" in note or "fixed" in note for note in rec.notes) else ()
+    with torch.no_grad():
+        for name, given in others.items():
+            whole = call(model, given)
+            assert [t.shape for t in leaves(call(slim, given))] == [t.shape for t in leaves(whole)], (name, specialised)
+            found = gap(call(zeroed(model, kept), given), call(part, given))
+            assert found < 1e-4, f"relative error {found:.1e} at another {name}; {specialised}"
+            fresh = gap(whole, call(copy.deepcopy(model), given))
+            assert fresh == 0.0, f"the original differs by {fresh:.1e} at another {name}"
+
+
+@settings(SEARCH, max_examples=500)
+@given(spec=SPECS.filter(lambda spec: not is_open(spec)), seed=st.integers(0, 99))
 def test_random_networks(spec: Spec, seed: int) -> None:
     check(spec, seed)
 
 
 @pytest.mark.long
-@settings(SEARCH, max_examples=3000, derandomize=False)
-@given(spec=SPECS, seed=st.integers(0, 9999))
+@settings(SEARCH, max_examples=10_000, derandomize=False)
+@given(spec=SPECS.filter(lambda spec: not is_open(spec)), seed=st.integers(0, 9999))
 def test_many_random_networks(spec: Spec, seed: int) -> None:
     check(spec, seed)
 
 
 @pytest.mark.parametrize("name", sorted(BLOCKS))
 def test_every_block_alone(name: str) -> None:
-    for variant in (0, 3):
-        check(Spec(12, ((name, variant, "plain"),), "pool"), variant)
+    for variant in range(7) if name in REAL else (0, 3):
+        check(Spec(12, ((name, variant, "plain"),), "pool", history=HISTORIES[variant % len(HISTORIES)]), variant)
+
+
+@pytest.mark.parametrize("name", sorted(REAL - {"folded"}))
+@pytest.mark.parametrize(("batch", "side"), [(1, SIDE), (2, 1), (1, 2)])
+def test_sizes_of_one(name: str, batch: int, side: int) -> None:
+    check(Spec(12, ((name, 1, "plain"), (name, 4, "residual")), "pool", batch=batch, side=side), 0)
 
 
 FOUND: dict[str, Spec] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -287,3 +288,70 @@ def test_a_literal_is_not_zeroed_with_the_channels() -> None:
     assert any("a distance over channels" in note for note in far.by_name["a"].notes)
     smallest = fxprune.analyze(Does(lambda x: x * torch.linalg.vector_norm(x, -float("inf"), dim=1, keepdim=True)), torch.randn(2, 6))
     assert any("a reduction over channels" in note for note in smallest.by_name["a"].notes)
+
+
+class Sparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.register_buffer("pairs", torch.eye(4).to_sparse(), persistent=False)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.b(self.a(x).relu())
+
+
+def test_a_sparse_buffer_is_copied_as_it_is() -> None:
+    slim = fxprune.compress(Sparse().eval(), 0.5, torch.randn(2, 8), verify=True)
+    kept = dict(slim.named_buffers())["pairs"]
+    assert kept.is_sparse and torch.equal(kept.to_dense(), torch.eye(4))
+
+
+class Named(OrderedDict[str, Any]):
+    """An output with attributes, of which some may be None and then are no entries, as those of transformers."""
+
+    hidden: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(name)
+
+
+class Reads(Sparse):
+    def forward(self, x: Tensor) -> Any:
+        y = self.a(x).relu()
+        out = Named(states=y)
+        return self.b(input=out.states if out.hidden is None else out.hidden)
+
+
+def test_a_layer_called_by_keyword_and_an_entry_that_is_none() -> None:
+    model = Reads().eval()
+    slim = fxprune.compress(model, 0.5, torch.randn(2, 8), verify=True)
+    assert fxprune.record(slim).kept["a.weight"][0].numel() == 8
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bmm": lambda a, b: torch.bmm(input=a, mat2=b),
+    "bmm, in another order": lambda a, b: torch.bmm(mat2=b, input=a),
+    "matmul": lambda a, b: torch.matmul(input=a, other=b),
+    "method": lambda a, b: a.bmm(mat2=b),
+    "baddbmm": lambda a, b: torch.baddbmm(batch2=b, batch1=a, input=torch.ones(1, 1, 1), beta=0.5),
+    "baddbmm, method": lambda a, b: a.new_ones(1, 1, 1).baddbmm(batch1=a, batch2=b, alpha=0.5),
+    "addmm": lambda a, b: torch.addmm(torch.ones(1), mat1=a[0], mat2=b[0]),
+}
+
+
+class Multiplies(nn.Module):
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.product, self.a, self.b, self.head = product, nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.product(self.a(x), self.b(x).transpose(1, 2)))
+
+
+@pytest.mark.parametrize("name", sorted(PRODUCTS))
+def test_operands_of_products_are_known_by_name(name: str) -> None:
+    slim = fxprune.compress(Multiplies(PRODUCTS[name]).eval(), 0.5, torch.randn(2, 5, 8), verify=True)
+    kept = fxprune.record(slim).kept
+    assert kept["a.weight"][0].tolist() == kept["b.weight"][0].tolist() and len(kept["a.weight"][0]) == 8

@@ -158,9 +158,21 @@ def _bilinear(ctx: LabelContext, node: fx.Node, input1: Value, input2: Value, we
     return ctx.make(node, axes, zero)
 
 
+# What torch's schemas call the operands, by place: each operation has names of its own.
+_PRODUCT = (("input", "self"), ("other", "mat2", "vec", "tensor"))
+_SUM = (("input", "self"), ("mat1", "batch1", "mat"), ("mat2", "batch2", "vec"))
+
+
+def _operands(given: tuple[Any, ...], named: dict[str, Any], names: tuple[tuple[str, ...], ...]) -> list[Any]:
+    """The operands in order, by place or by name."""
+    rest = [next(named[n] for n in place if n in named) for place in names[len(given) :]]
+    return [*given[: len(names)], *rest]
+
+
 @named("matmul", "bmm", "mm", "mv", "dot", "vdot", inplace=False)
 @functions(operator.matmul)
-def matmul(ctx: LabelContext, node: fx.Node, input: Value, other: Value, **_: Any) -> Value:
+def matmul(ctx: LabelContext, node: fx.Node, *given: Value, **named: Any) -> Value:
+    input, other = _operands(given, named, _PRODUCT)
     for value in (input, other):
         if ctx.is_weight(value) and value.ndim <= 3:
             ctx.read_as_weight(value)
@@ -181,15 +193,16 @@ def _matmul(ctx: LabelContext, a: Value, b: Value, layer: str) -> tuple[dict[int
 
 
 @named("baddbmm", "addmm", "addbmm", "addmv")
-def addmm(ctx: LabelContext, node: fx.Node, input: Value, first: Value, second: Value, **_: Any) -> Value:
+def addmm(ctx: LabelContext, node: fx.Node, *given: Value, **named: Any) -> Any:
+    input, first, second = _operands(given, named, _SUM)
     if getattr(node.target, "__name__", node.target) == "addbmm":
-        return ctx.opaque(node, [input, first, second])  # type: ignore[no-any-return]
+        return ctx.opaque(node, [input, first, second])
     for value in (first, second):
         if ctx.is_weight(value) and value.ndim <= 3:
             ctx.read_as_weight(value)
     axes, zero = _matmul(ctx, first, second, ctx.owner(node))
     product = ctx.make(node, axes, zero)
-    return ctx.pointwise(node, product, input, zero="all")  # type: ignore[no-any-return]
+    return ctx.pointwise(node, product, input, zero="all")
 
 
 @named("outer", "ger", inplace=False)
