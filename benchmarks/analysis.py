@@ -2,6 +2,8 @@
 
 Every figure is CPU time of one thread in milliseconds, the least of several repeats, the two tools taking turns on the same model: a
 busy machine makes both slower, so read the ratios. Torch-Pruning 1.6.1 comes with the extra ``bench``; ``--alone`` leaves it out.
+``--kirigami SECONDS`` also asks torch-kirigami to prune each model as its README does, in a process of its own, and gives up after so many
+CPU seconds.
 
 - *compress*: from a model to a slim one, everything included. Theirs: build the dependency graph, rank by L2, prune.
 - *candidate*: one more slim network of an analysed model, as a search makes them. Theirs: copy the model, build, prune; there is no other
@@ -36,6 +38,7 @@ from torch import fx, nn
 
 import fxprune
 from benchmarks.networks import cases
+from benchmarks.torch_kirigami_tool import prune
 from fxprune.importance.criteria import scores
 from fxprune.passes import rules
 from fxprune.passes.coupling.graph import CouplingGraph
@@ -101,6 +104,31 @@ def theirs(model: nn.Module, x: torch.Tensor) -> None:
     head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
     importance = tp.importance.MagnitudeImportance(p=2)
     tp.pruner.MagnitudePruner(model, x, importance=importance, pruning_ratio=0.5, ignored_layers=head).step()
+
+
+def kirigami(name: str, seconds: float) -> float:
+    """CPU seconds that torch-kirigami takes to remove half of every channel axis; infinite where it takes more than ``seconds``."""
+    context = multiprocessing.get_context("forkserver")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_kirigami, args=(send, name, seconds))
+    process.start()
+    send.close()
+    try:
+        return float(receive.recv())
+    except EOFError:
+        return math.inf
+    finally:
+        process.join()
+
+
+def _kirigami(channel: Any, name: str, seconds: float) -> None:
+    model, x = build(name), torch.randn(1, 3, 224, 224)
+    torch.set_num_threads(1)
+    start = time.process_time()
+    cap = math.ceil(start + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (cap, cap))
+    prune(model, (x,), 0.5)
+    channel.send(time.process_time() - start)
 
 
 def measure(name: str, repeats: int, alone: bool) -> dict[str, float]:
@@ -238,6 +266,11 @@ def page(
         first = geometric([r["their prune"] / r["compress"] for r in rows.values()])
         second = geometric([r["their candidate"] / r["candidate"] for r in rows.values()])
         lines.append(f"| *geometric mean* | | | | {first:.1f}× | | | {second:.1f}× | |")
+    if tried := {name: r["kirigami"] for name, r in rows.items() if "kirigami" in r}:
+        lines += ["", f"torch-kirigami {metadata.version('torch-kirigami')} on the same models, CPU milliseconds:", ""]
+        lines += ["| model | to prune | ratio |", "|---|---:|---:|"]
+        for name, t in tried.items():
+            lines.append(f"| {name} | {1000 * t:.0f} | {t / rows[name]['compress']:.0f}× |".replace("inf×", "–").replace("inf", "gave up"))
     if parts:
         names = list(next(iter(parts.values())))
         lines += ["", "Where the time goes; the last two columns are the floor.", ""]
@@ -265,6 +298,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--chains", type=int, nargs="*", default=(25, 50, 100, 200, 400, 800))
     parser.add_argument("--memory", nargs="*", default=(), metavar="GLOB", help="torchvision models whose analysis' memory is measured")
     parser.add_argument("--alone", action="store_true", help="fxprune only")
+    parser.add_argument("--kirigami", type=float, default=0.0, metavar="SECONDS", help="torch-kirigami too, with this cap a model")
     parser.add_argument("--out", type=Path, help="the page to write; printed otherwise")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
@@ -273,8 +307,10 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.models:
         memory[name] = in_its_own(name)
         rows[name] = measure(name, options.repeats, options.alone)
+        if options.kirigami:
+            rows[name]["kirigami"] = kirigami(name, options.kirigami)
         parts[name] = stages(name, options.repeats)
-        print(name, {k: round(1000 * v) for k, v in rows[name].items()}, f"{memory[name]:.0f} MiB", file=sys.stderr, flush=True)
+        print(name, {k: round(1000 * v, 0) for k, v in rows[name].items()}, f"{memory[name]:.0f} MiB", file=sys.stderr, flush=True)
     everywhere = {}
     for case in cases(tuple(options.memory), ("torchvision",)) if options.memory else ():
         everywhere[case.name] = in_its_own(case.name, as_covered=True)

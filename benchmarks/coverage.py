@@ -67,6 +67,7 @@ def work(channel: Any, seconds: float, memory: float, tool: str, library: str, n
     import torch
 
     from benchmarks.tools import fxprune_row
+    from benchmarks.torch_kirigami_tool import torch_kirigami_row
     from benchmarks.torch_pruning_tool import torch_pruning_row
 
     resource.setrlimit(resource.RLIMIT_AS, (int(memory * 2**30),) * 2)
@@ -78,7 +79,12 @@ def work(channel: Any, seconds: float, memory: float, tool: str, library: str, n
             row = package_row(next(n for n in networks() if n.name == name), sparsity)
         else:
             case = next(cases((name,), (library,)))
-            row = fxprune_row(case, sparsity) if tool == "fxprune" else torch_pruning_row(case, sparsity, *settings)
+            if tool == "fxprune":
+                row = fxprune_row(case, sparsity)
+            elif tool == "torch-kirigami":
+                row = torch_kirigami_row(case, sparsity)
+            else:
+                row = torch_pruning_row(case, sparsity, *settings)
     except Exception as error:  # noqa: BLE001 - whatever a tool or a pruned network raises is what the table reports
         first = (str(error).strip().splitlines() or [""])[0]
         row = {"verdict": "fails", "why": f"{type(error).__name__}: {first}"[:400], "trace": traceback.format_exc()[-3000:]}
@@ -136,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help="names or globs of models, or of timm's modules; all without one")
     parser.add_argument("--library", choices=LIBRARIES, action="append", help="only this one")
-    parser.add_argument("--tools", default=",".join(TOOLS), help="which tools, in this order (default: %(default)s)")
+    parser.add_argument("--tools", default=",".join(TOOLS[:2]), help=f"which of {', '.join(TOOLS)} (default: %(default)s)")
     parser.add_argument("--sparsity", type=float, default=0.5, help="share of every prunable group (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=None, help="at most this many networks")
     parser.add_argument("--seconds", type=float, default=120.0, help="CPU seconds for one network and tool (default: %(default)s)")
@@ -156,12 +162,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"no network fits {', '.join(given.names)}")
     done = read(given.results)
     if not given.render:
-        if "torch-pruning" in tools and importlib.util.find_spec("torch_pruning") is None:
-            print("Torch-Pruning is not installed and left out: pip install 'fxprune[bench]'", file=sys.stderr)
-            tools.remove("torch-pruning")
+        for peer in TOOLS[1:]:
+            if peer in tools and importlib.util.find_spec(peer.replace("-", "_")) is None:
+                print(f"{peer} is not installed and left out: pip install 'fxprune[bench]'", file=sys.stderr)
+                tools.remove(peer)
         context = multiprocessing.get_context("forkserver")
         wanted = {name for case in chosen for name in (SLOW.get(case.family, ()) if case.library == "packages" else (case.library,))}
-        wanted |= {"torch_pruning"} if "torch-pruning" in tools else set()
+        wanted |= {tool.replace("-", "_") for tool in tools}
         context.set_forkserver_preload(["torch", *sorted(wanted), "benchmarks.networks", "benchmarks.packages.checks"])
         given.results.parent.mkdir(parents=True, exist_ok=True)
 
@@ -181,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
             return row
 
         for tool in tools:
-            if tool == "torch-pruning":  # the quick ones first, as far as is known
+            if tool != "fxprune":  # the quick ones first, as far as is known
                 chosen.sort(key=lambda case: done.get(("fxprune", case.library, case.name), {}).get("spent", math.inf))
             for number, case in enumerate(chosen, 1):
                 key = (tool, case.library, case.name)

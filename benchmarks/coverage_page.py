@@ -12,12 +12,12 @@ from typing import Any
 from benchmarks.packages.network import CHECKS, NOT_ASKED, OK
 
 Rows = dict[tuple[str, str, str], dict[str, Any]]
-TOOLS = ("fxprune", "torch-pruning")
+TOOLS = ("fxprune", "torch-pruning", "torch-kirigami")
 BEGIN, END = "<!-- made by benchmarks/coverage.py: begin -->", "<!-- end -->"
 SOUND = ("exact", "exact where defined", "runs", "shapes only")
 LITTLE = 0.4  # a network that loses a smaller share of its parameters says why
 ORDER = ("exact", "exact where defined", "runs", "shapes only", "wrong", "fails", "no time", "died", "not run")
-PACKAGES = ("torch", "torchvision", "timm", "torch-pruning")
+PACKAGES = ("torch", "torchvision", "timm", "torch-pruning", "torch-kirigami")
 
 
 def write_page(path: Path, done: Rows) -> None:
@@ -45,6 +45,9 @@ def _tables(done: Rows) -> str:
     if packages := [row for (_, library, _), row in done.items() if library == "packages"]:
         count = len({row["family"] for row in packages})
         parts.append(f"## {len(packages)} networks of {count} other packages\n\n{_passed(packages)}\n\n{_checks(packages)}")
+    if third := {name: row for (tool, _, name), row in done.items() if tool == TOOLS[2]}:
+        lines = [_line(["network", "params", "MACs", "oracle", "s"]), _line(["---"] * 5)]
+        parts.append("## torch-kirigami\n\n" + "\n".join(lines + [_line([name, *_result(row)]) for name, row in third.items()]))
     parts.append("## What stands in the way\n\n" + _shortfalls(done))
     return "\n\n".join(parts) + "\n"
 
@@ -67,9 +70,9 @@ def _totals(done: Rows) -> str:
                 counts = [sum(row["verdict"] == k for row in rows) for k in kinds]
                 medians = [_share(_median(row.get(c) for row in rows)) for c in ("params", "macs")]
                 lines.append(_line([f"{library}, {tool}", len(rows), *counts, *medians]))
-    both = [key[1:] for key in done if key[0] == TOOLS[0] and all("seconds" in done.get((tool, key[1], key[2]), {}) for tool in TOOLS)]
+    both = [key[1:] for key in done if key[0] == TOOLS[0] and all("seconds" in done.get((tool, key[1], key[2]), {}) for tool in TOOLS[:2])]
     if both:
-        took = {tool: _seconds(_median(done[tool, where, name]["seconds"] for where, name in both)) for tool in TOOLS}
+        took = {tool: _seconds(_median(done[tool, where, name]["seconds"] for where, name in both)) for tool in TOOLS[:2]}
         lines.append(f"\nOf the {len(both)} networks for which both were timed, the median took fxprune {took[TOOLS[0]]} s and ")
         lines[-1] += f"Torch-Pruning {took[TOOLS[1]]} s."
     moved = [row["moved"] for row in done.values() if row["verdict"] in SOUND and "moved" in row]

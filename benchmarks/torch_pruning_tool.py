@@ -64,7 +64,7 @@ def _pruned(
         forward_fn=lambda m, x: m(*copy.deepcopy(x)),
         output_transform=lambda out: [t for t in leaves(out) if t.grad_fn is not None],
     )
-    _tag(twin)
+    tag(twin)
     count = 0
     torch.manual_seed(SEED)
     for group in pruner.step(interactive=True):
@@ -75,7 +75,7 @@ def _pruned(
             continue
         group.prune()
         count += 1
-    kept = _untag(twin, model)
+    kept = untag(twin, model)
     _settle(twin, pruner, heads, names)
     return twin.eval(), kept, count
 
@@ -99,14 +99,14 @@ def _handled(graph: Any, dep: Any, names: dict[Any, str]) -> str:
     return f"{names.get(dep.target.module, '?')}:{side}"
 
 
-def _tag(model: nn.Module) -> None:
+def tag(model: nn.Module) -> None:
     """Fill every tensor with the numbers of its elements: what is left after pruning says which elements were kept."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.ndim:
             tensor.data = torch.arange(tensor.numel(), dtype=torch.float64).reshape(tensor.shape)
 
 
-def _untag(slim: nn.Module, model: nn.Module) -> Kept:
+def untag(slim: nn.Module, model: nn.Module) -> Kept:
     """Put the model's own values where the tags are and return the kept indices. Raises ``ValueError`` if what is left is no rectangle."""
     kept: dict[str, dict[int, torch.Tensor]] = {}
     originals = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from torch import nn
 
 from benchmarks import allocation, analysis, cifar10, densenet_bc, studies
 from benchmarks.coverage import RESULTS, main, read, shown
-from benchmarks.coverage_page import BEGIN, write_page
-from benchmarks.networks import cases
+from benchmarks.coverage_page import BEGIN, TOOLS, write_page
+from benchmarks.networks import Case, cases
 from benchmarks.packages import checks, networks
 from benchmarks.packages.network import CHECKS, NOT_ASKED, Network, image, of, rows
+from benchmarks.torch_kirigami_tool import torch_kirigami_row
 from benchmarks.zeroing import judged
 from fxprune.models.loading import load_model
 
@@ -58,7 +60,7 @@ def test_the_results_hold_what_the_page_shows_and_no_more() -> None:
     more = {"in_the_way": [("reason", 0.1)], "statistics": ["a:in"], "trace": "Traceback"}
     assert shown(row | more) == row
     assert shown(row | more | {"params": 0.2})["in_the_way"] == [("reason", 0.1)]
-    assert {tool for tool, *_ in read(RESULTS)} == {"fxprune", "torch-pruning"} and RESULTS.stat().st_size < 200_000
+    assert {tool for tool, *_ in read(RESULTS)} <= set(TOOLS) and RESULTS.stat().st_size < 200_000
 
 
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
@@ -77,6 +79,9 @@ def test_the_page_of_analysis_names_what_needs_most_memory(monkeypatch: pytest.M
         and "| 25 | 3.00 |" in text
     )
     assert text.index("| b | 5 |") < text.index("| a | 3 |")
+    capped = {"net": seconds | {"kirigami": math.inf}, "other": seconds | {"kirigami": 4.0}}
+    text = analysis.page(capped, [], {"net": 4.0, "other": 4.0}, {}, {}, "the command")
+    assert "| net | gave up | – |" in text and "| other | 4000 | 20× |" in text
     alone = {k: v for k, v in seconds.items() if "their" not in k}
     assert "| net | 200 | 100 | – | – | 10 | – | – | 4 |" in analysis.page({"net": alone}, [], {"net": 4.0}, {}, {}, "the command")
 
@@ -114,6 +119,16 @@ def test_the_oracle_sees_a_wrong_index() -> None:
 
     assert judged(net, inputs, slim([0, 2, 3]), kept, lambda: None, 1)["verdict"] == "exact"
     assert judged(net, inputs, slim([0, 3, 2]), kept, lambda: None, 1)["verdict"] == "wrong"
+
+
+def test_torch_kirigami_is_judged_like_the_others(tmp_path: Path) -> None:
+    pytest.importorskip("torch_kirigami")
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(128, 4))
+
+    row = torch_kirigami_row(Case("here", "net", "net", build, (lambda: (torch.randn(2, 3, 8, 8),),)), 0.5)
+    assert row["verdict"] == "exact" and row["prunable"] == 2 and 0.5 < row["params"] < 0.8
 
 
 class Flat(nn.Module):

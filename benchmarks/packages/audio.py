@@ -137,10 +137,6 @@ def networks() -> Iterator[Network]:
         20,
         30,
     )
-    yield Network(
-        "descript-audio-codec", "DAC encoder", of("dac.model.dac:Encoder", d_model=16, strides=[2, 4], d_latent=32), signal(1), 400, 600
-    )
-    yield Network("descript-audio-codec", "DAC decoder", of("dac.model.dac:Decoder", 32, 64, [4, 2]), signal(32), 20, 30)
     yield Network("snac", "SNAC encoder", of("snac.layers:Encoder", d_model=16, strides=[2, 4], depthwise=True), signal(1), 400, 600)
     yield Network("vocos", "Vocos", vocos, signal(16), 20, 30)
     yield Network("openai-whisper", "Whisper", whisper, mel_and_words, 8, 12)

@@ -138,7 +138,7 @@ def networks() -> Iterator[Network]:
         "Enformer",
         of(
             "enformer_pytorch:Enformer.from_hparams",
-            dim=192,
+            dim=256,
             depth=1,
             heads=2,
             output_heads={"human": 5},
