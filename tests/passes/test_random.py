@@ -133,7 +133,7 @@ def assert_elsewhere(
             assert fresh == 0.0, f"the original differs by {fresh:.1e} at another {name}"
 
 
-@settings(SEARCH, max_examples=500)
+@settings(SEARCH, max_examples=400)
 @given(spec=SPECS.filter(lambda spec: not is_open(spec)), seed=st.integers(0, 99))
 def test_random_networks(spec: Spec, seed: int) -> None:
     check(spec, seed)
