@@ -34,6 +34,9 @@ _FX = frozenset(
 )
 
 
+FOLLOWING = "_following"  # attribute that names the plain tensors of a module that move with it
+
+
 class SlimModule(fx.GraphModule):
     """A pruned network as an ordinary ``torch.fx.GraphModule``.
 
@@ -60,6 +63,14 @@ class SlimModule(fx.GraphModule):
         twin.__dict__.update(tree.__dict__)
         twin.__dict__["_borrowed"] = True
         return twin
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SlimModule:
+        """Indices that the graph reads are plain attributes, which ``nn.Module`` would leave on their device."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for module in self.modules() if recurse else (self,):
+            for key in module.__dict__.get(FOLLOWING, ()):
+                module.__dict__[key] = fn(module.__dict__[key])
+        return self
 
     @property
     def borrowed(self) -> bool:

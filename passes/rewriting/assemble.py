@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fxprune.passes.ir.skeleton import fill
+from fxprune.passes.ir.slim_module import FOLLOWING
 
 _BLANK = nn.Module()
 Copies = tuple[tuple[nn.Module, bool], ...]
@@ -47,10 +48,10 @@ def assemble(modules: Copies, memo: dict[int, Any], constants: Mapping[str, torc
     for name, tensor in constants.items():
         path, _, key = name.rpartition(".")
         home = root.get_submodule(path)
-        if tensor.is_floating_point() or tensor.is_complex() or key in home.__dict__:  # half() leaves it alone, as it did the original's
-            setattr(home, key, tensor)
-        else:  # an index has to follow the weights to their device
-            home.register_buffer(key, tensor, persistent=False)
+        follows = not (tensor.is_floating_point() or tensor.is_complex() or key in home.__dict__)
+        setattr(home, key, tensor)
+        if follows:  # an index goes to the device of the weights, though it is no buffer: names of tensors stay the original's
+            home.__dict__[FOLLOWING] = (*home.__dict__.get(FOLLOWING, ()), key)
     return root
 
 

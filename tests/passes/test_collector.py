@@ -19,7 +19,6 @@ def enabled() -> Iterator[None]:
     gc.enable()
 
 
-SEEN: list[bool] = []
 
 
 class Watching(nn.Module):
@@ -28,7 +27,8 @@ class Watching(nn.Module):
         self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        SEEN.append(gc.isenabled())
+        if gc.isenabled():  # a list would be put back as it was before the trace
+            raise RuntimeError("the collector is on while forward is traced")
         found: Tensor = self.b(self.a(x))
         return found
 
@@ -39,9 +39,7 @@ class Failing(nn.Module):
 
 
 def test_paused_while_tracing_and_on_again() -> None:
-    SEEN.clear()
     fxprune.compress(Watching().eval(), 0.5, torch.randn(2, 4))
-    assert SEEN and not any(SEEN)
     assert gc.isenabled()
     with pytest.raises(FxPruneError):
         fxprune.analyze(Failing(), torch.randn(2, 4))
