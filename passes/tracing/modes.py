@@ -20,7 +20,7 @@ from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.tracing.module_state import keep_state, lost
 from fxprune.passes.tracing.past.check import agrees
 from fxprune.passes.tracing.past.history import History, past
-from fxprune.passes.tracing.past.isolation import remove_left
+from fxprune.passes.tracing.past.isolation import contents_kept, remove_left
 from fxprune.passes.tracing.tracer import ShapeTracer, is_skipped
 
 
@@ -41,7 +41,11 @@ def trace(
     found = TracedModel(skeleton, {}, {}, opaque=dict(whole or {}))
     add_traced(found, "", call_form(example_inputs), is_known, has_rule, strict=whole is not None)
     eval_graph = found.graphs["eval"]
-    if not skeleton.has_history or agrees(model, eval_graph, found.constants, call_form(example_inputs)):
+    if not skeleton.has_history or skeleton.past is None:
+        return found
+    with contents_kept(skeleton.past[-1].reach):
+        same = agrees(model, eval_graph, found.constants, call_form(example_inputs))
+    if same:
         return found
     # What forward keeps is more than a cache: what it computes depends on it.
     kept = TracedModel(skeleton, {}, {}, opaque=dict(whole or {}))

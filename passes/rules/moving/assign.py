@@ -133,12 +133,27 @@ def take_along_dim(ctx: LabelContext, node: fx.Node, input: Value, indices: Valu
     return _along(ctx, node, input, dim, [indices], [], broadcast=True)
 
 
+def _made_with_sizes(node: Any) -> bool:
+    """Whether a size of another tensor enters what ``node`` is computed from."""
+    seen, todo = {node}, [node]
+    while todo:
+        new = [n for n in todo.pop().all_input_nodes if n not in seen]
+        if any(n.op == "placeholder" or target_name(n) == "size" for n in new):
+            return True
+        seen.update(new)
+        todo += new
+    return False
+
+
 def _picked(ctx: LabelContext, node: fx.Node, x: Value, dim: int, index: Value, name: str) -> Any:
     """Channels that a constant picks, the same for all positions beside them; None where that is not so."""
     axis = dim % x.ndim
-    actual = ctx.real(binding.form_of(node).arguments(node.args, node.kwargs).get(name))
+    given = binding.form_of(node).arguments(node.args, node.kwargs).get(name)
+    actual = ctx.real(given)
     if axis not in x.axes or actual is None or index.ndim != x.ndim:
         return None
+    if actual.numel() > actual.shape[axis] and _made_with_sizes(given):
+        return None  # it is as large as the example beside the channels, which no constant may be
     row = actual.movedim(axis, 0).reshape(actual.shape[axis], -1)
     if not bool((row == row[:, :1]).all()) or set(x.axes) != {axis}:
         return None

@@ -70,6 +70,27 @@ def isolated(tracer: Recorder, reach: Reach, empty: Sequence[Any], first: Sequen
             yield
 
 
+@contextlib.contextmanager
+def contents_kept(reach: Reach) -> Iterator[None]:
+    """For the time of a run of the model itself: what it leaves in globals, classes, closures and random generators is taken out again."""
+    before = Contents()
+    held_now = [(owner, name, held(owner, name)) for owner, name in reach.places.values()]
+    for function in reach.functions:
+        before.add((function.__defaults__, function.__kwdefaults__, function.__dict__))
+    for _, _, value in held_now:
+        before.add(value)
+    generators = random.getstate(), np.random.get_state()  # noqa: NPY002 - what the user's code may draw from
+    try:
+        yield
+    finally:
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])  # noqa: NPY002
+        before.restore()
+        for owner, name, value in held_now:
+            if not _isinstance(value, (type, types.FunctionType, types.ModuleType, property, CachedFunction)):
+                _bind(owner, name, value)
+
+
 def _bind(owner: Any, name: str, value: Any) -> None:
     if held(owner, name) is value:
         return
