@@ -35,12 +35,15 @@ class Thinning:
 
     @classmethod
     def of(
-        cls, weights: Tensor, covariance: Tensor, stakes: Tensor, width: int, channels: Tensor, units: Tensor, *, refitted: bool
+        cls, weights: Tensor, covariance: Tensor, stakes: Tensor, width: int, channels: Tensor, units: Tensor, rows: int, *, refitted: bool
     ) -> Thinning:
-        """A reader with all its inputs. ``covariance``: (features, features); with ``refitted`` a ridge holds weights to what they were."""
+        """A reader with all its inputs. ``covariance``: (features, features); with ``refitted`` a ridge holds weights to what they were.
+
+        The fewer ``rows`` a feature the covariance comes from, the more: what fits few rows to the letter would seem to cost nothing.
+        """
         inverse = None
         if refitted:
-            ridge = RIDGE * covariance.diagonal().mean().clamp_min(1e-12)
+            ridge = (RIDGE + len(covariance) / max(rows, 1)) * covariance.diagonal().mean().clamp_min(1e-12)
             inverse = torch.linalg.inv(covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype))
         return cls(weights.clone(), inverse, covariance, stakes, width, channels, units)
 

@@ -239,6 +239,7 @@ class _Thinned:
                 one.width,
                 c.indices,
                 c.units,
+                statistics.moments[one.name].rows,
                 refitted=repair == "lstsq",
             )
             for one, c in read

@@ -340,3 +340,13 @@ def test_a_network_without_gradients_is_searched_without_a_table() -> None:
     with pytest.raises(EvaluationError, match="no gradient"):
         config = fxprune.SearchConfig(strategy="table", **options)
         fxprune.search(seeded(Detached), images()[0], lambda module: 0.5, config=config, calibration=images())
+
+
+def test_few_rows_do_not_make_a_removal_look_free() -> None:
+    """A classifier of 96 features fitted on 32 rows: half of its features can give what all give there, and there alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 96), nn.ReLU(), nn.Linear(96, 10)).eval()
+    batches = [torch.randn(16, 40) for _ in range(2)]
+    graph = fxprune.analyze(model, batches[0])
+    few, many = error_table(graph, batches), error_table(graph, [torch.randn(512, 40) for _ in range(8)])
+    assert few.errors("0")[48] > 0.25 * many.errors("0")[48]
