@@ -106,9 +106,6 @@ def networks() -> Iterator[Network]:
         yield Network("torch-geometric", kind, lambda kind=kind: Dense(kind), adjacency(12), 8, 12)  # type: ignore[misc]
     fno = {"n_modes": (6, 6), "hidden_channels": 16, "in_channels": 2, "out_channels": 1, "n_layers": 2}
     yield Network("neuraloperator", "FNO", of("neuralop.models:FNO", **fno), image(2), 16, 24)
-    yield Network(
-        "neuraloperator", "LocalFNO", of("neuralop.models:LocalNO", **fno, default_in_shape=(16, 16), disco_layers=False), image(2), 16, 24
-    )
     yield Network("pytorch-tcn", "TCN", of("pytorch_tcn:TCN", num_inputs=6, num_channels=[16, 24, 32], kernel_size=3), signal(6), 24, 32)
     brain = "braindecode.models:"
     eeg = {"n_chans": 8, "n_outputs": 3, "n_times": 400, "sfreq": 100}

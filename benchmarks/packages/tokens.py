@@ -133,22 +133,6 @@ def networks() -> Iterator[Network]:
         32,
         32,
     )
-    yield Network(
-        "enformer-pytorch",
-        "Enformer",
-        of(
-            "enformer_pytorch:Enformer.from_hparams",
-            dim=256,
-            depth=1,
-            heads=2,
-            output_heads={"human": 5},
-            target_length=4,
-            num_downsamples=3,
-        ),
-        words(5),
-        64,
-        128,
-    )
     yield Network("egnn-pytorch", "EGNN", of("egnn_pytorch:EGNN", dim=16, m_dim=12), points, 8, 12)
     yield Network(
         "iTransformer",

@@ -51,7 +51,7 @@ class Contents:
         inner: Any = ()
         if kind in MAPPINGS:
             self._held[id(value)] = value, list(value.items())
-            inner = value.values()
+            inner = list(value.values())  # those of a WeakValueDictionary are a generator
         elif kind in CONTAINERS:
             self._held[id(value)] = value, list(value)
             inner = value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -393,3 +394,27 @@ def test_closures_over_the_module_compute_with_the_slim_weights() -> None:
     for name, p in model.named_parameters():
         torch.testing.assert_close(slim.get_parameter(name).grad, p.grad)
     assert not trace(model, X, lambda m: isinstance(m, nn.Conv2d)).constants
+
+
+class Registered(Layers):
+    """A registry that does not keep what it names alive."""
+
+    def table(self, y: Tensor) -> Tensor:
+        return y * (1.0 if WEAK else 2.0)
+
+
+WEAK: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
+WEAK_KEYS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+class Keyed(Layers):
+    def table(self, y: Tensor) -> Tensor:
+        return y * float(len(WEAK_KEYS) > 0)
+
+
+@pytest.mark.parametrize("kind", [Registered, Keyed])
+def test_weak_dictionaries_are_searched_too(kind: type[Layers]) -> None:
+    model = kind().eval()
+    WEAK["one"], WEAK_KEYS[model] = model, 1
+    slim = fxprune.compress(model, 0.0, X)
+    torch.testing.assert_close(slim(OTHER), model(OTHER))
