@@ -71,9 +71,11 @@ def _mark(graph: CouplingGraph) -> tuple[list[tuple[int, int]], list[torch.Tenso
 
     Writes through ``tensor.data`` leave the version as it is; where they change whole channels the elements tell.
     """
-    tensors = [*graph.model.parameters(), *graph.model.buffers()]
+    tensors = [t for t in (*graph.model.parameters(), *graph.model.buffers()) if t.layout is torch.strided]  # sparse ones rank nothing
     with torch.no_grad():
-        firsts = [t.detach().reshape(t.shape[0], -1)[:, 0].clone() for t in tensors if t.ndim > 0 and t.numel()]
+        firsts = [
+            t.detach().reshape(t.shape[0], -1)[:, 0].clone() for t in tensors if t.layout is torch.strided and t.ndim > 0 and t.numel()
+        ]
         firsts += [t.detach()[0].reshape(t.shape[1], -1)[:, 0].clone() for t in tensors if t.ndim > 1 and t.numel()]
     return [(t._version, t.data_ptr()) for t in tensors], firsts
 

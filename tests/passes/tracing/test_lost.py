@@ -269,6 +269,8 @@ def test_indices_move_with_the_model() -> None:
     slim = fxprune.compress(model, 0.5, X)
     assert set(slim.state_dict()) == set(model.state_dict())
     moved = slim.to("meta")
-    assert moved(X.to("meta")).device.type == "meta" and not [v for v in vars(moved).values() if isinstance(v, Tensor)]
+    assert moved(X.to("meta")).device.type == "meta"
+    assert {v.device.type for v in vars(moved).values() if isinstance(v, Tensor)} == {"meta"}
+    assert set(dict(moved.named_buffers())) == set(dict(model.named_buffers()))
     again = pickle.loads(pickle.dumps(copy.deepcopy(fxprune.compress(model, 0.5, X))))
     assert set(again.state_dict()) == set(model.state_dict()) and again(X).shape == (2, 4, 6, 6)
