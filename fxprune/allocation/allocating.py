@@ -19,7 +19,7 @@ from fxprune.importance.gradients import Loss
 from fxprune.index_lists import ranges
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.planning.naming import limits
-from fxprune.passes.planning.plan import Rounding, keep_counts
+from fxprune.passes.planning.plan import Keep, Rounding, keep_counts
 from fxprune.policies import Policy
 from fxprune.repair.registry import Repair, named
 
@@ -134,7 +134,7 @@ def allocate(
             least = float(allocator.prices.shares(metric, np.array([[len(a) - 1 for a in allocator._knapsack.allowed]]))[0])
             raise TargetError(f"{metric}={share} cannot be met: with all that may go, {least:.3g} is left; ask for more")
     meta = {"strategy": "table", "bounds": dict(bounds), "left": left, "kept_whole": list(allocator.kept_whole)}
-    return _policy(graph, table, counts, importance, round_to, meta)
+    return policy_of(graph, keep_counts(graph, counts, table.ranking), round_to, importance, meta)
 
 
 def _met(allocator: Allocator, bounds: Mapping[str, float]) -> tuple[dict[str, int], dict[str, float]]:
@@ -155,10 +155,8 @@ def _met(allocator: Allocator, bounds: Mapping[str, float]) -> tuple[dict[str, i
     return counts, left
 
 
-def _policy(
-    graph: CouplingGraph, table: ErrorTable, counts: Mapping[str, int], importance: Any, round_to: int, meta: Mapping[str, Any]
-) -> Policy:
-    keep = keep_counts(graph, counts, table.ranking)
+def policy_of(graph: CouplingGraph, keep: Keep, round_to: int, importance: Any, meta: Mapping[str, Any]) -> Policy:
+    """The policy of kept units (one boolean each), which it lists, so that ``compress`` finds them again without calibration data."""
     sparsity, units = {}, {}
     for group in graph.groups:
         if group.prunable:
@@ -166,6 +164,5 @@ def _policy(
             sparsity[group.name] = len(gone) / group.size
             if len(gone):
                 units[group.name] = ranges(torch.from_numpy(gone))
-    return Policy(
-        sparsity, graph.inputs, {**graph.options, "round_to": round_to, "importance": importance_name(importance), "units": units}, meta
-    )
+    options = {**graph.options, "round_to": round_to, "importance": importance_name(importance), "units": units}
+    return Policy(sparsity, graph.inputs, options, meta)

@@ -7,16 +7,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
-from fxprune.allocation.allocating import allocate
+from fxprune.allocation.allocating import allocate, policy_of
 from fxprune.allocation.prices import METRICS, output_channels
 from fxprune.errors import PolicyError, TargetError
 from fxprune.evaluation.running import one_thread
-from fxprune.importance.criteria import importance_name, resolved, scores
+from fxprune.importance.criteria import resolved, scores
 from fxprune.importance.criterion import Scores
 from fxprune.importance.gradients import Loss
-from fxprune.index_lists import ranges
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.planning.cost import cost_model
 from fxprune.passes.planning.naming import limits
@@ -91,7 +89,7 @@ def allocated(
     uniform = _Uniform(graph, ranking, bounds, round_to, most)
     counts = uniform.counts()
     left = uniform.left(counts)
-    policy = _policy(graph, uniform.keep(counts), round_to, importance, {"strategy": "uniform", "bounds": bounds, "left": left})
+    policy = policy_of(graph, uniform.keep(counts), round_to, importance, {"strategy": "uniform", "bounds": bounds, "left": left})
     over = [metric for metric, share in bounds.items() if left[metric] > share + TOLERANCE]
     if over:
         why = "with all that may go" if most is None else "with all that most= lets go"
@@ -168,15 +166,3 @@ class _Uniform:
     def _slack(self, counts: Mapping[str, int]) -> float:
         left = self.left(counts)
         return min(share - left[metric] for metric, share in self.bounds.items())
-
-
-def _policy(graph: CouplingGraph, keep: Keep, round_to: int, importance: Any, meta: Mapping[str, Any]) -> Policy:
-    sparsity, units = {}, {}
-    for group in graph.groups:
-        if group.prunable:
-            gone = np.flatnonzero(~keep[graph.starts[group.number] : graph.starts[group.number + 1]])
-            sparsity[group.name] = len(gone) / group.size
-            if len(gone):
-                units[group.name] = ranges(torch.from_numpy(gone))
-    options = {**graph.options, "round_to": round_to, "importance": importance_name(importance), "units": units}
-    return Policy(sparsity, graph.inputs, options, meta)

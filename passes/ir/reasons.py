@@ -1,4 +1,4 @@
-"""Why channels stay, and what a trace could not keep: facts with a kind, whose text is for people. Nothing reads the wording."""
+"""Why channels stay: facts with a kind, whose text is for people. Nothing reads the wording."""
 
 from __future__ import annotations
 
@@ -89,30 +89,3 @@ def is_as_it_must_be(reason: Reason) -> bool:
     """Whether channels stay for this reason in every network: outputs, inputs, a vocabulary, what is a single unit, what nothing reads."""
     ends = reason.kind is ReasonKind.OUTPUT or reason.root.kind is ReasonKind.INPUT
     return reason.kind in _AS_IT_MUST or (ends and not reason.root.part)
-
-
-class NoteKind(Enum):
-    """What a trace had to settle, or what a slim module does not do."""
-
-    SPECIALISED = "a number of the example stands in the graph"
-    LOST = "something that a graph cannot keep"
-    STATE = "state that forward sets on its modules"
-    MODE = "a mode that could not be traced"
-    PARTS = "the model was traced in parts"
-    CHECK = "the traced graph was compared with the model"
-
-
-class Note(str):
-    """Something that the user should know of a trace. As a string it is the sentence for people, with ``where`` in front."""
-
-    kind: NoteKind
-    detail: str
-    where: str
-
-    def __new__(cls, kind: NoteKind, detail: str, where: str = "") -> Note:
-        made = super().__new__(cls, f"{where}: {detail}" if where else detail)
-        made.kind, made.detail, made.where = kind, detail, where
-        return made
-
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return self.kind, self.detail, self.where
