@@ -87,7 +87,7 @@ def fxprune_row(case: Case, sparsity: float) -> Row:
     graph = fxprune.analyze(model, inputs)
     row["analyse"] = time.process_time() - start
     prunable = {g.name: sparsity for g in graph.groups if g.prunable}
-    traced = graph.walk.traced
+    traced = graph.traced
     row |= {
         "traced": "parts" if traced.parts else "whole",
         "parts": list(traced.parts),

@@ -203,13 +203,13 @@ def compress(
     chosen_norms = str(wanted_norms or graph.options.get("norms", "plain"))
     if chosen_norms not in NORMS:
         raise InputError(f"norms is {chosen_norms!r}; it must be {' or '.join(map(repr, NORMS))}")
-    carrier = traced_graph(graph.walk.traced, graph)
+    carrier = traced_graph(graph.traced, graph)
     run_passes(carrier, [Plan(wanted.sparsity, score, multiple, most, keep_class), Slim(keep_class, chosen_norms)], observe)
     done = compilation(carrier)
     keep, (slimmer, made_slim) = done.planned(), done.rewritten()
     slim: Any = made_slim
     used = {**({"norms": chosen_norms} if chosen_norms != "plain" else {}), "round_to": multiple, "importance": importance_name(importance)}
-    notes = graph.notes
+    notes: tuple[str, ...] = graph.notes
     lacking = shortfall(graph, wanted, keep, multiple, limits(graph, most))
     if lacking:
         warnings.warn(lacking, PruningWarning, stacklevel=2)
@@ -355,7 +355,7 @@ def made_record(
     graph: CouplingGraph, slimmer: Slimmer, keep: Any, policy: Policy, keep_class: bool = False, notes: tuple[str, ...] = ()
 ) -> PruningRecord:
     """The record of one rewrite, in terms of the outermost original (Habit: facts are computed once and are plain data)."""
-    skeleton = graph.walk.traced.skeleton
+    skeleton = graph.traced.skeleton
     kept: dict[str, dict[int, torch.Tensor]] = {}
     for name in skeleton.names:
         dims = slimmer.kept_dims(name)

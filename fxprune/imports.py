@@ -73,6 +73,6 @@ def needed(package: str, use: str, extra: str) -> Any:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """"; did you mean a or b?" of the nearest of ``known``, or nothing where none is near."""
+    """ "; did you mean a or b?" of the nearest of ``known``, or nothing where none is near."""
     close = difflib.get_close_matches(name, list(known), 3)
     return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -34,7 +34,7 @@ class _Graph(Protocol):
     @property
     def inputs(self) -> Any: ...
     @property
-    def walk(self) -> Any: ...
+    def traced(self) -> Any: ...
     @property
     def keys(self) -> Sequence[tuple[str, int]]: ...
     @property
@@ -228,7 +228,7 @@ class _Facts:
             after: dict[str, set[str]] = {}
             before: dict[str, str] = {}
             mixed: set[str] = set()
-            traced = self.graph.walk.traced
+            traced = self.graph.traced
             for mode in traced.eval_modes:
                 for node in traced.graphs[mode].nodes:
                     path = self._layer_of(node)

@@ -141,7 +141,7 @@ class Couple(GraphPass):
         names = module_names(traced.skeleton.original, self.ignore)
         options: dict[str, Any] = {"attention": self.attention, "ignore": names}
         graph = CouplingGraph(walk, self.inputs, options if self.norms == "plain" else {**options, "norms": self.norms})
-        _advance(module, graph=_finer(graph, fixed))
+        _advance(module, graph=_finer(graph, walk, fixed))
         return module
 
 
@@ -185,14 +185,14 @@ def _settled(traced: TracedModel, attention: str, fixed: list[tuple[str, int]]) 
     return best
 
 
-def _finer(graph: CouplingGraph, fixed: list[tuple[str, int]]) -> CouplingGraph:
+def _finer(graph: CouplingGraph, first: Walk, fixed: list[tuple[str, int]]) -> CouplingGraph:
     """Whole groups of a grouped convolution may have been chosen for it alone, and tie everything into one unit further on (a channel
     shuffle between two of them): walk again with positions within the groups, and take what leaves more channels to prune."""
-    keys = set(graph.walk.whole)
+    keys = set(first.whole)
     if not keys or not any(g.reason == SINGLE for g in graph.groups):
         return graph
     while True:
-        walk = Walk(graph.walk.traced, graph.walk.attention, fixed, {**graph.walk.forced, **dict.fromkeys(sorted(keys), "within")}).run()
+        walk = Walk(graph.traced, first.attention, fixed, {**first.forced, **dict.fromkeys(sorted(keys), "within")}).run()
         if walk.whole <= keys:
             break
         keys |= walk.whole

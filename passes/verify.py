@@ -16,6 +16,7 @@ from fxprune.evaluation.running import set_training
 from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.nodes import target_name
+from fxprune.passes.ir.notes import NoteKind
 from fxprune.passes.labels.values import Value
 from fxprune.passes.planning.plan import Keep
 from fxprune.passes.rewriting.blocks import with_zeroed_blocks
@@ -41,7 +42,6 @@ _DRAWING = frozenset(
         *("gumbel_softmax", "native_dropout", "fractional_max_pool2d", "fractional_max_pool3d"),
     }
 )
-_SPECIALISED = " was specialised to "  # in notes on what holds for the example alone
 
 
 def zeroed(model: nn.Module, kept: Kept) -> nn.Module:
@@ -92,7 +92,7 @@ def verify(graph: CouplingGraph, keep: Keep, slim: Any, args: tuple[Any, ...], k
             if group.undefined if norms == "exact" else group.notes:
                 defined[graph.starts[group.number] : graph.starts[group.number + 1]] = True
         slimmer = Slimmer(graph, defined, norms)
-        names = graph.walk.traced.skeleton
+        names = graph.traced.skeleton
         kept = {alias: dims for n in names.names if (dims := slimmer.kept_dims(n)) for alias in names.aliases[n]}
         part = copied(slim).eval() if (defined == keep).all() else Slimmer(graph, defined, norms).run().eval()
         pair = _Pair(graph, slimmer, zeroed(graph.model, kept), part)
@@ -101,7 +101,7 @@ def verify(graph: CouplingGraph, keep: Keep, slim: Any, args: tuple[Any, ...], k
             raw, gap = gap, pair.same_choices(args, kwargs)
             if not gap < TOLERANCE:
                 raise VerificationError(pair.report(args, kwargs, raw))
-        if not any(_SPECIALISED in note for note in graph.notes):
+        if not any(note.kind is NoteKind.SIZE for note in graph.notes):
             for what, (others, keywords) in _other_sizes(args, kwargs):
                 pair.check_size(what, others, keywords)
         return gap
@@ -158,9 +158,9 @@ class _Pair:
 
         A choice is taken over only where both chose from numbers that agree within the tolerance.
         """
-        if self.graph.walk.traced.parts or not hasattr(self.slim, "graphs"):
+        if self.graph.traced.parts or not hasattr(self.slim, "graphs"):
             return float("inf")
-        traced = self.graph.walk.traced.graphs["eval"]
+        traced = self.graph.traced.graphs["eval"]
         if not any(target_name(node) in _CHOOSING | _DRAWING or _drawing_module(self.reference, node) for node in traced.nodes):
             return float("inf")
         slim: Any = copied(self.slim)
@@ -174,9 +174,9 @@ class _Pair:
 
     def report(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], gap: float) -> str:
         """Which node is wrong first: both graphs run node by node, the original's values cut to what is kept."""
-        if self.graph.walk.traced.parts:
+        if self.graph.traced.parts:
             return f"the outputs differ from the zeroed original by {gap:.1e}; report it"
-        traced = self.graph.walk.traced.graphs["eval"]
+        traced = self.graph.traced.graphs["eval"]
         slim: Any = copied(self.slim)
         flat = [*args, *kwargs.values()]
         first, second = _Recorder(self._with_constants(), traced), _Recorder(slim, slim.graphs["eval"])
@@ -186,7 +186,7 @@ class _Pair:
             second.run(*cloned(flat))
         for node in traced.nodes:
             mine, theirs = first.seen.get(node.name), second.seen.get(node.name)
-            value = self.graph.walk.env["eval"].get(node)
+            value = self.graph.values["eval"].get(node)
             if not isinstance(mine, torch.Tensor) or not isinstance(theirs, torch.Tensor) or not isinstance(value, Value):
                 continue
             if (found := difference(_cut(self.slimmer, value, mine), theirs)) >= TOLERANCE:
@@ -197,7 +197,7 @@ class _Pair:
     def _with_constants(self) -> nn.Module:
         """A copy of the zeroed original that has the constants of the traced graph as well."""
         twin = copied(self.reference)
-        for name, tensor in self.graph.walk.traced.constants.items():
+        for name, tensor in self.graph.traced.constants.items():
             path, _, key = name.rpartition(".")
             setattr(twin.get_submodule(path), key, tensor)
         return twin
@@ -274,7 +274,7 @@ class _Follower(fx.Interpreter):
         self, module: nn.Module, graph: fx.Graph, coupling: CouplingGraph, slimmer: Slimmer, seen: Mapping[str, Any], traced: fx.Graph
     ) -> None:
         super().__init__(module, graph=graph)
-        self.values, self.slimmer, self.seen = coupling.walk.env["eval"], slimmer, seen
+        self.values, self.slimmer, self.seen = coupling.values["eval"], slimmer, seen
         self.nodes = {node.name: node for node in traced.nodes}
 
     def run_node(self, n: fx.Node) -> Any:

@@ -40,7 +40,7 @@ def package_row(network: Network, sparsity: float) -> Row:
     start = time.process_time()
     graph = fxprune.analyze(model, inputs)
     prunable = {g.name: sparsity for g in graph.groups if g.prunable}
-    traced = graph.walk.traced
+    traced = graph.traced
     row |= {"traced": "parts" if traced.parts else "whole", "parts": list(traced.parts), "opaque": dict(sorted(traced.opaque.items()))}
     row |= {"prunable": len(prunable), "locked": len(graph.groups) - len(prunable), "in_the_way": in_the_way(graph, model)}
     if not prunable:

@@ -66,7 +66,7 @@ def cuts(group: Group, graph: CouplingGraph) -> list[Cut]:
     Where nothing reads them through a weight (queries and keys, say), the first weight that makes them.
     """
     members = [Cut(n, d, idx, units) for (n, d, idx), units in zip(group.members, group.units, strict=True)]
-    skeleton = graph.walk.traced.skeleton
+    skeleton = graph.traced.skeleton
     weights = [cut for cut in members if cut.name in skeleton.parameter_names and skeleton.tensor(cut.name).ndim > 1]
     reading = [cut for cut in weights if not graph.is_output((cut.name, cut.dim))]
     return reading or weights[:1] or members[:1]

@@ -33,7 +33,7 @@ def rebuilt(model: nn.Module, record: PruningRecord) -> nn.Module:
     example = build(record.policy.inputs, device="meta")
     options = record.policy.options
     graph = analysed(model, example, (), str(options.get("attention", "auto")), norms=str(options.get("norms", "plain")))
-    names = {alias: name for name, aliases in graph.walk.traced.skeleton.aliases.items() for alias in aliases}
+    names = {alias: name for name, aliases in graph.traced.skeleton.aliases.items() for alias in aliases}
     if record.blocks:
         return _without(graph, record)
     slimmer = Slimmer(graph, units_kept(graph, record.kept, names))

@@ -144,7 +144,7 @@ def _named(name: str, has_data: bool) -> Criterion:
 
 
 def _weights(graph: CouplingGraph) -> dict[str, torch.Tensor]:
-    return {n: graph.walk.traced.skeleton.real(n) for n in graph.walk.traced.skeleton.parameter_names}
+    return {n: graph.traced.skeleton.real(n) for n in graph.traced.skeleton.parameter_names}
 
 
 def _taylor(graph: CouplingGraph, data: RankingData) -> Scores:

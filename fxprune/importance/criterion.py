@@ -48,7 +48,7 @@ class Criterion:
 
     def __call__(self, graph: CouplingGraph, data: RankingData) -> dict[str, npt.NDArray[np.float64]]:
         """The scores, checked. Raises ``InputError`` for missing data or values, ``PolicyError`` for scores that do not fit."""
-        names = graph.walk.traced.skeleton
+        names = graph.traced.skeleton
         empty = [name for name in names.parameter_names if self.needs_values and names.real(name).device.type == "meta"]
         if empty:
             raise InputError(

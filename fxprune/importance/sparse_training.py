@@ -73,7 +73,7 @@ class Regularizer:
 
     def _members(self) -> Iterator[tuple[str, Tensor, list[tuple[int, Tensor]]]]:
         """The parameters that lie in prunable units: name, the tensor as it is now, and its dimensions with the unit of each index."""
-        skeleton = self.graph.walk.traced.skeleton
+        skeleton = self.graph.traced.skeleton
         for name, dims in self.graph.dims_of.items():
             chosen = [(dim, torch.from_numpy(units)) for dim, units in dims if self.graph.prunable_unit[units].any()]
             if chosen and name in skeleton.parameter_names:

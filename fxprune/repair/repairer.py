@@ -98,7 +98,7 @@ class Repairer:
         notes: list[str] = []
         with evaluating(slim):
             outputs = None
-            for part in self.graph.walk.traced.parts or [""]:
+            for part in self.graph.traced.parts or [""]:
                 outputs = self._part(slim, part, slimmer, notes)
             notes = [self._summary(), *notes, *self._left(slimmer)]
             if self.kind == "lstsq":
@@ -233,7 +233,7 @@ class Repairer:
 
     def _called_norms(self) -> tuple[str, ...]:
         """BatchNorms that are calls, as in an exported graph: their statistics are buffers that no module updates."""
-        nodes = (n for g in self.graph.walk.traced.graphs.values() for n in g.nodes if n.op == "call_function")
+        nodes = (n for g in self.graph.traced.graphs.values() for n in g.nodes if n.op == "call_function")
         found = [n.meta.get("owner") or n.name for n in nodes if getattr(n.target, "__name__", "") == "batch_norm"]
         if not found:
             return ()
@@ -462,7 +462,7 @@ class _Reached:
 
     def __init__(self, graph: CouplingGraph, slimmer: Slimmer, part: str) -> None:
         mode = f"{part}:eval" if part else "eval"
-        env, traced = graph.walk.env[mode], graph.walk.traced
+        env, traced = graph.values[mode], graph.traced
         self.layers: dict[str, Any] = {}
         self.norms: dict[str, Any] = {}
         self.recurrent: set[str] = set()
@@ -525,7 +525,7 @@ def _cut(rows: Tensor, kept: Any) -> Tensor:
 
 def _left(graph: CouplingGraph, slimmer: Slimmer, repaired: set[str], axes: Mapping[str, int]) -> list[str]:
     """Owners of weights that lost inputs and were not repaired: cut along the axis of their inputs, or where unknown any but the first."""
-    skeleton = graph.walk.traced.skeleton
+    skeleton = graph.traced.skeleton
     cut = {name for name in skeleton.parameter_names if any(dim == axes.get(name, dim or -1) for dim in slimmer.kept_dims(name))}
     left = {name for name in cut if not {name, name.removesuffix(".weight"), name.rpartition(".")[0]} & repaired}
     owners = {name.rpartition(".")[0] or name for name in left}
@@ -536,7 +536,7 @@ def _left(graph: CouplingGraph, slimmer: Slimmer, repaired: set[str], axes: Mapp
 
 def _module(graph: CouplingGraph, path: str) -> nn.Module | None:
     try:
-        return graph.walk.traced.skeleton.original.get_submodule(path)
+        return graph.traced.skeleton.original.get_submodule(path)
     except AttributeError:  # a parameter of the root
         return None
 

@@ -124,7 +124,7 @@ def explain(
         costs.macs(keep) / max(costs.macs(), 1),
         _locks([g for g in graph.groups if not g.prunable]),
         {note: tuple(names) for note, names in statistics.items()},
-        dict(graph.walk.unknown),
+        dict(graph.unknown),
     )
 
 
@@ -159,7 +159,7 @@ def advice(reason: Reason) -> str:
 
 
 def _traced(graph: CouplingGraph) -> str:
-    traced = graph.walk.traced
+    traced = graph.traced
     name = type(graph.model).__name__
     if traced.parts:
         return f"{name} was traced in {len(traced.parts)} parts: {few(tuple(traced.parts), 4)}; the code between them runs as it is"

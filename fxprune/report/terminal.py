@@ -155,8 +155,7 @@ def training_line(progress: TrainingProgress) -> Text:
     share = ((progress.epoch - 1) * progress.steps + progress.step) / max(1, progress.epochs * progress.steps)
     accuracy = "" if progress.accuracy is None else f"accuracy {100 * progress.accuracy:.1f} %  "
     return _bar(share).append(
-        f"  epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}  {accuracy}"
-        f"left {duration_text(progress.seconds_left)}"
+        f"  epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}  {accuracy}left {duration_text(progress.seconds_left)}"
     )
 
 

@@ -45,7 +45,7 @@ class Recovery:
         slimmer = Slimmer(graph, self.candidates.keep(removed))
         slim = slimmer.run()
         self.distil(slim)
-        names = graph.walk.traced.skeleton
+        names = graph.traced.skeleton
         kept = {alias: slimmer.kept_dims(name) for name in names.names for alias in names.aliases[name]}
         _write(self.working, slim, kept, {alias for name in slimmer.renumber for alias in names.aliases[name]})
 

@@ -196,9 +196,7 @@ def _mark(inputs: Any) -> Tensor:
     return torch.cat([one @ torch.linspace(1, 2, one.shape[1], dtype=one.dtype, device=one.device) for one in rows])
 
 
-def response_loss(
-    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float, ignore_index: int = -100
-) -> Tensor:
+def response_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float, ignore_index: int = -100) -> Tensor:
     """``(1 - a) T^2 KL(teacher_T || student_T) + a CE`` (Wang 2024, sec. 3.4), of class scores of shape (batch, classes, ...) and labels
     of shape (batch, ...); the mean over all positions, those labelled ``ignore_index`` left out of the cross-entropy."""
     classes = student.shape[1]

@@ -226,14 +226,14 @@ def _analysed(student: nn.Module, teacher: nn.Module) -> CouplingGraph | None:
 
 def _kept(graph: CouplingGraph, record: PruningRecord, places: Sequence[str]) -> list[dict[int, Tensor]]:
     """For each place of the teacher: axis -> positions that the student kept."""
-    names = {alias: name for name, aliases in graph.walk.traced.skeleton.aliases.items() for alias in aliases}
+    names = {alias: name for name, aliases in graph.traced.skeleton.aliases.items() for alias in aliases}
     slimmer = Slimmer(graph, units_kept(graph, record.kept, names))
-    if "eval" not in graph.walk.traced.graphs:
+    if "eval" not in graph.traced.graphs:
         return [{} for _ in places]
-    values = graph.walk.env["eval"]
+    values = graph.values["eval"]
     found = []
     for place in places:
-        value: Any = values[_node(graph.walk.traced.graphs["eval"], place, "teacher")]
+        value: Any = values[_node(graph.traced.graphs["eval"], place, "teacher")]
         axes = {axis: slimmer.kept(value, axis) for axis in getattr(value, "axes", {})}
         found.append({axis: torch.from_numpy(kept) for axis, kept in axes.items() if kept is not None})
     return found

@@ -17,6 +17,8 @@ from torch import fx, nn
 
 from fxprune.passes.coupling.walk import Walk
 from fxprune.passes.ir.nested import has_tensor
+from fxprune.passes.ir.skeleton import Skeleton
+from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.ir.writes import is_rewritten_later, memory, written
 from fxprune.passes.labels.values import Value
 
@@ -185,7 +187,7 @@ def _why_not(walk: Walk, branch: Branch) -> str:
 def _place(walk: Walk, branch: Branch) -> tuple[str, str]:
     """The innermost module that holds all of a branch, and the module below it with most of the branch's parameters."""
     read = {n for node in branch.nodes for n in (node, *(i for i in node.all_input_nodes if i.op == "get_attr"))}
-    sizes = dict(_parameters(walk, read))
+    sizes = dict(_parameters(walk.traced.skeleton, read))
     paths = [name.rpartition(".")[0].split(".") if "." in name else [] for name in sizes]
     called = [str(n.target).split(".") for n in branch.nodes if n.op == "call_module"]
     home = list(commonprefix([*paths, *called])) if paths or called else []
@@ -198,9 +200,8 @@ def _place(walk: Walk, branch: Branch) -> tuple[str, str]:
     return ".".join(home), largest or branch.add.name
 
 
-def _parameters(walk: Walk, nodes: Iterable[fx.Node]) -> list[tuple[str, int]]:
+def _parameters(skeleton: Skeleton, nodes: Iterable[fx.Node]) -> list[tuple[str, int]]:
     """Names (first ones) and sizes of the parameters and buffers that nodes read, themselves or through the modules that they call."""
-    skeleton = walk.traced.skeleton
     found: dict[str, int] = {}
     for node in sorted(nodes, key=lambda n: n.name):
         if node.op == "get_attr" and str(node.target) in skeleton.aliases:
@@ -214,14 +215,14 @@ def _parameters(walk: Walk, nodes: Iterable[fx.Node]) -> list[tuple[str, int]]:
     return list(found.items())
 
 
-def lost_tensors(walk: Walk, branches: Mapping[str, Iterable[Branch]]) -> dict[str, int]:
+def lost_tensors(traced: TracedModel, branches: Mapping[str, Iterable[Branch]]) -> dict[str, int]:
     """Names (first ones) and sizes of the tensors that nothing reads any more without ``branches``, given by graph."""
     lost: dict[str, int] = {}
     left: set[str] = set()
-    for mode, graph in walk.traced.graphs.items():
-        alive = survivors(graph, branches.get(mode, ()), walk.traced.skeleton.module)
-        lost.update(_parameters(walk, [node for node in graph.nodes if node not in alive]))
-        left.update(name for name, _ in _parameters(walk, alive))
+    for mode, graph in traced.graphs.items():
+        alive = survivors(graph, branches.get(mode, ()), traced.skeleton.module)
+        lost.update(_parameters(traced.skeleton, [node for node in graph.nodes if node not in alive]))
+        left.update(name for name, _ in _parameters(traced.skeleton, alive))
     return {name: size for name, size in lost.items() if name not in left}
 
 
@@ -232,7 +233,7 @@ def _block(walk: Walk, name: str, branches: Mapping[str, list[Branch]], why: str
         why = f"the graph of {'training' if missing == 'train' else 'evaluation'} has no such branch"
     if not why and len({len(found) for found in branches.values()}) > 1:
         why = "evaluation and training have different numbers of such branches"
-    lost = lost_tensors(walk, branches)
+    lost = lost_tensors(traced, branches)
     first = next(iter(branches))
     alive = survivors(traced.graphs[first], branches[first], traced.skeleton.module)
     names = {node.name for node in traced.graphs[first].nodes if node not in alive}

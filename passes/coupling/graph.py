@@ -65,16 +65,25 @@ class CouplingGraph:
 
     Nodes of ``graph`` are (parameter or buffer name, dimension); edges carry ``op``, the operation that couples them.
     ``inputs`` and ``options`` are what a policy records. The analysed model is kept by reference: weights are read when it is pruned.
+
+    Of the analysis the later stages read ``traced``; ``values``: mode -> node -> the labels of its result; ``statistics``: nodes with a
+    statistic over channels -> the axes along which ``norms="exact"`` counts zeros; ``layer_costs``: mode -> what its layers cost, and along
+    which channels; ``unknown``: operations without a usable rule -> where.
     """
 
     def __init__(self, walk: Walk, inputs: Any, options: Mapping[str, Any]) -> None:
-        self.walk, self.inputs, self.options = walk, inputs, dict(options)
-        self.model = walk.traced.skeleton.original
-        self.notes = walk.traced.notes
+        self._walk, self.inputs, self.options = walk, inputs, dict(options)
+        self.traced = walk.traced
+        self.values = walk.env
+        self.statistics = walk.statistics
+        self.layer_costs = walk.costs
+        self.unknown = walk.unknown
+        self.model = self.traced.skeleton.original
+        self.notes = self.traced.notes
         self.blocks: tuple[Block, ...] = ()  # what can be left out, where ``analyze`` was asked for it
         self.templates: dict[str, Any] = {}  # what the rewrites of this graph share, by norms; made by the first
         self.costs: Any = None  # its cost model (passes.cost), made when it is first asked for
-        self._functional = output_dims(walk.traced)
+        self._functional = output_dims(self.traced)
         pin_unseen(walk)
         self._cover_layers()
         self._build()
@@ -83,7 +92,7 @@ class CouplingGraph:
 
     def _cover_layers(self) -> None:
         """Layers the graph never reaches (unused, or inside a module that could not be traced) are locked, and say so."""
-        walk, skeleton = self.walk, self.walk.traced.skeleton
+        walk, skeleton = self._walk, self.traced.skeleton
         unread = (
             Reason(ReasonKind.UNTRACED, "it is used by code that could not be traced")
             if walk.traced.parts
@@ -112,7 +121,7 @@ class CouplingGraph:
                         walk.labels.pin(vector, why)
 
     def _build(self) -> None:
-        walk = self.walk
+        walk = self._walk
         self.keys = [key for key, vector in walk.parameters.items() if len(vector)]
         # Dimensions that share one vector of labels (a norm's weight, bias and statistics) are one line.
         vectors = [walk.parameters[key] for key in self.keys]
@@ -141,7 +150,7 @@ class CouplingGraph:
 
     def _is_layer(self, key: tuple[str, int]) -> bool:
         path = key[0].rpartition(".")[0]
-        skeleton = self.walk.traced.skeleton
+        skeleton = self.traced.skeleton
         return key[0] in skeleton.parameter_names and is_layer(skeleton.original_module(path))
 
     def members_of(self, number: int) -> tuple[Member, ...]:
@@ -175,8 +184,8 @@ class CouplingGraph:
 
     def _produces(self, key: tuple[str, int]) -> bool:
         name, dim = key
-        skeleton = self.walk.traced.skeleton
-        if name in self.walk.traced.constants:  # a tensor held as a plain attribute
+        skeleton = self.traced.skeleton
+        if name in self.traced.constants:  # a tensor held as a plain attribute
             return False
         module = skeleton.original_module(name.rpartition(".")[0])
         made = produced_dim(module, name.rpartition(".")[2], skeleton.tensor(name).ndim)
@@ -187,7 +196,7 @@ class CouplingGraph:
     @cached_property
     def graph(self) -> nx.Graph[Any]:
         graph: nx.Graph[Any] = nx.Graph()
-        op_of = {(t.name, t.dim): (t.op, t.node) for t in self.walk.ties}
+        op_of = {(t.name, t.dim): (t.op, t.node) for t in self._walk.ties}
         for name, dim in self.keys:
             graph.add_node((name, dim), size=len(self.unit_of[name, dim]), op=op_of.get((name, dim), ("", ""))[0])
         first_key: dict[int, tuple[str, int]] = {}
@@ -199,7 +208,7 @@ class CouplingGraph:
                     op, node = op_of.get(key, ("", ""))
                     graph.add_edge(first_key[g], key, op=op, node=node)
                 first_key.setdefault(g, key)
-        for meeting in self.walk.meetings:
+        for meeting in self._walk.meetings:
             a, b = (self._source(label) for label in (meeting.a, meeting.b))
             if a is not None and b is not None and a != b:
                 graph.add_edge(a, b, op=meeting.op, node=meeting.where)
@@ -207,8 +216,8 @@ class CouplingGraph:
 
     @cached_property
     def _sources(self) -> tuple[Vector, list[tuple[str, int]]]:
-        starts = np.array(sorted(self.walk.source), dtype=np.int64)
-        return starts, [self.walk.source[int(s)] for s in starts]
+        starts = np.array(sorted(self._walk.source), dtype=np.int64)
+        return starts, [self._walk.source[int(s)] for s in starts]
 
     def _source(self, label: int) -> tuple[str, int] | None:
         starts, keys = self._sources
@@ -221,7 +230,11 @@ class CouplingGraph:
     @cached_property
     def all_blocks(self) -> tuple[Block, ...]:
         """The blocks of the network, whether ``analyze`` was asked for them or not."""
-        return find_blocks(self.walk)
+        return find_blocks(self._walk)
+
+    def actual(self, node: Any) -> torch.Tensor | None:
+        """The values of a node that depends on constants alone (a mask, a list of indices), None of any other."""
+        return self._walk.real(node)
 
     # -- what the rewrite asks ----------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from fxprune.passes.ir.notes import Note
 from fxprune.passes.ir.skeleton import Skeleton
 
 
@@ -26,7 +27,7 @@ class TracedModel:
     graphs: dict[str, fx.Graph]
     constants: dict[str, torch.Tensor]
     read: set[str] = field(default_factory=set)
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     opaque: dict[str, str] = field(default_factory=dict)
     parts: list[str] = field(default_factory=list)
 

@@ -25,12 +25,11 @@ class CostModel:
         self.graph = graph
         self._vectors: list[Vector] = []
         self._slots: dict[int, int] = {}
-        walk = graph.walk
         self._hold: list[Any] = []
         self._macs = [
             (c.layer, c.macs, [self._slot(graph.units_of_labels(v), v) for v in c.along])
-            for mode in walk.traced.eval_modes
-            for c in walk.costs[mode]
+            for mode in graph.traced.eval_modes
+            for c in graph.layer_costs[mode]
         ]
         self._params = list(self._parameters())
         self._memory = self._lifetimes()
@@ -47,7 +46,7 @@ class CostModel:
         return self._slots[key]
 
     def _parameters(self) -> Iterator[tuple[str, int, int, list[int]]]:
-        skeleton = self.graph.walk.traced.skeleton
+        skeleton = self.graph.traced.skeleton
         for name in skeleton.names:
             if name not in skeleton.parameter_names:
                 continue
@@ -59,8 +58,8 @@ class CostModel:
         """For every storage the graphs make: first node, last node that reads it, bytes, and the axes it shrinks along."""
         found: list[Any] = []
         clock = 0
-        for mode in self.graph.walk.traced.eval_modes:
-            nodes = list(self.graph.walk.traced.graphs[mode].nodes)
+        for mode in self.graph.traced.eval_modes:
+            nodes = list(self.graph.traced.graphs[mode].nodes)
             found += self._storages(mode, {n: clock + i for i, n in enumerate(nodes)})
             clock += len(nodes)
         return found
@@ -70,7 +69,7 @@ class CostModel:
         fixed: set[int] = set()
         for node in order:
             for meta, value in zip(
-                _flat(node.meta.get("val"), torch.Tensor), _flat(self.graph.walk.env[mode].get(node), Value), strict=False
+                _flat(node.meta.get("val"), torch.Tensor), _flat(self.graph.values[mode].get(node), Value), strict=False
             ):
                 key = meta.untyped_storage()._cdata
                 if node.op in ("placeholder", "get_attr"):

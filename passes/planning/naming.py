@@ -157,7 +157,7 @@ class _Names:
         self.modules = [path for path, _ in graph.model.named_modules(remove_duplicate=False) if path]
         self._produced: dict[str, dict[int, None]] = {}
         self._held: dict[str, dict[int, None]] = {}
-        aliases = graph.walk.traced.skeleton.aliases
+        aliases = graph.traced.skeleton.aliases
         for key in graph.keys:
             numbers = [g for g in np.unique(graph.group_of_unit[graph.unit_of[key]]).tolist() if g in graph.by_number]
             table = self._produced if graph.is_output(key) else self._held

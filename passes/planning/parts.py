@@ -27,7 +27,7 @@ def _found(graph: CouplingGraph) -> list[Vector]:
     sizes = np.diff(graph.starts)
     seen: set[int] = set()
     parts: dict[bytes, Vector] = {}
-    for env in graph.walk.env.values():
+    for env in graph.values.values():
         for value in values(list(env.values())):
             for vector in value.axes.values():
                 if id(vector) in seen:

@@ -37,7 +37,7 @@ class Agreement:
     """One mode's comparison; ``difference()`` is the first departure, or None."""
 
     def __init__(self, slimmer: Slimmer, mode: str, old: fx.Graph, new: fx.Graph, kept: fx.Graph) -> None:
-        self.slimmer, self.known = slimmer, slimmer.walk.env[mode]
+        self.slimmer, self.known = slimmer, slimmer.graph.values[mode]
         self.old, self.kept = old, kept
         self.copied = slimmer.copied
         self.new = {self.copied[node]: node for node in new.nodes if node in self.copied}

@@ -27,9 +27,9 @@ def without_blocks(graph: CouplingGraph, blocks: Sequence[Block]) -> SlimModule:
     slim = _whole(graph)
     alive_calls: set[str] = set()
     for mode, copied in slim.graphs.items():
-        original = graph.walk.traced.graphs[mode]
+        original = graph.traced.graphs[mode]
         branches = _branches(blocks, mode)
-        alive = survivors(original, branches, graph.walk.traced.skeleton.module)
+        alive = survivors(original, branches, graph.traced.skeleton.module)
         twins = _twins(original, copied)
         stand: dict[fx.Node, fx.Node] = {}  # for additions that are gone: where one branch follows another, its input is one
         for branch in branches:
@@ -43,8 +43,9 @@ def without_blocks(graph: CouplingGraph, blocks: Sequence[Block]) -> SlimModule:
                 copied.erase_node(twins[node])
         copied.lint()
         alive_calls |= {str(node.target) for node in copied.nodes if node.op == "call_module"}
-    skeleton = graph.walk.traced.skeleton
-    gone = {alias for name in lost_tensors(graph.walk, {m: _branches(blocks, m) for m in slim.graphs}) for alias in skeleton.aliases[name]}
+    skeleton = graph.traced.skeleton
+    lost = lost_tensors(graph.traced, {mode: _branches(blocks, mode) for mode in slim.graphs})
+    gone = {alias for name in lost for alias in skeleton.aliases[name]}
     _drop(slim, gone, alive_calls)
     slim.recompile()
     return slim
@@ -54,7 +55,7 @@ def with_zeroed_blocks(graph: CouplingGraph, blocks: Sequence[Block]) -> SlimMod
     """The analysed network, all channels kept, with the output of every branch of ``blocks`` multiplied by zero: the oracle's reference."""
     whole = _whole(graph)
     for mode, copied in whole.graphs.items():
-        twins = _twins(graph.walk.traced.graphs[mode], copied)
+        twins = _twins(graph.traced.graphs[mode], copied)
         stand: dict[fx.Node, fx.Node] = {}
         for branch in _branches(blocks, mode):
             add, skip = twins[branch.add], twins[branch.skip]

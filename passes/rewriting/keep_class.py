@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from fxprune.errors import TraceError, UnsupportedError
 from fxprune.example_inputs import build
+from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.labels.values import Vector
 from fxprune.passes.rewriting import attributes
@@ -34,11 +35,11 @@ def uneven(slimmer: Slimmer) -> list[list[Vector]]:
 
     Each entry holds the labels of axes that had one size; those that still have are left out.
     """
-    if slimmer.walk.traced.parts:
+    if slimmer.graph.traced.parts:
         return []
     ties = []
     found: list[Literal] = []
-    for mode, graph in slimmer.walk.traced.graphs.items():
+    for mode, graph in slimmer.graph.traced.graphs.items():
         ties += [*even_parts(slimmer, mode, graph), *read_sizes(slimmer, mode, graph)]
         found += literals(slimmer, mode, graph, slimmer.copy(mode, graph))
     known = Attributes(slimmer.skeleton.original, [one for one in found if not one.implied])
@@ -60,7 +61,7 @@ def kept_class(slimmer: Slimmer) -> nn.Module:
     What is set of their attributes is added to ``slimmer.settings``; plain numbers that the computation does not read stay those of the
     original. Raises ``UnsupportedError`` naming the node and line where a number stands in the way.
     """
-    traced, original = slimmer.walk.traced, slimmer.skeleton.original
+    traced, original = slimmer.graph.traced, slimmer.skeleton.original
     kind = type(original).__name__
     if isinstance(original, fx.GraphModule):
         raise UnsupportedError(f"keep_class: this model is a {kind} already and has no class of its own to keep; leave keep_class out")
@@ -136,7 +137,7 @@ class _Setting:
             module.__dict__.clear()
             module.__dict__.update(state)
 
-    def notes(self) -> tuple[str, ...]:
+    def notes(self) -> tuple[Note, ...]:
         """One sentence for each attribute of a class."""
         by: dict[tuple[str, str], list[tuple[Slot, int, int]]] = defaultdict(list)
         for slot, (old, new) in self.done.items():
@@ -145,7 +146,7 @@ class _Setting:
         for (kind, key), of in by.items():
             changes = sorted({f"{old} -> {new}" for _, old, new in of})
             where = ", ".join(sorted(slot.path or "the model" for slot, *_ in of)[:3]) + (f" and {len(of) - 3} more" if len(of) > 3 else "")
-            notes.append(f"keep_class set {kind}.{key} ({', '.join(changes)}) in {where}")
+            notes.append(Note(NoteKind.ATTRIBUTE, f"keep_class set {kind}.{key} ({', '.join(changes)}) in {where}"))
         return tuple(notes)
 
 
@@ -159,7 +160,7 @@ def _disagreement(
 ) -> UnsupportedError | None:
     """Why the kept class does not compute what the slim graph does, or None. Sizes that its code only checks are set on the way."""
     kind = type(slimmer.skeleton.original).__name__
-    traced = slimmer.walk.traced
+    traced = slimmer.graph.traced
     tried: set[str] = set()
     while True:
         try:
@@ -185,7 +186,7 @@ def _disagreement(
 
 
 def _trace_again(slimmer: Slimmer, made: nn.Module) -> TracedModel:
-    whole = slimmer.walk.traced.opaque
+    whole = slimmer.graph.traced.opaque
     return trace(made, build(slimmer.graph.inputs, device="meta"), is_known, registry.FUNCTIONS.__contains__, whole)
 
 

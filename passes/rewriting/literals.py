@@ -53,7 +53,7 @@ def is_number(leaf: Any) -> bool:
 
 def literals(slimmer: Slimmer, mode: str, old: fx.Graph, new: fx.Graph) -> Iterator[Literal]:
     """The numbers of ``old`` that say a size or change in ``new``, its rewrite."""
-    known = slimmer.walk.env[mode]
+    known = slimmer.graph.values[mode]
     made = {slimmer.copied[node]: node for node in new.nodes if node in slimmer.copied}
     for node in old.nodes:
         if node.op not in ("call_function", "call_method") or node not in made:
@@ -125,7 +125,7 @@ def _literal(
 
 def read_sizes(slimmer: Slimmer, mode: str, graph: fx.Graph) -> Iterator[list[Vector]]:
     """The labels of two axes of which the first gets its size by a read of the second: ``y.view(b, c, h, w)`` with the ``c`` of ``x``."""
-    known = slimmer.walk.env[mode]
+    known = slimmer.graph.values[mode]
     for node in graph.nodes:
         name, value = target_name(node) if node.op in ("call_function", "call_method") else "", known.get(node)
         if name not in VIEWS or not isinstance(value, Value):
@@ -144,7 +144,7 @@ def read_sizes(slimmer: Slimmer, mode: str, graph: fx.Graph) -> Iterator[list[Ve
 
 def even_parts(slimmer: Slimmer, mode: str, graph: fx.Graph) -> Iterator[list[Vector]]:
     """The labels of the parts of every split into parts of one size: a ``chunk``, or a ``split`` by one number."""
-    known = slimmer.walk.env[mode]
+    known = slimmer.graph.values[mode]
     for node in graph.nodes:
         name = target_name(node) if node.op in ("call_function", "call_method") else ""
         parts = known.get(node)

@@ -20,6 +20,7 @@ from fxprune.errors import FAULTS, FxPruneError, UnsupportedError, first_line
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.dead_code import impure
 from fxprune.passes.ir.nodes import op_name, target_name
+from fxprune.passes.ir.notes import Note
 from fxprune.passes.ir.slim_module import SlimModule
 from fxprune.passes.labels.values import Value, Vector, values
 from fxprune.passes.planning.plan import Keep
@@ -52,8 +53,7 @@ class Slimmer:
     def __init__(self, graph: CouplingGraph, keep: Keep, norms: str | None = None) -> None:
         self.graph, self.norms = graph, str(norms or graph.options.get("norms", "plain"))
         self.exact = self.norms == "exact"
-        self.walk = graph.walk
-        self.skeleton = graph.walk.traced.skeleton
+        self.skeleton = graph.traced.skeleton
         self._keep = np.append(keep, True)  # unit -1, "belongs to no group", is kept
         self._kept: dict[int, tuple[Vector, Vector | None]] = {}
         self._dims: dict[str, dict[int, torch.Tensor]] = {}
@@ -61,7 +61,7 @@ class Slimmer:
         self.renumber: dict[str, torch.Tensor] = {}
         self.constants: dict[str, torch.Tensor] = {}
         self.copied: dict[fx.Node, fx.Node] = {}  # node of a rewritten graph -> the original's
-        self.settings: tuple[str, ...] = ()  # what a kept class's attributes were set to
+        self.settings: tuple[Note, ...] = ()  # what a kept class's attributes were set to
         self.new: fx.Graph = fx.Graph()
         self._prefix = ""
 
@@ -159,7 +159,7 @@ class Slimmer:
 
     def renumbered(self, node: fx.Node, index: Any, kept: Vector, size: int) -> Any:
         """An index tensor along a pruned axis: entries of removed channels dropped, the others renumbered."""
-        actual = self.walk.real(index.meta["old"]) if isinstance(index, fx.Node) else None
+        actual = self.graph.actual(index.meta["old"]) if isinstance(index, fx.Node) else None
         if actual is None:
             raise UnsupportedError(
                 f"{node.meta.get('where', node.name)}: channels are picked by an index that cannot be renumbered; pass its layer to ignore="
@@ -175,9 +175,9 @@ class Slimmer:
 
     def _is_sole_use(self, index: fx.Node) -> bool:
         """Whether an index is a buffer that one node of one graph reads: then the buffer itself can be renumbered."""
-        if index.op != "get_attr" or index.target in self.walk.traced.constants:
+        if index.op != "get_attr" or index.target in self.graph.traced.constants:
             return False
-        graphs = self.walk.traced.graphs.values()
+        graphs = self.graph.traced.graphs.values()
         return sum(len(n.users) for g in graphs for n in g.nodes if n.op == "get_attr" and n.target == index.target) == 1
 
     # -- the rewrite --------------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ class Slimmer:
     @torch.no_grad()
     def run(self) -> Any:
         """The slim network: a ``SlimModule``, or where only parts could be traced a copy of the user's module with slim parts in it."""
-        template, parts = self.graph.templates.get(self.norms), self.walk.traced.parts
+        template, parts = self.graph.templates.get(self.norms), self.graph.traced.parts
         if template is None:
             template = self.graph.templates[self.norms] = self._template()
         elif template.constant and template.module is None and not parts:
@@ -220,17 +220,17 @@ class Slimmer:
         return self._tree(copies(self.skeleton.original, lambda _: True) if own_classes else template.copies, own_classes)
 
     def _graphs(self) -> dict[str, fx.Graph]:
-        return {mode: self.copy(mode, graph) for mode, graph in self.walk.traced.graphs.items()}
+        return {mode: self.copy(mode, graph) for mode, graph in self.graph.traced.graphs.items()}
 
     def _template(self) -> Template:
-        traced = self.walk.traced
+        traced = self.graph.traced
         calls: dict[str, tuple[list[Value], list[Value]]] = {}
         for mode, graph in traced.graphs.items():
             for old in graph.nodes:
                 name = str(old.target)
                 if old.op == "call_module" and name not in calls:
-                    inputs = values(map_arg((*old.args, *old.kwargs.values()), self.walk.env[mode].get))
-                    calls[name] = (inputs, values(self.walk.env[mode][old]))
+                    inputs = values(map_arg((*old.args, *old.kwargs.values()), self.graph.values[mode].get))
+                    calls[name] = (inputs, values(self.graph.values[mode][old]))
         resized = []
         for name, (inputs, outputs) in calls.items():
             module = self.skeleton.original_module(name)
@@ -246,12 +246,13 @@ class Slimmer:
 
     def _constant(self) -> bool:
         """Whether the graphs come out the same for every policy: no literal and no read of a size meets channels that may go."""
-        return not any(self._may_change(old, self.walk.env[mode]) for mode, graph in self.walk.traced.graphs.items() for old in graph.nodes)
+        graphs, values = self.graph.traced.graphs, self.graph.values
+        return not any(self._may_change(old, values[mode]) for mode, graph in graphs.items() for old in graph.nodes)
 
     def _may_change(self, old: fx.Node, found: Mapping[fx.Node, Any]) -> bool:
         if self._asserts_channels(old, found):
             return True
-        if self.exact and old in self.walk.statistics:
+        if self.exact and old in self.graph.statistics:
             return True
         reads = old.op == "call_method" and old.target == "size"
         rule = self._rule_of(old)
@@ -264,7 +265,7 @@ class Slimmer:
         self.new = fx.Graph()
         part = mode.rpartition(":")[0]
         self._prefix = f"{part}." if part else ""
-        values = self.walk.env[mode]
+        values = self.graph.values[mode]
         made: dict[fx.Node, Any] = {}
         for old in graph.nodes:
             replaced = self._size_read(old, values, made)
@@ -299,7 +300,7 @@ class Slimmer:
 
     def shared_axes(self, old: fx.Node, values: Mapping[fx.Node, Any]) -> list[int]:
         """The pruned axes of a node's first input whose statistic keeps the original's divisor."""
-        axes = self.walk.statistics.get(old) if self.exact else None
+        axes = self.graph.statistics.get(old) if self.exact else None
         if not axes:
             return []
         source: Any = old.args[0] if old.args else old.kwargs["input"]
@@ -364,12 +365,12 @@ class Slimmer:
 
     def check_class_can_stay(self) -> None:
         """Raise where the user's code, which stays as it is with ``keep_class``, would have to call other operations."""
-        traced = self.walk.traced
+        traced = self.graph.traced
         for mode, graph in traced.graphs.items():
             for node in graph.nodes:
                 module: Any = self.skeleton.original_module(str(node.target)) if node.op == "call_module" else None
                 rescaled = is_rms(module) and module.weight is not None
-                if self.shared_axes(node, self.walk.env[mode]) and not rescaled:
+                if self.shared_axes(node, self.graph.values[mode]) and not rescaled:
                     raise UnsupportedError(
                         f"{node.meta.get('where', node.name)}: norms='exact' puts other operations in place of {op_name(node, traced)}, "
                         "which keep_class cannot do in the model's own code; use norms='plain', or leave out keep_class"
@@ -402,7 +403,7 @@ class Slimmer:
         for name in self.skeleton.names:
             source = self.skeleton.real(name)
             memo[id(source)] = self._sliced(name, source)
-        added = {name: self._sliced(name, source) for name, source in self.walk.traced.constants.items()} | self.constants
+        added = {name: self._sliced(name, source) for name, source in self.graph.traced.constants.items()} | self.constants
         if own_classes:
             original = self.skeleton.original
             added = {n: t for n, t in added.items() if hasattr(original.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2])}

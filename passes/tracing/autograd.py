@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointFunction
 
+from fxprune.passes.ir.notes import NoteKind
 from fxprune.passes.rules import registry
 from fxprune.passes.tracing.recorder import Recorder
 
@@ -68,10 +69,9 @@ def traced_call(tracer: Recorder, function: Function, args: tuple[Any, ...]) -> 
         made = tracer.create_proxy("call_function", AutogradCall(function), args, {})
         made.node.meta["body"] = body
         return made
-    tracer.notes[
-        f"{tracer.here()}: the slim module computes the forward of {function.__name__} without its backward, because a number in it "
-        "depends on the channels"
-    ] = None
+    why = "because a number in it depends on the channels"
+    text = f"the slim module computes the forward of {function.__name__} without its backward, {why}"
+    tracer.note(NoteKind.LOST, text, tracer.here())
     return forward(*args)
 
 

@@ -20,6 +20,7 @@ from torch.fx.node import map_arg
 
 from fxprune.errors import TraceError
 from fxprune.passes.ir.factories import FACTORIES, RANDOM_FACTORIES
+from fxprune.passes.ir.notes import NoteKind
 from fxprune.passes.ir.slim_module import SlimModule
 from fxprune.passes.tracing.recorder import Recorder
 
@@ -115,7 +116,7 @@ def _block(tracer: Recorder, target: Any, args: tuple[Any, ...]) -> Any:
     body, inner = args[place], args[place + 1 :]
     off = not args[0] if what == "no_grad" else not args[2]
     if what == "autocast" or (off and any(_learned(tracer, a) for a in inner)):
-        tracer.notes[f"{tracer.here()}: a {what} block cannot be kept in a graph; the slim module computes without it"] = None
+        tracer.note(NoteKind.LOST, f"a {what} block cannot be kept in a graph; the slim module computes without it", tracer.here())
     return body(*inner)
 
 

@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 from fxprune.errors import InputError, TraceError
 from fxprune.example_inputs import call_form
 from fxprune.passes.ir.dead_code import eliminate
+from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton, Snapshot
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.tracing.module_state import keep_state, lost
@@ -50,7 +51,8 @@ def trace(
     # What forward keeps is more than a cache: what it computes depends on it.
     kept = TracedModel(skeleton, {}, {}, opaque=dict(whole or {}))
     add_traced(kept, "", call_form(example_inputs), is_known, has_rule, strict=whole is not None, forget=False)
-    kept.notes += ("what forward computes depends on its earlier calls; the slim module starts from what they left",)
+    text = "what forward computes depends on its earlier calls; the slim module starts from what they left"
+    kept.notes += (Note(NoteKind.STATE, text),)
     return kept
 
 
@@ -119,7 +121,8 @@ def add_traced(
                 traced.read |= second.read
                 constants.update(second.constants)
         except TraceError as error:
-            notes[f"training mode could not be traced, the slim module computes as in evaluation mode there: {error}"] = None
+            text = f"training mode could not be traced, the slim module computes as in evaluation mode there: {error}"
+            notes[Note(NoteKind.MODE, text)] = None
     notes.update(dict.fromkeys(lost(skeleton, path)))
     traced.graphs.update({prefix + mode: g for mode, g in graphs.items()})
     traced.constants.update(constants)
@@ -151,7 +154,7 @@ def _one(tracer: ShapeTracer, example: Any, training: bool, history: History) ->
     finally:
         tracer.skeleton.restore(original)
     for place in remove_left(tracer.made):
-        tracer.notes[f"forward kept what it computed while it was traced in {place}, which was rid of it"] = None
+        tracer.note(NoteKind.STATE, f"forward kept what it computed while it was traced in {place}, which was rid of it")
     eliminate(graph)
     return graph
 

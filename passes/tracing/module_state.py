@@ -6,6 +6,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.passes.ir.contents import is_foreign
+from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton, Snapshot
 from fxprune.passes.tracing.proxies import ShapeProxy
 from fxprune.passes.tracing.recorder import Recorder
@@ -41,28 +42,28 @@ def keep_state(tracer: Recorder, graph: fx.Graph, before: Snapshot) -> None:
         _write(tracer, graph, bound)
 
 
-def lost(skeleton: Skeleton, path: str) -> list[str]:
+def lost(skeleton: Skeleton, path: str) -> list[Note]:
     """What the modules at ``path`` and below have that a graph does not keep, a note each."""
-    notes: list[str] = []
+    notes: list[Note] = []
     for name, module in skeleton.modules_below(path):
         called = f"{name!r}" if name else f"the {type(module).__name__}"
         cls = type(module)
         if module._backward_hooks or module._backward_pre_hooks:
-            notes.append(f"the backward hooks of {called} are not kept, and nothing calls them in the slim module")
+            notes.append(Note(NoteKind.LOST, f"the backward hooks of {called} are not kept, and nothing calls them in the slim module"))
         if any(p is not None and p._backward_hooks for p in module._parameters.values()):
-            notes.append(f"the hooks on parameters of {called} are not kept")
+            notes.append(Note(NoteKind.LOST, f"the hooks on parameters of {called} are not kept"))
         if cls.get_extra_state is not nn.Module.get_extra_state:
-            notes.append(f"the extra state of {called} (get_extra_state) is not in the slim module's state_dict()")
+            notes.append(Note(NoteKind.LOST, f"the extra state of {called} (get_extra_state) is not in the slim module's state_dict()"))
         if cls.train is not nn.Module.train and not is_foreign(cls.train):
-            notes.append(f"the slim module does not have the train() of {called}: set what it keeps in evaluation mode yourself")
+            text = f"the slim module does not have the train() of {called}: set what it keeps in evaluation mode yourself"
+            notes.append(Note(NoteKind.LOST, text))
     root = skeleton.original
     if root.training and path == "":
         still = [n for n, m in skeleton.modules_below("") if not m.training and not n.startswith("_")]
         first = [n for n in still if n.rpartition(".")[0] not in still]
         if first:
-            notes.append(
-                f"in evaluation mode inside a model that trains: {', '.join(first)}; in training mode the slim module trains all of it"
-            )
+            text = f"in evaluation mode inside a model that trains: {', '.join(first)}; in training mode the slim module trains all of it"
+            notes.append(Note(NoteKind.MODE, text))
     return notes
 
 
@@ -88,6 +89,6 @@ def _made(tracer: Recorder, method: str, args: tuple[fx.Node, ...], at: fx.Node)
 
 
 def _note(tracer: Recorder, path: str, key: str, proxy: ShapeProxy | None) -> None:
-    where = "" if proxy is None else f"{proxy.node.meta['where']}: "
+    where = "" if proxy is None else str(proxy.node.meta["where"])
     name = f"{path}.{key}" if path else key
-    tracer.notes[f"{where}forward sets {name!r}, which the slim module does not do"] = None
+    tracer.note(NoteKind.STATE, f"forward sets {name!r}, which the slim module does not do", where)

@@ -18,6 +18,7 @@ from fxprune.errors import InputError, TraceError
 from fxprune.evaluation.running import set_training
 from fxprune.example_inputs import call_form
 from fxprune.passes.ir.nested import tensors
+from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.rules.layers import has_sizes
@@ -62,10 +63,8 @@ def trace_parts(
     if not traced.parts:
         raise TraceError(f"{cause}{road}") from cause
     parts = ", ".join(traced.parts)
-    traced.notes = (
-        f"the root could not be traced ({cause}); pruned are its parts {parts}, with their inputs and outputs kept{road}",
-        *traced.notes,
-    )
+    text = f"the root could not be traced ({cause}); pruned are its parts {parts}, with their inputs and outputs kept{road}"
+    traced.notes = (Note(NoteKind.PARTS, text), *traced.notes)
     return traced
 
 

@@ -22,6 +22,7 @@ from torch import nn
 from fxprune.errors import TraceError
 from fxprune.passes import compat
 from fxprune.passes.ir.factories import FACTORIES, LIKE, RANDOM_FACTORIES
+from fxprune.passes.ir.notes import NoteKind
 from fxprune.passes.ir.skeleton import Skeleton
 from fxprune.passes.tracing import decompositions as openers
 from fxprune.passes.tracing.autograd import traced_call
@@ -167,7 +168,8 @@ def _block(what: str) -> Callable[[Recorder, Any], Any]:
         def enter(context: Any, *args: Any, **kwargs: Any) -> Any:
             if tracer.recording and not _within_no_grad(sys._getframe(1)):
                 tracer.refuse_block(what)
-                tracer.notes[f"{tracer.here()}: a {what} block cannot be kept in a graph; the slim module computes without it"] = None
+                text = f"a {what} block cannot be kept in a graph; the slim module computes without it"
+                tracer.note(NoteKind.LOST, text, tracer.here())
             return original(context, *args, **kwargs)
 
         return enter

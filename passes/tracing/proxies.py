@@ -16,6 +16,7 @@ from fxprune.errors import TraceError
 from fxprune.passes import compat
 from fxprune.passes.ir.constants import held
 from fxprune.passes.ir.nodes import AUGMENTED, RESHAPING
+from fxprune.passes.ir.notes import NoteKind
 from fxprune.passes.tracing.recorder import Recorder
 
 # ``isinstance`` is patched while tracing (see ``patching``); here the real one is meant.
@@ -56,7 +57,7 @@ class ShapeProxy(fx.Proxy):
         if known is None:
             return entry
         for name in sorted(held(entry.node) - self.tracer.constants.keys()):
-            self.tracer.notes[f"{self.tracer.here()}: a mask was specialised to the value of {name!r}"] = None
+            self.tracer.note(NoteKind.VALUE, f"a mask was specialised to the value of {name!r}", self.tracer.here())
             self.tracer.read.add(name)
         return known.nonzero().flatten().tolist()
 
@@ -195,7 +196,7 @@ class ShapeProxy(fx.Proxy):
             if actual is None:
                 raise TraceError(f"{self.tracer.here()}: {use} depends on the values of a tensor, not only on its shape")
             for name in held(self.node) - self.tracer.constants.keys():
-                self.tracer.notes[f"{self.tracer.here()}: {use} was specialised to the value of {name!r}"] = None
+                self.tracer.note(NoteKind.VALUE, f"{use} was specialised to the value of {name!r}", self.tracer.here())
                 self.tracer.read.add(name)
             return getattr(actual, method)()
         self.tracer.specialised(self, f"{use} on the value {value}")

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from fxprune.passes.ir.notes import NoteKind
 from fxprune.passes.ir.skeleton import Skeleton
 from fxprune.passes.tracing.sizes.specialisation import Asked
 
@@ -15,14 +16,13 @@ from fxprune.passes.tracing.sizes.specialisation import Asked
 class Recorder(Protocol):
     """The tracer at work, as those see it whom it uses itself.
 
-    ``graph``: what is being recorded. ``notes``: what was specialised or lost, in order, as keys. ``read``: names of tensors whose values
+    ``graph``: what is being recorded. ``read``: names of tensors whose values
     Python code has read. ``constants``: attribute name -> tensor that the graph holds beside parameters and buffers. ``busy``: an
     operation runs for its shape, and nothing is recorded meanwhile. ``source``: the node being traced, where the module is a graph already.
     """
 
     graph: fx.Graph
     skeleton: Skeleton
-    notes: dict[str, None]
     read: set[str]
     constants: dict[str, torch.Tensor]
     asked: Asked
@@ -51,6 +51,9 @@ class Recorder(Protocol):
 
     def actual(self, node: fx.Node) -> Any:
         """The values of a tensor (or of several) that does not depend on the inputs, or None."""
+
+    def note(self, kind: NoteKind, text: str, where: str = "") -> None:
+        """Note something that a user should know of the trace."""
 
     def specialised(self, proxy: Any, what: str) -> None:
         """Code asked ``proxy`` for a number."""

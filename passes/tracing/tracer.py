@@ -31,6 +31,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fxprune import errors
 from fxprune.errors import InputError, TraceError
 from fxprune.passes.ir.constants import evaluate
+from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton
 from fxprune.passes.tracing import aten
 from fxprune.passes.tracing import decompositions as openers
@@ -72,7 +73,7 @@ class ShapeTracer(fx.Tracer):
             has_rule,
             path,
         )
-        self.notes: dict[str, None] = {}
+        self.notes: dict[Note, None] = {}
         self.asked = Asked(self.notes)
         self.read: set[str] = set()
         self.graph_is_training = False
@@ -348,6 +349,10 @@ class ShapeTracer(fx.Tracer):
         self.constants[name] = tensor
         return name
 
+    def note(self, kind: NoteKind, text: str, where: str = "") -> None:
+        """Note something that a user should know, once."""
+        self.notes[Note(kind, text, where)] = None
+
     def specialised(self, proxy: ShapeProxy, what: str) -> None:
         """Code asked for a number: it is reported if a size of an input's own dimension is in it; channels and literals are no loss.
 
@@ -357,16 +362,16 @@ class ShapeTracer(fx.Tracer):
         compared = [a.meta["val"] if _isinstance(a, fx.Node) else a for a in given]
         if proxy.node.target in (operator.eq, operator.ne) and any(_isinstance(a, torch.dtype) for a in compared):
             if all(_isinstance(a, torch.dtype) and (a.is_floating_point or a.is_complex) for a in compared):
-                self.notes[f"{self.here()}: a branch on the dtype was specialised to {compared[0]}"] = None
+                self.note(NoteKind.DTYPE, f"a branch on the dtype was specialised to {compared[0]}", self.here())
             return
         if extents.depends(proxy.node, self.skeleton.module) is not None:
-            self.asked.add(f"{self.here()}: {what} was specialised to the example inputs", self.source)
+            self.asked.add(Note(NoteKind.SIZE, f"{what} was specialised to the example inputs", self.here()), self.source)
 
     def unrolled(self, proxy: ShapeProxy) -> None:
         """Code loops over a tensor, or over the parts of one."""
         count = extents.loop(proxy.node, self.skeleton.module)
         if count is not None:
-            self.notes[f"{self.here()}: loop over a dimension of {count} was specialised to the example inputs"] = None
+            self.note(NoteKind.SIZE, f"loop over a dimension of {count} was specialised to the example inputs", self.here())
 
     def here(self) -> str:
         known = origin(self.source, is_skipped)[0] if self.source is not None else ""

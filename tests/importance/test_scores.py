@@ -49,6 +49,7 @@ def test_a_ranking_is_remembered_while_the_weights_are_unchanged(importance: str
     graph = fxprune.analyze(model, torch.randn(3, 4))
     made: list[int] = []
     reckoned: Any = criteria._scores
+
     def counted(*given: Any) -> Any:
         made.append(1)
         return reckoned(*given)

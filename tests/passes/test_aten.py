@@ -136,7 +136,7 @@ def test_where_and_which_layer_are_those_of_the_original() -> None:
     assert [g.name for g in graph.groups] == [g.name for g in fxprune.analyze(model, x).groups]
     locked = next(g for g in graph.groups if g.name == "head")
     assert not locked.prunable
-    wheres = {n.name: n.meta["where"] for n in graph.walk.traced.graphs["eval"].nodes}
+    wheres = {n.name: n.meta["where"] for n in graph.traced.graphs["eval"].nodes}
     assert "test_aten.py" in wheres["relu"]
     assert fxprune.record(fxprune.compress(module, 0.5, x)).before.per_layer["wide"]["macs"] == 3 * 64 * 8 * 12
 

@@ -19,8 +19,6 @@ def enabled() -> Iterator[None]:
     gc.enable()
 
 
-
-
 class Watching(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -141,7 +141,7 @@ def test_networks_of_torchvision(name: str) -> None:
 def as_graph(model: nn.Module, inputs: Any, slim: nn.Module, **options: Any) -> Any:
     """The graph module with the channels of ``slim``, a kept class, which may be others than a graph module would keep."""
     graph = fxprune.analyze(model, inputs, **options)
-    names = {alias: name for name, aliases in graph.walk.traced.skeleton.aliases.items() for alias in aliases}
+    names = {alias: name for name, aliases in graph.traced.skeleton.aliases.items() for alias in aliases}
     return Slimmer(graph, units_kept(graph, fxprune.record(slim).kept, names)).run()
 
 

@@ -32,7 +32,7 @@ def carrier_of(name: str = "residual") -> tuple[nn.Module, Any, TracedGraph]:
 
 def coupled(model: nn.Module, inputs: Any) -> TracedGraph:
     graph = analysed(model, inputs, (), "auto")
-    return traced_graph(graph.walk.traced, graph)
+    return traced_graph(graph.traced, graph)
 
 
 def nodes(module: fx.GraphModule) -> list[str]:

@@ -102,7 +102,7 @@ def test_model_through_export(name: str) -> None:
     slim, graph = assert_exported_sound(module, example)
     rec = fxprune.record(slim)
     assert rec.after.params <= MODELS[name][3] * rec.before.params
-    assert not graph.walk.unknown, graph.walk.unknown
+    assert not graph.unknown, graph.unknown
     assert set(dict(slim.named_parameters())) <= set(dict(model.named_parameters(remove_duplicate=False)))
     other = MODELS[name][1](3, 11)
     whole = fxprune.compress(graph, 0.0)

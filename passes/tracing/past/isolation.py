@@ -24,6 +24,7 @@ from torch import fx, nn
 
 from fxprune.errors import TraceError
 from fxprune.passes.ir.contents import CONTAINERS, MAPPINGS, CachedFunction, Contents
+from fxprune.passes.ir.notes import NoteKind
 from fxprune.passes.tracing.past.reachable import Reach, held
 from fxprune.passes.tracing.proxies import ShapeAttribute, ShapeProxy
 from fxprune.passes.tracing.recorder import Recorder
@@ -164,7 +165,8 @@ def _generators(tracer: Recorder) -> Iterator[None]:
             np.random.set_state(numpy)  # noqa: NPY002
             drew.append("numpy.random")
         for name in drew:
-            tracer.notes[f"forward draws from {name}; what was drawn while it was traced is specialised, every call has the same"] = None
+            text = f"forward draws from {name}; what was drawn while it was traced is specialised, every call has the same"
+            tracer.note(NoteKind.VALUE, text)
         if not torch.equal(torch.get_rng_state(), torch_state):
             torch.set_rng_state(torch_state)
 

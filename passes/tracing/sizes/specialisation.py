@@ -7,6 +7,8 @@ from types import CodeType, FrameType
 
 from torch import fx
 
+from fxprune.passes.ir.notes import Note
+
 _OWN = frozenset(f"fxprune.passes.{name}" for name in ("tracing.sizes.specialisation", "tracing.proxies", "tracing.tracer"))
 
 
@@ -18,12 +20,12 @@ class Asked:
     graph is traced anew one instruction makes all calls, and ``source``, its node, tells them apart.
     """
 
-    def __init__(self, notes: dict[str, None]) -> None:
+    def __init__(self, notes: dict[Note, None]) -> None:
         self._notes = notes
         self._call: tuple[CodeType, int, fx.Node | None] | None = None
-        self._added: list[str] = []
+        self._added: list[Note] = []
 
-    def add(self, note: str, source: fx.Node | None) -> None:
+    def add(self, note: Note, source: fx.Node | None) -> None:
         """A number was asked for."""
         call = (*_instruction(), source)
         if call != self._call:

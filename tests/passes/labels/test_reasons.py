@@ -22,7 +22,7 @@ class Gained(nn.Module):
 
 
 def test_an_activation_scaled_by_a_parameter_is_no_weight() -> None:
-    walk = fxprune.analyze(Gained(), torch.randn(4, 6)).walk
+    walk = fxprune.analyze(Gained(), torch.randn(4, 6))._walk
     found = {node.name: value for node, value in walk.env["eval"].items() if isinstance(value, Value)}
     assert walk.is_weight(found["gain"]) and walk.is_weight(found["exp"])
     assert not walk.is_weight(found["mul"]) and not walk.is_weight(found["matmul"])
@@ -52,5 +52,5 @@ class InParts(nn.Module):
 def test_outputs_are_not_counted_as_fixed_however_the_model_was_traced() -> None:
     x = torch.randn(3, 6)
     whole, parts = fxprune.analyze(Body(), x), fxprune.analyze(InParts(), x)
-    assert parts.walk.traced.parts == ["body"]
+    assert parts.traced.parts == ["body"]
     assert output_channels(whole)[1] == output_channels(parts)[1] == 0
