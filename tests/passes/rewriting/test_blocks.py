@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import api
+from fxprune import compression
 from fxprune.errors import UnsupportedError, VerificationError
 from fxprune.passes.rewriting.blocks import without_blocks
 from tests.passes.helpers import TOLERANCE, gap, leaves, prime, zeroed
@@ -219,6 +219,6 @@ def test_the_oracle_of_blocks_would_notice(monkeypatch: pytest.MonkeyPatch) -> N
     model, x = network("resnet")
     graph = fxprune.analyze(model, x, blocks=True)
     made = without_blocks
-    monkeypatch.setattr(api, "without_blocks", lambda graph, blocks: made(graph, list(graph.blocks[:1])))
+    monkeypatch.setattr(compression, "without_blocks", lambda graph, blocks: made(graph, list(graph.blocks[:1])))
     with pytest.raises(VerificationError, match=r"without 'layers.1' the network differs"):
         fxprune.compress(graph, {"layers.1": 1}, x, verify=True)

@@ -1,0 +1,283 @@
+"""How a policy becomes a slim network: the steps between ``fxprune.compress`` and the passes."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves
+
+from fxprune import example_inputs as forms
+from fxprune.allocation.targets import allocated, is_target
+from fxprune.attached import Sources, attach, record_of, sources_of
+from fxprune.errors import InputError, PruningWarning, UnsupportedError
+from fxprune.evaluation.running import device_of
+from fxprune.evaluation.wrappers import unwrapped
+from fxprune.importance.criteria import Importance, importance_name, scores
+from fxprune.importance.criteria import resolved as resolved_importance
+from fxprune.importance.gradients import Loss
+from fxprune.index_lists import indices
+from fxprune.passes.base import GraphPass, Observer, UserPass, run_passes
+from fxprune.passes.coupling.blocks import Block
+from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.passes.pipeline import NORMS, Plan, Slim, analysed, compilation, listed, module_names, traced_graph
+from fxprune.passes.planning.cost import cost_model
+from fxprune.passes.planning.naming import Wanted, limits
+from fxprune.passes.planning.shortfall import shortfall
+from fxprune.passes.rewriting.blocks import without_blocks
+from fxprune.passes.verify import verify as zeroing_oracle
+from fxprune.passes.verify import verify_blocks
+from fxprune.policies import Policy, checked_sparsity, units_removed
+from fxprune.recording import made_record
+from fxprune.records import PruningRecord
+from fxprune.repair.registry import Repair
+from fxprune.repair.registry import named as named_repair
+from fxprune.repair.repairer import Repairer
+
+Given = Policy | float | Mapping[str, float] | str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What ``compress`` was asked for beside the policy; what the caller left open a policy's recorded options fill in.
+
+    The fields are the arguments of ``fxprune.compress``; ``calibration`` is a list here. ``ranked_by``: ``importance`` as a criterion.
+    ``norms`` is None where neither the caller nor the policy says.
+    """
+
+    importance: Importance
+    ranked_by: Any
+    calibration: list[Any] | None
+    round_to: int
+    repair: Repair
+    verify: bool
+    keep_class: bool
+    most: float | Mapping[str, float] | None
+    loss: Loss | None
+    passes: Sequence[Any]
+    observe: Observer | None
+    norms: str | None
+
+    @classmethod
+    def of(
+        cls,
+        options: Mapping[str, Any],
+        importance: Importance,
+        calibration: Iterable[Any] | None,
+        round_to: int | None,
+        repair: Repair,
+        norms: str | None,
+        **as_given: Any,
+    ) -> Choices:
+        """The arguments of ``compress`` with the ``options`` that a policy recorded. Raises ``InputError`` where one is out of range."""
+        multiple = round_to if round_to is not None else int(options.get("round_to") or 1)
+        if multiple < 1:
+            raise InputError(f"round_to is {multiple}; it must be 1 or more")
+        ranked_by = resolved_importance(importance)
+        if importance == "auto":
+            importance = ranked_by = str(options.get("importance") or "auto")
+        wanted = norms if norms is not None else options.get("norms")
+        if wanted is not None and wanted not in NORMS:
+            raise InputError(f"norms is {wanted!r}; it must be {' or '.join(map(repr, NORMS))}")
+        named_repair(repair)
+        batches = None if calibration is None else list(calibration)
+        return cls(importance, ranked_by, batches, multiple, repair, norms=wanted, **as_given)
+
+
+def understood(policy: Given) -> tuple[Policy, str | None]:
+    """A policy in any form that ``compress`` takes: as a ``Policy``, and as a target where it is one, which is then empty."""
+    if isinstance(policy, str) and is_target(policy):
+        return Policy({}), policy
+    if isinstance(policy, Policy):
+        return policy, None
+    if isinstance(policy, (str, os.PathLike)):
+        return Policy.load(Path(policy)), None
+    if isinstance(policy, Mapping):
+        return Policy(policy), None
+    checked_sparsity(policy, "a uniform policy")
+    return Policy({}), None
+
+
+def coupled(model: Any, example_inputs: Any, policy: Policy, ignore: Any, attention: str, choices: Choices) -> tuple[CouplingGraph, Any]:
+    """The coupling graph that was given, or that of the model that was given; and the example inputs, as far as they are known."""
+    if isinstance(model, CouplingGraph):
+        _fits_graph(model, listed(ignore), attention)
+        return model, example_inputs
+    options = policy.options
+    ignored = listed(ignore) or listed(options.get("ignore") or ())
+    axis = attention if attention != "auto" else str(options.get("attention") or "auto")
+    module = module_of(model)
+    example = example_of(module, example_inputs, policy.inputs)
+    graph = analysed(module, example, ignored, axis, choices.observe, choices.norms or "plain", bool(options.get("blocks")))
+    return graph, example
+
+
+def met(graph: CouplingGraph, target: str, choices: Choices) -> Policy:
+    """The policy that meets a target without a search."""
+    return allocated(
+        graph,
+        target,
+        choices.calibration,
+        importance=choices.importance,
+        loss=choices.loss,
+        repair=choices.repair if isinstance(choices.repair, str) else "none",  # what a repair of the user's own does no table can say
+        round_to=choices.round_to,
+        most=choices.most,
+    )
+
+
+def slimmed(graph: CouplingGraph, policy: Policy, wanted: Wanted, example: Any, choices: Choices) -> fx.GraphModule:
+    """The slim network with its record: planned, rewritten, verified, repaired, and through the user's passes."""
+    options = policy.options
+    units = options.get("units") if importance_name(choices.importance) == options.get("importance", "auto") else None
+
+    def score(graph: CouplingGraph) -> Mapping[str, Any]:
+        return _recorded(graph, wanted.sparsity, units) or scores(graph, choices.ranked_by, choices.calibration, loss=choices.loss)
+
+    norms = choices.norms or str(graph.options.get("norms", "plain"))
+    plan = Plan(wanted.sparsity, score, choices.round_to, choices.most, choices.keep_class)
+    carrier = traced_graph(graph.traced, graph)
+    run_passes(carrier, [plan, Slim(choices.keep_class, norms)], choices.observe)
+    done = compilation(carrier)
+    keep, (slimmer, made_slim) = done.planned(), done.rewritten()
+    slim: Any = made_slim
+    notes: tuple[str, ...] = graph.notes
+    lacking = shortfall(graph, wanted, keep, choices.round_to, limits(graph, choices.most))
+    if lacking:
+        warnings.warn(lacking, PruningWarning, stacklevel=3)  # at the call of compress
+        notes = (*notes, lacking)
+    used: dict[str, Any] = {} if norms == "plain" else {"norms": norms}
+    used |= {"round_to": choices.round_to, "importance": importance_name(choices.importance)}
+    applied = Policy(wanted.sparsity, graph.inputs, {**graph.options, **used}, policy.meta)
+    made = made_record(graph, slimmer, keep, applied, choices.keep_class, notes)
+    attach(slim, made, Sources(graph.model))
+    if choices.verify:
+        zeroing_oracle(graph, keep, slim, *forms.call_form(_with_values(graph, example)), norms)
+    if choices.repair != "none":
+        name, _ = named_repair(choices.repair)
+        repairer = Repairer(graph, choices.calibration or (), choices.repair)
+        said = repairer(slim, slimmer)
+        attach(slim, made.with_repair(name, said, repairer.layers))
+    return _passed(slim, choices.passes, choices.observe)
+
+
+def without(graph: CouplingGraph, gone: Sequence[Block], example: Any, choices: Choices) -> tuple[CouplingGraph, Any]:
+    """The network without the blocks ``gone``, analysed; and example inputs for it."""
+    if choices.keep_class:
+        raise UnsupportedError("keep_class cannot leave out blocks: the model's own code calls them; leave out keep_class")
+    given = _with_values(graph, example)
+    return _cut(graph, gone, given if choices.verify else None, choices.observe), given
+
+
+def renamed(slim: Any, wanted: Mapping[str, float], gone: Sequence[Block]) -> fx.GraphModule:
+    """``slim``, whose record's policy names the groups and blocks of the network that the user gave."""
+    done = _record(slim)
+    sparsity = {**wanted, **{block.name: 1.0 for block in gone}}
+    used = replace(done.policy, sparsity=sparsity, options={**done.policy.options, "blocks": True})
+    attach(slim, replace(done, policy=used))
+    return slim  # type: ignore[no-any-return]
+
+
+def _record(slim: Any) -> PruningRecord:
+    found = record_of(slim)
+    assert found is not None, "slimmed attaches one"
+    return found
+
+
+def _cut(graph: CouplingGraph, blocks: Sequence[Block], example: Any, observe: Observer | None) -> CouplingGraph:
+    """The network without ``blocks``, all channels kept, analysed as ``graph`` was. ``example``: for the oracle, None for no oracle."""
+    whole = without_blocks(graph, blocks)
+    whole.train(graph.model.training)
+    if example is not None:
+        verify_blocks(graph, blocks, whole, *forms.call_form(example))
+    options = graph.options
+    paths = [*dict(whole.named_modules()), *dict(whole.named_parameters())]
+    ignored = [name for name in options.get("ignore", ()) if any(fnmatch.fnmatchcase(path, name) for path in paths)]
+    inputs = forms.build(graph.inputs, device="meta")
+    cut = analysed(whole, inputs, ignored, str(options["attention"]), observe, str(options.get("norms", "plain")))
+    before, after = cost_model(graph).profile(), cost_model(cut).profile()
+    done = {block.name: "removed" for block in blocks}
+    policy = Policy(dict.fromkeys(done, 1.0), graph.inputs, {**options, "blocks": True})
+    attach(whole, PruningRecord({}, {}, policy, "none", before, after, notes=graph.notes, blocks=done), Sources(graph.model))
+    return cut
+
+
+def _passed(slim: Any, passes: Sequence[Any], observe: Observer | None) -> fx.GraphModule:
+    """``slim`` after the user's passes; the record, which goes along, names them."""
+    if passes and not isinstance(slim, fx.GraphModule):
+        name = type(slim).__name__
+        raise InputError(f"passes= needs the graph of the whole network; this {name} has none (keep_class, or traced in parts)")
+    steps = [step if isinstance(step, GraphPass) else UserPass(step) for step in passes]
+    made: Any = run_passes(slim, steps, observe) if steps else slim
+    if made is not slim:
+        ran = ", ".join(step.name for step in steps)
+        made_by = _record(slim)
+        note = f"after the rewrite {ran} ran, which load() does not run again"
+        attach(made, replace(made_by, notes=(*made_by.notes, note)), sources_of(slim))
+    return made  # type: ignore[no-any-return]
+
+
+def _fits_graph(graph: CouplingGraph, ignored: tuple[Any, ...], attention: str) -> None:
+    """What a graph was analysed with cannot be changed by ``compress``; a different wish is not passed over in silence."""
+    analysed_with = graph.options.get("attention")
+    if attention not in ("auto", analysed_with):
+        raise InputError(f"the graph was analysed with attention={analysed_with!r}; pass attention={attention!r} to analyze")
+    if ignored and module_names(graph.model, ignored) != list(graph.options.get("ignore", ())):
+        raise InputError("the graph was analysed with another ignore=; pass ignore to analyze, which decides what is locked")
+
+
+def _with_values(graph: CouplingGraph, example: Any) -> Any:
+    """``example`` where it holds values; else, where it is missing or on meta, random inputs of the recorded form."""
+    tensors = [leaf for leaf in tree_leaves(example) if isinstance(leaf, torch.Tensor)]
+    if example is not None and not any(t.device.type == "meta" for t in tensors):
+        return example
+    return forms.build(graph.inputs, device=device_of(graph.model))
+
+
+def _recorded(graph: CouplingGraph, wanted: Any, units: Any) -> Mapping[str, Any] | None:
+    """Scores that choose again the units a policy lists; None where it lists none, or a sparsity was edited since."""
+    if not isinstance(units, Mapping) or not isinstance(wanted, Mapping):
+        return None
+    found = {}
+    for name, p in wanted.items():
+        group = graph.by_name.get(name)
+        count = units_removed(p, group.size) if group is not None else 0
+        if group is None or not count:
+            continue
+        gone = indices(str(units.get(name, "")))
+        if len(gone) != count or (count and int(gone.max()) >= group.size):
+            return None
+        found[name] = torch.ones(group.size)
+        found[name][gone] = 0.0
+    return found
+
+
+def module_of(model: Any) -> nn.Module:
+    """``model``, or the module of a ``torch.export.ExportedProgram``, a new one at each call that shares the program's parameters."""
+    if isinstance(model, nn.Module):
+        return unwrapped(model)
+    if type(model).__name__ != "ExportedProgram":  # by name: torch imports torch.export when it is asked for
+        raise InputError(f"model is a {type(model).__name__}; pass a torch.nn.Module or a torch.export.ExportedProgram")
+    found: nn.Module = model.module()
+    return found
+
+
+def example_of(model: nn.Module, given: Any, recorded: Any) -> Any:
+    """The example inputs: those given, else those that a policy, an earlier pruning or the graph itself recorded."""
+    if given is not None:
+        return given
+    if recorded is not None:
+        return forms.build(recorded, device="meta")
+    earlier = record_of(model)
+    if earlier is not None and earlier.policy.inputs is not None:
+        return forms.build(earlier.policy.inputs, device="meta")
+    if isinstance(model, fx.GraphModule) and (found := forms.of_graph(model)) is not None:
+        return found
+    raise InputError("example_inputs are missing; pass a tensor, a tuple or a dict, or a policy that records them")
