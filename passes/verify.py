@@ -21,6 +21,8 @@ from fxprune.passes.labels.values import Value
 from fxprune.passes.planning.plan import Keep
 from fxprune.passes.rewriting.blocks import with_zeroed_blocks
 from fxprune.passes.rewriting.slimmer import Slimmer
+from fxprune.passes.tracing.past.history import past
+from fxprune.passes.tracing.past.isolation import standing_in
 
 TOLERANCE = 1e-4  # relative to the largest magnitude of the output, in float32
 Kept = Mapping[str, Mapping[int, torch.Tensor]]
@@ -134,11 +136,17 @@ class _Pair:
         self.graph, self.slimmer, self.reference, self.slim = graph, slimmer, reference, slim
 
     def difference(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
-        return difference(_run(copied(self.reference), args, kwargs), _run(copied(self.slim), args, kwargs))
+        return difference(self._wanted(args, kwargs), _run(copied(self.slim), args, kwargs))
+
+    def _wanted(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the zeroed original computes: tables that know the user's modules know those of the copy meanwhile."""
+        model, twin = self.graph.model, copied(self.reference)
+        with standing_in(past(self.graph.traced.skeleton, True)[-1].reach, dict(zip(model.modules(), twin.modules(), strict=True))):
+            return _run(twin, args, kwargs)
 
     def check_size(self, what: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         try:
-            wanted = _run(copied(self.reference), args, kwargs)
+            wanted = self._wanted(args, kwargs)
         except FAULTS:
             return  # the original does not take this size
         try:

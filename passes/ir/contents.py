@@ -7,13 +7,14 @@ import sys
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 MAPPINGS = frozenset({dict, OrderedDict, defaultdict, weakref.WeakKeyDictionary, weakref.WeakValueDictionary})
-CONTAINERS = MAPPINGS | {list, set, deque}
+CONTAINERS = MAPPINGS | {list, set, deque, weakref.WeakSet}
 CachedFunction = type(functools.lru_cache(lambda: None))
 _FOREIGN = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "scipy", "networkx", "safetensors", "rich"}
 _OPAQUE = (
@@ -63,6 +64,22 @@ class Contents:
             for one in inner:
                 self.add(one, deep - 1)
 
+    def exchange(self, others: Mapping[Any, Any]) -> None:
+        """Put ``others[one]`` in the place of every ``one`` that is held, as a key, as a value, or by its ``id()`` as a key."""
+        numbers = {id(one): id(other) for one, other in others.items()}
+
+        def other(one: Any) -> Any:
+            kind = type(one)
+            if kind is int:
+                return numbers.get(one, one)
+            return others[one] if isinstance(one, nn.Module) and one in others else one
+
+        for value, before in self._held.values():
+            pairs = type(value) in MAPPINGS
+            now = [(other(k), v if type(v) is int else other(v)) for k, v in before] if pairs else [*map(other, before)]
+            if not _same(now, before, (lambda a, b: a[0] is b[0] and a[1] is b[1]) if pairs else (lambda a, b: a is b)):
+                _refill(value, now)
+
     def restore(self) -> None:
         """Put everything back that has changed since."""
         for value, before in self._held.values():
@@ -71,11 +88,15 @@ class Contents:
                 continue
             if type(value) not in MAPPINGS and _same(now, before, lambda a, b: a is b):
                 continue
-            value.clear()
-            if type(value) is list or type(value) is deque:
-                value.extend(before)
-            else:
-                value.update(before)
+            _refill(value, before)
+
+
+def _refill(value: Any, held: list[Any]) -> None:
+    value.clear()
+    if type(value) is list or type(value) is deque:
+        value.extend(held)
+    else:
+        value.update(held)
 
 
 def _same(now: list[Any], before: list[Any], same: Any) -> bool:

@@ -114,6 +114,7 @@ class Skeleton:
         self.root: nn.Module = memo[id(model)]
         self._modules: dict[str, nn.Module] = {path: memo[id(m)] for path, m in self._original_modules.items()}
         self._own = [twin for module, twin in self.twins.items() if module is not twin]
+        self._contents().exchange(self.twins)  # what a deep copy leaves: keys of weak dictionaries, and id() of a module as a key
         self.module_names: dict[nn.Module, str] = {}
         for name, module in self._modules.items():
             self.module_names.setdefault(module, name)
@@ -166,12 +167,15 @@ class Skeleton:
     def snapshot(self) -> Snapshot:
         """What every module holds: a forward pass may keep things on its modules, and proxies must not outlive their trace."""
         kinds = ("_parameters", "_buffers", "_modules")
+        return Snapshot([(m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in kinds}) for m in self._own], self._contents())
+
+    def _contents(self) -> Contents:
         contents = Contents()
         for module in self._own:
             for key, value in module.__dict__.items():
                 if key not in _OF_EVERY_MODULE:
                     contents.add(value)
-        return Snapshot([(m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in kinds}) for m in self._own], contents)
+        return contents
 
     def restore(self, before: Snapshot) -> None:
         for module, state, registered in before.modules:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -55,6 +57,21 @@ class SlimModule(fx.GraphModule):
         self.graph = graphs["eval"]
         for graph in graphs.values():
             graph.owning_module = self
+
+    def standing_for(self, kind: type) -> SlimModule:
+        """This module, which computes what one of class ``kind`` did, as one of that class: code around it may ask for its attributes,
+        methods and properties. The attributes come with the tree; where the class allows no heirs there is no more than they."""
+        self.__dict__["_stands_for"] = kind
+        for hooks in ("_forward_hooks", "_forward_pre_hooks"):  # the graph has what they do
+            self.__dict__[hooks] = OrderedDict()
+        self.__dict__.pop("forward", None)
+        with contextlib.suppress(TypeError):
+            self.__class__ = type("GraphModuleImpl", (type(self), kind), {})
+        return self
+
+    def _standing(self) -> SlimModule:
+        kind = self.__dict__.get("_stands_for")
+        return self if kind is None else self.standing_for(kind)
 
     def sibling(self, tree: nn.Module) -> SlimModule:
         """A module with other tensors and the same graphs: these and their code are shared until somebody asks for ``graph``."""
@@ -186,7 +203,7 @@ class SlimModule(fx.GraphModule):
         twin = SlimModule(nn.Module(), {m: _thaw(g) for m, g in self._frozen().items()})
         memo[id(self)] = twin
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self._state().items()})
-        return twin
+        return twin._standing()
 
     def __copy__(self) -> SlimModule:
         return _restore(self._state(), self._frozen())
@@ -315,4 +332,4 @@ def _thaw(nodes: Frozen) -> fx.Graph:
 def _restore(state: dict[str, Any], graphs: dict[str, Frozen]) -> SlimModule:
     twin = SlimModule(nn.Module(), {m: _thaw(g) for m, g in graphs.items()})
     twin.__dict__.update(state)
-    return twin
+    return twin._standing()

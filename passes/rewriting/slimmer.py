@@ -202,7 +202,8 @@ class Slimmer:
                 for node in graph.nodes:
                     if node.op in ("call_module", "get_attr"):
                         node.target = self._inside(node, f"{path}.")
-            replace_module(tree, tree.get_submodule(path), SlimModule(tree.get_submodule(path), own))
+            old = tree.get_submodule(path)
+            replace_module(tree, old, SlimModule(old, own).standing_for(type(old)))
         return tree
 
     def _inside(self, node: fx.Node, prefix: str) -> str:
@@ -238,9 +239,9 @@ class Slimmer:
                 resized.append((module, inputs[0], outputs[0], [v for x in (*inputs, *outputs) for v in x.axes.values()]))
 
         def keeps_class(path: str) -> bool:
-            """Whether the graph calls a module, or it, or one around it, was not looked into."""
-            outside = bool(traced.parts) and not any(path == p or path.startswith(f"{p}.") for p in traced.parts)
-            return path in calls or outside or any(path == o or path.startswith(f"{o}.") for o in traced.opaque)
+            """Whether the graph calls a module, or it, or one around it, was not looked into. Of a network that was traced in parts all
+            do: the code around the parts may ask for their attributes."""
+            return bool(traced.parts) or path in calls or any(path == o or path.startswith(f"{o}.") for o in traced.opaque)
 
         return Template(copies(self.skeleton.original, keeps_class), tuple(resized), self._constant())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import functools
 import inspect
 import operator
 import os
@@ -125,6 +126,8 @@ class ShapeTracer(fx.Tracer):
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
         if self.is_leaf_module(m, name) and not any(_isinstance(t, fx.Proxy) for t in (*m._parameters.values(), *m._buffers.values())):
+            if not _isinstance(m, torch.jit.ScriptModule):
+                _fitting(getattr(m.forward, "__func__", m.forward), _isinstance(m.forward, types.MethodType), len(args), tuple(kwargs))
             return self.create_proxy("call_module", name, args, kwargs)
         graph = graph_of(m)
         with self.entered(name):
@@ -200,7 +203,11 @@ class ShapeTracer(fx.Tracer):
         node.meta["where"] = self.here()
         node.meta["owner"] = self._owner()
         if kind not in ("placeholder", "output"):
-            node.meta["val"] = self._value(node)
+            try:
+                node.meta["val"] = self._value(node)
+            except TraceError:  # the code may catch it and go on without the call
+                self.graph.erase_node(node)
+                raise
         return node
 
     def _owner(self) -> str:
@@ -297,7 +304,7 @@ class ShapeTracer(fx.Tracer):
             if (numbers := with_numbers(node, self.actual, self.skeleton)) is not None:
                 return numbers
             what = node.target if _isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
-            raise TraceError(
+            raise _failure(type(error))(
                 f"{node.meta['where']}: {what} failed on the example inputs: {str(error).splitlines()[0] if str(error) else error!r}"
             ) from error
         finally:
@@ -393,3 +400,18 @@ def is_skipped(file: str) -> bool:
 
 def _qualified(target: Any) -> str:
     return f"{target.__module__}.{target.__qualname__}"
+
+
+@functools.cache
+def _fitting(forward: Callable[..., Any], bound: bool, given: int, named: tuple[str, ...]) -> None:
+    """Raise the ``TypeError`` that a call with so many arguments and these keywords raises, where it raises one: code may catch it."""
+    inspect.signature(forward).bind(*[None] * (given + bound), **dict.fromkeys(named))
+
+
+@functools.cache
+def _failure(kind: Any) -> type[TraceError]:
+    """What is raised where an operation fails with ``kind``: code that tries one call and then another catches it as it does in a run."""
+    caught = next((known for known in (TypeError, ValueError, IndexError, RuntimeError) if issubclass(kind, known)), None)
+    if caught is None or issubclass(kind, NotImplementedError):  # which says that there is no kernel without values
+        return TraceError
+    return type("TraceError", (TraceError, caught), {"__module__": TraceError.__module__})

@@ -15,7 +15,7 @@ import random
 import threading
 import types
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,13 +30,15 @@ from fxprune.passes.tracing.proxies import ShapeAttribute, ShapeProxy
 from fxprune.passes.tracing.recorder import Recorder
 
 _isinstance = builtins.isinstance
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
 @contextlib.contextmanager
 def isolated(tracer: Recorder, reach: Reach, empty: Sequence[Any], first: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
     """For the time of a trace: ``empty`` are containers that start empty, ``first`` globals that start with another value.
 
-    A global, a closure or a default that holds a module of the model holds its twin meanwhile.
+    A global, a closure or a default that holds a module of the model, and a container there that holds one or is keyed by it or by its
+    ``id()``, holds the twin meanwhile.
     """
     before = Contents()
     for function in reach.functions:
@@ -49,20 +51,14 @@ def isolated(tracer: Recorder, reach: Reach, empty: Sequence[Any], first: Sequen
             if _isinstance(value, CachedFunction):
                 stack.callback(_bind, owner, name, value)
                 _bind(owner, name, _past_cache(value))
-            elif _isinstance(value, nn.Module) and value in tracer.skeleton.twins:
-                stack.callback(_bind, owner, name, value)
-                _bind(owner, name, tracer.skeleton.twins[value])
             elif not _isinstance(value, (type, types.FunctionType, types.ModuleType, property)):
                 stack.callback(_bind, owner, name, value)
+        _exchange(reach, before, tracer.skeleton.twins, stack)
         for container in empty:
             container.clear()
         for space, name, value in first:
             space[name] = value
         for function in reach.functions:
-            if any(_isinstance(v, nn.Module) and v in tracer.skeleton.twins for v in function.__defaults__ or ()):
-                stack.callback(setattr, function, "__defaults__", function.__defaults__)
-                twins = (tracer.skeleton.twins.get(v, v) if _isinstance(v, nn.Module) else v for v in function.__defaults__ or ())
-                function.__defaults__ = tuple(twins)
             space = function.__globals__
             if "type" in function.__code__.co_names and "type" not in space:
                 stack.callback(space.pop, "type", None)
@@ -90,6 +86,34 @@ def contents_kept(reach: Reach) -> Iterator[None]:
         for owner, name, value in held_now:
             if not _isinstance(value, (type, types.FunctionType, types.ModuleType, property, CachedFunction)):
                 _bind(owner, name, value)
+
+
+@contextlib.contextmanager
+def standing_in(reach: Reach, twins: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+    """For the time of a run of a copy: what holds a module of the original, or is keyed by one, holds that of the copy (``twins``)."""
+    before = Contents()
+    for owner, name in reach.places.values():
+        before.add(held(owner, name))
+    for twin in twins.values():
+        for name in twin.__dict__.keys() - _OF_EVERY_MODULE:
+            before.add(twin.__dict__[name])
+    with contextlib.ExitStack() as stack:
+        stack.callback(before.restore)
+        _exchange(reach, before, twins, stack)
+        yield
+
+
+def _exchange(reach: Reach, before: Contents, twins: Mapping[nn.Module, nn.Module], stack: contextlib.ExitStack) -> None:
+    before.exchange(twins)
+    for owner, name in reach.places.values():
+        value = held(owner, name)
+        if _isinstance(value, nn.Module) and value in twins:
+            stack.callback(_bind, owner, name, value)
+            _bind(owner, name, twins[value])
+    for function in reach.functions:
+        if any(_isinstance(v, nn.Module) and v in twins for v in function.__defaults__ or ()):
+            stack.callback(setattr, function, "__defaults__", function.__defaults__)
+            function.__defaults__ = tuple(twins.get(v, v) if _isinstance(v, nn.Module) else v for v in function.__defaults__ or ())
 
 
 def _bind(owner: Any, name: str, value: Any) -> None:
@@ -217,7 +241,7 @@ def _take_out(holder: Any, wanted: set[int]) -> None:
     if type(holder) in MAPPINGS:
         for key in [k for k, v in holder.items() if id(k) in wanted or id(v) in wanted]:
             del holder[key]
-    elif type(holder) is set:
+    elif type(holder) in (set, weakref.WeakSet):
         for one in [v for v in holder if id(v) in wanted]:
             holder.discard(one)
     else:
