@@ -114,6 +114,9 @@ _MORE_MACS: dict[Any, Callable[..., int]] = {
     _aten._trilinear: lambda a, b, c, *axes: math.prod(max(sizes) for sizes in _trilinear_sizes((a, b, c), axes)) * 2,
 }
 
+if hasattr(_aten, "_grouped_mm"):  # each row meets the matrix of its group alone
+    _MORE_MACS[_aten._grouped_mm] = lambda a, b, *_: b.numel() * a.shape[1] if a.ndim > b.ndim else a.numel() * b.shape[-1]
+
 
 def _trilinear_sizes(factors: tuple[Tensor, ...], axes: tuple[Any, ...]) -> Iterator[tuple[int, ...]]:
     """nn.Bilinear's product, every size of its index space: each factor is expanded along axes of its own."""

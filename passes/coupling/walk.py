@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fxprune.errors import FAULTS, FxPruneError, first_line
 from fxprune.passes.ir.nested import has_tensor, packed, tensors
+from fxprune.passes.ir.objects import made_object
 from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.ir.writes import written
@@ -67,11 +68,11 @@ class Walk(LabelContext):
             return self.attribute(str(node.target)) if isinstance(value, torch.Tensor) else value
         args = map_arg(node.args, env.__getitem__)
         kwargs = map_arg(node.kwargs, env.__getitem__)
-        if node.op == "output":
+        if node.op == "output" or node.target is made_object:
             for found in values(args):
                 for vector in found.axes.values():
                     self.labels.pin(vector, Reason(ReasonKind.OUTPUT, f"it reaches {self._edge('output')}", part=self._part))
-            return None
+            return value
         if "body" in node.meta:
             return self._checked(node, self._body(node, env))
         inputs = list(values((args, kwargs)))

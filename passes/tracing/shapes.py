@@ -80,12 +80,23 @@ def _unpack(
 _PACKING: dict[Any, Any] = {torch._VF._pack_padded_sequence: _pack, torch._VF._pad_packed_sequence: _unpack}
 
 
+def _rows(a: Any = None, b: Any = None, **named: Any) -> torch.Tensor | None:
+    """``grouped_mm`` (S, K) by (E, K, N), which on meta takes bfloat16 alone; other forms are left to torch."""
+    a, b = named.get("self", named.get("mat_a", a)), named.get("mat2", named.get("mat_b", b))
+    return a.new_empty(a.shape[0], b.shape[2]) if a.ndim == 2 and b.ndim == 3 and a.shape[1] == b.shape[1] else None
+
+
+_GROUPED = [f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f is not None]
+
+
 def quick_function(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a function or a method (by name) would give, as a meta tensor; None where it has to be run to be known."""
     if target is torch.cat:
         return _joined(args, kwargs)
     if target in _PACKING:
         return _PACKING[target](*args)
+    if target in _GROUPED:
+        return _rows(*args[:2], **{k: v for k, v in kwargs.items() if k in ("self", "mat_a", "mat2", "mat_b")})
     if not args or not isinstance(args[0], torch.Tensor) or args[0].dtype not in _FLOATS:
         return None
     x = args[0]

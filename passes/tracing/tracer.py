@@ -20,6 +20,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import is_dataclass
 from types import FrameType
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fxprune import errors
 from fxprune.errors import InputError, TraceError
+from fxprune.passes.ir import objects
 from fxprune.passes.ir.constants import evaluate
 from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton
@@ -79,6 +81,7 @@ class ShapeTracer(fx.Tracer):
         self.read: set[str] = set()
         self.graph_is_training = False
         self.busy = False  # running an operation for its shape: nothing is recorded meanwhile
+        self.returning = False  # forward is through: what is recorded now is its result
         self.thread = threading.get_ident()
         self.stack: list[str] = []  # names of the modules and functions at work, outermost first
         self.failed = ""  # what was kept whole and could not be run either
@@ -194,8 +197,31 @@ class ShapeTracer(fx.Tracer):
             return a.item()
         if type(a) is OrderedDict:
             return self.create_node("call_function", OrderedDict, ([(k, self.create_arg(v)) for k, v in a.items()],), {})
+        # An object in an argument would be another than the one that the call is given, and what the call does to it would be lost.
+        if self.returning and not self.path:
+            return self._result(a)
         if _isinstance(a, dict) and type(a) not in (dict, fx.immutable_collections.immutable_dict):
             return self.create_node("call_function", type(a), (), {k: self.create_arg(v) for k, v in a.items()})
+        return super().create_arg(a)
+
+    def _result(self, a: Any, state: bool = False) -> Any:
+        """A part of what forward returns. Objects that are no containers are made of what they hold; one with the name of an argument of
+        forward (a cache of keys and values) is ``state``."""
+        if objects.is_plain(a) and not is_dataclass(a):
+            make = objects.made_state if state else objects.made_object
+            try:
+                return objects.parts(a, self.create_arg, make, lambda target, args: self.create_node("call_function", target, args, {}))
+            except (ValueError, NotImplementedError) as error:
+                code = getattr(inspect.unwrap(self.module.forward), "__code__", None)
+                where = self.here() if code is None else f"{code.co_filename}:{code.co_firstlineno}"
+                raise TraceError(f"{where}: forward returns a {type(a).__name__}, which a graph cannot make: {error}") from error
+        if _isinstance(a, dict):
+            known = inspect.signature(self.module.forward).parameters
+            held = {
+                key: self._result(value, key in known) if objects.is_plain(value) else self.create_arg(value) for key, value in a.items()
+            }
+            plain = type(a) in (dict, fx.immutable_collections.immutable_dict)
+            return held if plain else self.create_node("call_function", type(a), (), held)
         return super().create_arg(a)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None) -> fx.Node:
@@ -264,9 +290,13 @@ class ShapeTracer(fx.Tracer):
         around = bool(module._forward_hooks or module._forward_pre_hooks) or type(module).__call__ is not nn.Module.__call__
 
         def call(*_: Any) -> Any:
+            self.returning = False
             if graph is not None:
-                return interpret(self, module, graph, tuple(pos), named)
-            return module(*pos, **named) if around else module.forward(*pos, **named)
+                found = interpret(self, module, graph, tuple(pos), named)
+            else:
+                found = module(*pos, **named) if around else module.forward(*pos, **named)
+            self.returning = True
+            return found
 
         return call, flat
 

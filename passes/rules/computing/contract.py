@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxprune.errors import UnsupportedError
 from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, values
@@ -160,6 +161,8 @@ def _bilinear(ctx: LabelContext, node: fx.Node, input1: Value, input2: Value, we
 
 # What torch's schemas call the operands, by place: each operation has names of its own.
 _PRODUCT = (("input", "self"), ("other", "mat2", "vec", "tensor"))
+_GROUPED = (("input", "self", "mat_a"), ("mat2", "mat_b"))
+_ROW = 16  # bytes
 _SUM = (("input", "self"), ("mat1", "batch1", "mat"), ("mat2", "batch2", "vec"))
 
 
@@ -236,6 +239,36 @@ def multi_dot(ctx: LabelContext, node: fx.Node, tensors: Sequence[Value], **_: A
             ctx.read_as_weight(value)
     out = "".join(c for c in string.ascii_letters[: len(operands) + 1] if sum(c in names for _, names in operands) == 1)
     axes, zero = contract(ctx, operands, out, ctx.owner(node))
+    return ctx.make(node, axes, zero)
+
+
+def _aligned(slim: Rewriter, node: fx.Node) -> None:
+    """Torch takes rows of whole 16 bytes alone (``_grouped_mm`` in ATen's ``GroupedMMUtils.h``)."""
+    input, weight = _operands(node.args[:2], node.kwargs, _GROUPED)
+    rows = input.meta["old"].meta["val"], weight.meta["old"].meta["val"]
+    for source, axis in [(input, 1)] + ([(weight, 2)] if rows[1].stride(-1) == 1 else []):
+        value, bytes_each = slim.value(source), rows[0].element_size()
+        old, left = value.shape[axis], slim.count(value, axis)
+        if left * bytes_each % _ROW and not old * bytes_each % _ROW:
+            raise UnsupportedError(
+                f"{node.meta.get('where', node.name)}: grouped_mm takes rows of whole {_ROW} bytes, and {left} channels of {bytes_each} "
+                f"bytes would be left; compress with round_to={_ROW // bytes_each}"
+            )
+
+
+@named("grouped_mm", "_grouped_mm", inplace=False, rewrite=_aligned)
+def grouped(ctx: LabelContext, node: fx.Node, *given: Any, offs: Any = None, bias: Any = None, **named: Any) -> Any:
+    """A mixture's experts: runs of rows of ``input`` (S, K), each times its matrix of ``mat2`` (E, K, N)."""
+    input, weight = _operands(given[:2], named, _GROUPED)
+    offs, bias = given[2] if len(given) > 2 else offs, given[3] if len(given) > 3 else bias
+    if input.ndim != 2 or weight.ndim != 3 or bias is not None:
+        return ctx.opaque(node, list(values((input, weight, offs, bias))), "rows are not the groups")
+    if ctx.is_weight(weight):
+        ctx.read_as_weight(weight)
+    for one in values(offs):
+        ctx.pin_all(one, "it says where the rows of a group end")
+    ctx.pin(weight.axes.get(0), "each group of rows has a matrix of its own", ReasonKind.STRUCTURE)
+    axes, zero = contract(ctx, [(input, "SK"), (weight, "EKN")], "SN", ctx.owner(node))
     return ctx.make(node, axes, zero)
 
 
