@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
 
 from fxprune import example_inputs as forms
 from fxprune.allocation.targets import allocated, is_target
@@ -25,6 +24,7 @@ from fxprune.importance.criteria import resolved as resolved_importance
 from fxprune.importance.gradients import Loss
 from fxprune.index_lists import indices
 from fxprune.passes.base import GraphPass, Observer, UserPass, run_passes
+from fxprune.passes.compat import tree_leaves
 from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.pipeline import NORMS, Plan, Slim, analysed, compilation, listed, module_names, traced_graph

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_unflatten
 
 from fxprune.errors import InputError
+from fxprune.passes.compat import tree_unflatten
 
 Json = Any
 

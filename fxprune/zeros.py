@@ -10,15 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import InputError
 from fxprune.evaluation.copying import copied
 from fxprune.evaluation.repeatable import cloned, same_random_numbers
 from fxprune.evaluation.running import call, device_of, evaluating
 from fxprune.example_inputs import build
+from fxprune.passes.compat import ConvTransposeNd, NormBase, tree_leaves
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -188,7 +187,7 @@ class _Facts:
 
     def _blank(self, path: str, count: int) -> _Layer:
         true = np.ones(count, dtype=bool)
-        return _Layer(~true, true.copy(), true.copy(), true.copy(), is_norm=isinstance(self.modules[path], _NormBase))
+        return _Layer(~true, true.copy(), true.copy(), true.copy(), is_norm=isinstance(self.modules[path], NormBase))
 
     def _add(self, layer: _Layer, module: nn.Module, name: str, key: str, dim: int, units: Ints, tensors: Mapping[str, Tensor]) -> None:
         owner = name.rpartition(".")[0]
@@ -202,7 +201,7 @@ class _Facts:
             if key in ("bias", "running_mean"):
                 layer.centred[nonzero] = False
             return
-        computed = ".parametrizations." in f".{owner}." and dim == (1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0)
+        computed = ".parametrizations." in f".{owner}." and dim == (1 if isinstance(module, ConvTransposeNd) else 0)
         if self.graph.is_output((name, dim)) or computed:
             layer.makes = np.zeros(len(layer.own), dtype=bool) if layer.makes is None else layer.makes
             layer.makes[units] = layer.own[units] = True

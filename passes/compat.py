@@ -1,4 +1,8 @@
-"""Names of torch that it keeps to itself, gathered so that a new version of torch breaks one file."""
+"""Names of torch that it keeps to itself, under names of ours, gathered so that a new version of torch breaks one file.
+
+Nothing else in the project imports a private name of torch or reaches for one by its dotted name (``tests/test_layers.py``). What every
+module and graph carries as an attribute (``_modules``, ``_parameters``, ``_schema``) is not in the list.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,51 @@ import torch
 from torch import fx
 from torch._functorch import apis
 from torch._jit_internal import boolean_dispatched
+from torch.fx import _pytree as fx_pytree
 from torch.fx import _symbolic_trace
+from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
+from torch.fx.graph_module import _forward_from_src as forward_from_source
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
+from torch.nn.modules.batchnorm import _NormBase as NormBase
+from torch.nn.modules.conv import _ConvNd as ConvNd
+from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeNd
+from torch.nn.modules.dropout import _DropoutNd as DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNormBase
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
+
+__all__ = [
+    "WEIGHT_NORMS",
+    "BatchNormBase",
+    "ConvNd",
+    "ConvTransposeNd",
+    "DropoutNd",
+    "HigherOrderOperator",
+    "InstanceNormBase",
+    "NormBase",
+    "OpOverload",
+    "OpOverloadPacket",
+    "PyTreeCodeGen",
+    "ScriptFunction",
+    "ScriptMethod",
+    "TorchDispatchMode",
+    "assert_true",
+    "dispatched",
+    "find_proxy",
+    "forward_from_source",
+    "fx_pytree",
+    "fx_tracing",
+    "native_functions",
+    "pack_padded",
+    "pad_packed",
+    "quote_keywords",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "tree_unflatten",
+    "vmap_home",
+]
 
 # Modules and classes in which tracing replaces a name; mypy is not to hold us to their types.
 fx_tracing: Any = _symbolic_trace
@@ -20,6 +68,18 @@ ScriptFunction: Any = torch._C.ScriptFunction
 ScriptMethod: Any = torch._C.ScriptMethod
 
 find_proxy = _symbolic_trace._find_proxy
+
+# Operators of ATen and of libraries: one overload, all overloads of a name, and those that take graphs.
+OpOverload = torch._ops.OpOverload
+OpOverloadPacket = torch._ops.OpOverloadPacket
+HigherOrderOperator = torch._ops.HigherOrderOperator
+
+# Functions that public ones call, and that traces hence hold.
+native_functions: Any = torch._C._nn
+assert_true: Any = torch._assert
+pack_padded: Any = torch._VF._pack_padded_sequence
+pad_packed: Any = torch._VF._pad_packed_sequence
+WEIGHT_NORMS: tuple[Any, ...] = (torch._weight_norm,) if hasattr(torch, "_weight_norm") else ()  # what the old weight_norm calls
 
 
 def dispatched(function: Any) -> Any:

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import InputError, TraceError
 from fxprune.example_inputs import build, describe
 from fxprune.passes import rules
 from fxprune.passes.base import GraphPass, Observer, run_passes
 from fxprune.passes.collector import paused_collector
+from fxprune.passes.compat import tree_leaves
 from fxprune.passes.coupling.graph import SINGLE, CouplingGraph
 from fxprune.passes.coupling.walk import Walk
 from fxprune.passes.ir.slim_module import SlimModule

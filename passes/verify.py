@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxprune.errors import FAULTS, VerificationError, first_line
 from fxprune.evaluation.copying import copied
 from fxprune.evaluation.repeatable import cloned, same_random_numbers
 from fxprune.evaluation.running import set_training
+from fxprune.passes.compat import tree_leaves, tree_map_only
 from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.nodes import target_name

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "fxprune"
 # A room is a folder or, at the top of ``fxprune`` and of ``passes``, a module. It may import itself and every room above it.
 ROOMS = (
     "errors",
+    "passes.compat",
     "atomic",
     "imports",
     "index_lists",
@@ -24,7 +25,6 @@ ROOMS = (
     "policies",
     "records",
     "attached",
-    "passes.compat",
     "passes.base",
     "passes.collector",
     "passes.ir",
@@ -131,6 +131,41 @@ def test_the_folders_of_tests_are_named_as_the_rooms() -> None:
     rooms = {room.split(".")[0] for room in (*ROOMS, *ASIDE)}
     folders = {path.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").glob("*/**/test_*.py")}
     assert folders <= rooms, sorted(folders - rooms)
+
+
+def private_names_of_torch(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of what a file takes from torch that torch keeps to itself: by an import, or from torch by its dotted name."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            full = ast.unparse(node)
+            names = [f"torch.{full}" if full.split(".")[0] in ("nn", "fx", "F") else full]
+        for name in names:
+            first, *rest = name.split(".")
+            if first == "torch" and any(part.startswith("_") and not part.startswith("__") for part in rest):
+                yield getattr(node, "lineno", 0), name
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"passes.compat"}))
+def test_private_names_of_torch_are_in_one_place(name: str) -> None:
+    found = [f"{MODULES[name]}:{line}: {full}" for line, full in private_names_of_torch(MODULES[name])]
+    assert not found, f"take it from fxprune.passes.compat: {found}"
+
+
+def test_private_names_would_be_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "some.py"
+    taken = "torch._C._nn, nn.modules.conv._ConvNd, nn.ReLU"
+    file.write_text(f"import torch\nfrom torch.utils._pytree import tree_map\nfrom torch import nn\na = {taken}\n")
+    assert {name for _, name in private_names_of_torch(file)} == {
+        "torch.utils._pytree.tree_map",
+        "torch._C._nn",
+        "torch._C",
+        "torch.nn.modules.conv._ConvNd",
+    }
 
 
 def test_no_folder_is_a_drawer() -> None:

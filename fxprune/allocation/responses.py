@@ -17,11 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from fxprune.allocation.readers import Reader, readers_of
 from fxprune.errors import EvaluationError, InputError, in_a_line
 from fxprune.evaluation.running import call, device_of, modes_kept, to_device
+from fxprune.passes.compat import tree_leaves
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.repair.matrices import Form

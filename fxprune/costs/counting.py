@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune.evaluation.running import call, evaluating
+from fxprune.passes.compat import TorchDispatchMode, tree_leaves
 
 _aten = torch.ops.aten
 

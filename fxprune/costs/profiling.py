@@ -19,6 +19,7 @@ from fxprune.costs.counting import Counts, count
 from fxprune.errors import FxPruneError, InputError, first_line
 from fxprune.evaluation.running import call, device_of, evaluating, to_device
 from fxprune.example_inputs import build, describe
+from fxprune.passes.compat import tree_leaves
 from fxprune.records import Profile
 
 _WARM_UP_CALLS = 3
@@ -103,7 +104,7 @@ def _meta_twin(tensor: torch.Tensor) -> torch.Tensor:
 
 def _with_values(example_inputs: Any) -> Any:
     """``example_inputs``, or random ones of their form if they lie on the meta device."""
-    on_meta = any(isinstance(t, torch.Tensor) and t.is_meta for t in torch.utils._pytree.tree_leaves(example_inputs))
+    on_meta = any(isinstance(t, torch.Tensor) and t.is_meta for t in tree_leaves(example_inputs))
     return build(describe(example_inputs)) if on_meta else example_inputs
 
 

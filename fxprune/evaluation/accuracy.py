@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxprune.errors import EvaluationError, InputError
 from fxprune.evaluation.running import call, device_of, evaluating, to_device
+from fxprune.passes.compat import BatchNormBase
 
 
 def logits_of(output: Any) -> Tensor:
@@ -69,7 +69,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
     were, and so do the statistics if a batch fails. A pruned network needs it: the old statistics describe activations that
     summed over more channels (Li 2020, EagleEye, https://arxiv.org/abs/2007.02491, sec. 3.3; there with momentum, here the exact mean).
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = [m for m in model.modules() if isinstance(m, BatchNormBase) and m.running_mean is not None]
     if not norms:
         return
     before = [{name: buffer.clone() for name, buffer in m.named_buffers()} for m in norms]
@@ -97,6 +97,6 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
         raise InputError("there is no calibration batch to re-estimate BatchNorm from")
 
 
-def _restore(norms: list[_BatchNorm], buffers: list[dict[str, Tensor]]) -> None:
+def _restore(norms: list[BatchNormBase], buffers: list[dict[str, Tensor]]) -> None:
     for norm, values in zip(norms, buffers, strict=True):
         norm.load_state_dict(values, strict=False)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from fxprune.passes.compat import tree_leaves
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+
+from fxprune.passes.compat import tree_map_only
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from fxprune.example_inputs import call_form
+from fxprune.passes.compat import tree_map_only
 
 
 def set_training(model: nn.Module, training: bool) -> None:

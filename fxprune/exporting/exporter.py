@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from fxprune import example_inputs as forms
 from fxprune.attached import record_of
@@ -23,6 +22,7 @@ from fxprune.evaluation.running import call
 from fxprune.exporting.formats import FORMATS, Format, Job, cannot_run, format_named, require, tensors
 from fxprune.exporting.pretrained import own_model, quiet, write_pretrained
 from fxprune.imports import needed
+from fxprune.passes.compat import tree_map_only
 
 PRETRAINED = "transformers"
 SAME = 1e-5  # the same operations on the same sizes

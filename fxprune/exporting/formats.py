@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from fxprune.errors import InputError
 from fxprune.example_inputs import call_form
 from fxprune.imports import by_path, needed
+from fxprune.passes.compat import tree_leaves, tree_map, tree_unflatten
 
 # ExecuTorch plans memory before it runs, so a size that may change needs an upper bound: so many times that of the example.
 HEADROOM = 4
@@ -104,7 +104,7 @@ def _write_torch(job: Job, path: Path) -> None:
 
 def _run_torch(path: Path, inputs: list[Tensor]) -> list[Tensor]:
     program: Any = torch.export.load(path)
-    args, kwargs = torch.utils._pytree.tree_unflatten(inputs, program.call_spec.in_spec)
+    args, kwargs = tree_unflatten(inputs, program.call_spec.in_spec)
     return tensors(program.module()(*args, **kwargs))
 
 

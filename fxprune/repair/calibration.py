@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from fxprune.errors import FAULTS
+from fxprune.passes.compat import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 FIT, TUNE, JUDGE = range(3)
 PIECES = 5  # a fifth of the samples to choose the strength by, a fifth to judge by

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from fxprune.passes.compat import tree_leaves
 
 
 def unlikeness(found: Sequence[Any], wanted: Sequence[Any]) -> float:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from fxprune.passes.compat import BatchNormBase
 from fxprune.repair.matrices import Form, convolution, form_of, transposed_convolution
 from fxprune.repair.recurrent import repairable
 
@@ -279,7 +279,7 @@ class Reading:
     def _norm(self, node: fx.Node) -> Norm | None:
         if node.op == "call_module" and self._calls[str(node.target)] == 1:
             norm = self.module.get_submodule(str(node.target))
-            if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None:
+            if isinstance(norm, BatchNormBase) and norm.running_mean is not None and norm.running_var is not None:
                 return Norm(node, norm.running_mean, norm.running_var, norm.weight, norm.eps)
         if node.op != "call_function" or node.target not in _NORMS:
             return None

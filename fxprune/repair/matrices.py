@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from fxprune.passes.compat import ConvNd, ConvTransposeNd
 
 EVERY = (slice(None), slice(None))  # every sample and channel
 Places = tuple[Tensor, ...]
@@ -45,14 +46,14 @@ def form_of(module: nn.Module) -> Form | None:
     """The form of a convolution or linear module; None for any other, and for a subclass that computes something else."""
     if isinstance(module, nn.Linear):
         return Form("linear") if type(module).forward is nn.Linear.forward else None
-    if not isinstance(module, _ConvNd):
+    if not isinstance(module, ConvNd):
         return None
     kept: Any = next((c for c in type(module).__mro__ if c.__module__ == nn.Conv2d.__module__), None)
     names = ("forward", "_conv_forward", "_output_padding")
     if kept is None or any(getattr(type(module), name, None) is not getattr(kept, name, None) for name in names):
         return None
     stride, dilation = tuple(module.stride), tuple(module.dilation)
-    if isinstance(module, _ConvTransposeNd):
+    if isinstance(module, ConvTransposeNd):
         padding: Any = module.padding
         return Form("conv_transpose", stride, tuple(padding), dilation, tuple(module.output_padding), module.groups)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxprune.errors import InputError
 from fxprune.example_inputs import call_form
+from fxprune.passes.compat import tree_leaves, tree_map_only
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 _PLAIN = (Tensor, int, float, bool, complex, str, torch.Size, torch.dtype, torch.device)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fxprune.api import analyze, compress, record
 from fxprune.evaluation.running import call, evaluating, set_training
+from fxprune.passes.compat import tree_leaves
 from fxprune.passes.coupling.graph import CouplingGraph
 
 SPARSITIES = (0.25, 0.5, 0.75)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import InputError
 from fxprune.evaluation.accuracy import labelled, logits_of
 from fxprune.evaluation.running import call, device_of, evaluating, modes_kept, set_training, to_device
+from fxprune.passes.compat import tree_leaves
 from fxprune.training.config import History, TrainConfig, check_values
 from fxprune.training.fitting import fit
 from fxprune.training.hints import Hint, Hints

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from fxprune import example_inputs as forms
 from fxprune.attached import record_of
 from fxprune.errors import InputError
 from fxprune.evaluation.running import call
 from fxprune.files.rebuilding import units_kept
+from fxprune.passes.compat import tree_leaves
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.slim_module import SlimModule
 from fxprune.passes.pipeline import analysed

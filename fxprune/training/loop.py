@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fxprune.errors import EvaluationError, FileError, InputError, first_line
 from fxprune.evaluation.running import evaluating
+from fxprune.passes.compat import BatchNormBase
 from fxprune.training.checkpoints import check_same, make_folder, read_checkpoint, write_checkpoint
 from fxprune.training.config import History, Progress, TrainConfig
 from fxprune.training.objective import Objective
@@ -122,7 +122,7 @@ class Run:
         self.learner.train()
         if self.config.batchnorm == "frozen":
             for module in self.learner.modules():
-                if isinstance(module, _BatchNorm):
+                if isinstance(module, BatchNormBase):
                     module.eval()
 
     def _step(self, group: list[tuple[int, Part]]) -> None:

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from fxprune.errors import DependencyError, InputError, UnsupportedError
 from fxprune.evaluation.running import to_device
+from fxprune.passes.compat import BatchNormBase, tree_leaves, tree_map
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -88,7 +87,7 @@ def batchnorm_as(model: nn.Module, kind: str, accelerator: Accelerator) -> Itera
     if accelerator.device.type == "cpu":
         raise InputError('batchnorm="sync" needs GPUs: torch synchronises statistics on them alone; use "local" or "frozen"')
     owned = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()]
-    before = [(parent, name, child) for parent, name, child in owned if isinstance(child, _BatchNorm)]
+    before = [(parent, name, child) for parent, name, child in owned if isinstance(child, BatchNormBase)]
     try:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
         yield

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxprune.attached import Sources, record_of, sources_of
 from fxprune.errors import InputError, UnsupportedError
+from fxprune.passes.compat import tree_leaves, tree_map_only
 from fxprune.passes.rewriting.slicing import cut
 from fxprune.records import PruningRecord
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.graph_module import _forward_from_src
 from torch.fx.node import map_arg
 
 from fxprune.errors import FAULTS, UnsupportedError, first_line
 from fxprune.passes import compat
+from fxprune.passes.compat import OpOverload, OpOverloadPacket, forward_from_source
 
 _FX = frozenset(
     {
@@ -149,7 +149,7 @@ class SlimModule(fx.GraphModule):
             cls: Any = type(self)
             cls._forward_eval = cls.forward
             train = graphs["train"].python_code(root_module="self")
-            cls._forward_train = _forward_from_src(train.src, train.globals)
+            cls._forward_train = forward_from_source(train.src, train.globals)
             given = [n for n in graphs["eval"].nodes if n.op == "placeholder"]
             call = ", ".join(str(n.target) for n in given)
             formal = ["self", *(f"{n.target}={n.args[0]!r}" if n.args else str(n.target) for n in given)]
@@ -157,7 +157,7 @@ class SlimModule(fx.GraphModule):
                 f"def forward({', '.join(formal)}):\n"
                 f"    if self.training:\n        return self._forward_train({call})\n    return self._forward_eval({call})\n"
             )
-            cls.forward = _forward_from_src(source, {})
+            cls.forward = forward_from_source(source, {})
         return code
 
     def detached(self) -> fx.GraphModule:
@@ -247,9 +247,9 @@ def _freeze(graph: fx.Graph) -> Frozen:
 
 def _target(target: Any) -> Any:
     """A call's target in a form that pickles: some functions are made inside others and are known only by where they can be found."""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return _Op(target)
-    if isinstance(target, torch._ops.OpOverloadPacket):
+    if isinstance(target, OpOverloadPacket):
         return _Packet(target)
     if "<locals>" in getattr(target, "__qualname__", ""):
         for home in (torch.nn.functional, torch):
@@ -262,7 +262,7 @@ def _target(target: Any) -> Any:
 class _Packet:
     """An operator without a chosen overload, by name."""
 
-    def __init__(self, packet: torch._ops.OpOverloadPacket) -> None:
+    def __init__(self, packet: OpOverloadPacket) -> None:
         self.namespace, self.name = packet._qualified_op_name.split("::")
 
     def get(self) -> Any:
@@ -282,7 +282,7 @@ class _Found:
 class _Op:
     """An ATen operator, by name: the operator object itself does not pickle."""
 
-    def __init__(self, op: torch._ops.OpOverload) -> None:
+    def __init__(self, op: OpOverload) -> None:
         self.parts = (op.namespace, op._schema.name.split("::")[-1], op._overloadname)
 
     def get(self) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.passes.compat import dispatched
+from fxprune.passes.compat import OpOverload, OpOverloadPacket, dispatched
 
 # Where an argument stands: at a position, under a keyword, or at all positions from one on.
 Place = int | str | slice
@@ -171,9 +171,9 @@ def _schemas(op: str, target: Any) -> tuple[_Schema, ...]:
     if op == "call_method":
         method = getattr(torch.Tensor, target, None)
         return tuple(_signature(method)) if inspect.isfunction(method) else tuple(_overloads(target))
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return (_of(target._schema),)
-    if isinstance(target, torch._ops.OpOverloadPacket):
+    if isinstance(target, OpOverloadPacket):
         return tuple(_of(getattr(target, name)._schema) for name in target.overloads())
     if inspect.isfunction(target):
         return tuple(_signature(dispatched(target)))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from fxprune.passes.compat import OpOverload, OpOverloadPacket
 from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.ir.traced import TracedModel
 
@@ -58,8 +59,8 @@ def _produced(node: fx.Node, dims: Sequence[int]) -> Iterator[int]:
 
 def _function(node: fx.Node) -> Any:
     """What a node calls; an operator of a library that may not be imported goes by its name."""
-    target: Any = node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target
-    return target._qualified_op_name if isinstance(target, torch._ops.OpOverloadPacket) else target
+    target: Any = node.target.overloadpacket if isinstance(node.target, OpOverload) else node.target
+    return target._qualified_op_name if isinstance(target, OpOverloadPacket) else target
 
 
 def _argument(node: fx.Node, position: int, name: str) -> Any:

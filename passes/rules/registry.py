@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune.errors import InputError
+from fxprune.passes.compat import OpOverload, native_functions
 
 Infer = Callable[..., Any]
 Rewrite = Callable[..., None]
@@ -80,7 +81,7 @@ def named(*names: str, rewrite: Rewrite | None = None, inplace: bool = True, alw
         rule = Rule(infer, rewrite, always)
         for name in names:
             for form in (name, f"{name}_") if inplace else (name,):
-                for home in (torch, F, torch.special, torch.linalg, torch._C._nn):
+                for home in (torch, F, torch.special, torch.linalg, native_functions):
                     found = getattr(home, form, None)
                     if callable(found):
                         FUNCTIONS[found] = rule
@@ -114,7 +115,7 @@ def modules(*types: type, rewrite: Rewrite | None = None) -> Callable[[Infer], I
 def function_rule(target: Any) -> Rule | None:
     """The rule of a function or operator; that of an operator holds for its overloads."""
     rule = FUNCTIONS.get(target)
-    if rule is None and isinstance(target, torch._ops.OpOverload):
+    if rule is None and isinstance(target, OpOverload):
         rule = FUNCTIONS.get(target.overloadpacket)
     return rule
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fxprune.passes.compat import assert_true
 from fxprune.passes.ir.nodes import RESHAPING
 from fxprune.passes.rules.registry import FUNCTIONS, METHODS
 
@@ -104,7 +105,7 @@ def _to_copy(x: Any, **options: Any) -> Any:
 
 
 def _assert_scalar(condition: Any, message: str) -> None:
-    torch._assert(condition, message)
+    assert_true(condition, message)
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx import _pytree as fx_pytree
-from torch.fx.graph import CodeGen, _PyTreeCodeGen
+from torch.fx.graph import CodeGen
 from torch.fx.node import map_arg
 
 from fxprune.errors import TraceError
+from fxprune.passes.compat import HigherOrderOperator, OpOverload, OpOverloadPacket, PyTreeCodeGen, fx_pytree, tree_unflatten
 from fxprune.passes.ir.factories import FACTORIES, RANDOM_FACTORIES
 from fxprune.passes.ir.notes import NoteKind
 from fxprune.passes.ir.slim_module import SlimModule
@@ -37,7 +37,7 @@ def graph_of(module: nn.Module) -> fx.Graph | None:
         graphs: dict[str, fx.Graph] = module.__dict__["graphs"]
         return graphs["train" if "train" in graphs and module.training else "eval"]
     graph: fx.Graph = module.graph
-    return graph if type(graph._codegen) in (CodeGen, _PyTreeCodeGen) else None
+    return graph if type(graph._codegen) in (CodeGen, PyTreeCodeGen) else None
 
 
 def interpret(tracer: Recorder, module: Any, graph: fx.Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -58,8 +58,8 @@ def interpret(tracer: Recorder, module: Any, graph: fx.Graph, args: tuple[Any, .
             env[node] = _run(tracer, module, node, a, k)
     finally:
         tracer.source = outer
-    spec = graph._codegen.pytree_info.out_spec if isinstance(graph._codegen, _PyTreeCodeGen) else None
-    return out if spec is None else torch.utils._pytree.tree_unflatten(out if isinstance(out, (list, tuple)) else [out], spec)
+    spec = graph._codegen.pytree_info.out_spec if isinstance(graph._codegen, PyTreeCodeGen) else None
+    return out if spec is None else tree_unflatten(out if isinstance(out, (list, tuple)) else [out], spec)
 
 
 def _inputs(module: Any, graph: fx.Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
@@ -76,7 +76,7 @@ def _inputs(module: Any, graph: fx.Graph, args: tuple[Any, ...], kwargs: Mapping
             flat += value.values()
         else:
             flat.append(value)
-    if not isinstance(codegen, _PyTreeCodeGen):
+    if not isinstance(codegen, PyTreeCodeGen):
         return iter(flat)
     spec = codegen.pytree_info.in_spec
     children = spec.children() if hasattr(spec, "children") else spec.children_specs  # the second is that of older versions of torch
@@ -94,9 +94,9 @@ def _run(tracer: Recorder, module: Any, node: fx.Node, args: Any, kwargs: Any) -
         return _attribute(module, target)(*args, **kwargs)
     if node.op == "call_method":
         return getattr(args[0], target)(*args[1:], **kwargs)
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return _block(tracer, target, args)
-    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) or target in _FACTORIES:
+    if isinstance(target, (OpOverload, OpOverloadPacket)) or target in _FACTORIES:
         return tracer.create_proxy("call_function", target, args, kwargs)
     return target(*args, **kwargs)
 

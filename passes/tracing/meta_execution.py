@@ -12,8 +12,8 @@ from torch import fx
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_map
 
+from fxprune.passes.compat import OpOverload, tree_map
 from fxprune.passes.ir.factories import FACTORIES, RANDOM_FACTORIES
 from fxprune.passes.ir.nested import packed
 from fxprune.passes.ir.skeleton import Skeleton
@@ -72,7 +72,7 @@ def hides_structure(node: fx.Node, opaque: set[str], skeleton: Skeleton) -> bool
     if node.op == "call_module":
         return node.target in opaque or not type(skeleton.module(str(node.target))).__module__.startswith("torch.nn")
     home = getattr(node.target, "__module__", None) or "torch"
-    return _isinstance(node.target, torch._ops.OpOverload) or not home.startswith(("torch", "_operator"))
+    return _isinstance(node.target, OpOverload) or not home.startswith(("torch", "_operator"))
 
 
 def with_numbers(node: fx.Node, actual: Callable[[fx.Node], Any], skeleton: Skeleton) -> Any:

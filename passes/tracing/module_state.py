@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
 
+from fxprune.passes.compat import tree_leaves
 from fxprune.passes.ir.contents import is_foreign
 from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton, Snapshot

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.errors import InputError, TraceError
 from fxprune.evaluation.running import set_training
 from fxprune.example_inputs import call_form
+from fxprune.passes.compat import TorchDispatchMode
 from fxprune.passes.ir.nested import tensors
 from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
+from fxprune.passes.compat import DropoutNd, pack_padded, pad_packed
 from fxprune.passes.ir.nested import packed
 from fxprune.passes.rules.computing import pointwise
 from fxprune.passes.rules.layers import SPECS, spec_of
@@ -41,7 +42,7 @@ def quick(module: Any, args: tuple[Any, ...]) -> torch.Tensor | None:
 
 def _hands_on(module: Any) -> bool:
     """Whether a module returns the very tensor that it is given: what is written into one is written into the other."""
-    idle = isinstance(module, nn.modules.dropout._DropoutNd) and (not module.training or module.p == 0)
+    idle = isinstance(module, DropoutNd) and (not module.training or module.p == 0)
     return idle or isinstance(module, nn.Identity)
 
 
@@ -77,7 +78,7 @@ def _unpack(
     return data.new_empty(*shape, *data.shape[1:]), data.new_empty(sequences, dtype=torch.int64)
 
 
-_PACKING: dict[Any, Any] = {torch._VF._pack_padded_sequence: _pack, torch._VF._pad_packed_sequence: _unpack}
+_PACKING: dict[Any, Any] = {pack_padded: _pack, pad_packed: _unpack}
 
 
 def _rows(a: Any = None, b: Any = None, **named: Any) -> torch.Tensor | None:

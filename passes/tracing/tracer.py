@@ -32,6 +32,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fxprune import errors
 from fxprune.errors import InputError, TraceError
+from fxprune.passes.compat import OpOverload, assert_true
 from fxprune.passes.ir import objects
 from fxprune.passes.ir.constants import evaluate
 from fxprune.passes.ir.notes import Note, NoteKind
@@ -148,7 +149,7 @@ class ShapeTracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
         if kind == "call_function" and not self.busy:
-            if _isinstance(target, torch._ops.OpOverload) and (function := aten.opened(target, super().create_proxy)) is not None:
+            if _isinstance(target, OpOverload) and (function := aten.opened(target, super().create_proxy)) is not None:
                 return function(*args, **kwargs)
             body = openers.OPENERS.get(target) if _isinstance(target, types.FunctionType) else None
             body = body or (target if self._is_wrapped(target) else None)
@@ -244,7 +245,7 @@ class ShapeTracer(fx.Tracer):
         """None, for an input that is. Callers go on passing it, so the graph takes it, and no other value."""
         given = self.graph.create_node("placeholder", name, (None,) if last else (), {})
         none = self.graph.call_function(operator.is_, (given, None))
-        check = self.graph.call_function(torch._assert, (none, f"{name} was None when the module was traced"))
+        check = self.graph.call_function(assert_true, (none, f"{name} was None when the module was traced"))
         for node, value in ((given, None), (none, True), (check, None)):
             node.meta.update(val=value, where=self.here(), owner=self.path)
         return None

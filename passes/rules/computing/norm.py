@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrizations
 
+from fxprune.passes.compat import WEIGHT_NORMS, InstanceNormBase, NormBase
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value
 from fxprune.passes.rules.layers import NORMALISED, layers
@@ -44,7 +45,7 @@ def _per_channel(ctx: LabelContext, node: fx.Node, x: Value, axis: int, others: 
 
 
 def _batch_channel(module: Any, x: Value) -> int:
-    return x.ndim - _spatial(module) - 1 if isinstance(module, nn.modules.instancenorm._InstanceNorm) else 1
+    return x.ndim - _spatial(module) - 1 if isinstance(module, InstanceNormBase) else 1
 
 
 def _resize_batch(slim: Rewriter, module: Any, x: Value, y: Value) -> None:
@@ -58,7 +59,7 @@ def _same_shape(module: Any, args: tuple[Any, ...]) -> torch.Tensor:
 
 
 layers(
-    nn.modules.batchnorm._NormBase,
+    NormBase,
     produces=False,
     resize=_resize_batch,
     without_parameters=lambda module, x, y: [(x, _batch_channel(module, x))],
@@ -274,7 +275,7 @@ def normalize(ctx: LabelContext, node: fx.Node, input: Value, p: float = 2.0, di
     return ctx.through(node, input)
 
 
-@functions(*([torch._weight_norm] if hasattr(torch, "_weight_norm") else []))
+@functions(*WEIGHT_NORMS)
 def weight_norm(ctx: LabelContext, node: fx.Node, v: Value, g: Value, dim: int = 0) -> Value:
     """``v * g / ||v||``, the norm over every dimension but ``dim``; removed inputs are zero and add nothing to it."""
     rows, lengths = v.axes.get(dim), g.axes.get(dim)

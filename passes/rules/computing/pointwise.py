@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxprune.passes.compat import native_functions
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value
 from fxprune.passes.rules.computing import zeros
@@ -132,7 +133,7 @@ def _space(target: Any) -> int:
     torch.avg_pool1d,
     torch.adaptive_max_pool1d,
     *(
-        getattr(torch._C._nn, name)
+        getattr(native_functions, name)
         for name in (
             "adaptive_avg_pool2d",
             "adaptive_avg_pool3d",
@@ -152,7 +153,7 @@ def pool_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Valu
     return _pooled(ctx, node, input, _space(type(module).__name__))
 
 
-@functions(F.max_unpool1d, F.max_unpool2d, F.max_unpool3d, torch._C._nn.max_unpool2d, torch._C._nn.max_unpool3d)
+@functions(F.max_unpool1d, F.max_unpool2d, F.max_unpool3d, native_functions.max_unpool2d, native_functions.max_unpool3d)
 def max_unpool(ctx: LabelContext, node: fx.Node, input: Value, indices: Value, **_: Any) -> Any:
     """Each maximum goes back to where it came from: ``indices`` has the channels of ``input``."""
     for axis in range(input.ndim - _space(node.target), input.ndim):
@@ -165,7 +166,7 @@ def max_unpool(ctx: LabelContext, node: fx.Node, input: Value, indices: Value, *
 @functions(
     F.interpolate,
     F.upsample,
-    *(f for name, f in vars(torch._C._nn).items() if "upsample_" in name and "backward" not in name),
+    *(f for name, f in vars(native_functions).items() if "upsample_" in name and "backward" not in name),
 )
 def interpolate(ctx: LabelContext, node: fx.Node, input: Value, **_: Any) -> Value:
     return ctx.through(node, input, mixed=range(2, input.ndim))
@@ -192,7 +193,7 @@ def triangle(ctx: LabelContext, node: fx.Node, input: Value, **_: Any) -> Value:
     return ctx.through(node, input, mixed=(-1, -2))
 
 
-@functions(F.glu, torch._C._nn.glu)
+@functions(F.glu, native_functions.glu)
 def glu(ctx: LabelContext, node: fx.Node, input: Value, dim: int = -1) -> Value:
     """The two halves of axis ``dim`` are multiplied, one of them through a sigmoid: they go together."""
     axis = dim % input.ndim

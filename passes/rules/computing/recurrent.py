@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from fxprune.passes.compat import pack_padded, pad_packed
 from fxprune.passes.ir.nested import packed
 from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.labels.context import LabelContext
@@ -81,13 +82,13 @@ def recurrent(ctx: LabelContext, node: fx.Node, module: Any, input: Any, hx: Any
     return out, tuple(Value(tuple(t.shape), {t.ndim - 1: u}, frozenset(), why) for t, u in zip(state_of, (seen, cell), strict=True))
 
 
-@functions(torch._VF._pack_padded_sequence)
+@functions(pack_padded)
 def pack(ctx: LabelContext, node: fx.Node, input: Value, lengths: Any, batch_first: bool) -> Any:
     """``input`` (batch, time, channels) or (time, batch, channels) to (batch * time, channels)."""
     return _repacked(ctx, node, input, (0, 1), input.ndim - 2, True)
 
 
-@functions(torch._VF._pad_packed_sequence)
+@functions(pad_packed)
 def unpack(ctx: LabelContext, node: fx.Node, data: Value, batch_sizes: Value, batch_first: bool, padding: float, steps: Any) -> Any:
     return _repacked(ctx, node, data, (0,), data.ndim, padding == 0)
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from fxprune.passes.compat import assert_true
 from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, values
@@ -110,6 +111,6 @@ def numel(ctx: LabelContext, node: fx.Node, input: Value) -> Any:
     return node.meta["val"]
 
 
-@functions(torch._assert)
+@functions(assert_true)
 def assertion(ctx: LabelContext, node: fx.Node, **_: Any) -> Any:
     return None

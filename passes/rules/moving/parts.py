@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxprune.passes.compat import native_functions
 from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.labels.context import LabelContext
@@ -155,7 +156,7 @@ def _pads(slim: Rewriter, node: fx.Node) -> None:
     slim.set_argument(node, "pad", pad)
 
 
-@functions(F.pad, torch._C._nn.pad, rewrite=_pads)
+@functions(F.pad, native_functions.pad, rewrite=_pads)
 def pad(ctx: LabelContext, node: fx.Node, input: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
     return _padded_value(ctx, node, input, list(pad), mode, value)
 

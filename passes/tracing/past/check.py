@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+
+from fxprune.passes.compat import tree_leaves, tree_map
 
 _CLOSE = 1e-3  # of the largest magnitude: another order of the same operations differs by less
 

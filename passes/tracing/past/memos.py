@@ -21,8 +21,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
+from fxprune.passes.compat import tree_leaves
 from fxprune.passes.ir.contents import CONTAINERS, MAPPINGS, is_foreign
 from fxprune.passes.tracing.past.reachable import Reach, codes, held, reached_from, stored
 
