@@ -85,9 +85,9 @@ def compress(
         model: as for ``analyze``; or a ``CouplingGraph``: then nothing is traced again and the weights its model holds now are sliced.
         policy: a ``Policy``; one sparsity for every group (0 keeps all); a mapping to sparsities from names of groups, names of modules
             (every group that the module's layers produce) and globs over both; a target, "macs=0.5" (or params, memory: what is left of
-            the original; sparsity: the share of output channels that goes), met without a search: by error tables where there is
-            ``calibration``, else by the same share of every group; or a policy file's path. An entry with the name of a block
-            (``analyze(..., blocks=True)``) and sparsity 1 leaves the block out.
+            the original; sparsity: the share of output channels that goes), met without a search: by error tables and a dozen trials
+            (``fxprune.allocation.trying``) where there is ``calibration``, else by the same share of every group; or a policy file's path.
+            An entry with the name of a block (``analyze(..., blocks=True)``) and sparsity 1 leaves the block out.
         example_inputs: as for ``analyze``; may be left out where the policy records them.
         ignore: as for ``analyze``.
         importance: what ranks the units of a group: "taylor", "l2", "l1", "variance", "random", "reconstruction", "auto" (taylor where
@@ -106,7 +106,8 @@ def compress(
             batch leave no doubt (``fxprune.importance.gradients``).
         passes: passes of your own that run on the slim graph module afterwards: ``torch.fx.passes`` passes, or functions from graph module
             to graph module. Each gets a copy, which it may edit.
-        observe: called as ``observe(step, result, seconds)`` after each step: "Trace", "Couple", "Plan", "Slim" and your own passes.
+        observe: called as ``observe(step, result, seconds)`` after each step: "Trace", "Couple", "Plan", "Slim" and your own passes; for a
+            target also "Try", after each allocation that is tried.
         norms: "plain": layer, RMS and group norms, softmax and means over channels work on the channels that are left; "exact": they keep
             the divisor of the original, what is gone counting as zeros, so that the slim network equals the zeroed original there as
             well (``group.undefined`` says where it cannot). None: what the policy says, else "plain".

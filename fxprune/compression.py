@@ -130,6 +130,7 @@ def met(graph: CouplingGraph, target: str, choices: Choices) -> Policy:
         repair=choices.repair if isinstance(choices.repair, str) else "none",  # what a repair of the user's own does no table can say
         round_to=choices.round_to,
         most=choices.most,
+        observe=choices.observe,
     )
 
 

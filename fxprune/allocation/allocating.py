@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from fxprune.allocation.prices import METRICS, IntArray, Prices
+from fxprune.allocation.prices import METRICS, FloatArray, IntArray, Prices
 from fxprune.allocation.tables import ErrorTable, error_table
+from fxprune.allocation.trying import Trials, tried
+from fxprune.allocation.uniform import Uniform
 from fxprune.allocation.widths import Knapsack
 from fxprune.errors import InputError, TargetError
 from fxprune.evaluation.running import one_thread
 from fxprune.importance.criteria import importance_name, resolved, scores
 from fxprune.importance.gradients import Loss
 from fxprune.index_lists import ranges
+from fxprune.passes.base import Observer
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.planning.naming import limits
 from fxprune.passes.planning.plan import Keep, Rounding, keep_counts
@@ -45,13 +48,35 @@ class Allocator:
         self.kept_whole = tuple(group.name for group in self.groups if not table.effects[group.name].any())
         self.rounding = Rounding(graph, round_to) if round_to > 1 else None
 
-    def allocate(self, bounds: Mapping[str, float]) -> IntArray:
+    def allocate(self, bounds: Mapping[str, float], weights: FloatArray | None = None) -> IntArray:
         """Units to remove from each prunable group, (groups,), so that at most these shares of the metrics are left.
 
         ``bounds``: metric ("macs", "params", "memory" or "sparsity", the last the share of the output channels that stays) -> share that
-        is left of the original's, 0 to 1. Where that cannot be, as much as may go.
+        is left of the original's, 0 to 1. Where that cannot be, as much as may go. ``weights``: what the changes that each group makes
+        count, (groups,); all the same, if left out.
         """
-        return self._knapsack.allocate(bounds)
+        if weights is None:
+            return self._knapsack.allocate(bounds)
+        whole = self._knapsack
+        effects = [effect * weight for effect, weight in zip(whole.effects, weights, strict=True)]
+        return Knapsack(effects, whole.allowed, whole.shares, rounds=1).allocate(bounds)
+
+    def met(self, bounds: Mapping[str, float], weights: FloatArray | None = None) -> tuple[dict[str, int], dict[str, float]]:
+        """Units to remove by group, rounded, and what they leave of each bounded metric; ``weights`` as for ``allocate``."""
+        wanted = dict(bounds)
+        for _ in range(TIGHTENINGS):  # rounding gives units back: then a little more is asked
+            removed = self.allocate(wanted, weights)
+            counts = {group.name: int(count) for group, count in zip(self.groups, removed, strict=True)}
+            if self.rounding is not None:
+                counts = self.rounding(counts)
+            rounded = np.array([[counts[group.name] for group in self.groups]])
+            left = {metric: float(self.prices.shares(metric, rounded)[0]) for metric in bounds}
+            over = [metric for metric, share in bounds.items() if left[metric] > share + TOLERANCE]
+            if not over or self.rounding is None:
+                break
+            for metric in over:
+                wanted[metric] *= 0.99 * bounds[metric] / left[metric]
+        return counts, left
 
     @cached_property
     def prices(self) -> Prices:
@@ -88,12 +113,15 @@ def allocate(
     round_to: int = 1,
     most: Mapping[str, float] | float | None = None,
     seed: int = 0,
+    trials: int = 0,
+    observe: Observer | None = None,
 ) -> Policy:
-    """Find a policy that meets ``bounds`` by error tables; no slim network is made or run.
+    """Find a policy that meets ``bounds`` by error tables; without ``trials`` no slim network is made or run.
 
     What ``compress(model, "macs=0.5", x, calibration=batches)`` does with its target: ``compress(graph, allocate(graph, {"macs": 0.5},
-    batches, repair=repair, round_to=round_to, most=most), calibration=batches, repair=repair)``. The policy lists the units, which
-    ``compress`` takes again. For several targets make one ``Allocator`` from one ``error_table``.
+    batches, repair=repair, round_to=round_to, most=most, trials=TRIALS), calibration=batches, repair=repair)``, ``TRIALS`` being that of
+    ``fxprune.allocation.trying``. The policy lists the units, which ``compress`` takes again. For several targets make one ``Allocator``
+    from one ``error_table``.
 
     Args:
         graph: The analysed network; it and its model stay as they are.
@@ -106,10 +134,14 @@ def allocate(
         repair: How the slim network will be repaired, for which the errors are reckoned.
         round_to: Channels kept in every pruned dimension are rounded up to a multiple of it.
         most: The largest share of its units that any group loses, or a mapping from group, module or glob to it.
-        seed: Of what the table draws.
+        seed: Of what the table and the trials draw.
+        trials: How many allocations are tried on inputs that are kept apart, the table's own, the same share of every group, and others
+            that the table gives when groups count more or less. The table's is left only for one that is better beyond chance.
+        observe: Called as ``observe("Try", trial, seconds)`` after each of them, with a ``fxprune.allocation.trying.Trial``.
 
     Returns:
-        A policy with the sparsity of every prunable group.
+        A policy with the sparsity of every prunable group; ``meta`` names the allocation that was taken and the distances of all that
+        were judged in full.
 
     Raises:
         InputError: A metric that must be measured, a share out of range, or no calibration data.
@@ -128,31 +160,22 @@ def allocate(
     allocator = Allocator(graph, table, round_to=round_to, most=most)
     if not allocator.groups:
         raise InputError("there is no prunable group; fxprune.visualize(model, inputs) says why each is locked")
-    counts, left = _met(allocator, bounds)
+    counts, left = allocator.met(bounds)
     for metric, share in bounds.items():
         if left[metric] > share + TOLERANCE:
             least = float(allocator.prices.shares(metric, np.array([[len(a) - 1 for a in allocator._knapsack.allowed]]))[0])
             raise TargetError(f"{metric}={share} cannot be met: with all that may go, {least:.3g} is left; ask for more")
-    meta = {"strategy": "table", "bounds": dict(bounds), "left": left, "kept_whole": list(allocator.kept_whole)}
+    meta: dict[str, Any] = {"strategy": "table", "bounds": dict(bounds), "left": left, "kept_whole": list(allocator.kept_whole)}
+    if trials > 1:
+        trial = Trials(graph, batches, table.ranking, repair, observe)
+        if trial.possible:
+            uniform = Uniform(graph, table.ranking, bounds, round_to, most)
+            judged = tried(trial, uniform, allocator.groups, counts, lambda weights: allocator.met(bounds, weights)[0], trials, seed)
+            counts = dict(judged[0].counts)
+            rounded = np.array([[counts[group.name] for group in allocator.groups]])
+            meta["left"] = {metric: float(allocator.prices.shares(metric, rounded)[0]) for metric in bounds}
+            meta |= {"taken": judged[0].name, "distances": {one.name: one.distance for one in judged}}
     return policy_of(graph, keep_counts(graph, counts, table.ranking), round_to, importance, meta)
-
-
-def _met(allocator: Allocator, bounds: Mapping[str, float]) -> tuple[dict[str, int], dict[str, float]]:
-    """Units to remove by group, and what they leave of each bounded metric. Rounding gives units back: then a little more is asked."""
-    wanted = dict(bounds)
-    for _ in range(TIGHTENINGS):
-        removed = allocator.allocate(wanted)
-        counts = {group.name: int(count) for group, count in zip(allocator.groups, removed, strict=True)}
-        if allocator.rounding is not None:
-            counts = allocator.rounding(counts)
-        rounded = np.array([[counts[group.name] for group in allocator.groups]])
-        left = {metric: float(allocator.prices.shares(metric, rounded)[0]) for metric in bounds}
-        over = [metric for metric, share in bounds.items() if left[metric] > share + TOLERANCE]
-        if not over or allocator.rounding is None:
-            break
-        for metric in over:
-            wanted[metric] *= 0.99 * bounds[metric] / left[metric]
-    return counts, left
 
 
 def policy_of(graph: CouplingGraph, keep: Keep, round_to: int, importance: Any, meta: Mapping[str, Any]) -> Policy:

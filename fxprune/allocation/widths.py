@@ -18,25 +18,25 @@ Shares = Callable[[str, IntArray], FloatArray]
 """(metric, removals (allocations, groups)) -> what is left of it, as a share of the original, (allocations,)."""
 
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # how many allowed widths further a step may go
-TRIALS = 4  # rounds of improvement at most; more find nothing
+ROUNDS = 4  # rounds of improvement at most; more find nothing
 
 
 class Knapsack:
     """Chooses widths that change the output least.
 
     ``effects``: for each group, what removing 0, 1, ... units changes, (its units, samples); see ``ErrorTable.along``.
-    ``allowed``: for each group the removals that may be chosen, rising, the first of them 0.
+    ``allowed``: for each group the removals that may be chosen, rising, the first of them 0. ``rounds``: of improvement, at most.
     """
 
-    def __init__(self, effects: Sequence[FloatArray], allowed: Sequence[IntArray], shares: Shares) -> None:
-        self.effects, self.allowed, self.shares = effects, allowed, shares
+    def __init__(self, effects: Sequence[FloatArray], allowed: Sequence[IntArray], shares: Shares, rounds: int = ROUNDS) -> None:
+        self.effects, self.allowed, self.shares, self.rounds = effects, allowed, shares, rounds
 
     def allocate(self, bounds: Mapping[str, float]) -> IntArray:
         """Units to remove from each group so that at most these shares of the metrics are left, (groups,); where that cannot be, all that
         may go."""
         at = self._taken(np.zeros(len(self.effects), dtype=np.int64), bounds, frozenset())
         best = self.error(at)
-        for _ in range(TRIALS):
+        for _ in range(self.rounds):
             found = [self._without(at, i, steps, bounds) for i in np.flatnonzero(at).tolist() for steps in (1, 4, len(self.allowed[i]))]
             errors = [self.error(one) if self._over(one[None], bounds)[0] <= 0 else np.inf for one in found]
             if not found or min(errors) >= best * (1 - 1e-6):

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.allocation import trying
 from fxprune.allocation.allocating import Allocator, allocate
 from fxprune.allocation.prices import METRICS, Prices
-from fxprune.allocation.tables import error_table
+from fxprune.allocation.tables import ErrorTable, error_table
+from fxprune.allocation.trying import Trials, tried
+from fxprune.allocation.uniform import Uniform
 from fxprune.allocation.widths import Knapsack
 from fxprune.errors import EvaluationError, InputError, PolicyError, TargetError
 from fxprune.passes.planning.cost import cost_model
@@ -350,3 +353,77 @@ def test_few_rows_do_not_make_a_removal_look_free() -> None:
     graph = fxprune.analyze(model, batches[0])
     few, many = error_table(graph, batches), error_table(graph, [torch.randn(512, 40) for _ in range(8)])
     assert few.errors("0")[48] > 0.25 * many.errors("0")[48]
+
+
+# -- trials -------------------------------------------------------------------------------------------------------------------
+
+
+class Squeezed(nn.Module):
+    """A depthwise block between two streams, without residual sums: nothing is written twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.depthwise, self.last = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.Conv2d(12, 6, 1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.last(torch.relu(self.depthwise(torch.relu(self.first(x))))).mean((2, 3)))
+        return out
+
+
+def trials_of(model: nn.Module, repair: str = "lstsq") -> tuple[fxprune.CouplingGraph, Trials, Uniform, ErrorTable]:
+    graph = fxprune.analyze(model, images()[0])
+    table = error_table(graph, images(), repair=repair)
+    return graph, Trials(graph, images(), table.ranking, repair), Uniform(graph, table.ranking, {"macs": 0.6}, 1, None), table
+
+
+def test_what_is_better_on_inputs_kept_apart_replaces_the_tables_own() -> None:
+    graph, trials, uniform, _ = trials_of(seeded(Residual))
+    groups = [group for group in graph.groups if group.prunable]
+    ruin = {group.name: group.size - 1 for group in groups}
+    judged = tried(trials, uniform, groups, ruin, lambda weights: ruin, 4, 0)
+    assert judged[0].name == "uniform" and judged[0].counts == uniform.counts() and judged[0].distance < judged[-1].distance
+    mild = {group.name: 0 for group in groups}
+    judged = tried(trials, uniform, groups, mild, lambda weights: ruin, 4, 0)
+    assert judged[0].name == "table" and judged[0].distance < 1e-6
+
+
+def test_trials_judge_by_inputs_that_repaired_nothing() -> None:
+    _, trials, _, _ = trials_of(seeded(Residual))
+    fitted = {id(inputs) for inputs in trials.whole.batches}
+    assert trials.judge and not fitted & {id(piece.inputs) for piece in trials.judge}
+
+
+def test_dear_networks_are_sorted_by_norms_and_the_best_repaired_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trying, "CHEAP", 0)
+    seen: list[trying.Trial] = []
+    graph = fxprune.analyze(seeded(Residual), images()[0])
+    policy = allocate(graph, {"macs": 0.6}, images(), trials=6, observe=lambda step, trial, seconds: seen.append(trial))
+    kinds = [one.repair for one in seen]
+    quick = kinds.count("bn")
+    assert kinds == ["bn"] * quick + ["lstsq"] * (len(seen) - quick) and 3 <= quick <= 6 and len(seen) - quick in (2, 3)
+    assert policy.meta["distances"] == {one.name: one.distance for one in seen[quick:]} and seen[quick].name == "table"
+    assert policy.meta["left"]["macs"] <= 0.6 and policy.meta["taken"] in policy.meta["distances"]
+
+
+@pytest.mark.parametrize("kind", [Residual, Squeezed, Mixer, Recurrent])
+def test_trials_change_nothing_and_a_seed_gives_the_same_again(kind: type[nn.Module]) -> None:
+    batches = INPUTS.get(kind) or images()
+    model = seeded(kind)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    graph = fxprune.analyze(model, batches[0])
+    first, again = (allocate(graph, {"params": 0.7}, batches, trials=5, seed=3) for _ in range(2))
+    assert first.sparsity == again.sparsity and first.options == again.options and first.meta == again.meta
+    assert first.meta["left"]["params"] <= 0.7 and "table" in first.meta["distances"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_single_sample_leaves_nothing_to_judge_by() -> None:
+    graph = fxprune.analyze(seeded(Residual), images()[0][:1])
+    assert "taken" not in allocate(graph, {"macs": 0.6}, [images()[0][:1]], trials=5).meta
+
+
+def test_only_what_several_layers_write_is_a_stream() -> None:
+    for kind, wanted in ((Residual, {"stem.0"}), (Squeezed, set())):
+        graph = fxprune.analyze(seeded(kind), images()[0])
+        assert {group.name for group in graph.groups if group.prunable and trying._streams(group, graph)} == wanted
