@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import fxprune
-from tests.passes.test_keep_class import as_graph
+from tests.passes.rewriting.test_keep_class import as_graph
 
 X = torch.rand(1, 3, 64, 64)
 NETWORKS = {

@@ -1,6 +1,6 @@
 """Module and example inputs to one or two ``torch.fx`` graphs whose nodes know their concrete values.
 
-What is traced is a structural copy of the user's model on the meta device (``passes.skeleton``): the model itself is not touched.
+What is traced is a structural copy of the user's model on the meta device (``passes.ir.skeleton``): the model itself is not touched.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 
 import fxprune
 from fxprune.passes.coupling.graph import CouplingGraph
-from tests.passes.networks import ZOO
+from tests.passes.zoo.networks import ZOO
 
 FOLDER = Path(__file__).parent / "golden"
 COMMAND = "python -m tests.passes.golden"

@@ -16,7 +16,7 @@ import fxprune
 from fxprune.errors import InputError, TraceError, VerificationError
 from fxprune.passes.rules import registry
 from tests.passes.helpers import call, gap, leaves, prime, zeroed
-from tests.passes.networks import ZOO
+from tests.passes.zoo.networks import ZOO
 
 
 def network(name: str) -> tuple[nn.Module, Any]:
@@ -69,7 +69,7 @@ def test_sequences_of_another_length() -> None:
 def test_specialisation_is_reported() -> None:
     model, inputs = network("control_flow_on_shapes")
     notes = fxprune.record(fxprune.compress(model, 0.5, inputs)).notes
-    assert any("nets_forms.py" in n and "specialised" in n for n in notes), notes
+    assert any("forms.py" in n and "specialised" in n for n in notes), notes
 
 
 @pytest.mark.parametrize("name", ["residual", "attention_separate", "squeeze_excitation", "lstm"])
@@ -178,7 +178,7 @@ def test_tied_parameters_stay_tied() -> None:
 
 def test_an_unknown_operation_is_named_with_its_line() -> None:
     reason = reason_of("unknown_operation", "a.weight", 0)
-    assert "mystery has no rule" in reason and "nets_forms.py:" in reason
+    assert "mystery has no rule" in reason and "forms.py:" in reason
 
 
 def test_an_untraceable_child_is_named() -> None:

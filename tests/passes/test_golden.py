@@ -6,7 +6,7 @@ import pytest
 
 from fxprune.passes.ir.reasons import ReasonKind
 from tests.passes.golden import COMMAND, FOLDER, graph_of, report
-from tests.passes.networks import ZOO
+from tests.passes.zoo.networks import ZOO
 
 # Words of the reasons of operations that need all channels together: any other reason has a kind that says what to do.
 NEEDS_ALL = ("slides along it", "sampl", "fills a whole tensor", "a diagonal", "runs along", "mixed", "index of a maximum")

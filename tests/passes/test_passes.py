@@ -21,7 +21,7 @@ from fxprune.passes.pipeline import Couple, Plan, Slim, TracedGraph, analysed, c
 from fxprune.passes.planning.plan import keep_counts
 from fxprune.passes.tracing import shapes
 from fxprune.passes.tracing.modes import trace
-from tests.passes.networks import ZOO
+from tests.passes.zoo.networks import ZOO
 
 
 def carrier_of(name: str = "residual") -> tuple[nn.Module, Any, TracedGraph]:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import nn
 
 import fxprune
-from tests.passes.composed import BLOCKS, ENTRIES, FORMS, HEADS, HISTORIES, SIDE, Composed, Spec
+from tests.passes.composing.composed import BLOCKS, ENTRIES, FORMS, HEADS, HISTORIES, SIDE, Composed, Spec
 from tests.passes.helpers import (
     SPARSITIES,
     assert_accounted,
@@ -42,7 +42,7 @@ SPECS = st.builds(
     st.sampled_from((SIDE, 4, 2, 1)),
     st.sampled_from(HISTORIES),
 )
-REAL = frozenset(name for name, make in BLOCKS.items() if make.__module__.endswith("blocks_real"))
+REAL = frozenset(name for name, make in BLOCKS.items() if make.__module__.endswith("as_people_write"))
 SEARCH = settings(deadline=None, database=None, derandomize=True, print_blob=False, suppress_health_check=list(HealthCheck))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.passes.helpers import assert_sound, prime
-from tests.passes.networks import ZOO
+from tests.passes.zoo.networks import ZOO
 
 SEEDS = (0, 1)
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")

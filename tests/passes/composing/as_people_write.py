@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from tests.passes.blocks import Block, Made, block
+from tests.passes.composing.blocks import Block, Made, block
 
 
 @functools.lru_cache(maxsize=32)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.passes.catalogue import Body, add, image, tokens, words
+from tests.passes.zoo.catalogue import Body, add, image, tokens, words
 
 
 class Tokens(nn.Module):

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.passes import blocks_attention, blocks_more, blocks_real, blocks_sequence
-from tests.passes.blocks import BLOCKS, conv_norm
+from tests.passes.composing import as_people_write, attention, sequence, writes_and_weights
+from tests.passes.composing.blocks import BLOCKS, conv_norm
 
 __all__ = [
     "BLOCKS",
@@ -20,10 +20,10 @@ __all__ = [
     "HISTORIES",
     "Composed",
     "Spec",
-    "blocks_attention",
-    "blocks_more",
-    "blocks_real",
-    "blocks_sequence",
+    "attention",
+    "writes_and_weights",
+    "as_people_write",
+    "sequence",
 ]
 
 FORMS = ("plain", "residual", "concat", "twice", "both", "input", "siamese", "earlier", "in_place")

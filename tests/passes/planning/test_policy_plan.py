@@ -16,7 +16,7 @@ import fxprune
 from fxprune.errors import InputError, PolicyError
 from fxprune.policies import units_removed
 from tests.passes.helpers import assert_oracle, call, prime, pruned
-from tests.passes.networks import ZOO
+from tests.passes.zoo.networks import ZOO
 
 
 def network(name: str, seed: int = 0) -> tuple[nn.Module, Any]:

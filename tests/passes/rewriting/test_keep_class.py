@@ -16,7 +16,7 @@ from fxprune.errors import UnsupportedError
 from fxprune.files.rebuilding import units_kept
 from fxprune.passes.rewriting.slimmer import Slimmer
 from tests.passes.helpers import call, leaves, prime
-from tests.passes.networks import ZOO
+from tests.passes.zoo.networks import ZOO
 
 X = torch.randn(2, 3, 8, 8)
 

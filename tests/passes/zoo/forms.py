@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import stochastic_depth
 
 import fxprune
-from tests.passes.catalogue import Body, add, conv_bn, image, tokens
+from tests.passes.zoo.catalogue import Body, add, conv_bn, image, tokens
 
 
 class Detections(NamedTuple):

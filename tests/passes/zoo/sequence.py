@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from tests.passes.catalogue import add, tokens
-from tests.passes.nets_attention import Separate
+from tests.passes.zoo.attention import Separate
+from tests.passes.zoo.catalogue import add, tokens
 
 
 @add("packed_lstm", lambda: (torch.randint(1, 11, (2, 6)), torch.tensor([4, 6])))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import DeformConv2d, FrozenBatchNorm2d, Permute, SqueezeExcitation
 
-from tests.passes.catalogue import Body, add, conv_bn, image, tokens, words
+from tests.passes.zoo.catalogue import Body, add, conv_bn, image, tokens, words
 
 
 @add("res2net_cascade")

@@ -14,7 +14,7 @@ import torch
 import fxprune
 from fxprune.passes.coupling.graph import CouplingGraph
 from tests.passes.golden import report
-from tests.passes.networks import ZOO
+from tests.passes.zoo.networks import ZOO
 
 
 def graph_of(name: str) -> CouplingGraph:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.passes.catalogue import add, tokens, words
-from tests.passes.nets_attention import Attention
 from tests.passes.quiet import encoder
+from tests.passes.zoo.attention import Attention
+from tests.passes.zoo.catalogue import add, tokens, words
 
 
 @add("mha_self", tokens())

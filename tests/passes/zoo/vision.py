@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.passes.catalogue import Body, add, conv_bn, image
+from tests.passes.zoo.catalogue import Body, add, conv_bn, image
 
 
 class Detect(nn.Module):

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.passes.catalogue import Body, add, conv_bn, image
 from tests.passes.quiet import old_weight_norm
+from tests.passes.zoo.catalogue import Body, add, conv_bn, image
 
 
 @add("chain")

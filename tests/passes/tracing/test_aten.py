@@ -14,7 +14,7 @@ from fxprune.errors import InputError, TraceError
 from fxprune.passes.tracing import aten
 from tests.passes.exporting import assert_exported_sound, exported
 from tests.passes.helpers import call, gap, leaves, prime
-from tests.passes.networks import ZOO
+from tests.passes.zoo.networks import ZOO
 
 # Networks whose forward asks for a tensor's values, or returns a type that it does not know: torch.export refuses them.
 NOT_EXPORTED = {

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.passes.catalogue import Body, add, image, tokens
+from tests.passes.zoo.catalogue import Body, add, image, tokens
 
 VECTORS = image(2, 6)
 

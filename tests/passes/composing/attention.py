@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.passes.blocks import Block, Made, block, holding
+from tests.passes.composing.blocks import Block, Made, block, holding
 
 HEADS = 2
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.passes.catalogue import Body, add, tokens
+from tests.passes.zoo.catalogue import Body, add, tokens
 
 
 class Attention(nn.Module):

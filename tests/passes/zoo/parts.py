@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.passes.catalogue import Body, add, conv_bn
+from tests.passes.zoo.catalogue import Body, add, conv_bn
 
 
 @add("split_uneven")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.passes.catalogue import add, tokens
+from tests.passes.zoo.catalogue import add, tokens
 
 
 class Between(nn.Module):

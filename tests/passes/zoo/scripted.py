@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.passes.catalogue import Body, add
+from tests.passes.zoo.catalogue import Body, add
 
 
 def _half_swish(x: Tensor) -> Tensor:

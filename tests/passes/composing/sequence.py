@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.passes.blocks import Block, Made, block, holding
-from tests.passes.blocks_attention import pictures, tokens
+from tests.passes.composing.attention import pictures, tokens
+from tests.passes.composing.blocks import Block, Made, block, holding
 
 
 @block
