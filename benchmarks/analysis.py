@@ -43,7 +43,7 @@ from fxprune.importance.criteria import scores
 from fxprune.passes import rules
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.coupling.walk import Walk
-from fxprune.passes.planning.cost import cost_model
+from fxprune.passes.planning.cost_model import cost_model
 from fxprune.passes.planning.plan import plan
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.tracing.modes import trace

@@ -28,7 +28,7 @@ from fxprune.passes.compat import tree_leaves
 from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.pipeline import NORMS, Plan, Slim, analysed, compilation, listed, module_names, traced_graph
-from fxprune.passes.planning.cost import cost_model
+from fxprune.passes.planning.cost_model import cost_model
 from fxprune.passes.planning.naming import Wanted, limits
 from fxprune.passes.planning.shortfall import shortfall
 from fxprune.passes.rewriting.blocks import without_blocks

@@ -9,7 +9,7 @@ import torch
 
 from fxprune.attached import record_of
 from fxprune.passes.coupling.graph import CouplingGraph
-from fxprune.passes.planning.cost import cost_model
+from fxprune.passes.planning.cost_model import cost_model
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.policies import Policy
 from fxprune.records import PruningRecord

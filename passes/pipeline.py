@@ -30,7 +30,7 @@ from fxprune.passes.planning.plan import Keep, keep_counts, plan
 from fxprune.passes.rewriting.keep_class import kept_class, uneven
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.rules.functional_weights import output_dims
-from fxprune.passes.rules.layers import outputs_of
+from fxprune.passes.rules.layer_specs import outputs_of
 from fxprune.passes.tracing.modes import trace
 from fxprune.passes.tracing.partial import trace_parts
 

@@ -21,8 +21,8 @@ from fxprune.passes.labels.values import Value
 from fxprune.passes.planning.plan import Keep
 from fxprune.passes.rewriting.blocks import with_zeroed_blocks
 from fxprune.passes.rewriting.slimmer import Slimmer
-from fxprune.passes.tracing.past.history import past
-from fxprune.passes.tracing.past.isolation import standing_in
+from fxprune.passes.tracing.side_effects.history import past
+from fxprune.passes.tracing.side_effects.isolation import standing_in
 
 TOLERANCE = 1e-4  # relative to the largest magnitude of the output, in float32
 Kept = Mapping[str, Mapping[int, torch.Tensor]]

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from fxprune.passes.coupling.graph import CouplingGraph, Group
 from fxprune.passes.ir.reasons import ReasonKind
-from fxprune.passes.planning.cost import cost_model
+from fxprune.passes.planning.cost_model import cost_model
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]

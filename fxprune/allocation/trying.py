@@ -24,7 +24,7 @@ from fxprune.example_inputs import build
 from fxprune.passes.base import Observer
 from fxprune.passes.compat import BatchNormBase
 from fxprune.passes.coupling.graph import CouplingGraph, Group
-from fxprune.passes.planning.cost import cost_model
+from fxprune.passes.planning.cost_model import cost_model
 from fxprune.passes.planning.plan import keep_counts
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.repair.calibration import JUDGE, Piece, pieces, samples

@@ -10,7 +10,7 @@ import numpy as np
 from fxprune.allocation.prices import output_channels
 from fxprune.importance.criterion import Scores
 from fxprune.passes.coupling.graph import CouplingGraph
-from fxprune.passes.planning.cost import cost_model
+from fxprune.passes.planning.cost_model import cost_model
 from fxprune.passes.planning.naming import limits
 from fxprune.passes.planning.plan import Keep, Rounding, keep_counts
 

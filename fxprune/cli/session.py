@@ -37,7 +37,7 @@ from fxprune.exporting.exporter import export
 from fxprune.exporting.formats import FORMATS, require
 from fxprune.models.loading import load_model
 from fxprune.passes.coupling.graph import CouplingGraph
-from fxprune.passes.planning.cost import cost_model
+from fxprune.passes.planning.cost_model import cost_model
 from fxprune.repair.repairer import Repairer
 from fxprune.report.formatting import Row
 from fxprune.searching.candidates import Candidates

@@ -13,7 +13,7 @@ from fxprune.api import analyze
 from fxprune.errors import few
 from fxprune.passes.coupling.graph import CouplingGraph, Group
 from fxprune.passes.ir.reasons import Reason, ReasonKind, is_as_it_must_be
-from fxprune.passes.planning.cost import cost_model
+from fxprune.passes.planning.cost_model import cost_model
 from fxprune.passes.planning.plan import plan
 
 # What to do about channels that are held by each kind of reason.

@@ -16,7 +16,7 @@ from fxprune.example_inputs import build
 from fxprune.importance.criterion import Scores
 from fxprune.index_lists import ranges
 from fxprune.passes.coupling.graph import CouplingGraph
-from fxprune.passes.planning.cost import cost_model
+from fxprune.passes.planning.cost_model import cost_model
 from fxprune.passes.planning.plan import Keep, Rounding, keep_counts
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.policies import Policy

@@ -18,7 +18,7 @@ from fxprune.passes.coupling.walk import Walk
 from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.labels.values import Value, Vector
 from fxprune.passes.rules.functional_weights import output_dims
-from fxprune.passes.rules.layers import is_layer, produced_dim
+from fxprune.passes.rules.layer_specs import is_layer, produced_dim
 
 SINGLE = Reason(ReasonKind.SINGLE_UNIT, "all its channels are tied into one unit")
 Member = tuple[str, int, torch.Tensor]

@@ -27,7 +27,7 @@ from fxprune.passes.ir.writes import written
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, lift, values
 from fxprune.passes.rules import binding, registry
-from fxprune.passes.rules.layers import called_again, channel_dims
+from fxprune.passes.rules.layer_specs import called_again, channel_dims
 from fxprune.passes.tracing.sizes.fixed_sizes import is_fixed
 
 

@@ -15,7 +15,7 @@ from torch import fx
 from fxprune.passes.ir.nested import has_tensor, tensors
 from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.labels.values import values
-from fxprune.passes.rewriting.literals import FACTORIES, SPLITS, VIEWS, leaves
+from fxprune.passes.rewriting.literal_changes import FACTORIES, SPLITS, VIEWS, leaves
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.rules.moving.indexing import entries_of
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.passes.rewriting.literals import Literal, is_number
+from fxprune.passes.rewriting.literal_changes import Literal, is_number
 
 Keys = tuple[Any, ...]
 _DEPTH = 2  # attributes of an attribute: self.config.hidden_size

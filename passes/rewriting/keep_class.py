@@ -21,7 +21,7 @@ from fxprune.passes.labels.values import Vector
 from fxprune.passes.rewriting import attributes
 from fxprune.passes.rewriting.agreement import Agreement, Difference
 from fxprune.passes.rewriting.attributes import Attributes, Slot
-from fxprune.passes.rewriting.literals import Literal, even_parts, literals, read_sizes
+from fxprune.passes.rewriting.literal_changes import Literal, even_parts, literals, read_sizes
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.rules import is_known, registry
 from fxprune.passes.tracing.modes import trace

@@ -28,7 +28,7 @@ from fxprune.passes.rewriting.assemble import Copies, assemble, copies, replace_
 from fxprune.passes.rewriting.slicing import cut
 from fxprune.passes.rewriting.statistics import is_rms, rewrite_exact
 from fxprune.passes.rules import binding, registry
-from fxprune.passes.rules.layers import has_sizes, resize
+from fxprune.passes.rules.layer_specs import has_sizes, resize
 from fxprune.passes.rules.moving.indexing import left_of
 from fxprune.passes.tracing.sizes.fixed_sizes import depends, is_fixed
 

@@ -6,15 +6,15 @@ import importlib
 import sys
 
 from fxprune.passes.rules import registry
-from fxprune.passes.rules.computing import contract, conv, fourier, norm, pointwise, recurrent, reduce
-from fxprune.passes.rules.layers import LayerSpec, register_layer
-from fxprune.passes.rules.moving import assign, factory, indexing, joining, movement, parts, sizes
+from fxprune.passes.rules.computing import contractions, conv, fourier, norm, pointwise, recurrent, reduce
+from fxprune.passes.rules.layer_specs import LayerSpec, register_layer
+from fxprune.passes.rules.moving import assign, factory, indexing, joining, movement, parts, views
 from fxprune.passes.rules.registry import is_known, register_op
 
 __all__ = [
     "LayerSpec",
     "assign",
-    "contract",
+    "contractions",
     "complete",
     "conv",
     "factory",
@@ -31,7 +31,7 @@ __all__ = [
     "register_layer",
     "register_op",
     "registry",
-    "sizes",
+    "views",
 ]
 
 

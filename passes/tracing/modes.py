@@ -19,9 +19,9 @@ from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton, Snapshot
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.tracing.module_state import keep_state, lost
-from fxprune.passes.tracing.past.check import agrees
-from fxprune.passes.tracing.past.history import History, past
-from fxprune.passes.tracing.past.isolation import contents_kept, remove_left
+from fxprune.passes.tracing.side_effects.check import agrees
+from fxprune.passes.tracing.side_effects.history import History, past
+from fxprune.passes.tracing.side_effects.isolation import contents_kept, remove_left
 from fxprune.passes.tracing.tracer import ShapeTracer, is_skipped
 
 

@@ -21,7 +21,7 @@ from fxprune.passes.ir.nested import tensors
 from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton
 from fxprune.passes.ir.traced import TracedModel
-from fxprune.passes.rules.layers import has_sizes
+from fxprune.passes.rules.layer_specs import has_sizes
 from fxprune.passes.tracing.meta_execution import to_meta
 from fxprune.passes.tracing.modes import add_traced
 

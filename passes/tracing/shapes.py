@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fxprune.passes.compat import DropoutNd, pack_padded, pad_packed
 from fxprune.passes.ir.nested import packed
 from fxprune.passes.rules.computing import pointwise
-from fxprune.passes.rules.layers import SPECS, spec_of
+from fxprune.passes.rules.layer_specs import SPECS, spec_of
 
 _SAME_EXACT = frozenset(pointwise.MODULES)
 _SAME_FUNCTIONS = frozenset(

@@ -335,7 +335,8 @@ class ShapeTracer(fx.Tracer):
             if (numbers := with_numbers(node, self.actual, self.skeleton)) is not None:
                 return numbers
             what = node.target if _isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
-            raise _failure(type(error))(
+            kind: Any = type(error)
+            raise _failure(kind)(
                 f"{node.meta['where']}: {what} failed on the example inputs: {str(error).splitlines()[0] if str(error) else error!r}"
             ) from error
         finally:

@@ -18,7 +18,7 @@ from fxprune.allocation.trying import Trials, tried
 from fxprune.allocation.uniform import Uniform
 from fxprune.allocation.widths import Knapsack
 from fxprune.errors import EvaluationError, InputError, PolicyError, TargetError
-from fxprune.passes.planning.cost import cost_model
+from fxprune.passes.planning.cost_model import cost_model
 from fxprune.passes.planning.plan import keep_counts
 
 

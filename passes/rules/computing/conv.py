@@ -13,7 +13,7 @@ from torch import fx, nn
 from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Labels, Value, Vector
-from fxprune.passes.rules.layers import layers
+from fxprune.passes.rules.layer_specs import layers
 from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, modules
 

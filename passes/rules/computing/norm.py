@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 from fxprune.passes.compat import WEIGHT_NORMS, InstanceNormBase, NormBase
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value
-from fxprune.passes.rules.layers import NORMALISED, layers
+from fxprune.passes.rules.layer_specs import NORMALISED, layers
 from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, modules
 

@@ -15,7 +15,7 @@ from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value
 from fxprune.passes.rules.computing import zeros
 from fxprune.passes.rules.computing.elementwise import CASTS, DIVISIONS, ELEMENTWISE, OPERATORS
-from fxprune.passes.rules.layers import layers
+from fxprune.passes.rules.layer_specs import layers
 from fxprune.passes.rules.registry import functions, modules, named
 
 

@@ -14,7 +14,7 @@ from fxprune.passes.ir.nested import packed
 from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, Vector
-from fxprune.passes.rules.layers import layers
+from fxprune.passes.rules.layer_specs import layers
 from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, modules
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.passes.ir.nodes import target_name
-from fxprune.passes.rules.layers import spec_of
+from fxprune.passes.rules.layer_specs import spec_of
 from fxprune.passes.tracing.sizes.axis_origin import arguments, listed, number, picked, places
 
 Modules = Callable[[str], nn.Module]

@@ -27,7 +27,8 @@ class Heads(nn.Module):
 
 
 def view_of(use: str) -> fx.Node:
-    return next(node for node in fx.symbolic_trace(Heads(use)).graph.nodes if node.target == "view")
+    found: fx.Node = next(node for node in fx.symbolic_trace(Heads(use)).graph.nodes if node.target == "view")
+    return found
 
 
 def test_one_varying_axis_is_taken_as_it_is() -> None:

@@ -71,4 +71,4 @@ def test_a_value_is_never_edited() -> None:
     value = lift(torch.zeros(2), WHY)
     assert isinstance(value, Value) and value.ndim == 1
     with pytest.raises(AttributeError):
-        value.shape = (3,)
+        setattr(value, "shape", (3,))  # noqa: B010 - mypy knows that it is read-only

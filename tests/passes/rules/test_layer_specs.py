@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import InputError
-from fxprune.passes.rules import layers, registry
+from fxprune.passes.rules import layer_specs, registry
 from tests.passes.helpers import assert_sound, prime
 
 
@@ -61,7 +61,7 @@ class Net(nn.Module):
 
 @pytest.fixture(autouse=True)
 def tables_restored() -> Iterator[None]:
-    tables: tuple[dict[Any, Any], ...] = (layers.SPECS, registry.MODULES)
+    tables: tuple[dict[Any, Any], ...] = (layer_specs.SPECS, registry.MODULES)
     before = [dict(table) for table in tables]
     yield
     for table, old in zip(tables, before, strict=True):
@@ -142,10 +142,10 @@ def test_every_layer_with_sizes_is_in_the_table() -> None:
         nn.ConvTranspose2d(2, 3, 1),
     ]
     made += [nn.LSTM(2, 3), nn.GRU(2, 3), nn.BatchNorm2d(3), nn.GroupNorm(1, 3), nn.LayerNorm(3), nn.InstanceNorm1d(3), nn.PReLU(3)]
-    assert all(layers.is_layer(m) and layers.has_sizes(m) for m in made)
-    assert layers.has_sizes(nn.Unflatten(1, (2, 3))) and not layers.is_layer(nn.Unflatten(1, (2, 3)))
-    assert layers.spec_of(nn.ReLU()) is None
-    assert layers.outputs_of(nn.ConvTranspose2d(4, 6, 1), "weight", 4) == (1,)
-    assert layers.outputs_of(nn.ConvTranspose2d(4, 6, 1, groups=2), "weight", 4) == (0, 1)
-    assert layers.produced_dim(nn.Embedding(5, 3), "weight", 2) == 1 and layers.produced_dim(nn.Linear(5, 3), "bias", 1) == -1
-    assert layers.produced_dim(nn.LayerNorm((3, 4)), "weight", 2) is None
+    assert all(layer_specs.is_layer(m) and layer_specs.has_sizes(m) for m in made)
+    assert layer_specs.has_sizes(nn.Unflatten(1, (2, 3))) and not layer_specs.is_layer(nn.Unflatten(1, (2, 3)))
+    assert layer_specs.spec_of(nn.ReLU()) is None
+    assert layer_specs.outputs_of(nn.ConvTranspose2d(4, 6, 1), "weight", 4) == (1,)
+    assert layer_specs.outputs_of(nn.ConvTranspose2d(4, 6, 1, groups=2), "weight", 4) == (0, 1)
+    assert layer_specs.produced_dim(nn.Embedding(5, 3), "weight", 2) == 1 and layer_specs.produced_dim(nn.Linear(5, 3), "bias", 1) == -1
+    assert layer_specs.produced_dim(nn.LayerNorm((3, 4)), "weight", 2) is None

@@ -24,7 +24,7 @@ from torch import nn
 
 from fxprune.passes.compat import tree_leaves
 from fxprune.passes.ir.contents import CONTAINERS, MAPPINGS, is_foreign
-from fxprune.passes.tracing.past.reachable import Reach, codes, held, reached_from, stored
+from fxprune.passes.tracing.side_effects.reachable import Reach, codes, held, reached_from, stored
 
 ABSENT = object()
 # What was read from the source of functions that are still there.

@@ -25,9 +25,9 @@ from torch import fx, nn
 from fxprune.errors import TraceError
 from fxprune.passes.ir.contents import CONTAINERS, MAPPINGS, CachedFunction, Contents
 from fxprune.passes.ir.notes import NoteKind
-from fxprune.passes.tracing.past.reachable import Reach, held
 from fxprune.passes.tracing.proxies import ShapeAttribute, ShapeProxy
 from fxprune.passes.tracing.recorder import Recorder
+from fxprune.passes.tracing.side_effects.reachable import Reach, held
 
 _isinstance = builtins.isinstance
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)

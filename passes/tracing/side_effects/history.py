@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxprune.passes.ir.skeleton import Skeleton
-from fxprune.passes.tracing.past.isolation import isolated
-from fxprune.passes.tracing.past.memos import ABSENT, caches, forget, forgotten, has_tensors, own_objects, rebound
-from fxprune.passes.tracing.past.reachable import Reach, reachable
 from fxprune.passes.tracing.recorder import Recorder
+from fxprune.passes.tracing.side_effects.isolation import isolated
+from fxprune.passes.tracing.side_effects.memos import ABSENT, caches, forget, forgotten, has_tensors, own_objects, rebound
+from fxprune.passes.tracing.side_effects.reachable import Reach, reachable
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, values
 from fxprune.passes.rules import binding
-from fxprune.passes.rules.layers import layers
+from fxprune.passes.rules.layer_specs import layers
 from fxprune.passes.rules.moving.movement import moved
 from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import modules, named
