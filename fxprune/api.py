@@ -34,16 +34,21 @@ def analyze(
     attention: str = "auto",
     norms: str = "plain",
     blocks: bool = False,
+    check: bool = True,
 ) -> CouplingGraph:
     """Find which channels of ``model`` must be removed together. The model is not touched.
 
     Args:
         model: a module, bare or in the wrappers of ``torch.compile``, DDP or FSDP; of a ``torch.export.ExportedProgram`` its ``module()``.
-        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs; only shapes and dtypes are used.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs; beside ``check`` only shapes and
+            dtypes are used.
         ignore: what keeps its output channels: a module, a qualified name, a glob over qualified names, a class of modules, or several.
         attention: prune "heads", "head_dim", or "auto" (the axis with more units).
         norms: what ``compress`` of the graph does at statistics over channels; see there.
         blocks: find what can be left out as a whole, too: ``CouplingGraph.blocks``.
+        check: run the traced graph, nothing pruned, and the model once on the example and compare the two, in both modes where they differ;
+            everything is afterwards as it was. Code so plain that a trace cannot get it wrong is not run. What differs is traced in parts
+            or refused, with its line. False saves up to two forward passes a mode.
 
     Returns:
         The coupling graph, which ``compress`` takes in place of the model.
@@ -54,7 +59,7 @@ def analyze(
     """
     model = module_of(model)
     example = example_of(model, example_inputs, None)
-    return analysed(model, example, listed(ignore), attention, norms=norms, blocks=blocks)
+    return analysed(model, example, listed(ignore), attention, norms=norms, blocks=blocks, check=check)
 
 
 def compress(
@@ -75,6 +80,7 @@ def compress(
     passes: Sequence[Any] = (),
     observe: Observer | None = None,
     norms: str | None = None,
+    check: bool = True,
 ) -> fx.GraphModule:
     """Remove channels of ``model`` as ``policy`` says and return the slim network as a ``torch.fx.GraphModule``.
 
@@ -111,6 +117,7 @@ def compress(
         norms: "plain": layer, RMS and group norms, softmax and means over channels work on the channels that are left; "exact": they keep
             the divisor of the original, what is gone counting as zeros, so that the slim network equals the zeroed original there as
             well (``group.undefined`` says where it cannot). None: what the policy says, else "plain".
+        check: as for ``analyze``.
 
     Returns:
         The slim module.
@@ -138,6 +145,7 @@ def compress(
         loss=loss,
         passes=passes,
         observe=observe,
+        check=check,
     )
     graph, example = coupled(model, example_inputs, chosen, ignore, attention, choices)
     if target is not None:

@@ -64,6 +64,7 @@ class Choices:
     passes: Sequence[Any]
     observe: Observer | None
     norms: str | None
+    check: bool = True
 
     @classmethod
     def of(
@@ -115,7 +116,7 @@ def coupled(model: Any, example_inputs: Any, policy: Policy, ignore: Any, attent
     axis = attention if attention != "auto" else str(options.get("attention") or "auto")
     module = module_of(model)
     example = example_of(module, example_inputs, policy.inputs)
-    graph = analysed(module, example, ignored, axis, choices.observe, choices.norms or "plain", bool(options.get("blocks")))
+    graph = analysed(module, example, ignored, axis, choices.observe, choices.norms or "plain", bool(options.get("blocks")), choices.check)
     return graph, example
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import InputError, TraceError
-from fxprune.example_inputs import build, describe
+from fxprune.example_inputs import build, call_form, describe
 from fxprune.passes import rules
 from fxprune.passes.base import GraphPass, Observer, run_passes
 from fxprune.passes.collector import paused_collector
@@ -31,6 +31,7 @@ from fxprune.passes.rewriting.keep_class import kept_class, uneven
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.rules.functional_weights import output_dims
 from fxprune.passes.rules.layer_specs import outputs_of
+from fxprune.passes.tracing.guard.comparison import difference_of_slim
 from fxprune.passes.tracing.modes import trace
 from fxprune.passes.tracing.partial import trace_parts
 
@@ -275,8 +276,9 @@ def analysed(
     observe: Observer | None = None,
     norms: str = "plain",
     blocks: bool = False,
+    check: bool = True,
 ) -> CouplingGraph:
-    """Trace and couple; the steps every use of a model shares."""
+    """Trace and couple; the steps every use of a model shares. ``check``: as for ``trace``."""
     if attention not in ("auto", "heads", "head_dim"):
         raise InputError(f'attention is {attention!r}; it must be "auto", "heads" or "head_dim"')
     if norms not in NORMS:
@@ -288,16 +290,21 @@ def analysed(
         return rules.registry.function_rule(target) is not None
 
     try:
-        traced = trace(model, example_inputs, rules.is_known, has_rule)
+        traced = trace(model, example_inputs, rules.is_known, has_rule, check=check)
     except TraceError as error:
         # The parts' inputs are known only by running the model, so recorded shapes become values first.
         values = build(describe(example_inputs), device=device_of(model)) if _on_meta(example_inputs) else example_inputs
         traced = trace_parts(model, values, rules.is_known, has_rule, error)
+        cause = error
     if observe is not None:
         observe("Trace", traced, time.perf_counter() - start)
     carrier = traced_graph(traced)
     run_passes(carrier, [Couple(describe(example_inputs), ignore, attention, norms)], observe)
     graph = compilation(carrier).coupled()
+    if traced.parts and check and not _on_meta(values):
+        wrong = difference_of_slim(model, Slimmer(graph, keep_counts(graph, {}, {})).run(), call_form(values), traced.parts)
+        if wrong:
+            raise TraceError(f"{wrong}; it was traced in parts since {cause}")
     if blocks:
         graph.blocks = graph.all_blocks
         graph.options["blocks"] = True

@@ -15,7 +15,7 @@ from fxprune.evaluation.running import set_training
 from fxprune.passes.compat import tree_leaves, tree_map_only
 from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph
-from fxprune.passes.ir.nodes import target_name
+from fxprune.passes.ir.nodes import CHOOSING, target_name
 from fxprune.passes.ir.notes import NoteKind
 from fxprune.passes.labels.values import Value
 from fxprune.passes.planning.plan import Keep
@@ -27,14 +27,6 @@ from fxprune.passes.tracing.side_effects.isolation import standing_in
 TOLERANCE = 1e-4  # relative to the largest magnitude of the output, in float32
 Kept = Mapping[str, Mapping[int, torch.Tensor]]
 
-# Operations that give something quite different for inputs that are next to equal: what they choose is compared by what they chose from.
-_CHOOSING = frozenset(
-    {
-        *("topk", "sort", "argsort", "msort", "argmax", "argmin", "max", "min", "kthvalue", "median", "mode", "unique", "nonzero"),
-        *("gt", "lt", "ge", "le", "eq", "ne", "greater", "less", "greater_equal", "less_equal", "round", "floor", "ceil", "trunc", "sign"),
-        *("floor_divide", "floordiv", "searchsorted", "bucketize", "nms", "batched_nms"),
-    }
-)
 # Operations that draw random numbers: fewer channels draw fewer of them, so the channels that stay would get others.
 _DRAWING = frozenset(
     {
@@ -169,7 +161,7 @@ class _Pair:
         if self.graph.traced.parts or not hasattr(self.slim, "graphs"):
             return float("inf")
         traced = self.graph.traced.graphs["eval"]
-        if not any(target_name(node) in _CHOOSING | _DRAWING or _drawing_module(self.reference, node) for node in traced.nodes):
+        if not any(target_name(node) in CHOOSING | _DRAWING or _drawing_module(self.reference, node) for node in traced.nodes):
             return float("inf")
         slim: Any = copied(self.slim)
         first = _Recorder(self._with_constants(), traced)
@@ -291,7 +283,7 @@ class _Follower(fx.Interpreter):
         name = "" if node is None else target_name(node)
         if node is None or node.name not in self.seen:
             return result
-        if name in _DRAWING or _drawing_module(self.module, n) or (name in _CHOOSING and self._agree(node, n)):
+        if name in _DRAWING or _drawing_module(self.module, n) or (name in CHOOSING and self._agree(node, n)):
             return self._taken(node, result)
         return result
 

@@ -25,6 +25,15 @@ AUGMENTED = frozenset(
 # Methods after which the tensor itself has another shape.
 RESHAPING = frozenset({"unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_"})
 
+# Operations that give something quite different for inputs that are next to equal: what they choose is compared by what they chose from.
+CHOOSING = frozenset(
+    {
+        *("topk", "sort", "argsort", "msort", "argmax", "argmin", "max", "min", "kthvalue", "median", "mode", "unique", "nonzero"),
+        *("gt", "lt", "ge", "le", "eq", "ne", "greater", "less", "greater_equal", "less_equal", "round", "floor", "ceil", "trunc", "sign"),
+        *("floor_divide", "floordiv", "searchsorted", "bucketize", "nms", "batched_nms"),
+    }
+)
+
 
 def target_name(node: fx.Node) -> str:
     """The name of the method or function that a node calls, empty where it has none."""

@@ -186,6 +186,11 @@ class Skeleton:
                 module.__dict__[kind].update(held)
         before.contents.restore()
 
+    def plain_tensors(self) -> list[torch.Tensor]:
+        """The user's tensors that modules hold as plain attributes: the twins have the same."""
+        held = (v for m in self._own for k, v in m.__dict__.items() if k not in _OF_EVERY_MODULE and isinstance(v, torch.Tensor))
+        return [t for t in dict.fromkeys(held) if not t.is_meta and t.layout is torch.strided and not t.is_quantized]
+
     def set_training(self, mode: bool) -> None:
         for module in self._own:
             module.__dict__["training"] = mode

@@ -18,10 +18,11 @@ from fxprune.passes.ir.dead_code import eliminate
 from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton, Snapshot
 from fxprune.passes.ir.traced import TracedModel
-from fxprune.passes.tracing.module_state import keep_state, lost
-from fxprune.passes.tracing.side_effects.check import agrees
+from fxprune.passes.tracing.guard.comparison import Comparison, Difference, on_meta
+from fxprune.passes.tracing.guard.plain_code import is_plain
+from fxprune.passes.tracing.module_state import keep_state, lost, written_back
 from fxprune.passes.tracing.side_effects.history import History, past
-from fxprune.passes.tracing.side_effects.isolation import contents_kept, remove_left
+from fxprune.passes.tracing.side_effects.isolation import remove_left
 from fxprune.passes.tracing.tracer import ShapeTracer, is_skipped
 
 
@@ -31,29 +32,48 @@ def trace(
     is_known: Callable[[nn.Module], bool],
     has_rule: Callable[[Any], bool] = lambda _: False,
     whole: Mapping[str, str] | None = None,
+    check: bool = True,
 ) -> TracedModel:
     """Trace ``model`` in evaluation mode and, where the traced code reads ``self.training``, in training mode as well.
 
     ``is_known(module)`` says whether a module is kept whole as one node; ``has_rule(function)`` whether a wrapped function is. A submodule
-    that cannot be traced is kept whole; where ``whole`` (path -> why) is given, those are and no others. Raises ``TraceError`` with the
-    line of the user's source where tracing of the root stopped.
+    that cannot be traced is kept whole; where ``whole`` (path -> why) is given, those are and no others. ``check``: compare the graphs with
+    the model on the example, unless its code is such that a trace cannot get it wrong. Raises ``TraceError`` with the line of the user's
+    source where tracing of the root stopped, or where the graph first differs from the model.
     """
     skeleton = Skeleton(model, is_known)
     found = TracedModel(skeleton, {}, {}, opaque=dict(whole or {}))
     add_traced(found, "", call_form(example_inputs), is_known, has_rule, strict=whole is not None)
-    eval_graph = found.graphs["eval"]
-    if not skeleton.has_history or skeleton.past is None:
+    if skeleton.past is None:
         return found
-    with contents_kept(skeleton.past[-1].reach):
-        same = agrees(model, eval_graph, found.constants, call_form(example_inputs))
-    if same:
+    reach = skeleton.past[-1].reach
+    example = call_form(example_inputs)
+
+    def difference(of: TracedModel, mode: str = "eval") -> Difference | None:
+        return Comparison(model, of.graphs[mode], of.constants, example, reach, mode == "train").difference()
+
+    if skeleton.has_history:
+        if difference(found) is None:
+            return found
+        # What forward keeps is more than a cache: what it computes depends on it.
+        found = TracedModel(skeleton, {}, {}, opaque=dict(whole or {}))
+        add_traced(found, "", example, is_known, has_rule, strict=whole is not None, forget=False)
+        text = "what forward computes depends on its earlier calls; the slim module starts from what they left"
+        found.notes += (Note(NoteKind.STATE, text),)
+    if not check or whole is not None or not skeleton.has_history and is_plain(skeleton.twins, reach):
         return found
-    # What forward keeps is more than a cache: what it computes depends on it.
-    kept = TracedModel(skeleton, {}, {}, opaque=dict(whole or {}))
-    add_traced(kept, "", call_form(example_inputs), is_known, has_rule, strict=whole is not None, forget=False)
-    text = "what forward computes depends on its earlier calls; the slim module starts from what they left"
-    kept.notes += (Note(NoteKind.STATE, text),)
-    return kept
+    if on_meta(model, ((), {})):
+        text = "the weights have no values (meta device), so the traced graph was not compared with the model"
+        found.notes += (Note(NoteKind.LOST, text),)
+        return found
+    for mode in found.graphs:
+        wrong = difference(found, mode)
+        if wrong is not None and mode == "eval" and not wrong.chooses:
+            raise TraceError(f"{wrong}: it was not traced as it runs")
+        if wrong is not None:
+            text = f"in {'training' if mode == 'train' else 'evaluation'} mode the slim module may compute something else: {wrong}"
+            found.notes += (Note(NoteKind.MODE, text),)
+    return found
 
 
 def add_traced(
@@ -143,6 +163,7 @@ def _one(tracer: ShapeTracer, example: Any, training: bool, history: History) ->
     tracer.skeleton.set_training(training)
     tracer.graph_is_training = training
     original = tracer.skeleton.snapshot()
+    plain = [(t, t.clone()) for t in tracer.skeleton.plain_tensors()]
     try:
         history.forget()
         graph = _recorded(tracer, example, history, None if history.first else original)
@@ -153,6 +174,7 @@ def _one(tracer: ShapeTracer, example: Any, training: bool, history: History) ->
         raise TraceError(f"{_where(error)}: {type(tracer.skeleton.original).__name__} could not be traced: {first}") from error
     finally:
         tracer.skeleton.restore(original)
+        written_back(tracer, plain)
     for place in remove_left(tracer.made):
         tracer.note(NoteKind.STATE, f"forward kept what it computed while it was traced in {place}, which was rid of it")
     eliminate(graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx, nn
 
 from fxprune.passes.compat import tree_leaves
@@ -86,6 +87,20 @@ def _made(tracer: Recorder, method: str, args: tuple[fx.Node, ...], at: fx.Node)
     node = tracer.create_node("call_method", method, args, {})
     node.meta["where"] = at.meta["where"]
     return node
+
+
+@torch.no_grad()
+def written_back(tracer: Recorder, before: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Put the values back that forward wrote into plain tensors of modules while it was traced. ``before``: tensor and a copy of it."""
+    for tensor, values in before:
+        if torch.equal(tensor, values) or torch.equal(tensor.nan_to_num(), values.nan_to_num()):
+            continue
+        name = tracer.skeleton.attribute_names.get(id(tensor), "")
+        storage = tensor.untyped_storage().data_ptr()
+        shared = {n: c.clone() for n, c in tracer.constants.items() if not c.is_meta and c.untyped_storage().data_ptr() == storage}
+        tracer.constants.update(shared)  # views of it as well: the graph has what they were
+        tensor.copy_(values)
+        tracer.note(NoteKind.STATE, f"forward writes into {name!r}, which is no buffer; the slim module does not do it again")
 
 
 def _note(tracer: Recorder, path: str, key: str, proxy: ShapeProxy | None) -> None:

@@ -16,12 +16,12 @@ from torch import fx, nn
 from fxprune.errors import InputError, TraceError
 from fxprune.evaluation.running import set_training
 from fxprune.example_inputs import call_form
-from fxprune.passes.compat import TorchDispatchMode
 from fxprune.passes.ir.nested import tensors
 from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.rules.layer_specs import has_sizes
+from fxprune.passes.tracing.guard.untouched import Unwritten
 from fxprune.passes.tracing.meta_execution import to_meta
 from fxprune.passes.tracing.modes import add_traced
 
@@ -87,7 +87,7 @@ def _watched(model: nn.Module, example_inputs: Any) -> tuple[Calls, Callers]:
 
     The copy that runs shares the weights, unless its code writes into them.
     """
-    guard = _Unwritten(model)
+    guard = Unwritten(model)
     shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters() if type(p) is nn.Parameter}
     try:
         with guard:
@@ -127,23 +127,3 @@ def _run(twin: nn.Module, example_inputs: Any) -> tuple[Calls, Callers]:
     with torch.no_grad():
         twin(*args, **kwargs)
     return calls, callers
-
-
-class _Unwritten(TorchDispatchMode):
-    """Stops every operation that would write into the parameters of ``model``. ``written``: whether there was one, caught or not."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.written = False
-        self._kept = {p.untyped_storage().data_ptr() for p in model.parameters() if type(p) is nn.Parameter}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            given = [*zip(func._schema.arguments, args, strict=False)]
-            given += [(one, kwargs[one.name]) for one in func._schema.arguments if one.name in kwargs]
-            targets = [value for one, value in given if one.alias_info is not None and one.alias_info.is_write]
-            if any(t.untyped_storage().data_ptr() in self._kept for t in tensors(targets)):
-                self.written = True
-                raise RuntimeError("code writes into weights that are not its own")
-        return func(*args, **kwargs)

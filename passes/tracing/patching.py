@@ -11,7 +11,6 @@ import builtins
 import contextlib
 import importlib
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,10 +27,10 @@ from fxprune.passes.tracing import decompositions as openers
 from fxprune.passes.tracing.autograd import traced_call
 from fxprune.passes.tracing.proxies import ShapeAttribute, ShapeProxy
 from fxprune.passes.tracing.recorder import Recorder
+from fxprune.passes.tracing.side_effects.isolation import ALONE
 
 _isinstance, _len = builtins.isinstance, builtins.len
-_LOCK = threading.RLock()
-_tracing = False  # guarded by the lock: whether the thread that holds it is within a trace
+_tracing = False  # guarded by ALONE: whether the thread that holds it is within a trace
 _ABSENT = object()
 
 
@@ -55,7 +54,7 @@ def patched(tracer: Recorder) -> Iterator[None]:
     # good, and torch.compile and exporters would later not know them.
     importlib.import_module("torch._dynamo")
     global _tracing
-    with _LOCK, contextlib.ExitStack() as stack:
+    with ALONE, contextlib.ExitStack() as stack:
         if _tracing:
             raise TraceError(f"{tracer.here()}: forward analyses a model itself while it is traced; do that outside of forward")
         _tracing = True

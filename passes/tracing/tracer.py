@@ -196,6 +196,8 @@ class ShapeTracer(fx.Tracer):
             return self.create_node("call_function", PackedSequence, tuple(self.create_arg(part) for part in a), {})
         if _isinstance(a, np.generic):
             return a.item()
+        if _isinstance(a, torch.Generator):
+            raise TraceError(f"{self.here()}: numbers are drawn from a torch.Generator, which a graph cannot hold; leave out generator=")
         if type(a) is OrderedDict:
             return self.create_node("call_function", OrderedDict, ([(k, self.create_arg(v)) for k, v in a.items()],), {})
         # An object in an argument would be another than the one that the call is given, and what the call does to it would be lost.

@@ -29,6 +29,7 @@ from fxprune.passes.tracing.proxies import ShapeAttribute, ShapeProxy
 from fxprune.passes.tracing.recorder import Recorder
 from fxprune.passes.tracing.side_effects.reachable import Reach, held
 
+ALONE = threading.RLock()  # one trace or comparison at a time in a process: they replace names and set generators
 _isinstance = builtins.isinstance
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
@@ -175,19 +176,23 @@ class _Type(type, metaclass=_SeenThrough):
 
 @contextlib.contextmanager
 def _generators(tracer: Recorder) -> Iterator[None]:
-    """Random numbers that Python or NumPy drew stay what they were, which is said; the user's generators do not move."""
+    """Random numbers that Python or NumPy drew stay what they were, which is said; the user's generators do not move. What is drawn is
+    what a run draws that ``same_random_numbers`` governs, so that the two can be compared."""
     python, numpy, torch_state = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()  # noqa: NPY002
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    first, second = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002
     try:
         yield
     finally:
         drew = []
-        if random.getstate() != python:
-            random.setstate(python)
+        if random.getstate() != first:
             drew.append("random")
         now = np.random.get_state(legacy=False)  # noqa: NPY002
-        if any(not np.array_equal(now["state"][key], numpy["state"][key]) for key in ("key", "pos")):
-            np.random.set_state(numpy)  # noqa: NPY002
+        if any(not np.array_equal(now["state"][key], second["state"][key]) for key in ("key", "pos")):
             drew.append("numpy.random")
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
         for name in drew:
             text = f"forward draws from {name}; what was drawn while it was traced is specialised, every call has the same"
             tracer.note(NoteKind.VALUE, text)

@@ -134,7 +134,7 @@ def test_analyses_in_threads_and_an_innocent_one() -> None:
     meet.abort()
     other.join(60)
     assert [len(getattr(r, "groups", ())) for r in results] == [3, 3], results
-    assert not any(r.notes for r in results), "another thread's blocks are nobody's notes"
+    assert not any(r.notes for r in results), [r.notes for r in results] or "another thread's blocks are nobody's notes"
     assert not wrong and held() == before
 
 
