@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,14 @@ import torch
 
 torch.set_num_threads(1)
 FOLDER = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tables of layers go to a folder of this run, and none is read that another one measured."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FXPRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -43,6 +43,7 @@ ROOMS = (
     "files",
     "allocation",
     "exporting",
+    "timing",
     "training",
     "compression",
     "api",

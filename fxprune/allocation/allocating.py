@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -34,19 +34,27 @@ class Allocator:
     """Allocations of one network from its error table, as many as are asked for.
 
     ``round_to``, ``most``: as in ``compress``. ``kept_whole``: groups of which the table says nothing, since no gradient reaches them
-    (behind a rounding, say, or an index); they lose nothing.
+    (behind a rounding, say, or an index); they lose nothing. ``costs``: more metrics that may be bounded, as ``Prices.shares`` gives them.
     """
 
-    metrics = METRICS
-
     def __init__(
-        self, graph: CouplingGraph, table: ErrorTable, *, round_to: int = 1, most: Mapping[str, float] | float | None = None
+        self,
+        graph: CouplingGraph,
+        table: ErrorTable,
+        *,
+        round_to: int = 1,
+        most: Mapping[str, float] | float | None = None,
+        costs: Mapping[str, Callable[[IntArray], FloatArray]] | None = None,
     ) -> None:
-        self.graph, self.table = graph, table
+        self.graph, self.table, self.costs = graph, table, dict(costs or {})
         self.groups = [group for group in graph.groups if group.prunable]
         self.limits = limits(graph, most)
         self.kept_whole = tuple(group.name for group in self.groups if not table.effects[group.name].any())
         self.rounding = Rounding(graph, round_to) if round_to > 1 else None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return (*METRICS, *self.costs)
 
     def allocate(self, bounds: Mapping[str, float], weights: FloatArray | None = None) -> IntArray:
         """Units to remove from each prunable group, (groups,), so that at most these shares of the metrics are left.
@@ -86,7 +94,10 @@ class Allocator:
     @cached_property
     def _knapsack(self) -> Knapsack:
         effects = [self.table.along(group.name) for group in self.groups]
-        return Knapsack(effects, [self._allowed(i) for i in range(len(self.groups))], self.prices.shares)
+        return Knapsack(effects, [self._allowed(i) for i in range(len(self.groups))], self._shares)
+
+    def _shares(self, metric: str, removed: IntArray) -> FloatArray:
+        return self.costs[metric](removed) if metric in self.costs else self.prices.shares(metric, removed)
 
     def _allowed(self, number: int) -> IntArray:
         """The removals that a group may lose alone: up to its limit and, rounded, themselves; all, where rounding lets none stand."""

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from fxprune import __version__
 from fxprune.cli.options import Options
 from fxprune.driver import STRATEGIES, SearchConfig
-from fxprune.driver.config import PRESETS
+from fxprune.driver.config import PRESETS, RUNTIMES
 from fxprune.driver.rewards import REWARDS
 from fxprune.errors import SearchError
 from fxprune.exporting.formats import FORMATS
@@ -39,7 +39,10 @@ HELP = {
     "export": f"formats to write the result in too, with commas: {', '.join(FORMATS)}, or module:NAME of a fxprune.Format",
     "tensorboard": "write the figures of each round to OUT/tensorboard too",
     "targets": "macs|params|latency|memory=SHARE that is left, or sparsity=SHARE that goes; repeat it for several at once, "
-    "commas for a Pareto run; latency is that of a batch of 32, on one thread on a CPU",
+    "commas for a Pareto run; latency may be a time too: latency=12ms",
+    "runtime": f"where latency is measured: {', '.join(RUNTIMES)}",
+    "threads": "of the runtime that latency is measured in, on a CPU",
+    "latency_batch": "samples a call whose latency is measured; default: 32",
     "costs": "a cost of your own as target: NAME=module:function of the network; repeat it for several",
     "most": "the largest share of its units that any group loses, or NAME=SHARE,... for groups, modules and globs",
     "loss": "module:function of output and batch, for importances that need gradients; default: cross-entropy",
@@ -51,13 +54,13 @@ HELP = {
     "executor": "local or ray",
     "evaluations": "candidates scored at most, or none",
     "steps": "prune steps, or none for what step-ratio gives",
-    "round_to": "channels kept are rounded up to a multiple of this",
+    "round_to": "channels kept are rounded up to a multiple of this; default: 1, or 8 for the latency of a convolutional network",
     "norms": "plain, or exact: layer, RMS and group norms keep the divisor of the original",
     "ignore": "names or globs of modules whose output channels stay, with commas",
 }
 COMMON = (
     *("targets", "strategy", "reward", "repair", "importance", "steps", "samples", "seed", "most"),
-    *("device", "jobs", "executor", "round_to"),
+    *("device", "jobs", "executor", "round_to", "runtime", "threads", "latency_batch"),
 )
 RESUMABLE = frozenset({"jobs", "executor", "device"})
 _REPEATED = {"targets": "METRIC=SHARE", "costs": "NAME=MODULE:FUNCTION"}  # given once for each, by a name in the singular

@@ -21,7 +21,6 @@ from fxprune.cli import run_folder as outputs
 from fxprune.cli.arguments import Request
 from fxprune.cli.run_folder import RunSummary
 from fxprune.cli.session import Session
-from fxprune.costs.latency import LATENCY_BATCH
 from fxprune.driver import Progress as SearchProgress
 from fxprune.errors import FxPruneError
 from fxprune.report import plots as figures
@@ -98,8 +97,7 @@ def _unmet(done: RunSummary, run: Session) -> int:
 
 def _show(done: RunSummary, run: Session, console: Console) -> None:
     console.print(result_table(done.rows, f"{run.options.model} on {run.options.data}"))
-    threads = ", one thread" if run.device.type == "cpu" else ""
-    console.print(Text(f"accuracy on the test part; latency of a batch of {LATENCY_BATCH} on {run.device}{threads}", style="dim"))
+    console.print(Text(f"accuracy on the test part; latency in {run.runtime} on {run.device}", style="dim"))
     console.print(Text(f"in {run.options.out}: policy.json, slim.safetensors, history.jsonl, report.html"))
     _say_without_figures(run.options.out, console)
     for one in done.exports:

@@ -24,7 +24,6 @@ from fxprune.cli import run_folder as outputs
 from fxprune.cli.options import Options
 from fxprune.cli.run_folder import RunSummary
 from fxprune.cli.tensorboard import Scalars, writer_class
-from fxprune.costs.latency import alone, in_turns
 from fxprune.costs.profiling import profile
 from fxprune.data.datasets import Data, load_data
 from fxprune.data.images import Batches
@@ -41,15 +40,17 @@ from fxprune.passes.planning.cost_model import cost_model
 from fxprune.repair.repairer import Repairer
 from fxprune.report.formatting import Row
 from fxprune.searching.candidates import Candidates
-from fxprune.searching.problem import make_problem
+from fxprune.searching.problem import make_problem, multiple_for
 from fxprune.searching.recovery import Recovery, read_weights, write_weights
 from fxprune.searching.result import SearchResult, mended, result_of
+from fxprune.timing.runtimes import Runtime, in_turns
 from fxprune.training.config import Progress, TrainConfig, resolve_device
 from fxprune.training.distillation import DistillConfig, distill
 from fxprune.training.fitting import train
 
 FORMAT = "fxprune-session/1"
 LARGE = 5 * 10**10  # multiply-accumulates of a scoring beyond which candidates are scored on part of the images first
+LATENCY_BATCH = 32
 SMALL_STEP = 10**9  # multiply-accumulates of a training batch below which a second thread costs more than it brings
 
 
@@ -135,10 +136,16 @@ class Session:
         for name in list(models)[1:]:
             self.distil(name, models[name], original, watcher)
         watcher.stage("measuring on the test part")
-        latencies = in_turns(list(models.values()), self.example)
+        latencies = in_turns(list(models.values()), self.example, self.runtime)
         rows = [self.measured(name, model, latency) for (name, model), latency in zip(models.items(), latencies, strict=True)]
         exports = self.exported(found, watcher)
         return outputs.write(self.options, self.command, outcome, candidates, found, rows, unmet, self.data.num_classes, exports)
+
+    @property
+    def runtime(self) -> Runtime:
+        """Where latency is measured, as target and in the last table."""
+        config = self.options.search
+        return Runtime(config.runtime, config.threads, config.latency_batch or LATENCY_BATCH)
 
     @cached_property
     def data(self) -> Data:
@@ -206,12 +213,12 @@ class Session:
             scored,
             calibration=self.calibration,
             importance=config.importance,
-            round_to=config.round_to,
+            round_to=multiple_for(graph, config),
             repair=config.repair,
             seed=config.seed,
             reference=self.reference(original, graph),
             rough=scored.first(self.options.rough_images),
-            latency=alone(self.example),
+            runtime=self.runtime,
             tabled=config.table,
             rungs=self.rungs(scored, graph),
             most=config.most,

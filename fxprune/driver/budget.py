@@ -40,6 +40,10 @@ class Budget:
             found[metric] = 1 - self.space.sparsity(removed) if metric == "sparsity" else self._looked_up(cost, metric)
         return found[metric]
 
+    def forget(self) -> None:
+        """What costs are predicted to be has changed."""
+        self._known.clear()
+
     def _looked_up(self, cost: Metrics, metric: str) -> float:
         try:
             value = float(cost[metric])
@@ -59,13 +63,14 @@ class Budget:
         """How far ``removed`` is above its bounds after ``progress`` (0 to 1) of the way; negative below.
 
         The largest over the targets, in shares of the number that the user gave: at ``progress`` 1 and within ``tolerance`` of 0 every
-        target is met, and the one that binds is met exactly enough.
+        target is met, and the one that binds is met exactly enough. A cost with more slack than that counts by so much less.
         """
         worst = -np.inf
         for target in self.targets:
             begun = self._from[target.metric]
             bound = begun + progress * (min(target.remaining, begun) - begun)
-            worst = max(worst, (self.remaining(removed, target.metric) - bound) / target.value)
+            wider = max(1.0, self.space.slack.get(target.metric, 0.0) / self.tolerance)
+            worst = max(worst, (self.remaining(removed, target.metric) - bound) / target.value / wider)
         return float(worst)
 
     def progress(self, removed: IntArray) -> float:

@@ -12,6 +12,7 @@ from fxprune.errors import SearchError
 Reward = Callable[[Mapping[str, float]], float]
 FIRST = ("table", "even")
 DECAYS = ("constant", "linear", "cosine")
+RUNTIMES = ("eager", "compile", "onnx", "openvino")
 STEP_UNITS = ("cost", "units")
 
 
@@ -65,7 +66,10 @@ class SearchConfig:
     importance: Any = "auto"
     attention: str = "auto"
     ignore: tuple[str, ...] = ()
-    round_to: int = 1
+    round_to: int | None = None  # None: 1, or what the runtime likes where a latency of a convolutional network is the target
+    runtime: str = "eager"  # where latency is that of: eager, compile, onnx or openvino
+    threads: int = 1  # of that runtime, on a CPU
+    latency_batch: int | None = None  # samples a call in it; None: as many as the example inputs have
     most: Any = None  # the largest share of its units that any group loses, or a mapping from group, module or glob to it
     loss: Any = None  # f(output, batch) -> scalar for importances that need gradients, or module:function; None: cross-entropy, where clear
     norms: str = "plain"  # or exact: statistics over channels keep the original's divisor. Paper: plain
@@ -81,9 +85,9 @@ class SearchConfig:
         object.__setattr__(self, "costs", read_costs(self.costs))
         object.__setattr__(self, "most", read_most(self.most))
         parse(self.targets, tuple(self.costs or ()))
-        for name in ("samples", "rounds", "depth", "screen", "halving", "round_to", "jobs"):
+        for name in ("samples", "rounds", "depth", "screen", "halving", "jobs", "threads"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("steps", "patience", "evaluations"):
+        for name in ("steps", "patience", "evaluations", "round_to", "latency_batch"):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "at least 1, or none")
         for name in ("epsilon", "epsilon_share", "discount", "warm_start", "sharp_drop", "likeness"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
@@ -98,6 +102,7 @@ class SearchConfig:
         for name in ("recover_every", "finalists", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(self.epsilon_decay in DECAYS, "epsilon_decay", self.epsilon_decay, f"one of {', '.join(DECAYS)}")
+        _require(self.runtime in RUNTIMES, "runtime", self.runtime, f"one of {', '.join(RUNTIMES)}")
         _require(self.first in FIRST, "first", self.first, f"one of {', '.join(FIRST)}")
         _require(self.step_by in STEP_UNITS, "step_by", self.step_by, f"one of {', '.join(STEP_UNITS)}")
 
@@ -107,6 +112,11 @@ class SearchConfig:
         if self.strategy == "table":
             return "must"
         return "may" if self.strategy == "rl-pruner" and self.first == "table" and not self.warm_start else "no"
+
+    @property
+    def timed(self) -> bool:
+        """Whether a latency is among the targets."""
+        return any(target.metric == "latency" for point in self.points for target in point)
 
     @property
     def points(self) -> tuple[Point, ...]:

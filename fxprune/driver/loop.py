@@ -19,14 +19,18 @@ from fxprune.driver.evaluator import Evaluator
 from fxprune.driver.executors import choice
 from fxprune.driver.executors.base import Executor
 from fxprune.driver.history import History
-from fxprune.driver.measured import Measured
+from fxprune.driver.measured import LATENCY, Measured
 from fxprune.driver.outcome import Allocation, Progress, SearchOutcome
 from fxprune.driver.problem import IntArray, Problem
 from fxprune.driver.selection import best_of
 from fxprune.driver.strategies.base import Scored, Strategy
+from fxprune.driver.strategies.table import from_table
+from fxprune.driver.targets import Point
 from fxprune.errors import SearchError, TargetError
 
 OnEvent = Callable[[Progress], None]
+FIRST_LOOKS, CORRECTIONS = 2, 6  # networks measured at most before a search for a latency, and after it
+AIM = 0.4  # of the tolerance: a latency measured so near to its target needs no correction
 
 
 def run(
@@ -66,7 +70,7 @@ class _Search:
     """One search with everything that a checkpoint holds."""
 
     def __init__(self, problem: Problem, config: SearchConfig, folder: Path | None, on_event: OnEvent | None, executor: Executor) -> None:
-        self.measured = Measured(problem.cost, problem.measured)
+        self.measured = Measured(problem.cost, problem.measured, problem.clock)
         self.problem = problem = replace(problem, cost=self.measured)
         self.config, self.folder, self.on_event = config, folder, on_event
         self.evaluator = Evaluator(problem, rewards.make(config), executor, rough=config.finalists > 0)
@@ -94,14 +98,65 @@ class _Search:
         points = self.config.points
         for targets in points[len(self.points) :]:
             start = self.points[-1].removed if self.points else None
-            budget = Budget(self.problem.space, targets, self.config.tolerance, start)
+            budget = Budget(self.problem.space, self.relative(targets), self.config.tolerance, start)
             self.points.append(self.one_point(budget))
             self.history, self.baselines, self.strategy_state = History(), {}, None
             self.save()
         return _joined(self.points)
 
+    def relative(self, targets: Point) -> Point:
+        """``targets`` with times as shares of what the original takes. Raises ``SearchError`` where it takes no more."""
+        if all(target.seconds is None for target in targets):
+            return targets
+        clock, wholes = self.problem.clock, self.problem.measured
+        if clock is None and LATENCY not in wholes:
+            self.problem.cost(self.problem.space.zeros())[LATENCY]  # measured where it is looked up
+        if clock is None and LATENCY not in wholes:
+            raise SearchError("this problem does not say what the original takes; give the latency as a share, for example latency=0.5")
+        return tuple(target.of(wholes[LATENCY] if clock is None else clock.seconds()) for target in targets)
+
+    def timed(self, budget: Budget) -> bool:
+        """Whether a latency is asked for that is predicted, and has to be measured in the end."""
+        return self.problem.clock is not None and any(target.metric == LATENCY for target in budget.targets)
+
+    def calibrate(self, budget: Budget) -> None:
+        """Measure an allocation on the target, so that what is searched is near the right one."""
+        if not self.timed(budget) or self.baselines:
+            return
+        for _ in range(FIRST_LOOKS):
+            tried = budget.uniform() if budget.space.table is None else from_table(budget)
+            self.measured.share(tried)
+            budget.forget()
+            if abs(budget.excess(tried)) <= budget.tolerance:
+                break
+        self.save()
+
+    def settled(self, strategy: Strategy, chosen: Scored) -> Scored:
+        """``chosen`` measured and, where that is off its target, brought nearer step by step; the nearest that was measured."""
+        budget = strategy.budget
+        if not self.timed(budget):
+            return chosen
+        removed, tried = chosen.removed, list[IntArray]()
+        for _ in range(CORRECTIONS):
+            self.measured.share(removed)
+            budget.forget()
+            tried.append(removed)
+            if abs(budget.excess(removed)) <= AIM * budget.tolerance:
+                break
+            again = strategy.again()
+            removed = budget.fitted(removed) if again is None else again
+            if any(np.array_equal(removed, one) for one in tried):
+                break
+        best = min(tried, key=lambda one: abs(budget.excess(one)))
+        if best is not tried[-1]:
+            self.measured.share(best)  # the newest counts
+            budget.forget()
+        self.save()
+        return self.evaluator.finals([best], budget)[0]
+
     def one_point(self, budget: Budget) -> SearchOutcome:
         """Search one set of targets from its baselines to its outcome."""
+        self.calibrate(budget)
         self.score_baselines(budget)
         if not budget.fits(budget.space.room):
             bound = self.evaluator([budget.space.room], budget)[0]
@@ -114,14 +169,15 @@ class _Search:
         while self.one_round(strategy):
             self.strategy_state = strategy.state()
             self.save()
-        chosen = self.final(strategy)
+        chosen = self.settled(strategy, self.final(strategy))
         if self.history.rounds:  # a step cut short by the bound on evaluations
             self.close_step(strategy, chosen)
         self.tell_progress("end", strategy, chosen)
         if not budget.met(chosen.removed):
             grain = budget.space.grain
             coarse = "units are" if grain == 1 else f"channels in multiples of {grain} are"
-            raise self.unmet(budget, chosen, f"was not met: {coarse} too coarse to come closer; the nearest found:")
+            why = f"{coarse} too coarse to come closer; the nearest found:"
+            raise self.unmet(budget, chosen, f"was not met: {'the nearest that was measured:' if self.timed(budget) else why}")
         return self.outcome(budget, chosen)
 
     def final(self, strategy: Strategy) -> Scored:

@@ -5,23 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fxprune.driver.problem import Cost, IntArray, Metrics
+import numpy as np
+
+from fxprune.driver.problem import Clock, Cost, IntArray, Metrics
 
 LATENCY = "latency"  # the only cost that is measured
 
 
 class Measured:
-    """The costs of a problem, with the latency of each removal vector measured once.
+    """The costs of a problem, with the latency of each removal vector measured once: when it is looked up, or by ``clock`` when asked for.
 
     ``wholes``: what the latencies are shares of, see ``Problem.measured``; the same mapping, which ``restore`` fills.
     """
 
-    def __init__(self, cost: Cost, wholes: dict[str, float]) -> None:
-        self.cost, self.wholes = cost, wholes
+    def __init__(self, cost: Cost, wholes: dict[str, float], clock: Clock | None = None) -> None:
+        self.cost, self.wholes, self.clock = cost, wholes, clock
         self.shares: dict[tuple[int, ...], float] = {}
 
     def __call__(self, removed: IntArray) -> Metrics:
         return MeasuredCosts(self, removed, self.cost(removed))
+
+    def share(self, removed: IntArray) -> float:
+        """The latency of a removal vector, measured now where it has not been; what is predicted goes by it from now on."""
+        assert self.clock is not None, "only a predicted latency is measured when it is asked for"
+        key = tuple(removed.tolist())
+        share = self.shares.pop(key) if key in self.shares else self.clock.share(removed)
+        self.shares[key] = share  # the newest
+        self.clock.correct(self._points())
+        return share
+
+    def _points(self) -> list[tuple[IntArray, float]]:
+        return [(np.array(key, dtype=np.int64), share) for key, share in self.shares.items()]
 
     def state(self) -> dict[str, Any]:
         """What was measured as JSON."""
@@ -31,6 +45,8 @@ class Measured:
         """Resume from what ``state`` returned."""
         self.wholes.update(state["wholes"])
         self.shares = {tuple(key): share for key, share in state["shares"]}
+        if self.clock is not None and self.shares:
+            self.clock.correct(self._points())
 
 
 class MeasuredCosts(Mapping[str, float]):
@@ -42,6 +58,8 @@ class MeasuredCosts(Mapping[str, float]):
             return self.costs[name]
         known = self.measured.shares
         if self.key not in known:
+            if self.measured.clock is not None:
+                return self.costs[name]
             known[self.key] = float(self.costs[name])
         return known[self.key]
 

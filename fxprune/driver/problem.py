@@ -31,6 +31,27 @@ class Allocating(Protocol):
         ...
 
 
+class Clock(Protocol):
+    """Measures a latency that is otherwise predicted, and sets the prediction right."""
+
+    @property
+    def tolerance(self) -> float:
+        """How far from its target, as a share of it, a measured latency may be."""
+        ...
+
+    def seconds(self) -> float:
+        """What the original takes."""
+        ...
+
+    def share(self, removed: IntArray) -> float:
+        """What is left of the latency, measured: seconds, and another number each time."""
+        ...
+
+    def correct(self, points: Sequence[tuple[IntArray, float]]) -> None:
+        """From now on predict by these measured shares, the last of which count most."""
+        ...
+
+
 @dataclass(frozen=True)
 class Space:
     """The removal vectors there are, and what each costs: all that a strategy sees.
@@ -46,6 +67,8 @@ class Space:
     ``unit_scores``: for each group the importance of its units in ascending order, float64, shape ``(units,)``; None if there is none.
     ``rounding``: removal vector -> the one that it comes to, nowhere more, where channels are kept in multiples of ``grain``; None: itself.
     ``table``: the error table, where there is one. ``rungs``: how many cheaper scores there are.
+    ``slack``: by how much of it a cost may be off where that is more than the search's tolerance: costs that are predicted, and measured
+        on what was found.
     """
 
     names: tuple[str, ...]
@@ -59,6 +82,7 @@ class Space:
     table: Allocating | None = None
     rungs: int = 0
     most: IntArray | None = None
+    slack: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def room(self) -> IntArray:
@@ -105,6 +129,7 @@ class Problem:
     ``recover``: called with the current removal vector between prune steps to train what is left; scores may change after it.
     ``measured``: the original's latency in seconds, by the name "latency", once ``cost`` has measured it; a resumed search puts there what
         the first one measured, so that old and new shares are of the same whole.
+    ``clock``: where ``cost`` predicts the latency, what measures it; see ``Clock``.
     ``save_weights``, ``load_weights``: write what ``recover`` changed to a path, and read it back when a search is resumed.
     """
 
@@ -125,6 +150,7 @@ class Problem:
     table: Allocating | None = None
     measured: dict[str, float] = field(default_factory=dict)
     most: IntArray | None = None
+    clock: Clock | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(self.names))
@@ -156,4 +182,5 @@ class Problem:
             self.table,
             len(self.rungs),
             self.most,
+            {} if self.clock is None else {"latency": self.clock.tolerance},
         )

@@ -302,7 +302,7 @@ class _Run:
 
     def _apply(self, one: Layer, weights: Tensor, fit: Fit, basis: Tensor | None) -> None:
         if fit.change is not None:
-            change = fit.change if basis is None else fit.change @ basis.cpu().double().T
+            change = fit.change if basis is None else fit.change @ basis.cpu().double().mT
             set_matrices(one.form, one.weight, (weights.cpu().double() + change).to(one.weight))
         if fit.shift is not None:
             one.add_shift(fit.shift.flatten())

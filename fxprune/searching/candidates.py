@@ -152,20 +152,21 @@ def metrics_of(found: Any) -> Mapping[str, float]:
 
 
 class CandidateCosts(Mapping[str, float]):
-    """The remaining shares of one candidate; latency, and what is left of the user's ``own`` costs, are found when they are looked up."""
+    """The remaining shares of one candidate; ``latency``, and what is left of the user's ``own`` costs, are
+    found when they are looked up."""
 
     def __init__(
         self,
         candidates: Candidates,
         removed: Any,
-        latency: Callable[[nn.Module], float],
+        latency: Callable[[Any], float],
         own: Mapping[str, Callable[[nn.Module], float]] | None = None,
     ) -> None:
         self.candidates, self.removed, self.latency, self.own = candidates, removed, latency, own or {}
 
     def __getitem__(self, name: str) -> float:
         if name == "latency":
-            return self.latency(self.candidates.slim(self.removed).eval())
+            return self.latency(self.removed)
         if name in self.own:
             return self.own[name](self.candidates.slim(self.removed))
         return self.candidates.share(name, self.removed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,9 @@ from torch import nn
 from fxprune.allocation.allocating import Allocator
 from fxprune.allocation.prices import output_channels
 from fxprune.allocation.tables import error_table
-from fxprune.costs.profiling import profile
-from fxprune.driver import Problem
+from fxprune.driver import Problem, SearchConfig
 from fxprune.errors import FAULTS, EvaluationError, FxPruneError, PruningWarning, SearchError, in_a_line
-from fxprune.evaluation.running import device_of, evaluating, one_thread
-from fxprune.example_inputs import build
+from fxprune.evaluation.running import evaluating, one_thread
 from fxprune.importance.criteria import resolved, scores
 from fxprune.imports import by_path
 from fxprune.passes.coupling.graph import CouplingGraph
@@ -24,10 +22,40 @@ from fxprune.passes.planning.naming import limits
 from fxprune.repair.registry import named
 from fxprune.repair.repairer import Repairer
 from fxprune.searching.candidates import CandidateCosts, Candidates, Evaluate, Score
+from fxprune.timing.predicting import LatencyModel
+from fxprune.timing.runtimes import GRAIN, Runtime
+
+LATENCY_TOLERANCE = 0.05  # of its target, by which a measured latency may be off
 
 
-def _latency(module: nn.Module, graph: CouplingGraph) -> float:
-    return profile(module, build(graph.inputs, device=device_of(module))).latency(runs=20)
+class _Clock:
+    """The latency of candidates in a runtime: predicted, and measured where it is asked for (``fxprune.driver.problem.Clock``)."""
+
+    tolerance = LATENCY_TOLERANCE
+
+    def __init__(self, candidates: Candidates, model: LatencyModel) -> None:
+        self.candidates, self.model = candidates, model
+
+    def seconds(self) -> float:
+        return self.model.timer.seconds
+
+    def share(self, removed: Any) -> float:
+        return self.model.timer.share(self.candidates.slim(removed).eval())
+
+    def predicted(self, removed: Any) -> float:
+        return float(self.model.shares(np.asarray(self.candidates.rounded(removed))[None])[0])
+
+    def correct(self, points: Sequence[tuple[Any, float]]) -> None:
+        self.model.correct([(self.candidates.rounded(removed), share) for removed, share in points])
+
+
+def multiple_for(graph: CouplingGraph, config: SearchConfig) -> int:
+    """What channels are kept in multiples of: as the configuration says, else what runtimes like where a latency of a network with
+    convolutions is the target."""
+    if config.round_to is not None:
+        return config.round_to
+    convolves = any(isinstance(module, nn.modules.conv._ConvNd) for module in graph.model.modules())
+    return GRAIN if config.timed and convolves else 1
 
 
 class _OwnCost:
@@ -68,7 +96,7 @@ def make_problem(
     seed: int = 0,
     reference: CouplingGraph | None = None,
     rough: Evaluate | None = None,
-    latency: Callable[[nn.Module], float] | None = None,
+    runtime: Runtime | None = None,
     tabled: str = "no",
     rungs: Sequence[Evaluate] = (),
     most: Mapping[str, float] | float | None = None,
@@ -79,7 +107,7 @@ def make_problem(
 
     ``calibration``: batches, ``(inputs, targets)`` or inputs alone, for the importance and for the repair; read once.
     ``rough``: a cheaper ``evaluate``, on fewer images say, for all but the finalists.
-    ``latency``: seconds that a network takes; if left out, those for the example inputs.
+    ``runtime``: where latency is measured; if left out, eager PyTorch on one thread and the example inputs.
     ``reference``: the same network analysed with the weights whose responses a repair aims at, where those of ``graph`` will change.
     ``tabled``: whether the problem has an error table, made once from ``calibration``, where there is any: "no", "must" or "may", which
     goes on without one, with a ``PruningWarning``, where it cannot be made. With ``importance`` "auto" and a repair by least squares it
@@ -94,6 +122,8 @@ def make_problem(
     function = by_path(loss, "loss", SearchError) if isinstance(loss, str) else loss
     tied = importance == "auto" and repair == "lstsq" and bool(batches)  # the choice of units and the repair then aim at the same error
     table: Allocator | None = None
+    measured: dict[str, float] = {}
+    timing = LatencyModel(graph, [group for group in graph.groups if group.prunable], runtime or Runtime(), measured)
     with one_thread():
         ranking = None
         if not (tied and tabled != "no"):
@@ -101,7 +131,7 @@ def make_problem(
         if tabled != "no" and batches:
             try:
                 found = error_table(graph, batches, ranking=ranking, repair=repair, seed=seed)
-                table = Allocator(graph, found, round_to=round_to, most=most)
+                table = Allocator(graph, found, round_to=round_to, most=most, costs={"latency": timing.shares})
                 ranking = found.ranking
             except FxPruneError as error:
                 if tabled != "may":
@@ -110,17 +140,10 @@ def make_problem(
         if ranking is None:
             ranking = scores(graph, "reconstruction", batches, seed, function)
         candidates = Candidates(graph, ranking, round_to)
-    measured: dict[str, float] = {}
     own = {name: _OwnCost(name, cost, graph.model, measured) for name, cost in (own_costs or {}).items()}
     allowed = limits(graph, most)
 
-    seconds = latency or (lambda module: _latency(module, graph))
-
-    def share(slim: nn.Module) -> float:
-        if "latency" not in measured:
-            measured["latency"] = seconds(graph.model)
-        return seconds(slim) / measured["latency"]
-
+    clock = _Clock(candidates, timing)
     channels, fixed = output_channels(graph)
     per_unit = np.array([channels[name] for name in candidates.names], dtype=np.int64)
     repairer = Repairer(graph, batches or (), repair if batches else "none", reference)
@@ -133,7 +156,7 @@ def make_problem(
         names=candidates.names,
         units=np.array([g.size for g in candidates.groups]),
         channels=per_unit,
-        cost=lambda removed: CandidateCosts(candidates, removed, share, own),
+        cost=lambda removed: CandidateCosts(candidates, removed, clock.predicted, own),
         score=Score(candidates, evaluate, repairer),
         rough=None if rough is None else Score(candidates, rough, repairer),
         rungs=[Score(candidates, one, fewer(len(rungs) - i)) for i, one in enumerate(rungs)],
@@ -143,6 +166,7 @@ def make_problem(
         grain=round_to,
         table=table,
         measured=measured,
+        clock=clock,
         most=np.array([allowed.get(g.name, g.size - 1) for g in candidates.groups], dtype=np.int64) if allowed else None,
     )
     return problem, candidates

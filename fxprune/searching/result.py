@@ -18,7 +18,8 @@ from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.policies import Policy
 from fxprune.repair.repairer import Repairer
 from fxprune.searching.candidates import Candidates, Evaluate, Score
-from fxprune.searching.problem import make_problem
+from fxprune.searching.problem import make_problem, multiple_for
+from fxprune.timing.runtimes import Runtime
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def search(
         evaluate,
         calibration=calibration,
         importance=importance,
-        round_to=config.round_to,
+        round_to=multiple_for(graph, config),
         repair=config.repair,
         seed=config.seed,
         rough=rough,
@@ -97,6 +98,7 @@ def search(
         most=config.most,
         loss=config.loss,
         own_costs=config.costs,
+        runtime=Runtime(config.runtime, config.threads, config.latency_batch),
     )
     outcome = run(problem, config, checkpoint_dir=checkpoint_dir, resume=resume, on_event=on_event)
     assert isinstance(problem.score, Score)

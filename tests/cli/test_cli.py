@@ -24,12 +24,13 @@ import fxprune
 from fxprune.cli import command as cli
 from fxprune.cli import session
 from fxprune.cli.arguments import read
-from fxprune.costs import latency as measuring
 from fxprune.driver.config import PRESETS
 from fxprune.errors import SearchError
 from fxprune.evaluation.likeness import Likeness
 from fxprune.exporting.formats import FORMATS
 from fxprune.models.small import digits_net
+from fxprune.timing.layers import LayerTable
+from fxprune.timing.runtimes import RUNTIMES, Runtime
 
 pytest.importorskip("sklearn", reason="the search extra is not installed")
 
@@ -341,23 +342,24 @@ def test_a_pareto_point_that_cannot_be_met_leaves_the_others(run: Run, tmp_path:
 
 
 def test_a_target_for_the_latency_is_measured_as_the_table_is(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    timed: set[int] = set()
+    timed: set[tuple[str, int, int | None]] = set()
 
-    class Stopwatch:
-        """Says how many parameters there are, for how many images."""
+    def stopwatch(model: nn.Module, inputs: Tensor, runtime: Runtime) -> Callable[[], None]:
+        """As many parameters, as many seconds."""
+        timed.add((runtime.name, runtime.threads, len(inputs)))
+        params = sum(p.numel() for p in model.parameters())
+        return lambda: clock.__setitem__(0, clock[0] + params)
 
-        def __init__(self, module: nn.Module, inputs: Tensor) -> None:
-            timed.add(len(inputs))
-            self.params = sum(p.numel() for p in module.parameters())
-
-        def latency(self, runs: int) -> float:
-            return float(self.params)
-
-    monkeypatch.setattr(measuring, "profile", Stopwatch)
-    assert run("--out", tmp_path, *QUICKEST, "--target", "latency=0.5").status == 0
-    assert timed == {measuring.LATENCY_BATCH}
+    clock = [0.0]
+    monkeypatch.setitem(RUNTIMES, "eager", stopwatch)
+    monkeypatch.setattr(Runtime, "clock", lambda *_: lambda: clock[0])
+    monkeypatch.setattr(LayerTable, "_measured", lambda self, layer: float(layer.inputs * layer.outputs))
+    ended = run("--out", tmp_path, *QUICKEST, "--target", "latency=0.5", "--threads", 2, "--latency-batch", 16, "--round-to", 1)
+    assert ended.status == 0
+    assert timed == {("eager", 2, 16)}
     original, slim = json.loads((tmp_path / "checkpoint" / "result.json").read_text())["rows"]
-    assert slim["latency"] / original["latency"] == pytest.approx(0.5, rel=0.01)
+    assert slim["latency"] / original["latency"] == pytest.approx(0.5, rel=0.05)
+    assert "latency in eager, 2 threads, batch 16 on cpu" in ended.out
 
 
 def test_units_too_coarse_for_the_target(run: Run, tmp_path: Path) -> None:

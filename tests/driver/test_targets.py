@@ -27,9 +27,23 @@ def test_parse() -> None:
     assert parse(["macs=0.7,0.5", "params=0.6"])[1] == (Target("macs", 0.5), Target("params", 0.6))
 
 
+def test_a_latency_may_be_a_time() -> None:
+    ((target,),) = parse("latency=12ms")
+    assert target.seconds == pytest.approx(0.012) and str(target) == "latency=12ms"
+    assert [str(point[0]) for point in parse({"latency": "8ms,0.5s,9us"})] == ["latency=0.5s", "latency=8ms", "latency=9us"]
+    assert target.of(0.048).value == pytest.approx(0.25)
+    assert parse(str(target.of(0.048))) == ((target,),)
+    with pytest.raises(SearchError, match="latency=12ms: the original takes 11 ms already"):
+        target.of(0.011)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ("macs=12ms", "only latency is one"),
+        ("latency=12ms,0.5", "mixes times and shares"),
+        ("latency=0ms", "time above 0"),
+        ("latency=12h", "or a time, latency=12ms"),
         ("macs", "METRIC=SHARE"),
         ("macs=half", "must be a number"),
         ("flops=0.5", "unknown target 'flops'"),

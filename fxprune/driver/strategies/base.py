@@ -85,6 +85,10 @@ class Strategy(ABC):
         """The vector that the strategy would end with now, on the budget; None to take the best that was scored."""
         return None
 
+    def again(self) -> IntArray | None:
+        """What it would propose first, now that costs are predicted otherwise; None to keep the proportions of what was found."""
+        return None
+
     def notes(self) -> dict[str, Any]:
         """What the history's record of a step should say of the strategy; JSON."""
         return {}

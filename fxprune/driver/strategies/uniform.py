@@ -14,5 +14,8 @@ class Uniform(Strategy):
     def propose(self) -> list[IntArray]:
         return [self.budget.uniform()] if self.step == 0 else []
 
+    def again(self) -> IntArray:
+        return self.budget.uniform()
+
     def learn(self, outcomes: Sequence[Scored]) -> None:
         """Nothing to learn from a single candidate."""

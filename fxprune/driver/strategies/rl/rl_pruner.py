@@ -43,7 +43,8 @@ class RLPruner(Strategy):
         self.nodes: list[sampler.Node] = []
         self.value = ValueModel(space.units)
         # To bring a draw onto a measured target costs more than to score it: then there is nothing to screen.
-        self.draws = 1 if any(target.metric == "latency" for target in self.budget.targets) else config.screen
+        measured = any(target.metric == "latency" for target in self.budget.targets) and "latency" not in space.slack
+        self.draws = 1 if measured else config.screen
         total = int(self.budget.uniform().sum() - self.at.sum())
         share = max(1, round(config.step_ratio * int(space.units.sum())))
         self.planned = max(1, config.steps or math.ceil(total / share))

@@ -1,0 +1,87 @@
+"""A latency that is predicted while the search runs, and measured on what it found."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fxprune.driver import Problem, SearchConfig, run
+from fxprune.driver.problem import IntArray
+from fxprune.errors import SearchError, TargetError
+from fxprune.testing.synthetic import Chain
+
+
+class Clock:
+    """Measures ``fixed + (1 - fixed) * macs ** power``; predicts along the line through what was measured."""
+
+    tolerance = 0.05
+
+    def __init__(self, chain: Chain, fixed: float, power: float = 1.0) -> None:
+        self.chain, self.fixed, self.power = chain, fixed, power
+        self.line: dict[float, float] = {0.0: 0.0, 1.0: 1.0}
+        self.looks: list[IntArray] = []
+
+    def seconds(self) -> float:
+        return 0.01
+
+    def true(self, removed: IntArray) -> float:
+        return float(self.fixed + (1 - self.fixed) * self.chain.cost(removed)["macs"] ** self.power)
+
+    def share(self, removed: IntArray) -> float:
+        self.looks.append(removed)
+        return self.true(removed)
+
+    def correct(self, points: Sequence[tuple[IntArray, float]]) -> None:
+        self.line = {0.0: 0.0, 1.0: 1.0, **{self.chain.cost(removed)["macs"]: share for removed, share in points}}
+
+    def problem(self) -> Problem:
+        def cost(removed: IntArray) -> dict[str, float]:
+            costs = self.chain.cost(removed)
+            return {**costs, "latency": float(np.interp(costs["macs"], sorted(self.line), [self.line[x] for x in sorted(self.line)]))}
+
+        return dataclasses.replace(self.chain.problem(), cost=cost, clock=self)
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "rl-pruner", "random", "magnitude"])
+@pytest.mark.parametrize(("fixed", "power"), [(0.0, 1.0), (0.3, 1.0), (0.0, 2.0), (0.1, 0.5)])
+def test_what_is_found_meets_the_target_as_it_is_measured(strategy: str, fixed: float, power: float) -> None:
+    clock = Clock(Chain(), fixed, power)
+    found = run(clock.problem(), SearchConfig(targets="latency=0.5", strategy=strategy, rounds=4))
+    assert clock.true(found.removed) == pytest.approx(0.5, rel=0.05)
+    assert found.metrics["latency"] == clock.true(found.removed)
+    assert len(clock.looks) <= 8
+
+
+def test_a_time_is_one_of_the_originals(tmp_path: Path) -> None:
+    clock = Clock(Chain(), 0.2)
+    found = run(clock.problem(), SearchConfig(targets="latency=6ms", strategy="uniform"))
+    assert clock.true(found.removed) == pytest.approx(0.6, rel=0.05) and found.targets == ("latency=6ms",)
+    with pytest.raises(SearchError, match="latency=10ms: the original takes 10 ms already; ask for less"):
+        run(clock.problem(), SearchConfig(targets="latency=10ms", strategy="uniform"))
+    with pytest.raises(SearchError, match="does not say what the original takes"):
+        run(Chain().problem(), SearchConfig(targets="latency=6ms", strategy="uniform"))
+
+
+def test_other_targets_hold_as_exactly_as_ever() -> None:
+    clock = Clock(Chain(), 0.3)
+    found = run(clock.problem(), SearchConfig(targets=("latency=0.9", "params=0.5"), strategy="uniform"))
+    assert found.metrics["params"] == pytest.approx(0.5, rel=0.01) and clock.true(found.removed) < 0.9
+
+
+def test_a_latency_out_of_reach_names_what_was_measured() -> None:
+    clock = Clock(Chain(), 0.4)
+    with pytest.raises(TargetError, match="latency=0.3 .*latency=0.4") as caught:
+        run(clock.problem(), SearchConfig(targets="latency=0.3", strategy="uniform"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_resumed_search_goes_by_what_was_measured(tmp_path: Path) -> None:
+    config = SearchConfig(targets="latency=0.5", strategy="rl-pruner", rounds=4)
+    first, again = Clock(Chain(), 0.3), Clock(Chain(), 0.3)
+    found = run(first.problem(), config, checkpoint_dir=tmp_path)
+    resumed = run(again.problem(), config, checkpoint_dir=tmp_path, resume=True)
+    assert np.array_equal(found.removed, resumed.removed) and not again.looks
