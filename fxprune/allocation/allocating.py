@@ -78,7 +78,7 @@ class Allocator:
             if self.rounding is not None:
                 counts = self.rounding(counts)
             rounded = np.array([[counts[group.name] for group in self.groups]])
-            left = {metric: float(self.prices.shares(metric, rounded)[0]) for metric in bounds}
+            left = {metric: float(self._shares(metric, rounded)[0]) for metric in bounds}
             over = [metric for metric, share in bounds.items() if left[metric] > share + TOLERANCE]
             if not over or self.rounding is None:
                 break
