@@ -22,6 +22,7 @@ from fxprune.passes.planning.naming import limits
 from fxprune.repair.registry import named
 from fxprune.repair.repairer import Repairer
 from fxprune.searching.candidates import CandidateCosts, Candidates, Evaluate, Score
+from fxprune.timing.layers import CONVOLUTIONS
 from fxprune.timing.predicting import LatencyModel
 from fxprune.timing.runtimes import GRAIN, Runtime
 
@@ -54,7 +55,7 @@ def multiple_for(graph: CouplingGraph, config: SearchConfig) -> int:
     convolutions is the target."""
     if config.round_to is not None:
         return config.round_to
-    convolves = any(isinstance(module, nn.modules.conv._ConvNd) for module in graph.model.modules())
+    convolves = any(isinstance(module, CONVOLUTIONS) for module in graph.model.modules())
     return GRAIN if config.timed and convolves else 1
 
 

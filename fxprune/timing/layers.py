@@ -30,6 +30,8 @@ from fxprune.timing.runtimes import GRAIN, Run, Runtime, onnx_run, openvino_run
 
 WIDTHS = (1.0, 0.5, 0.125)  # shares of the channels at which a layer is timed
 REPEATS, SPENT = 3, 0.004  # a layer runs at least so often and so many seconds; the fastest counts
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 _FILE_VERSION = 1
 _DISTRIBUTIONS = {"eager": "torch", "compile": "torch", "onnx": "onnxruntime", "openvino": "openvino"}
 
@@ -110,8 +112,7 @@ def layer_of(module: nn.Module, shape: tuple[int, ...]) -> Layer | None:
     """A module as a layer of the table, given the shape that goes in; None for what no table holds."""
     if type(module) is nn.Linear and len(shape) > 1:
         return Layer("linear", (math.prod(shape[:-1]),), module.in_features, module.out_features)
-    convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    if not convolution and not isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+    if not isinstance(module, CONVOLUTIONS):
         return None
     conv: Any = module
     space = len(conv.kernel_size)
@@ -121,7 +122,7 @@ def layer_of(module: nn.Module, shape: tuple[int, ...]) -> Layer | None:
     if isinstance(padding, str):
         padding = tuple(d * (k - 1) // 2 if padding == "same" else 0 for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
     return Layer(
-        "conv" if convolution else "transposed",
+        "transposed" if isinstance(module, TRANSPOSED) else "conv",
         (shape[0], *shape[2:]),
         conv.in_channels,
         conv.out_channels,
