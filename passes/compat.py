@@ -7,6 +7,7 @@ module and graph carries as an attribute (``_modules``, ``_parameters``, ``_sche
 from __future__ import annotations
 
 import functools
+import importlib
 import keyword
 import re
 from typing import Any
@@ -49,6 +50,7 @@ __all__ = [
     "forward_from_source",
     "fx_pytree",
     "fx_tracing",
+    "many_compiled",
     "native_functions",
     "pack_padded",
     "pad_packed",
@@ -109,3 +111,9 @@ def _quoted(pairs: list[tuple[str, str]], body: list[str]) -> list[str]:
     for wrong, right in pairs:
         body = [re.sub(rf"{re.escape(wrong)}(?![\w.])", lambda _, right=right: right, line) for line in body]  # type: ignore[misc]
     return body
+
+
+def many_compiled() -> Any:
+    """In the block ``torch.compile`` makes hundreds of forms of one code before it gives up: slim networks share their ``forward``."""
+    config: Any = importlib.import_module("torch._dynamo.config")  # torch loads it when something is compiled
+    return config.patch(recompile_limit=512, accumulated_recompile_limit=4096)

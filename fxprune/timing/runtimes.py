@@ -6,7 +6,6 @@ A time is a share of another network's, measured in the same moment: what else t
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 import statistics
 import time
@@ -19,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from fxprune.errors import FxPruneError, InputError, first_line
 from fxprune.evaluation.running import call, device_of, evaluating, to_device
 from fxprune.example_inputs import call_form
 from fxprune.exporting.formats import tensors
 from fxprune.imports import needed
+from fxprune.passes.compat import many_compiled, tree_map_only
 
 Run = Callable[[], Any]
 GRAIN = 8  # channels in multiples of which all of these runtimes keep their fast layouts; see docs/latency.md
@@ -170,13 +169,12 @@ def _eager(model: nn.Module, inputs: Any, runtime: Runtime) -> Run:
 
 def _compiled(model: nn.Module, inputs: Any, runtime: Runtime) -> Run:
     # Slim networks of one graph share the code of their forward, of which dynamo compiles a few forms before it gives up.
-    limits: Any = importlib.import_module("torch._dynamo.config")
-    with limits.patch(recompile_limit=512, accumulated_recompile_limit=4096):
+    with many_compiled():
         compiled: Any = torch.compile(model)
         call(compiled, inputs)
 
     def run() -> Any:
-        with limits.patch(recompile_limit=512, accumulated_recompile_limit=4096):
+        with many_compiled():
             return call(compiled, inputs)
 
     return run
