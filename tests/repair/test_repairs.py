@@ -207,6 +207,18 @@ def test_least_squares_mends_residual_depthwise_and_grouped_layers() -> None:
     assert errors["lstsq"] < errors["bias"] < 0.5 * min(errors["none"], errors["bn"])
 
 
+@pytest.mark.parametrize("make", [lambda: settled(Blocks()), lambda: Doubled(norm=False).eval()])
+def test_layers_of_many_features_are_fitted_along_their_main_directions(
+    make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    narrow = _error(model, "lstsq")
+    monkeypatch.setattr(repairs, "WIDE", 4)
+    for rank, most in ((1024, 1.2 * narrow + 1e-3), (12, _error(model, "bias"))):
+        monkeypatch.setattr(repairs, "RANK", rank)
+        assert _error(model, "lstsq") < most
+
+
 def test_only_the_bounds_on_memory_differ_between_kept_and_streamed_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     model = settled(Blocks())
 

@@ -109,11 +109,16 @@ def elementwise_module(ctx: LabelContext, node: fx.Node, module: nn.Module, inpu
     return zeros.elementwise(ctx, node, module)
 
 
-def _pooled(ctx: LabelContext, node: fx.Node, x: Value, space: int) -> Any:
-    """The last ``space`` axes are windows; a second result (the indices of a maximum) has the channels of the first."""
+def _pooled(ctx: LabelContext, node: fx.Node, x: Value, space: int, size: Any = None) -> Any:
+    """The last ``space`` axes are windows; a second result (the indices of a maximum) has the channels of the first.
+
+    ``size``: of the output of adaptive pooling, where None leaves an axis as it is: channels may lie there. (Positions of maxima count
+    along all axes, so there they may not.)
+    """
     axes = range(x.ndim - space, x.ndim)
     if isinstance(node.meta["val"], torch.Tensor):
-        return ctx.through(node, x, mixed=axes)
+        sizes = size if isinstance(size, (tuple, list)) and len(size) == space else [1] * space
+        return ctx.through(node, x, mixed=[axis for axis, each in zip(axes, sizes, strict=True) if each is not None])
     return tuple(ctx.through(node, x, mixed=axes, zero=i == 0, index=i) for i in range(len(node.meta["val"])))
 
 
@@ -144,13 +149,13 @@ def _space(target: Any) -> int:
         )
     ),
 )
-def pool(ctx: LabelContext, node: fx.Node, input: Value, **_: Any) -> Any:
-    return _pooled(ctx, node, input, _space(node.target))
+def pool(ctx: LabelContext, node: fx.Node, input: Value, **others: Any) -> Any:
+    return _pooled(ctx, node, input, _space(node.target), others.get("output_size"))
 
 
 @modules(*(getattr(nn, f"{kind}Pool{n}d") for kind in ("Max", "Avg", "AdaptiveAvg", "AdaptiveMax", "LP") for n in (1, 2, 3)))
 def pool_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Value) -> Any:
-    return _pooled(ctx, node, input, _space(type(module).__name__))
+    return _pooled(ctx, node, input, _space(type(module).__name__), getattr(module, "output_size", None))
 
 
 @functions(F.max_unpool1d, F.max_unpool2d, F.max_unpool3d, native_functions.max_unpool2d, native_functions.max_unpool3d)

@@ -162,3 +162,31 @@ def test_a_layer_that_overrides_what_forward_calls_is_not_known() -> None:
 
     assert registry.is_known(nn.Conv2d(3, 4, 1)) and registry.is_known(Plain(3, 4, 1))
     assert not registry.is_known(Standardised(3, 4, 1)) and not registry.is_known(Computed())
+
+
+@pytest.mark.parametrize("kind", ["avg", "max"])
+@pytest.mark.parametrize("called", [False, True])
+def test_an_axis_that_adaptive_pooling_leaves_as_it_is_may_be_the_channel_axis(kind: str, called: bool) -> None:
+    """As a CRNN has it: height is pooled behind a permutation, and channels lie where width does otherwise."""
+
+    class Turned(nn.Module):
+        def __init__(self, size: tuple[int | None, int]) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 4)
+            self.size, self.pool = size, (nn.AdaptiveAvgPool2d if kind == "avg" else nn.AdaptiveMaxPool2d)(size)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.conv(x)).permute(0, 3, 1, 2)
+            function: Any = F.adaptive_avg_pool2d if kind == "avg" else F.adaptive_max_pool2d
+            y = function(y, output_size=self.size) if called else self.pool(y)
+            found: Tensor = self.fc(y.squeeze(3))
+            return found
+
+    x = torch.randn(2, 3, 8, 10)
+    torch.manual_seed(0)
+    for size, free in (((None, 1), True), ((16, 1), False)):
+        graph = fxprune.analyze(Turned(size).eval(), x)
+        (group,) = [one for one in graph.groups if one.name == "conv"]
+        assert group.prunable is free and free == ("mixed along an axis" not in str(group.reason))
+    slim = fxprune.compress(Turned((None, 1)).eval(), {"conv": 0.5}, x, verify=True)
+    assert slim.get_parameter("conv.weight").shape[0] == slim.get_parameter("fc.weight").shape[1] == 8

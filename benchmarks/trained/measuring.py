@@ -1,0 +1,160 @@
+"""One network measured: dense, pruned to two budgets by two allocations, repaired without training, exported and timed."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fxprune
+from benchmarks.trained.network import Network, Task
+from benchmarks.trained.peers import PEERS
+from fxprune.errors import FxPruneError, TargetError
+
+Cell = dict[str, Any]
+SHARES = (0.75, 0.5)  # of the multiply-accumulates that are left
+METHODS = ("uniform", "table")
+RUNS = 15  # timed calls of ONNX Runtime; the median counts
+
+
+def cells(network: Network, folder: Path, done: dict[str, Cell], tools: Sequence[str] = ()) -> Iterator[tuple[str, Cell]]:
+    """The cells that ``done`` lacks, by name, as they are finished; a cell that raised holds the error, in a line."""
+    wanted = ["dense", *(f"{method} {share}" for share in SHARES for method in METHODS), "time", *tools]
+    lacking = [name for name in wanted if "error" in done.get(name, {"error": ""})]
+    if not lacking:
+        return
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what old packages say about torch, and lacking channels, which the shares show
+        task = network.make(folder)
+        measure = _Measure(task)
+        for name in lacking:
+            yield name, _caught(lambda name=name: measure.cell(name))  # type: ignore[misc]
+            gc.collect()
+
+
+def _caught(make: Callable[[], Cell]) -> Cell:
+    begun = time.process_time()
+    try:
+        found = make()
+    except FxPruneError as error:
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0], "ours": True}
+    except Exception as error:  # noqa: BLE001 - other tools and strangers' packages raise anything, and the table says what
+        return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+    return {**found, "seconds": round(time.process_time() - begun, 1)}
+
+
+class _Measure:
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._graph: Any = None
+        self._slims: dict[tuple[str, float], tuple[nn.Module, Any, Cell]] = {}
+
+    @property
+    def graph(self) -> Any:
+        if self._graph is None:
+            self._graph = fxprune.analyze(self.task.model, self.task.example)
+        return self._graph
+
+    def cell(self, name: str) -> Cell:
+        if name == "dense":
+            return {"score": self.score(self.task.model), **self.size(self.task.model), **self.locked()}
+        if name == "time":
+            return self.times()
+        if name in PEERS:
+            slim = PEERS[name](self.task, self.graph)
+            return {"score": self.score(slim), **self.size(slim)}
+        method, _, share = name.partition(" ")
+        return self.pruned(method, float(share))
+
+    def pruned(self, method: str, share: float) -> Cell:
+        """The score after repair and as sliced."""
+        slim, policy, note = self.slim(method, share)
+        sliced = fxprune.compress(self.graph, policy)
+        return {
+            "score": self.score(slim),
+            "sliced": self.score(sliced),
+            **self.size(slim),
+            **note,
+            "notes": list(fxprune.record(slim).notes),
+        }
+
+    def slim(self, method: str, share: float) -> tuple[nn.Module, Any, Cell]:
+        """The repaired slim network, its policy, and what to know of them."""
+        if (method, share) not in self._slims:
+            self._slims[method, share] = self._made(method, share)
+        return self._slims[method, share]
+
+    def _made(self, method: str, share: float) -> tuple[nn.Module, Any, Cell]:
+        note: Cell = {}
+        target = f"macs={share}"
+        try:
+            if method == "table":
+                slim = fxprune.compress(self.graph, target, calibration=self.task.calibration, repair="lstsq")
+                return slim, fxprune.record(slim).policy, note
+            policy: Any = fxprune.record(fxprune.compress(self.graph, target)).policy
+        except TargetError as error:  # the rest is locked: the nearest is measured, and the table has its share
+            policy, note = error.nearest, {"short": str(error)}
+        slim = fxprune.compress(self.graph, policy, calibration=self.task.calibration, importance="l2", repair="lstsq")
+        return slim, policy, note
+
+    @torch.no_grad()
+    def score(self, model: nn.Module) -> float:
+        return round(self.task.score(model.eval()), 4)
+
+    def size(self, model: nn.Module) -> Cell:
+        found = fxprune.profile(model, self.task.example)
+        return {"macs": found.macs, "params": found.params}
+
+    def locked(self) -> Cell:
+        """The share of all channels that no policy may take, with the reason that locks most."""
+        groups = self.graph.groups
+        reasons: dict[str, int] = {}
+        for group in groups:
+            if not group.prunable:
+                reasons[group.reason] = reasons.get(group.reason, 0) + group.size
+        total = sum(group.size for group in groups)
+        why = max(reasons, key=lambda reason: reasons[reason]) if reasons else ""
+        return {"locked": round(sum(reasons.values()) / max(total, 1), 3), "why": why}
+
+    def times(self) -> Cell:
+        """ONNX Runtime on one thread: milliseconds of the dense network and of the table's at half the MACs."""
+        slim, _, _ = self.slim("table", 0.5)
+        with tempfile.TemporaryDirectory() as folder:
+            runs = [
+                _Runtime(model, self.task.example, Path(folder) / f"{name}.onnx")
+                for name, model in (("dense", fxprune.compress(self.graph, 0.0)), ("slim", slim))
+            ]
+            samples = [[run.milliseconds() for run in runs] for _ in range(RUNS)]  # by turns: what else runs here slows both
+        dense, after = (statistics.median(sample[side] for sample in samples) for side in (0, 1))
+        return {"dense": round(dense, 3), "slim": round(after, 3), "share": round(after / dense, 3)}
+
+
+class _Runtime:
+    """A module written as ONNX and opened in ONNX Runtime, on one thread."""
+
+    def __init__(self, model: nn.Module, example: Any, path: Path) -> None:
+        import onnxruntime
+
+        fxprune.export(copy.deepcopy(model).eval(), path, "onnx", example_inputs=example, dynamic={})
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        values = [*example.values()] if isinstance(example, dict) else list(example) if isinstance(example, tuple) else [example]
+        tensors = [value.numpy() for value in values if isinstance(value, torch.Tensor)]
+        self.feed = dict(zip([one.name for one in self.session.get_inputs()], tensors, strict=True))
+        self.session.run(None, self.feed)
+
+    def milliseconds(self) -> float:
+        begun = time.perf_counter()
+        self.session.run(None, self.feed)
+        return 1e3 * (time.perf_counter() - begun)

@@ -1,0 +1,10 @@
+"""All networks of the table; each family is a module with its ``NETWORKS``."""
+
+from __future__ import annotations
+
+from benchmarks.trained import faces, language, pictures, pitch, reading, speech
+from benchmarks.trained.network import Network
+
+NETWORKS: dict[str, Network] = {
+    network.name: network for family in (pitch, faces, pictures, language, speech, reading) for network in family.NETWORKS
+}
