@@ -33,11 +33,31 @@ RANDOM = (
     "fractional",
     "jiterator",
 )
-MENDED = (
-    *("cdist", "cosine_similarity", "pairwise_distance", "vecdot", "diff", "norm", "diagonal", "narrow", "tensor_split", "index_put"),
-    *("unfold_copy", "unfold", "pixel_shuffle", "pixel_unshuffle", "binary_cross_entropy_with_logits", "resize_", "squeeze", "gather"),
-    *("linear_cross_entropy", "complex", "polar"),
-)
+# Operations that went wrong once -> whether there is a sample whose channels can be pruned and compared with zeroing, by the form of the
+# call: f(unction), m(ethod), i(n place). A form that is missing has no sample that fits a network.
+ONCE_WRONG = {
+    "cdist": {"f": True},
+    "nn.functional.cosine_similarity": {"f": True},
+    "nn.functional.pairwise_distance": {"f": True},
+    "linalg.vecdot": {"f": True},
+    "diff": {"f": True, "m": True},
+    "norm": {"f": True, "m": True},
+    "linalg.norm": {"f": True},
+    "masked.norm": {"f": True},
+    "diagonal": {"f": False, "m": False},
+    "linalg.diagonal": {"f": False},
+    "narrow": {"f": True, "m": True},
+    "tensor_split": {"f": True, "m": True},
+    "index_put": {"f": True, "m": True, "i": True},
+    "unfold_copy": {"f": True},
+    "unfold": {"f": True, "m": True},
+    "nn.functional.pixel_shuffle": {"f": True},
+    "nn.functional.pixel_unshuffle": {"f": False},
+    "nn.functional.binary_cross_entropy_with_logits": {"f": False},
+    "squeeze": {"f": True, "m": True, "i": True},
+    "gather": {"f": False, "m": False},
+    "nn.functional.linear_cross_entropy": {"f": False},
+}
 
 
 class Around(nn.Module):
@@ -139,11 +159,12 @@ def networks(op: Any, how: str, most: int) -> Iterator[tuple[Around, Tensor]]:
             yield model, x
 
 
-def check(model: Around, x: Tensor) -> None:
+def check(model: Around, x: Tensor) -> bool:
+    """Whether the operation's channels can be pruned and compared with zeroing; then that it is right, and in any case that it runs."""
     try:
         graph = fxprune.analyze(model, x)
     except TraceError:
-        return
+        return False
     exact = [g.name for g in graph.groups if g.prunable and not g.notes]
     for seed in range(2 if exact else 0):
         draw = random.Random(seed)
@@ -159,16 +180,17 @@ def check(model: Around, x: Tensor) -> None:
     with torch.no_grad():
         fxprune.compress(model, {g.name: 0.5 for g in graph.groups if g.prunable}, x)(x)
         assert torch.equal(fxprune.compress(model, 0.0, x)(x), model(x))
+    return bool(exact)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("how", ["function", "held", "method", "in_place"])
-def test_mended_operations(how: str) -> None:
-    chosen = [op for op in database() if op.name.rpartition(".")[2] in MENDED]
-    assert len(chosen) > len(MENDED) - 3
-    for op in chosen:
-        for model, x in networks(op, how, 4):
-            check(model, x)
+@pytest.mark.parametrize("name", ONCE_WRONG)
+def test_operations_that_went_wrong_once(name: str) -> None:
+    variants = [op for op in database() if op.name == name]
+    forms = {"f": "function", "m": "method", "i": "in_place", "held": "held"}
+    checked = {form: [check(model, x) for op in variants for model, x in networks(op, how, 4)] for form, how in forms.items()}
+    found = {form: any(exact) for form, exact in checked.items() if exact}
+    assert found.pop("held") == found["f"] and found == ONCE_WRONG[name]
 
 
 def module_networks(info: Any) -> Iterator[tuple[Around, Tensor]]:
@@ -199,15 +221,13 @@ def module_networks(info: Any) -> Iterator[tuple[Around, Tensor]]:
 def test_all_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", False)  # it rounds otherwise than the operations it stands for
     found = pytest.importorskip("torch.testing._internal.common_modules")
-    for info in found.module_db:
-        for model, x in module_networks(info):
-            check(model, x)
+    exact = [check(model, x) for info in found.module_db for model, x in module_networks(info)]
+    assert sum(exact) > len(exact) / 2
 
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("how", ["function", "held", "method", "in_place"])
 def test_all_operations(how: str) -> None:
-    for op in database():
-        for model, x in networks(op, how, 8):
-            check(model, x)
+    exact = [check(model, x) for op in database() for model, x in networks(op, how, 8)]
+    assert sum(exact) > len(exact) / 4
