@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 
+import torch
 from torch import fx
 
 from fxprune.passes.ir.traced import TracedModel
@@ -46,3 +47,46 @@ def op_name(node: fx.Node, traced: TracedModel) -> str:
         return f"{node.target} ({type(traced.skeleton.module(str(node.target))).__name__})"
     name = target_name(node) or str(node.target)
     return name[1:] if node.target in AUGMENTED else name  # ``x += y`` is an addition to its readers
+
+
+_ARITHMETIC = frozenset(
+    {
+        *("add", "sub", "mul", "div", "truediv", "true_divide", "pow", "neg", "abs", "sign", "rsub", "multiply", "subtract", "divide"),
+        *("eq", "ne", "gt", "lt", "ge", "le", "minimum", "maximum", "clamp", "clamp_min", "clamp_max", "where", "masked_fill", "addcmul"),
+        *("iadd", "isub", "imul", "itruediv", "add_", "sub_", "mul_", "div_", "square", "lerp"),
+    }
+)
+_MOVES = frozenset(
+    {
+        *("view", "reshape", "unsqueeze", "squeeze", "expand", "expand_as", "permute", "transpose", "t", "flatten", "unflatten"),
+        *("contiguous", "clone", "detach", "repeat", "movedim", "roll", "flip"),
+        *("to", "type", "type_as", "float", "double", "half", "bfloat16", "int", "long"),
+    }
+)
+
+
+def is_computed_with(node: fx.Node) -> bool:
+    """Whether all that becomes of an integer tensor are numbers that others are multiplied with, added to or compared to, by the traced
+    values: nothing picks by them."""
+    todo, seen = [node], {node}
+    found = False
+    while todo:
+        given = todo.pop()
+        for user in given.users:
+            name = target_name(user)
+            if user.op == "output" or user.target is getattr or user.op == "call_method" and name == "size":
+                if user.op == "output":
+                    return False
+                continue
+            picked = name == "getitem" and user.args[0] is given and user.args[1] is not given
+            if not picked and name not in _ARITHMETIC and name not in _MOVES:
+                return False
+            dtype = getattr(user.meta.get("val"), "dtype", None)
+            if dtype is None:
+                return False
+            if dtype.is_floating_point or dtype.is_complex or dtype is torch.bool:
+                found = True
+            elif user not in seen:
+                seen.add(user)
+                todo.append(user)
+    return found

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import fx, nn
 
-from fxprune.passes.ir.nodes import op_name
+from fxprune.passes.ir.nodes import is_computed_with, op_name
 from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.ir.writes import is_rewritten
@@ -42,8 +42,9 @@ class ParameterLabels:
         if tensor is None:
             tensor = self.traced.skeleton.tensor(name)
         shape = tuple(tensor.shape)
-        floating, mask = tensor.is_floating_point(), tensor.dtype == torch.bool  # a mask has channels; an index has positions
-        width = self._channels_end(name, len(shape)) if floating or mask or tensor.is_complex() else 0
+        floating = tensor.is_floating_point()
+        computed = floating or tensor.is_complex() or tensor.dtype == torch.bool or name in self._computed  # an index has positions
+        width = self._channels_end(name, len(shape)) if computed else 0
         axes = {d: self.parameter(name, d, n) for d, n in enumerate(shape[:width]) if n > 1}
         # A removed slice of a parameter is one of zeros; of a literal, or of what forward writes into, it is not.
         zeroed = floating and name not in self.traced.constants and name not in self._written
@@ -54,6 +55,16 @@ class ParameterLabels:
         """The tensors that an evaluation writes into: from the second call on they hold what it wrote."""
         graphs = [graph for mode, graph in self.traced.graphs.items() if not mode.endswith("train")]
         return frozenset(str(n.target) for graph in graphs for n in graph.nodes if n.op == "get_attr" and is_rewritten(n))
+
+    @cached_property
+    def _computed(self) -> frozenset[str]:
+        """The integer tensors that are computed with, wherever they are read: their entries belong to channels, and are no positions."""
+        reads: dict[str, bool] = {}
+        for graph in self.traced.graphs.values():
+            for node in graph.nodes:
+                if node.op == "get_attr" and not node.meta["val"].is_floating_point():
+                    reads[str(node.target)] = reads.get(str(node.target), True) and is_computed_with(node)
+        return frozenset(name for name, computed in reads.items() if computed)
 
     def _channels_end(self, name: str, ndim: int) -> int:
         """How many leading dimensions of a tensor may carry channels, by the layers that hold it."""
