@@ -89,15 +89,17 @@ def compress(
 
     Args:
         model: as for ``analyze``; or a ``CouplingGraph``: then nothing is traced again and the weights its model holds now are sliced.
-        policy: a ``Policy``; one sparsity for every group (0 keeps all); a mapping to sparsities from names of groups, names of modules
-            (every group that the module's layers produce) and globs over both; a target, "macs=0.5" (or params, memory: what is left of
-            the original; sparsity: the share of output channels that goes), met without a search: by error tables and a dozen trials
-            (``fxprune.allocation.trying``) where there is ``calibration``, else by the same share of every group; or a policy file's path.
+        policy: how much goes, in one of these forms. A number: the sparsity of every group (0 keeps all). A mapping to sparsities from
+            names of groups, names of modules (every group that the module's layers produce) and globs over both. A ``Policy``, or the path
+            of a policy file. A target, "macs=0.5" (or params, memory: what is left of the original; sparsity: the share of output
+            channels that goes), met without a search: by error tables and a dozen trials (``fxprune.allocation.trying``) where there is
+            ``calibration``, else by the same share of every group.
             An entry with the name of a block (``analyze(..., blocks=True)``) and sparsity 1 leaves the block out.
         example_inputs: as for ``analyze``; may be left out where the policy records them.
         ignore: as for ``analyze``.
         importance: what ranks the units of a group: "taylor", "l2", "l1", "variance", "random", "reconstruction", "auto" (taylor where
             there is ``calibration``, else l2), or a callable ``(group, module) -> scores``, one number a unit; the lowest go first.
+            Or the name of a registered ``Criterion`` (``fxprune.importance``).
         calibration: batches, ``(inputs, targets)`` or inputs alone, for the importance and the repair.
         round_to: channels kept in every pruned dimension are rounded up to a multiple of it; None: what the policy says, else 1.
         attention: as for ``analyze``.
@@ -115,7 +117,7 @@ def compress(
         observe: called as ``observe(step, result, seconds)`` after each step: "Trace", "Couple", "Plan", "Slim" and your own passes; for a
             target also "Try", after each allocation that is tried.
         norms: "plain": layer, RMS and group norms, softmax and means over channels work on the channels that are left; "exact": they keep
-            the divisor of the original, what is gone counting as zeros, so that the slim network equals the zeroed original there as
+            the divisor of the original, removed channels counting as zeros, so that the slim network equals the zeroed original there as
             well (``group.undefined`` says where it cannot). None: what the policy says, else "plain".
         check: as for ``analyze``.
 

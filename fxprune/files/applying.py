@@ -14,7 +14,7 @@ from fxprune.records import PruningRecord
 
 
 def apply(record: PruningRecord | nn.Module, model: nn.Module) -> nn.Module:
-    """Take the channels that a pruning took out of another copy of the network: its moving average, another checkpoint, another rank's.
+    """Remove the channels that a pruning removed from another copy of the same network: a moving average, another checkpoint, another rank.
 
     Args:
         record: the record of a pruning, or a slim module that carries one, bare or in the wrappers of ``torch.compile``, DDP or FSDP.

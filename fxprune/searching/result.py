@@ -64,8 +64,9 @@ def search(
             Without it nothing is repaired, as the record of the result says, and weights alone rank the units.
         rough: a cheaper ``evaluate`` that gives the same metrics. With ``config.finalists`` the search goes by it, and only so many of the
             best are judged by ``evaluate`` itself.
-        rungs: cheaper ``evaluate``s, each on half the data of the next, the last on half of what ``evaluate`` takes. ``rl-pruner`` then
-            draws more candidates, and ``config.halving`` says how many of them pass each rung.
+        rungs: cheaper ``evaluate``s, the cheapest first, each on half the data of the next, the last on half of what ``evaluate`` takes.
+            ``rl-pruner`` then draws more candidates, and one in ``config.halving`` of them passes each rung. Rungs save time within a
+            round; ``rough`` replaces the score during the whole search. Both may be given: the last rung is then followed by ``rough``.
         checkpoint_dir: a folder in which the state is kept after every round.
         resume: go on from the state in ``checkpoint_dir``.
         on_event: called with a ``fxprune.driver.Progress`` after every round.

@@ -50,7 +50,7 @@ def shrink(
 ) -> Shrunk:
     """Prune ``model`` in ``steps`` equal shares of the units, and call ``recover`` on the slim module after each.
 
-    What a step learned is what the next one scores and slices; units that were removed stay away. One step is one-shot pruning.
+    Each step ranks and slices the weights as the last ``recover`` left them; removed units never come back. One step is one-shot pruning.
 
     Args:
         model: a trained model, as for ``compress``. It is not changed, so that it can be the teacher.

@@ -30,7 +30,7 @@ class DistillConfig(TrainConfig):
     """How to distil; what ``TrainConfig`` says, and:
 
     ``temperature``: both sets of class scores are divided by it before they are compared.
-    ``alpha``: the share of the labels in the loss; the teacher has the rest.
+    ``alpha``: weight of the loss against the labels; the loss against the teacher has ``1 - alpha``.
     ``loss``: called in place of both with the student's output, the teacher's and the batch; gives a scalar, a mean over the batch.
     ``hints``: places inside the two networks that are compared too, each added with its weight.
     ``inputs``: batch -> what goes into the networks; by default the first of a pair.
@@ -61,7 +61,7 @@ def distill(student: nn.Module, teacher: nn.Module, train_loader: Iterable[Any],
     """Train ``student`` in place to respond as ``teacher`` does.
 
     Started by ``accelerate launch`` or ``torchrun``, every process takes its share of every batch. What is kept and reported is said at
-    ``training.fitting.fit``.
+    ``fxprune.training.fitting.fit``.
 
     Args:
         student: the slim module; it is trained in place.

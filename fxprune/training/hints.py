@@ -34,8 +34,9 @@ class Hint:
     ``student``: a node of the slim module's graph (``[node.name for node in slim.graph.nodes]``) or the path of a layer;
     ``teacher``: likewise, by default the same name, since the slim graph keeps the original's. ``weight``: of this term in the loss.
     ``kind``: "features": the mean squared difference (FitNets, Romero 2015, https://arxiv.org/abs/1412.6550, without their separate
-    stage); "attention": the squared distance of the two maps of where the squares summed over channels are large, each map scaled to
-    length 1, mean over the batch (Zagoruyko & Komodakis 2017, https://arxiv.org/abs/1612.03928, eq. 2 with p = 2, there not squared).
+    stage); "attention": of each tensor the map ``m = sum over channels of x**2``, flattened and scaled to length 1;
+    the term is ``|m_student - m_teacher|**2``, the mean over the batch (Zagoruyko & Komodakis 2017, https://arxiv.org/abs/1612.03928, eq. 2
+    with p = 2; theirs is not squared).
     ``match``, for features of different widths: "select" compares the channels of the teacher that the student kept, by its pruning
     record; "adapter" trains a linear map (a 1x1 convolution) from the student's channels to the teacher's, dropped afterwards.
     ``axis``: that of the channels in the maps of "attention": 1 for images, -1 for tokens.

@@ -24,7 +24,7 @@ Dims = Mapping[int, Tensor]
 def rebind(
     optimizer: Optimizer, slim: nn.Module, *, model: nn.Module | None = None, reset: bool = False, schedulers: Sequence[Any] = ()
 ) -> Optimizer:
-    """A new optimizer of the same class that goes on with the parameters of ``slim``, where ``optimizer`` was built on the original.
+    """Carry an optimizer over to a slim module: a new one of the same class on the parameters of ``slim``, with the state of ``optimizer``.
 
     Parameter groups keep their settings and their order. Every state tensor of a parameter's shape (momentum, first and second moments) is
     sliced by the record's kept indices, as is one that has size 1 where the parameter has more (Adafactor's rows and columns); step counts
@@ -35,8 +35,8 @@ def rebind(
         optimizer: built on the original, or on the slim module that was pruned again. It is left as it was.
         slim: what ``compress`` returned for the optimizer's model, or for a slim module of it.
         model: the optimizer's model, where ``slim`` went through a file or a pickle and no longer knows it.
-        reset: a parameter whose state has a tensor of another shape, which cannot be sliced, begins with none, and a warning names it.
-            Otherwise that is an error. LBFGS keeps one history of all parameters, so there it is all or nothing.
+        reset: what to do where a parameter's state holds a tensor of another shape, which cannot be sliced. True: drop that parameter's
+            state and name it in a warning; False: raise. LBFGS keeps one history for all parameters, so there all of it is dropped.
         schedulers: the optimizer's learning rate schedulers, which from then on set the new one's rates.
 
     Returns:
