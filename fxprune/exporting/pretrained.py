@@ -128,7 +128,7 @@ def fitting(slim: Any) -> tuple[list[Any], str]:
             nearest = wrong, config
     if found:
         return [config for _, config in sorted(found, key=lambda one: one[0])], refused or ""
-    layered = _per_layer(slim, base, effects, before, target)
+    layered = _per_layer(slim, base if nearest is None else nearest[1], effects, target)
     if not isinstance(layered, str):
         return [layered], ""
     raise ExportError(_reason(slim, nearest, before, target, effects, layered))
@@ -260,31 +260,51 @@ def _combinations(base: Any, effects: Mapping[Keys, set[tuple[str, int]]], befor
         yield dict(option[place] for option, place in zip(options, places, strict=True))
 
 
-def _per_layer(slim: Any, base: Any, effects: Mapping[Keys, set[tuple[str, int]]], before: Shapes, target: Shapes) -> Any:
-    """A configuration with numbers of single layers (transformers' ``per_layer_config``), or why the family takes none."""
+def _per_layer(slim: Any, base: Any, effects: Mapping[Keys, set[tuple[str, int]]], target: Shapes) -> Any:
+    """A configuration with numbers of single layers (transformers' ``per_layer_config``) beside those of ``base``, or why there is none."""
+    kind = type(slim).__name__
     if not hasattr(type(base), "per_layer_config"):
         return "this version of transformers has no per-layer configurations"
-    layers: dict[int, dict[str, int]] = defaultdict(dict)
-    current = dict(_numbers(base))
-    for keys, dims in effects.items():
-        for name, d in sorted(dims):
-            index = next((int(part) for part in name.split(".") if part.isdigit()), None)
-            new = current[keys] * target[name][d]
-            if index is not None and len(keys) == 1 and new % before[name][d] == 0 and new // before[name][d] != current[keys]:
-                alone = all((name, d) not in other for key, other in effects.items() if key != keys)
-                if alone:
-                    layers[index][keys[0]] = new // before[name][d]
-    if not layers:
+    start = _built(slim, base)
+    if isinstance(start, str):
         return "no layer's number explains the sizes"
+    before, current = _shapes(start), dict(_numbers(base))
+    layers: dict[int, dict[str, int]] = {}
+    known: dict[Any, dict[str, int]] = {}
+    for index in sorted({layer for name, shape in before.items() if target[name] != shape and (layer := _layer(name)) is not None}):
+        mine = {name for name in before if _layer(name) == index}
+        form = tuple((_NUMBER.sub(".N.", name), target[name]) for name in sorted(mine))
+        if form not in known:
+            local = {keys: {(n, d) for n, d in dims if n in mine} for keys, dims in effects.items() if len(keys) == 1}
+            local = {k: dims for k, dims in local.items() if any(target[n][d] != before[n][d] for n, d in dims)}
+            found: tuple[int, dict[str, int]] | None = None
+            for values in itertools.islice(_combinations(base, local, before, target), _ALIKE * _ALIKE):
+                changed = {keys[0]: value for keys, value in values.items() if value != current[keys]}
+                made = _built(slim, _with_layers(base, {index: changed})) if changed else "nothing changes"
+                shapes = {} if isinstance(made, str) else _shapes(made)
+                if all(shapes.get(name) == target[name] for name in mine):
+                    wrong = _other_numbers(slim, made)
+                    if found is None or wrong < found[0]:
+                        found = wrong, changed
+            if found is None:
+                return f"{kind} reads no number of a single layer that explains the sizes of layer {index}"
+            known[form] = found[1]
+        layers[index] = known[form]
+    config = _with_layers(base, layers)
+    made = _built(slim, config) if layers else "no layer"
+    return config if not isinstance(made, str) and _shapes(made) == target else f"{kind} reads no numbers of single layers"
+
+
+def _layer(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _with_layers(base: Any, layers: Mapping[int, Mapping[str, int]]) -> Any:
+    """``base`` with numbers of single layers. One that the class does not know makes the model that is built of it fail."""
     config = copy.deepcopy(base)
-    try:
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
         config.per_layer_config = {index: dict(values) for index, values in layers.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        return first_line(error)
-    made = _built(slim, config)
-    if isinstance(made, str):
-        return f"{type(slim).__name__} does not read per-layer configurations"
-    return config if _shapes(made) == target else f"{type(slim).__name__} ignores per-layer configurations"
+    return config
 
 
 def _reason(slim: Any, nearest: Any, before: Shapes, target: Shapes, effects: Mapping[Keys, set[tuple[str, int]]], layered: Any) -> str:

@@ -32,6 +32,8 @@ def rectangle(labels: torch.Tensor, node: fx.Node, wish: str) -> Reduction:
 
     ``wish``: the axis that the policy names for an attention ("heads", "head_dim" or "auto"), if ``node`` makes a tensor of one.
     """
+    if not labels.numel():
+        return _empty(labels)
     squeezed = labels
     for axis in range(labels.ndim):
         if squeezed.shape[axis] > 1:
@@ -42,11 +44,21 @@ def rectangle(labels: torch.Tensor, node: fx.Node, wish: str) -> Reduction:
     if len(varying) == 1:
         return Reduction(varying[0], squeezed.reshape(-1).numpy().copy())  # of its own: it may be a row of something large
     if not varying:
-        return Reduction(None, np.unique(squeezed.numpy()) if labels.numel() else np.zeros(0, dtype=np.int64))
+        return Reduction(None, np.unique(squeezed.numpy()))
     axis, chosen = _choose(node, squeezed, varying, wish)
     across = squeezed.movedim(axis, 0).reshape(squeezed.shape[axis], -1).numpy()
     first = across[:, 0].copy()
     return Reduction(axis, first, (np.repeat(first, across.shape[1]), across.reshape(-1)), chosen)
+
+
+def _empty(labels: torch.Tensor) -> Reduction:
+    """A part without elements (what partial rotary leaves of a head that is turned whole) still has its other axes: by its strides."""
+    along = [a for a in range(labels.ndim) if labels.shape[a] > 1 and labels.stride(a)]
+    if len(along) == 1:
+        size, stride, start = labels.shape[along[0]], labels.stride(along[0]), labels.storage_offset()
+        if start + (size - 1) * stride < labels.untyped_storage().nbytes() // labels.element_size():  # a copy has nothing to look at
+            return Reduction(along[0], labels.as_strided((size,), (stride,), start).numpy().copy())
+    return Reduction(None, np.zeros(0, dtype=np.int64))
 
 
 def _choose(node: fx.Node, labels: torch.Tensor, varying: list[int], wish: str) -> tuple[int, bool]:

@@ -1,0 +1,54 @@
+"""Parts without elements, as a rotary embedding that turns whole heads leaves behind it, keep the channels of their other axes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxprune.passes.labels.rectangles import rectangle
+from fxprune.testing import assert_sound
+
+
+class Rotary(nn.Module):
+    """Attention of 8 heads of a width of 4, of which a table turns the first ``turned``; the rest, maybe nothing, is passed by."""
+
+    def __init__(self, turned: int, how: str) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(6, 32), nn.Linear(6, 32), nn.Linear(6, 32), nn.Linear(32, 5))
+        self.register_buffer("table", torch.randn(7, turned))
+        self.how = how
+
+    def turn(self, x: Tensor) -> Tensor:
+        table = self.table[: x.shape[2]]
+        width = table.shape[-1]
+        if self.how == "split":
+            first, rest = x.split([width, x.shape[-1] - width], dim=-1)
+        elif self.how == "narrow":
+            first, rest = x.narrow(-1, 0, width), x.narrow(-1, width, x.shape[-1] - width)
+        else:
+            first, rest = x[..., :width], x[..., width:]
+        return torch.cat([first * table + first.flip(-1), rest], dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).view(*x.shape[:2], 8, 4).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        found = nn.functional.scaled_dot_product_attention(self.turn(q), self.turn(k), v)
+        out: Tensor = self.out(found.transpose(1, 2).flatten(2))
+        return out
+
+
+@pytest.mark.parametrize("how", ["slice", "split", "narrow"])
+@pytest.mark.parametrize("turned", [4, 2])
+def test_heads_go_whether_or_not_something_is_left_beside_the_turned_part(turned: int, how: str) -> None:
+    torch.manual_seed(0)
+    graph = assert_sound(Rotary(turned, how).eval(), torch.randn(2, 5, 6), removes=("q.weight", "v.weight"))
+    assert [g.size for g in graph.groups if g.prunable] == [8]
+
+
+def test_the_labels_of_an_empty_part_come_from_its_strides() -> None:
+    node = torch.fx.Graph().placeholder("x")
+    labels = torch.arange(3).view(1, 3, 1).expand(2, 3, 4)
+    found = rectangle(labels[:, 1:, 4:], node, "auto")
+    assert found.axis == 1 and found.labels.tolist() == [1, 2]
+    for bare in (labels[:, 1:2, 4:], labels[:, :, 4:].clone(), torch.zeros(0, 3, dtype=torch.int64)):
+        assert rectangle(bare, node, "auto").axis is None
