@@ -99,8 +99,8 @@ WHISPER = {
     "max_target_positions": 48, "decoder_start_token_id": 1, "begin_suppress_tokens": None, **SPECIAL,
 }  # fmt: skip
 T5 = {"vocab_size": V, "d_model": 64, "d_kv": 8, "d_ff": 96, "num_layers": 2, "num_heads": 8, "decoder_start_token_id": 0}
-ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-GEMMA4 = {
+ROUTED: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+GEMMA4: dict[str, Any] = {
     "head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
     "layer_types": ["full_attention", "full_attention"],
 }  # fmt: skip
@@ -108,6 +108,8 @@ STEP = {
     "head_dim": 16, "sliding_window": 32, "mlp_layer_types": ["dense", "dense"], "layer_types": ["full_attention", "full_attention"],
 }  # fmt: skip
 PIXEL: dict[str, Any] = {"prompt": (), "auto": "AutoModelForImageClassification"}
+CONVNEXT = {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 2, 1], "num_labels": 5}
+LABELS, SPEECH = "AutoModelForSequenceClassification", "AutoModelForSpeechSeq2Seq"
 FAMILIES = {
     one.name: one
     for one in (
@@ -125,11 +127,11 @@ FAMILIES = {
         causal("Qwen2Moe", shared_expert_intermediate_size=48, **ROUTED),
         causal("Qwen3Moe", head_dim=8, **ROUTED),
         Family("Step 3.7, text", "Step3p7TextModel", {**GROUPED, **STEP}, ids, ("q_proj", "v_proj"), (), ""),
-        Family("BERT", "BertForSequenceClassification", {**TEXT, "num_labels": 3}, ids, ("query", "value"), (), "AutoModelForSequenceClassification"),
+        Family("BERT", "BertForSequenceClassification", {**TEXT, "num_labels": 3}, ids, ("query", "value"), (), LABELS),
         Family("ViT", "ViTForImageClassification", PICTURES, image(32), ("q_proj", "v_proj"), **PIXEL),
         Family("Swin", "SwinForImageClassification", SWIN, image(32), ("q_proj", "v_proj"), **PIXEL),
-        Family("ConvNeXt", "ConvNextForImageClassification", {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 2, 1], "num_labels": 5}, image(64), ("pwconv1",), **PIXEL),
-        Family("Whisper", "WhisperForConditionalGeneration", WHISPER, sound, ("q_proj", "v_proj"), ("input_features",), "AutoModelForSpeechSeq2Seq"),
+        Family("ConvNeXt", "ConvNextForImageClassification", CONVNEXT, image(64), ("pwconv1",), **PIXEL),
+        Family("Whisper", "WhisperForConditionalGeneration", WHISPER, sound, ("q_proj", "v_proj"), ("input_features",), SPEECH),
         Family("T5", "T5ForConditionalGeneration", T5, both, ("q", "v"), ("input_ids",), "AutoModelForSeq2SeqLM"),
     )
 }  # fmt: skip
@@ -142,7 +144,7 @@ class Trial:
         self.family, self.model, self.inputs = family, family.build(), family.inputs()
         self.graph = fxprune.analyze(self.model, self.inputs, attention="heads")
         self.free = [g.name for g in self.graph.groups if g.prunable]
-        self.slim: Any = self.pruned({name: 0.5 for name in self.free})
+        self.slim: Any = self.pruned(dict.fromkeys(self.free, 0.5))
 
     def pruned(self, policy: Mapping[str, float], **options: Any) -> Any:
         return fxprune.compress(self.graph, policy, self.inputs, keep_class=True, importance="l2", **options)
@@ -156,7 +158,7 @@ class Trial:
 
     def kept(self) -> str:
         """The class stays, gives bit for bit what the slim graph gives in both modes, and loses what it was to lose."""
-        graph = fxprune.compress(self.graph, {name: 0.5 for name in self.free}, self.inputs, importance="l2")
+        graph = fxprune.compress(self.graph, dict.fromkeys(self.free, 0.5), self.inputs, importance="l2")
         if type(self.slim) is not type(self.model):
             return f"a {type(self.slim).__name__}"
         for training in (False, True):
@@ -227,13 +229,13 @@ class Trial:
 
     def folder(self, *kinds: str) -> str:
         """A folder that transformers loads, with equal outputs."""
-        policy = self.parts(*kinds) if kinds else {name: 0.5 for name in self.free}
+        policy = self.parts(*kinds) if kinds else dict.fromkeys(self.free, 0.5)
         return self._loaded(self.pruned(policy)) if policy else NOT
 
     def uneven(self, kind: str) -> str:
-        """The same with other widths, or as many heads, in every second layer."""
-        policy = {name: (0.5, 0.25)[int(re.findall(r"\d+", name)[-1]) % 2] for name in self.parts(kind)}
-        return self._loaded(self.pruned(policy)) if policy else NOT
+        """The same with other widths, or as many heads, in every second layer (of Swin and ConvNeXt: stage)."""
+        policy = {name: (0.5, 0.25)[int(re.findall(r"\.(\d+)\.", name)[0]) % 2] for name in self.parts(kind)}
+        return self._loaded(self.pruned(policy)) if len(set(policy.values())) > 1 else NOT  # T5 ties the heads of all layers
 
     def _loaded(self, slim: Any) -> str:
         transformers: Any = importlib.import_module("transformers")

@@ -282,7 +282,7 @@ def _per_layer(slim: Any, base: Any, effects: Mapping[Keys, set[tuple[str, int]]
                 changed = {keys[0]: value for keys, value in values.items() if value != current[keys]}
                 made = _built(slim, _with_layers(base, {index: changed})) if changed else "nothing changes"
                 shapes = {} if isinstance(made, str) else _shapes(made)
-                if all(shapes.get(name) == target[name] for name in mine):
+                if not isinstance(made, str) and all(shapes.get(name) == target[name] for name in mine):
                     wrong = _other_numbers(slim, made)
                     if found is None or wrong < found[0]:
                         found = wrong, changed

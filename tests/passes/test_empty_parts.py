@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,8 @@ class Rotary(nn.Module):
         self.how = how
 
     def turn(self, x: Tensor) -> Tensor:
-        table = self.table[: x.shape[2]]
+        whole: Any = self.table
+        table = whole[: x.shape[2]]
         width = table.shape[-1]
         if self.how == "split":
             first, rest = x.split([width, x.shape[-1] - width], dim=-1)
