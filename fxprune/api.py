@@ -15,6 +15,7 @@ from fxprune.importance.criteria import Importance
 from fxprune.importance.gradients import Loss
 from fxprune.passes.base import Observer
 from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.passes.ir.outputs import as_listed
 from fxprune.passes.pipeline import analysed, listed
 from fxprune.passes.planning.naming import carried_over, left_out, resolved
 from fxprune.policies import Policy, checked_sparsity
@@ -35,6 +36,7 @@ def analyze(
     norms: str = "plain",
     blocks: bool = False,
     check: bool = True,
+    outputs: str | int | Iterable[str | int] | None = None,
 ) -> CouplingGraph:
     """Find which channels of ``model`` must be removed together. The model is not touched.
 
@@ -49,6 +51,8 @@ def analyze(
         check: run the traced graph, nothing pruned, and the model once on the example and compare the two, in both modes where they differ;
             everything is afterwards as it was. Code so plain that a trace cannot get it wrong is not run. What differs is traced in parts
             or refused, with its line. False saves up to two forward passes a mode.
+        outputs: which of what the model returns keep their widths: names (keys of a dict, fields) and places; None: all. The others come
+            out narrower where their channels go, which a note says: hidden states beside the logits would otherwise lock the widths.
 
     Returns:
         The coupling graph, which ``compress`` takes in place of the model.
@@ -59,7 +63,7 @@ def analyze(
     """
     model = module_of(model)
     example = example_of(model, example_inputs, None)
-    return analysed(model, example, listed(ignore), attention, norms=norms, blocks=blocks, check=check)
+    return analysed(model, example, listed(ignore), attention, norms=norms, blocks=blocks, check=check, outputs=as_listed(outputs))
 
 
 def compress(
@@ -81,6 +85,7 @@ def compress(
     observe: Observer | None = None,
     norms: str | None = None,
     check: bool = True,
+    outputs: str | int | Iterable[str | int] | None = None,
 ) -> fx.GraphModule:
     """Remove channels of ``model`` as ``policy`` says and return the slim network as a ``torch.fx.GraphModule``.
 
@@ -120,6 +125,7 @@ def compress(
             the divisor of the original, removed channels counting as zeros, so that the slim network equals the zeroed original there as
             well (``group.undefined`` says where it cannot). None: what the policy says, else "plain".
         check: as for ``analyze``.
+        outputs: as for ``analyze``. None: what the policy says, else all.
 
     Returns:
         The slim module.
@@ -149,7 +155,7 @@ def compress(
         observe=observe,
         check=check,
     )
-    graph, example = coupled(model, example_inputs, chosen, ignore, attention, choices)
+    graph, example = coupled(model, example_inputs, chosen, ignore, attention, outputs, choices)
     if target is not None:
         chosen = met(graph, target, choices)
     gone, shares = left_out(graph, chosen.sparsity)

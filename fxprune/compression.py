@@ -27,6 +27,7 @@ from fxprune.passes.base import GraphPass, Observer, UserPass, run_passes
 from fxprune.passes.compat import tree_leaves
 from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.passes.ir.outputs import as_listed
 from fxprune.passes.pipeline import NORMS, Plan, Slim, analysed, compilation, listed, module_names, traced_graph
 from fxprune.passes.planning.cost_model import cost_model
 from fxprune.passes.planning.naming import Wanted, limits
@@ -106,17 +107,21 @@ def understood(policy: Given) -> tuple[Policy, str | None]:
     return Policy({}), None
 
 
-def coupled(model: Any, example_inputs: Any, policy: Policy, ignore: Any, attention: str, choices: Choices) -> tuple[CouplingGraph, Any]:
+def coupled(
+    model: Any, example_inputs: Any, policy: Policy, ignore: Any, attention: str, outputs: Any, choices: Choices
+) -> tuple[CouplingGraph, Any]:
     """The coupling graph that was given, or that of the model that was given; and the example inputs, as far as they are known."""
     if isinstance(model, CouplingGraph):
-        _fits_graph(model, listed(ignore), attention)
+        _fits_graph(model, listed(ignore), attention, as_listed(outputs))
         return model, example_inputs
     options = policy.options
     ignored = listed(ignore) or listed(options.get("ignore") or ())
     axis = attention if attention != "auto" else str(options.get("attention") or "auto")
+    kept = as_listed(outputs if outputs is not None else options.get("outputs"))
     module = module_of(model)
     example = example_of(module, example_inputs, policy.inputs)
-    graph = analysed(module, example, ignored, axis, choices.observe, choices.norms or "plain", bool(options.get("blocks")), choices.check)
+    blocks = bool(options.get("blocks"))
+    graph = analysed(module, example, ignored, axis, choices.observe, choices.norms or "plain", blocks, choices.check, kept)
     return graph, example
 
 
@@ -203,7 +208,8 @@ def _cut(graph: CouplingGraph, blocks: Sequence[Block], example: Any, observe: O
     paths = [*dict(whole.named_modules()), *dict(whole.named_parameters())]
     ignored = [name for name in options.get("ignore", ()) if any(fnmatch.fnmatchcase(path, name) for path in paths)]
     inputs = forms.build(graph.inputs, device="meta")
-    cut = analysed(whole, inputs, ignored, str(options["attention"]), observe, str(options.get("norms", "plain")))
+    norms, kept = str(options.get("norms", "plain")), as_listed(options.get("outputs"))
+    cut = analysed(whole, inputs, ignored, str(options["attention"]), observe, norms, outputs=kept)
     before, after = cost_model(graph).profile(), cost_model(cut).profile()
     done = {block.name: "removed" for block in blocks}
     policy = Policy(dict.fromkeys(done, 1.0), graph.inputs, {**options, "blocks": True})
@@ -226,11 +232,13 @@ def _passed(slim: Any, passes: Sequence[Any], observe: Observer | None) -> fx.Gr
     return made  # type: ignore[no-any-return]
 
 
-def _fits_graph(graph: CouplingGraph, ignored: tuple[Any, ...], attention: str) -> None:
+def _fits_graph(graph: CouplingGraph, ignored: tuple[Any, ...], attention: str, outputs: tuple[Any, ...] | None) -> None:
     """What a graph was analysed with cannot be changed by ``compress``; a different wish is not passed over in silence."""
     analysed_with = graph.options.get("attention")
     if attention not in ("auto", analysed_with):
         raise InputError(f"the graph was analysed with attention={analysed_with!r}; pass attention={attention!r} to analyze")
+    if outputs is not None and list(outputs) != graph.options.get("outputs"):
+        raise InputError("the graph was analysed with other outputs=; pass outputs to analyze, which decides what is locked")
     if ignored and module_names(graph.model, ignored) != list(graph.options.get("ignore", ())):
         raise InputError("the graph was analysed with another ignore=; pass ignore to analyze, which decides what is locked")
 

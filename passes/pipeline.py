@@ -23,6 +23,8 @@ from fxprune.passes.collector import paused_collector
 from fxprune.passes.compat import tree_leaves
 from fxprune.passes.coupling.graph import SINGLE, CouplingGraph
 from fxprune.passes.coupling.walk import Walk
+from fxprune.passes.ir.notes import Note, NoteKind
+from fxprune.passes.ir.outputs import Outputs
 from fxprune.passes.ir.slim_module import SlimModule
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.planning.even import evened
@@ -132,17 +134,24 @@ def fixed_dimensions(model: nn.Module, ignore: Iterable[Any], functional: Mappin
 class Couple(GraphPass):
     """Which channels go together: completes the compilation's ``graph``."""
 
-    def __init__(self, inputs: Any, ignore: Iterable[Any] = (), attention: str = "auto", norms: str = "plain") -> None:
-        self.inputs, self.ignore, self.attention, self.norms = inputs, tuple(ignore), attention, norms
+    def __init__(
+        self, inputs: Any, ignore: Iterable[Any] = (), attention: str = "auto", norms: str = "plain", outputs: Outputs | None = None
+    ) -> None:
+        self.inputs, self.ignore, self.attention, self.norms, self.outputs = inputs, tuple(ignore), attention, norms, outputs
 
     def run(self, module: fx.GraphModule) -> fx.GraphModule:
         traced = compilation(module).traced
         fixed = fixed_dimensions(traced.skeleton.original, self.ignore, output_dims(traced) if self.ignore else {})
-        walk = _settled(traced, self.attention, fixed)
+        walk = _settled(traced, self.attention, fixed, self.outputs)
         names = module_names(traced.skeleton.original, self.ignore)
         options: dict[str, Any] = {"attention": self.attention, "ignore": names}
-        graph = CouplingGraph(walk, self.inputs, options if self.norms == "plain" else {**options, "norms": self.norms})
-        _advance(module, graph=_finer(graph, walk, fixed))
+        options |= {"norms": self.norms} if self.norms != "plain" else {}
+        options |= {"outputs": list(self.outputs)} if self.outputs is not None else {}
+        graph = CouplingGraph(walk, self.inputs, options)
+        graph = _finer(graph, walk, fixed)
+        if narrower := graph.narrower_outputs():
+            graph.notes += (Note(NoteKind.OUTPUTS, f"returned with fewer channels, as outputs= does not name them: {', '.join(narrower)}"),)
+        _advance(module, graph=graph)
         return module
 
 
@@ -166,10 +175,10 @@ def _is_meant(module: nn.Module, item: nn.Module | type) -> bool:
     return isinstance(module, item) if isinstance(item, type) else module is item
 
 
-def _settled(traced: TracedModel, attention: str, fixed: list[tuple[str, int]]) -> Walk:
+def _settled(traced: TracedModel, attention: str, fixed: list[tuple[str, int]], outputs: Outputs | None) -> Walk:
     """Walk; where an attention's tensors chose an axis that something else fixes (grouped queries, a rotary table), walk again
     with one axis for all of them, and take what leaves the fewest of them fixed."""
-    walk = Walk(traced, attention, fixed).run()
+    walk = Walk(traced, attention, fixed, outputs=outputs).run()
     clashing = _clashing(walk)
     if not clashing:
         return walk
@@ -177,7 +186,7 @@ def _settled(traced: TracedModel, attention: str, fixed: list[tuple[str, int]]) 
     for wish in ("head_dim", "heads"):
         keys, grown = set(clashing), True
         while grown:  # what is contracted with them has to follow
-            trial = Walk(traced, attention, fixed, dict.fromkeys(sorted(keys), wish)).run()
+            trial = Walk(traced, attention, fixed, dict.fromkeys(sorted(keys), wish), outputs).run()
             left = set(_clashing(trial))
             grown = bool(left - keys)
             keys |= left
@@ -193,7 +202,7 @@ def _finer(graph: CouplingGraph, first: Walk, fixed: list[tuple[str, int]]) -> C
     if not keys or not any(g.reason == SINGLE for g in graph.groups):
         return graph
     while True:
-        walk = Walk(graph.traced, first.attention, fixed, {**first.forced, **dict.fromkeys(sorted(keys), "within")}).run()
+        walk = Walk(graph.traced, first.attention, fixed, {**first.forced, **dict.fromkeys(sorted(keys), "within")}, first.outputs).run()
         if walk.whole <= keys:
             break
         keys |= walk.whole
@@ -277,8 +286,9 @@ def analysed(
     norms: str = "plain",
     blocks: bool = False,
     check: bool = True,
+    outputs: Outputs | None = None,
 ) -> CouplingGraph:
-    """Trace and couple; the steps every use of a model shares. ``check``: as for ``trace``."""
+    """Trace and couple; the steps every use of a model shares. ``check``: as for ``trace``. ``outputs``: which keep their widths."""
     if attention not in ("auto", "heads", "head_dim"):
         raise InputError(f'attention is {attention!r}; it must be "auto", "heads" or "head_dim"')
     if norms not in NORMS:
@@ -299,7 +309,7 @@ def analysed(
     if observe is not None:
         observe("Trace", traced, time.perf_counter() - start)
     carrier = traced_graph(traced)
-    run_passes(carrier, [Couple(describe(example_inputs), ignore, attention, norms)], observe)
+    run_passes(carrier, [Couple(describe(example_inputs), ignore, attention, norms, outputs)], observe)
     graph = compilation(carrier).coupled()
     if traced.parts and check and not _on_meta(values):
         wrong = difference_of_slim(model, Slimmer(graph, keep_counts(graph, {}, {})).run(), call_form(values), traced.parts)

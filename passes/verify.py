@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from fxprune.errors import FAULTS, VerificationError, first_line
 from fxprune.evaluation.copying import copied
@@ -17,7 +18,8 @@ from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.nodes import CHOOSING, target_name
 from fxprune.passes.ir.notes import NoteKind
-from fxprune.passes.labels.values import Value
+from fxprune.passes.ir.outputs import chosen, returned_tensors
+from fxprune.passes.labels.values import Value, values
 from fxprune.passes.planning.plan import Keep
 from fxprune.passes.rewriting.blocks import with_zeroed_blocks
 from fxprune.passes.rewriting.slimmer import Slimmer
@@ -57,7 +59,7 @@ def zeroed(model: nn.Module, kept: Kept) -> nn.Module:
 def difference(reference: Any, other: Any) -> float:
     """Largest relative difference over all tensors of two nested outputs; infinite where shapes differ or a value is not finite."""
     worst = 0.0
-    for a, b in zip(_leaves(reference), _leaves(other), strict=True):
+    for a, b in zip(returned_tensors(reference), returned_tensors(other), strict=True):
         if a.shape != b.shape:
             return float("inf")
         if a.numel():
@@ -128,7 +130,20 @@ class _Pair:
         self.graph, self.slimmer, self.reference, self.slim = graph, slimmer, reference, slim
 
     def difference(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
-        return difference(self._wanted(args, kwargs), _run(copied(self.slim), args, kwargs))
+        return self._gap(self._wanted(args, kwargs), _run(copied(self.slim), args, kwargs))
+
+    def _gap(self, wanted: Any, found: Any) -> float:
+        """The difference of two results; what is returned beside the outputs that were asked for is compared as far as it is kept."""
+        outputs = self.graph.options.get("outputs")
+        if outputs is None or self.graph.traced.parts:
+            return difference(wanted, found)
+        last = next(iter(reversed(self.graph.traced.graphs["eval"].nodes)))
+        known = list(values(map_arg(last.args[0], self.graph.values["eval"].get)))
+        tensors = returned_tensors(wanted)
+        if len(known) != len(tensors):  # objects, whose parts the graph does not see
+            return difference(chosen(wanted, outputs), chosen(found, outputs))
+        cut = [_cut(self.slimmer, value, tensor) for value, tensor in zip(known, tensors, strict=True)]
+        return difference(cut, returned_tensors(found))
 
     def _wanted(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the zeroed original computes: tables that know the user's modules know those of the copy meanwhile."""
@@ -147,7 +162,7 @@ class _Pair:
             raise VerificationError(
                 f"at {what} the original runs and the slim network fails: {first_line(error)}; report it, or analyse with that size"
             ) from error
-        gap = difference(wanted, found)
+        gap = self._gap(wanted, found)
         if not gap < TOLERANCE and not self.same_choices(args, kwargs) < TOLERANCE:
             raise VerificationError(
                 f"at {what} the outputs differ from the zeroed original by {gap:.1e}; report it, or analyse with that size"
@@ -170,7 +185,7 @@ class _Pair:
         with same_random_numbers():
             wanted = first.run(*cloned(flat))
         with same_random_numbers():
-            return difference(wanted, second.run(*cloned(flat)))
+            return self._gap(wanted, second.run(*cloned(flat)))
 
     def report(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], gap: float) -> str:
         """Which node is wrong first: both graphs run node by node, the original's values cut to what is kept."""
@@ -319,13 +334,3 @@ class _Follower(fx.Interpreter):
             fits = all(getattr(a, "shape", None) == getattr(b, "shape", None) for a, b in zip(parts, result, strict=True))
             return type(result)(parts) if fits else result
         return result
-
-
-def _leaves(nested: Any) -> list[torch.Tensor]:
-    if isinstance(nested, torch.Tensor):
-        return [nested]
-    if isinstance(nested, Mapping):
-        return [t for v in nested.values() for t in _leaves(v)]
-    if isinstance(nested, (tuple, list)):
-        return [t for v in nested for t in _leaves(v)]
-    return []

@@ -129,7 +129,8 @@ class Score:
     def _analysed(model: nn.Module, state: dict[str, Any]) -> CouplingGraph:
         options = state["options"]
         example, norms = build(state["inputs"], device="meta"), options.get("norms", "plain")
-        return analyze(model, example, ignore=options["ignore"], attention=options["attention"], norms=norms)
+        outputs = options.get("outputs")
+        return analyze(model, example, ignore=options["ignore"], attention=options["attention"], norms=norms, outputs=outputs)
 
 
 def metrics_of(found: Any) -> Mapping[str, float]:

@@ -18,6 +18,7 @@ from fxprune.evaluation.running import call
 from fxprune.files.rebuilding import units_kept
 from fxprune.passes.compat import tree_leaves
 from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.passes.ir.outputs import as_listed
 from fxprune.passes.ir.slim_module import SlimModule
 from fxprune.passes.pipeline import analysed
 from fxprune.passes.rewriting.slimmer import Slimmer
@@ -221,7 +222,8 @@ def _analysed(student: nn.Module, teacher: nn.Module) -> CouplingGraph | None:
         return None
     example = forms.build(record.policy.inputs, device="meta")
     options = record.policy.options
-    graph = analysed(teacher, example, (), str(options.get("attention", "auto")), norms=str(options.get("norms", "plain")))
+    norms, outputs = str(options.get("norms", "plain")), as_listed(options.get("outputs"))
+    graph = analysed(teacher, example, (), str(options.get("attention", "auto")), norms=norms, outputs=outputs)
     return graph
 
 

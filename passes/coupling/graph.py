@@ -260,6 +260,11 @@ class CouplingGraph:
         units = self._unit_of_label[vector]
         return bool(self.prunable_unit[units[units >= 0]].any())
 
+    def narrower_outputs(self) -> list[str]:
+        """What the network returns beside the outputs that were asked for, where it may lose channels."""
+        found = self._walk.narrower
+        return [name for name, held in found.items() if any(self.may_lose(v) for value in held for v in value.axes.values())]
+
     def is_output(self, key: tuple[str, int]) -> bool:
         """Whether a parameter's dimension is the output channels of a convolution, linear, embedding or recurrent layer."""
         return self._produces(key)

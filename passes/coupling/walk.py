@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fxprune.errors import FAULTS, FxPruneError, first_line
 from fxprune.passes.ir.nested import has_tensor, packed, tensors
 from fxprune.passes.ir.objects import made_object
+from fxprune.passes.ir.outputs import Outputs, chosen, left_out
 from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.ir.writes import written
@@ -35,9 +36,17 @@ class Walk(LabelContext):
     """One interpretation of the traced graphs with labels; see the module's docstring."""
 
     def __init__(
-        self, traced: TracedModel, attention: str = "auto", fixed: Iterable[tuple[str, int]] = (), forced: dict[str, str] | None = None
+        self,
+        traced: TracedModel,
+        attention: str = "auto",
+        fixed: Iterable[tuple[str, int]] = (),
+        forced: dict[str, str] | None = None,
+        outputs: Outputs | None = None,
     ) -> None:
+        """``outputs``: which of what the network returns keep their widths; None: all."""
         super().__init__(traced, attention, fixed, forced, channel_dims)
+        self.outputs = outputs
+        self.narrower: dict[str, list[Value]] = {}  # what is returned beside ``outputs``
 
     def run(self) -> Walk:
         for mode, graph in self.traced.graphs.items():
@@ -69,7 +78,7 @@ class Walk(LabelContext):
         args = map_arg(node.args, env.__getitem__)
         kwargs = map_arg(node.kwargs, env.__getitem__)
         if node.op == "output" or node.target is made_object:
-            for found in values(args):
+            for found in values(self._kept_whole(node, args)):
                 for vector in found.axes.values():
                     self.labels.pin(vector, Reason(ReasonKind.OUTPUT, f"it reaches {self._edge('output')}", part=self._part))
             return value
@@ -90,6 +99,23 @@ class Walk(LabelContext):
         if module is None and not has_tensor(value):
             return value  # a number computed from tensors (a dtype, a device): nothing to carry
         return self.opaque(node, inputs)
+
+    def _kept_whole(self, node: fx.Node, args: Any) -> Any:
+        """What keeps its width of what a node returns, or makes to be returned: all, or what ``outputs`` names."""
+        if self.outputs is None or self._part:
+            return args
+        returned = next(iter(reversed(node.graph.nodes))).args[0]
+        if node.op == "output" or returned is node:  # an object that is all that is returned: its attributes are the parts
+            parts = args[0] if node.op == "output" else args[1]
+            for name, part in left_out(parts, self.outputs):
+                self.narrower.setdefault(name, []).extend(values(part))
+            return chosen(parts, self.outputs)
+        if node in _nodes(chosen(returned, self.outputs)):
+            return args
+        for name, part in left_out(returned, self.outputs):
+            if node in _nodes(part):
+                self.narrower.setdefault(name, []).extend(values(args))
+        return ()
 
     def _ruled(self, rule: registry.Rule, node: fx.Node, module: nn.Module | None, args: Any, kwargs: Any, inputs: Sequence[Value]) -> Any:
         """What a rule says. One that fails, ours or the user's, says nothing: what the operation touches stays whole."""
@@ -158,3 +184,9 @@ class Walk(LabelContext):
                 if len(vector) != value.shape[axis]:
                     raise AssertionError(f"{node.name}: {len(vector)} labels on axis {axis} of size {value.shape[axis]}")
         return result
+
+
+def _nodes(nested: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    map_arg(nested, found.append)
+    return found

@@ -16,6 +16,7 @@ class NoteKind(Enum):
     LOST = "something of the model that a graph does not keep"
     MODE = "training and evaluation mode"
     PARTS = "only parts of the model were traced"
+    OUTPUTS = "what the slim module returns with fewer channels than the original"
     ATTRIBUTE = "an attribute of the user's class that was set"
 
 

@@ -19,6 +19,7 @@ from fxprune.errors import FAULTS, first_line
 from fxprune.passes.compat import tree_map
 from fxprune.passes.ir.nested import tensors
 from fxprune.passes.ir.nodes import CHOOSING, target_name
+from fxprune.passes.ir.outputs import returned_tensors
 from fxprune.passes.tracing.guard.untouched import WritesWeights, untouched
 from fxprune.passes.tracing.side_effects.reachable import Reach, reachable
 
@@ -99,7 +100,7 @@ class Comparison:
         try:
             with untouched(self.model, self.reach, self.training) as guard:
                 handles = hooks()
-                found = [t.clone() for t in tensors(self.model(*args, **kwargs))]
+                found = [t.clone() for t in returned_tensors(self.model(*args, **kwargs))]
         except Exception:  # noqa: BLE001 - the user's code: whatever it raises, there is nothing to compare with
             return None
         finally:
@@ -113,7 +114,7 @@ class Comparison:
         with untouched(self.model, self.reach, self.training):
             run = _Run(self.graph, self.model, self.constants, seen)
             out = run.run(*(given.get(str(n.target)) for n in self.graph.nodes if n.op == "placeholder"))
-            return [t.clone() for t in tensors(out)]
+            return [t.clone() for t in returned_tensors(out)]
 
     def _first(self) -> str:
         """Where the first layer is called whose result differs: file:line, or empty."""
@@ -137,7 +138,7 @@ class Comparison:
 def _keep(found: dict[Any, list[torch.Tensor]], key: Any, out: Any) -> None:
     """Copies of the tensors that the first call gave."""
     if key not in found:
-        found[key] = [t.clone() for t in tensors(out)]
+        found[key] = [t.clone() for t in returned_tensors(out)]
 
 
 def _keeping(found: dict[Any, list[torch.Tensor]], key: Any) -> Callable[..., None]:
@@ -156,7 +157,7 @@ def difference_of_slim(model: nn.Module, slim: nn.Module, example: Call, parts: 
         try:
             with untouched(one, reach, False):
                 handles = [one.get_submodule(path).register_forward_hook(_keeping(seen, path)) for path in parts]
-                return [t.clone() for t in tensors(one(*args, **kwargs))], seen
+                return [t.clone() for t in returned_tensors(one(*args, **kwargs))], seen
         finally:
             for handle in handles:
                 handle.remove()
