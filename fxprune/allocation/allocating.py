@@ -56,24 +56,27 @@ class Allocator:
     def metrics(self) -> tuple[str, ...]:
         return (*METRICS, *self.costs)
 
-    def allocate(self, bounds: Mapping[str, float], weights: FloatArray | None = None) -> IntArray:
+    def allocate(self, bounds: Mapping[str, float], weights: FloatArray | None = None, start: IntArray | None = None) -> IntArray:
         """Units to remove from each prunable group, (groups,), so that at most these shares of the metrics are left.
 
         ``bounds``: metric ("macs", "params", "memory" or "sparsity", the last the share of the output channels that stays) -> share that
         is left of the original's, 0 to 1. Where that cannot be, as much as may go. ``weights``: what the changes that each group makes
-        count, (groups,); all the same, if left out.
+        count, (groups,); all the same, if left out. ``start``: removals to begin with, near which it stays; the whole network, if left out.
         """
-        if weights is None:
-            return self._knapsack.allocate(bounds)
-        whole = self._knapsack
-        effects = [effect * weight for effect, weight in zip(whole.effects, weights, strict=True)]
-        return Knapsack(effects, whole.allowed, whole.shares, rounds=1).allocate(bounds)
+        knapsack = self._knapsack
+        if weights is not None:
+            effects = [effect * weight for effect, weight in zip(knapsack.effects, weights, strict=True)]
+            knapsack = Knapsack(effects, knapsack.allowed, knapsack.shares)
+        return knapsack.allocate(bounds, start)
 
-    def met(self, bounds: Mapping[str, float], weights: FloatArray | None = None) -> tuple[dict[str, int], dict[str, float]]:
-        """Units to remove by group, rounded, and what they leave of each bounded metric; ``weights`` as for ``allocate``."""
+    def met(
+        self, bounds: Mapping[str, float], weights: FloatArray | None = None, start: Mapping[str, int] | None = None
+    ) -> tuple[dict[str, int], dict[str, float]]:
+        """Units to remove by group, rounded, and what they leave of each bounded metric; ``weights``, ``start`` as for ``allocate``."""
         wanted = dict(bounds)
+        begun = None if start is None else np.array([start.get(group.name, 0) for group in self.groups], dtype=np.int64)
         for _ in range(TIGHTENINGS):  # rounding gives units back: then a little more is asked
-            removed = self.allocate(wanted, weights)
+            removed = self.allocate(wanted, weights, begun)
             counts = {group.name: int(count) for group, count in zip(self.groups, removed, strict=True)}
             if self.rounding is not None:
                 counts = self.rounding(counts)
@@ -181,7 +184,7 @@ def allocate(
         trial = Trials(graph, batches, table.ranking, repair, observe)
         if trial.possible:
             uniform = Uniform(graph, table.ranking, bounds, round_to, most)
-            judged = tried(trial, uniform, allocator.groups, counts, lambda weights: allocator.met(bounds, weights)[0], trials, seed)
+            judged = tried(trial, uniform, allocator.groups, counts, lambda *given: allocator.met(bounds, *given)[0], trials, seed)
             counts = dict(judged[0].counts)
             rounded = np.array([[counts[group.name] for group in allocator.groups]])
             meta["left"] = {metric: float(allocator.prices.shares(metric, rounded)[0]) for metric in bounds}

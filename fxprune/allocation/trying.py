@@ -34,15 +34,15 @@ from fxprune.repair.repairer import Repairer
 
 FloatArray = npt.NDArray[np.float64]
 Counts = Mapping[str, int]
-Met = Callable[[FloatArray], Counts]
-"""Weights of the groups -> the removals that the table then comes to."""
+Met = Callable[[FloatArray, Counts | None], Counts]
+"""Weights of the groups, and removals to begin with -> the removals that the table then comes to."""
 
 TRIALS = 12  # networks tried: the three fixed ones and what is drawn around the best
 FITTED, JUDGED = 256, 128  # samples by which they are repaired and judged
 CHEAP = 2e10  # multiply-accumulates of a trial's inputs; dearer ones are sorted by BatchNorm re-estimated, and the best repaired in full
 DEAR_FITTED, DEAR_JUDGED = 128, 64
 HELD, LOOSE = 10.0, 0.5  # what the changes by residual streams count in two of the first allocations
-SPREAD = 0.5  # of the logarithms of coefficients that are drawn, at first
+SPREAD = 0.25  # of the logarithms of coefficients that are drawn, at first
 SURE = 1.0  # standard errors by which an allocation has to be better than the table's own
 
 
@@ -149,7 +149,7 @@ def tried(trials: Trials, uniform: Uniform, groups: Sequence[Group], table: Coun
         if len(found) >= number:
             break
         weights = at * np.exp(SPREAD * (1 - i / (2 * number)) * drawn.standard_normal(len(groups)))
-        trial = note(f"drawn {i + 1}", met(weights))
+        trial = note(f"drawn {i + 1}", met(weights, best.counts))
         if trial is not None and trial.distance < best.distance:
             best, at = trial, weights
     ordered = sorted(found.values(), key=lambda one: one.distance)
@@ -167,7 +167,7 @@ def _begun(uniform: Uniform, stream: npt.NDArray[np.bool_], met: Met) -> Iterato
     if stream.any() and not stream.all():
         for name, weight in (("streams held", HELD), ("streams loose", LOOSE)):
             weights = np.where(stream, weight, 1.0)
-            yield name, met(weights), weights
+            yield name, met(weights, None), weights
 
 
 def _better(one: Trial, table: Trial) -> bool:

@@ -25,18 +25,21 @@ class Knapsack:
     """Chooses widths that change the output least.
 
     ``effects``: for each group, what removing 0, 1, ... units changes, (its units, samples); see ``ErrorTable.along``.
-    ``allowed``: for each group the removals that may be chosen, rising, the first of them 0. ``rounds``: of improvement, at most.
+    ``allowed``: for each group the removals that may be chosen, rising, the first of them 0.
     """
 
-    def __init__(self, effects: Sequence[FloatArray], allowed: Sequence[IntArray], shares: Shares, rounds: int = ROUNDS) -> None:
-        self.effects, self.allowed, self.shares, self.rounds = effects, allowed, shares, rounds
+    def __init__(self, effects: Sequence[FloatArray], allowed: Sequence[IntArray], shares: Shares) -> None:
+        self.effects, self.allowed, self.shares = effects, allowed, shares
 
-    def allocate(self, bounds: Mapping[str, float]) -> IntArray:
+    def allocate(self, bounds: Mapping[str, float], start: IntArray | None = None) -> IntArray:
         """Units to remove from each group so that at most these shares of the metrics are left, (groups,); where that cannot be, all that
-        may go."""
-        at = self._taken(np.zeros(len(self.effects), dtype=np.int64), bounds, frozenset())
+        may go. ``start``: removals from which it is improved; left out, it begins with the whole network."""
+        begun = np.zeros(len(self.effects), dtype=np.int64)
+        if start is not None:
+            begun[:] = [np.searchsorted(allowed, n, side="right") - 1 for allowed, n in zip(self.allowed, start, strict=True)]
+        at = self._taken(begun, bounds, frozenset())
         best = self.error(at)
-        for _ in range(self.rounds):
+        for _ in range(ROUNDS):
             found = [self._without(at, i, steps, bounds) for i in np.flatnonzero(at).tolist() for steps in (1, 4, len(self.allowed[i]))]
             errors = [self.error(one) if self._over(one[None], bounds)[0] <= 0 else np.inf for one in found]
             if not found or min(errors) >= best * (1 - 1e-6):

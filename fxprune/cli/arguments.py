@@ -50,6 +50,8 @@ HELP = {
     "reward": f"{', '.join(REWARDS)} or module:function",
     "importance": f"auto, {', '.join(CRITERIA)}, or module:NAME of a fxprune.Criterion or a function",
     "repair": f"what repairs a candidate before it is scored, and the result: {', '.join(REPAIRS)}, or module:function",
+    "recover": "none, or norms: between repair and distillation train normalisation scales and shifts and biases alone",
+    "recover_epochs": "epochs of that",
     "jobs": "worker processes",
     "executor": "local or ray",
     "evaluations": "candidates scored at most, or none",

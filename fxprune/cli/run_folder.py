@@ -53,7 +53,8 @@ def begin(out: Path, described: Mapping[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # The configuration goes first and comes back last: without it a folder is no run, rather than a mixture of two.
-        cut = [*folder.glob("*.safetensors"), *folder.glob("*.part"), *folder.glob("search/*"), *folder.glob(f"*/{TRAINING}*")]
+        cut = [*folder.glob("repaired-*.json"), *folder.glob("*.safetensors")]
+        cut += [*folder.glob("*.part"), *folder.glob("search/*"), *folder.glob(f"*/{TRAINING}*")]
         cut += (out / "tensorboard").glob("events.out.tfevents*")
         for path in [folder / SESSION, folder / RESULT, *cut]:
             remove(path)

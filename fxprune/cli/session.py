@@ -21,6 +21,7 @@ from torch import fx, nn
 from fxprune import driver
 from fxprune.api import analyze, compress, record
 from fxprune.cli import run_folder as outputs
+from fxprune.cli.kept_repairs import KeptRepairs
 from fxprune.cli.options import Options
 from fxprune.cli.run_folder import RunSummary
 from fxprune.cli.tensorboard import Scalars, writer_class
@@ -40,9 +41,10 @@ from fxprune.passes.planning.cost_model import cost_model
 from fxprune.repair.repairer import Repairer
 from fxprune.report.formatting import Row
 from fxprune.searching.candidates import Candidates
+from fxprune.searching.norms import LR, recover_norms
 from fxprune.searching.problem import make_problem, multiple_for
 from fxprune.searching.recovery import Recovery, read_weights, write_weights
-from fxprune.searching.result import SearchResult, mended, result_of
+from fxprune.searching.result import Repairing, SearchResult, mended, result_of
 from fxprune.timing.runtimes import Runtime, in_turns
 from fxprune.training.config import Progress, TrainConfig, resolve_device
 from fxprune.training.distillation import DistillConfig, distill
@@ -124,7 +126,8 @@ class Session:
         outcome, candidates, unmet = self.search(original, watcher)
         watcher.stage("repairing what was found")
         reference = self.reference(original, candidates.graph)
-        repairer = Repairer(candidates.graph, self.repairing, self.options.search.repair, reference, watcher.repaired)
+        kind = self.options.search.repair
+        repairer = KeptRepairs(self.folder, kind, lambda: Repairer(candidates.graph, self.repairing, kind, reference, watcher.repaired))
         found = self.results(outcome, candidates, repairer)
         for note in next((record(result.model).notes for result in found.values()), ()):
             if note.startswith("repair"):
@@ -258,13 +261,13 @@ class Session:
         config = self.options.search
         return analyze(original, self.example, ignore=config.ignore, attention=config.attention, norms=config.norms)
 
-    def results(self, outcome: driver.SearchOutcome, candidates: Candidates, repairer: Repairer) -> dict[str, SearchResult]:
+    def results(self, outcome: driver.SearchOutcome, candidates: Candidates, repairer: Repairing) -> dict[str, SearchResult]:
         """The slim network of every point of the targets by its file's stem; the last, or only, one is plain ``slim``."""
         points = outcome.pareto or (outcome,)
         stems = [f"slim-{'-'.join(point.targets)}" for point in points[:-1]] + ["slim"]
         return {stem: result_of(point, candidates, self.options.search, repairer) for stem, point in zip(stems, points, strict=True)}
 
-    def uniform(self, outcome: driver.SearchOutcome, candidates: Candidates, repairer: Repairer) -> fx.GraphModule:
+    def uniform(self, outcome: driver.SearchOutcome, candidates: Candidates, repairer: Repairing) -> fx.GraphModule:
         """The uniform allocation on the same budget as the outcome, from the same weights, with the same ranking of units and repair."""
         removed = outcome.baselines["uniform"].removed
         policy = candidates.policy(removed, {}, "l2")
@@ -276,12 +279,37 @@ class Session:
         if kept.exists():
             read_weights(model, kept)
         else:
+            self.recover_norms(name, model, teacher, watcher)
             if self.options.distillation_epochs:
                 watcher.stage(f"distilling {name} for {self.options.distillation_epochs} epochs")
                 self.train_by(teacher, model, watcher, f"distilling-{name}")
             write_weights(model, kept)
         self._forget(f"distilling-{name}")
         model.eval()
+
+    def recover_norms(self, name: str, model: nn.Module, teacher: nn.Module, watcher: Watcher) -> None:
+        """Train the norms of a repaired network in place, where that is asked for, or take the weights that an earlier try came to."""
+        config = self.options.search
+        if config.recover != "norms" or not config.recover_epochs:
+            return
+        kept, stage = self.folder / f"recovered-{name}.safetensors", f"recovering-{name}"
+        if kept.exists():
+            read_weights(model, kept)
+        else:
+            watcher.stage(f"training the norms of {name} for {config.recover_epochs} epochs")
+            training = DistillConfig(
+                epochs=config.recover_epochs,
+                lr=LR,
+                device=str(self.device),
+                seed=config.seed,
+                validate=self.validation,
+                on_step=watcher.trained,
+                checkpoint_dir=self.folder / stage,
+                resume=True,
+            )
+            recover_norms(model, teacher, self.training, training)
+            write_weights(model, kept)
+        self._forget(stage)
 
     def recover(self, teacher: nn.Module, student: nn.Module, watcher: Watcher) -> None:
         """Distil between prune steps. A search that was cut redoes its last round and so comes to the recovery that was cut with it,

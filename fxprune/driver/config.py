@@ -14,6 +14,7 @@ FIRST = ("table", "even")
 DECAYS = ("constant", "linear", "cosine")
 RUNTIMES = ("eager", "compile", "onnx", "openvino")
 STEP_UNITS = ("cost", "units")
+RECOVERIES = ("none", "norms")
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class SearchConfig:
     norms: str = "plain"  # or exact: statistics over channels keep the original's divisor. Paper: plain
     # repair inside the score and of the result: none, bn, bias, lstsq, a registered one, module:function, or a function. Paper: none
     repair: Any = "lstsq"
+    recover: str = "none"  # norms: between repair and distillation train the result's scales, shifts and biases alone. Paper: none
+    recover_epochs: int = 2  # epochs of that
     device: str = "auto"
 
     # Where candidates are scored: never changes the result
@@ -99,10 +102,11 @@ class SearchConfig:
         _require(0 < self.floor < 1e-2, "floor", self.floor, "above 0 and below 0.01")
         _require(self.depth_scaling >= 1, "depth_scaling", self.depth_scaling, "at least 1")
         _require(self.clip is None or 0 < self.clip < 1, "clip", self.clip, "between 0 and 1, or none")
-        for name in ("recover_every", "finalists", "seed"):
+        for name in ("recover_every", "recover_epochs", "finalists", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(self.epsilon_decay in DECAYS, "epsilon_decay", self.epsilon_decay, f"one of {', '.join(DECAYS)}")
         _require(self.runtime in RUNTIMES, "runtime", self.runtime, f"one of {', '.join(RUNTIMES)}")
+        _require(self.recover in RECOVERIES, "recover", self.recover, f"one of {', '.join(RECOVERIES)}")
         _require(self.first in FIRST, "first", self.first, f"one of {', '.join(FIRST)}")
         _require(self.step_by in STEP_UNITS, "step_by", self.step_by, f"one of {', '.join(STEP_UNITS)}")
 

@@ -206,7 +206,8 @@ class Repairer:
         return [f"repair left {_listed(left)} as sliced: {why}"] if left else []
 
     def _judged(self, slim: nn.Module, sliced: dict[str, Tensor], outputs: list[tuple[Any, Any]] | None) -> list[str]:
-        """Keep the repair where the outputs of the pieces that were not fitted are nearer to the original's than with ``bn`` alone."""
+        """Keep the repair where the outputs of the pieces that were not fitted are nearer to the original's than with ``bn`` alone; else
+        that, or where it is worse than no repair, none."""
         judge = [piece for piece in self.pieces if piece.role == JUDGE]
         if not judge:
             return ["repair could not be judged on inputs that were not fitted: there is a single sample"]
@@ -218,17 +219,19 @@ class Repairer:
         repaired = {name: t.clone() for name, t in slim.state_dict().items()}
         slim.load_state_dict(sliced)
         recalibrate_batchnorm(slim, [piece.inputs for piece in self.pieces if piece.role != JUDGE])
-        plain = run(slim)
-        errors = unlikeness(found, wanted), unlikeness(plain, wanted)
-        if not errors[0] > errors[1]:
+        errors = {"lstsq": unlikeness(found, wanted), "bn": unlikeness(run(slim), wanted)}
+        if not errors["lstsq"] > errors["bn"]:
             slim.load_state_dict(repaired)
             return []
         slim.load_state_dict(sliced)
-        recalibrate_batchnorm(slim, self.batches)
+        errors["none"] = unlikeness(run(slim), wanted)
+        if errors["bn"] <= errors["none"]:
+            recalibrate_batchnorm(slim, self.batches)
         self.layers = {}
+        best, what = ("bn", "BatchNorm re-estimated alone") if errors["bn"] <= errors["none"] else ("none", "what was sliced")
         return [
-            "repair fell back to BatchNorm re-estimated alone: on inputs that were not fitted the outputs are off by"
-            f" {errors[0]:.3g} after least squares and by {errors[1]:.3g} without; give more calibration data"
+            f"repair fell back to {what}: on inputs that were not fitted the outputs are off by {errors['lstsq']:.3g} after least squares"
+            f" and by {errors[best]:.3g} without; give more calibration data"
         ]
 
     def _called_norms(self) -> tuple[str, ...]:

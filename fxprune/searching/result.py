@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import fx, nn
 
@@ -16,10 +16,12 @@ from fxprune.errors import SearchError
 from fxprune.importance.criteria import importance_name
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.policies import Policy
-from fxprune.repair.repairer import Repairer
+from fxprune.records import LayerRepair
 from fxprune.searching.candidates import Candidates, Evaluate, Score
+from fxprune.searching.norms import LR, recover_norms
 from fxprune.searching.problem import make_problem, multiple_for
 from fxprune.timing.runtimes import Runtime
+from fxprune.training.distillation import DistillConfig
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,8 @@ class SearchResult:
     """What a search found.
 
     ``policy``: the sparsity of every group, with the inputs, options and units that give the same pruning again.
-    ``model``: the slim module, repaired as the candidates were. ``history``: one record a step. ``reward``: of the result.
-    ``evaluations``: candidates scored.
+    ``model``: the slim module, repaired as the candidates were, and recovered as ``config.recover`` says. ``history``: one record a
+    step. ``reward``: of the result. ``evaluations``: candidates scored.
     ``outcome``: everything the driver found, the uniform baseline on the same budget and the points of a Pareto run included.
     """
 
@@ -103,17 +105,35 @@ def search(
     )
     outcome = run(problem, config, checkpoint_dir=checkpoint_dir, resume=resume, on_event=on_event)
     assert isinstance(problem.score, Score)
-    return result_of(outcome, candidates, config, problem.score.repairer)
+    repairer = problem.score.repairer
+    found = result_of(outcome, candidates, config, repairer)
+    if config.recover == "norms" and repairer.batches:
+        training = DistillConfig(epochs=config.recover_epochs, lr=LR, device=str(repairer.device), seed=config.seed)
+        recover_norms(found.model, graph.model, repairer.batches, training)
+        made = record(found.model)
+        said = f"norms and biases were trained for {config.recover_epochs} epochs of the calibration data after the repair"
+        attach(found.model, replace(made, notes=(*made.notes, said)))
+    return found
 
 
-def mended(slim: fx.GraphModule, removed: Any, candidates: Candidates, repairer: Repairer) -> fx.GraphModule:
+class Repairing(Protocol):
+    """What repairs slim networks: a ``Repairer``, or one whose repairs are kept. ``layers``: what it did to each layer of the last one."""
+
+    kind: str
+    layers: dict[str, LayerRepair]
+
+    def __call__(self, slim: nn.Module, slimmer: Slimmer) -> tuple[str, ...]:
+        """Repair ``slim`` in place; returns notes for the record."""
+
+
+def mended(slim: fx.GraphModule, removed: Any, candidates: Candidates, repairer: Repairing) -> fx.GraphModule:
     """``slim``, what is left without the units ``removed``, repaired in place as its record then says."""
     notes = repairer(slim, Slimmer(candidates.graph, candidates.keep(removed)))
     attach(slim, record(slim).with_repair(repairer.kind, notes, repairer.layers))
     return slim
 
 
-def result_of(outcome: SearchOutcome, candidates: Candidates, config: SearchConfig, repairer: Repairer) -> SearchResult:
+def result_of(outcome: SearchOutcome, candidates: Candidates, config: SearchConfig, repairer: Repairing) -> SearchResult:
     """The policy and the slim module, repaired, of what the driver found."""
     meta = {
         "targets": list(outcome.targets),

@@ -309,6 +309,36 @@ def test_recovery_between_steps_and_resume(run: Run, tmp_path: Path, monkeypatch
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
 
 
+def test_norms_are_recovered_between_repair_and_distillation_and_a_resumed_run_repairs_nothing_again(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*QUICK, "--no-baseline", "--strategy", "uniform", "--repair-images", "128", "--recover", "norms", "--recover-epochs", "3"]
+    monkeypatch.setattr(session, "LR", 0.1)  # so that it moves something that the held-out images see
+    with monkeypatch.context() as patched:
+        patched.setattr(session.Session, "measured", interrupted)
+        assert run("--out", tmp_path, *options).status == 130
+    folder = tmp_path / "checkpoint"
+    repaired, recovered, distilled = (next(folder.glob(f"{name}-*.safetensors")) for name in ("repaired", "recovered", "distilled"))
+    weights = [load_file(path) for path in (repaired, recovered, distilled)]
+    moved = {name for name, value in weights[0].items() if not torch.equal(value, weights[1][name])}
+    assert moved and all(weights[0][name].ndim == 1 for name in moved)
+    assert any(weights[1][name].ndim > 1 and not torch.equal(value, weights[2][name]) for name, value in weights[1].items())
+    distilled.unlink()  # as if the run had been cut before it was written
+
+    def again(*_: Any) -> None:
+        raise AssertionError("repaired or recovered again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "Repairer", again)
+        patched.setattr(session, "recover_norms", again)
+        assert run("--resume", tmp_path).status == 0
+    assert fxprune.record(fxprune.load(tmp_path / "slim.safetensors", digits_net())).repaired
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_first_checkpoint_comes_before_any_work(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("search/weights-0-1.part", "original.safetensors.part"):  # by an earlier run, killed while it wrote there
         (tmp_path / "checkpoint" / name).mkdir(parents=True)

@@ -20,6 +20,7 @@ from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.verify import difference
 from fxprune.repair import repairer as repairs
 from fxprune.repair.calibration import FIT, JUDGE, TUNE, pieces
+from fxprune.repair.judging import distances, unlikeness
 from fxprune.repair.least_squares import Moments, fitted
 from fxprune.repair.matrices import choose, form_of, grouped, input_rows, matrices, output_rows, set_matrices
 from fxprune.repair.moments import collect
@@ -495,6 +496,33 @@ def test_least_squares_is_nowhere_worse_than_batchnorm_alone_on_inputs_that_were
     assert errors["lstsq"] < errors["bn"]
     made = fxprune.record(slim)
     assert made.repaired and not any("as sliced: no layer" in note for note in made.notes)
+
+
+@pytest.mark.parametrize(("errors", "kept"), [((2.0, 1.0, 3.0), "bn"), ((2.0, 1.5, 1.0), "none"), ((1.0, 1.5, 0.5), "lstsq")])
+def test_what_is_worse_on_inputs_that_were_not_fitted_is_taken_back(
+    errors: tuple[float, ...], kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told that the outputs are off by so much after least squares, after ``bn`` and with no repair, the best is what is left."""
+    model = settled(Blocks())
+    wanted = fxprune.compress(model, 0.4, X, importance="l2", repair=kept, calibration=CALIBRATION).state_dict()
+    given = iter(errors)
+    monkeypatch.setattr(repairs, "unlikeness", lambda found, wanted: next(given))
+    slim = fxprune.compress(model, 0.4, X, importance="l2", repair="lstsq", calibration=CALIBRATION)
+    assert all(torch.equal(wanted[name], value) for name, value in slim.state_dict().items())
+    said = [note for note in fxprune.record(slim).notes if note.startswith("repair fell back")]
+    assert len(said) == (kept != "lstsq") and all(f"by {min(errors):.3g} without" in note for note in said)
+
+
+def test_distances_are_by_sample_and_their_mean_is_what_judges() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    wanted = [torch.randn(6, 5, generator=drawn), torch.randn(3, 5, generator=drawn)]
+    found = [wanted[0].clone(), wanted[1] + 1.0 * (torch.arange(5) == 2)]
+    each = distances(found, wanted)
+    assert each.shape == (9,) and (each[:6] == 0).all() and (each[6:] > 0).all()
+    assert unlikeness(found, wanted) == pytest.approx(float(each.mean()))
+    maps = [torch.randn(4, 3, 2, 2, generator=drawn)]
+    assert unlikeness([1.5 * maps[0]], maps) == pytest.approx(0.25)
+    assert distances([(maps[0], wanted[0])], [(maps[0], wanted[0])]).shape == (1,)
 
 
 def test_an_embedding_reads_nothing_that_could_have_gone() -> None:

@@ -18,6 +18,7 @@ from fxprune.errors import EvaluationError, TargetError
 from fxprune.importance.criteria import scores
 from fxprune.repair.repairer import Repairer
 from fxprune.searching.candidates import Candidates, Evaluate, Score, metrics_of
+from fxprune.searching.norms import unlike
 from fxprune.searching.problem import make_problem
 
 
@@ -211,3 +212,29 @@ def test_a_rough_evaluation_judges_all_but_the_finalists(model: nn.Module) -> No
     asked.update(rough=0, full=0)
     fxprune.search(model, INPUTS, counting("full"), config=config(tolerance=0.05), rough=counting("rough"))
     assert asked["rough"] == 0
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_norms_alone_are_recovered_after_the_repair_and_come_nearer_to_the_original(model: nn.Module, labelled: bool) -> None:
+    drawn = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(8, 3, 8, 8, generator=drawn) for _ in range(8)]
+    batches = [(x, torch.zeros(8, dtype=torch.int64)) for x in inputs] if labelled else inputs
+    options = {"strategy": "uniform", "importance": "l2", "tolerance": 0.05}
+    plain, found = (
+        fxprune.search(model, INPUTS, weight_left, config=config(recover=recover, recover_epochs=4, **options), calibration=batches).model
+        for recover in ("none", "norms")
+    )
+    before, after = plain.state_dict(), found.state_dict()
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved and all(after[name].ndim <= 1 and "running" not in name for name in moved)
+    with torch.no_grad():
+        apart = [sum(float(unlike(slim(x), model(x), None)) for x in inputs) for slim in (plain, found)]
+    assert apart[1] < apart[0]
+    assert any("trained for 4 epochs" in note for note in fxprune.record(found).notes)
+
+
+def test_outputs_that_are_no_class_scores_are_recovered_by_their_squared_error() -> None:
+    assert float(unlike(torch.ones(3, 1), torch.zeros(3, 1), None)) == 1.0
+    assert float(unlike({"logits": torch.eye(3)}, {"logits": torch.eye(3)}, None)) == pytest.approx(0)
+    with pytest.raises(fxprune.FxPruneError, match="recover is some; it must be one of none, norms"):
+        fxprune.SearchConfig(recover="some")
