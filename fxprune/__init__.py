@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fxprune.api import analyze, compress, record
 from fxprune.costs.profiling import profile
 from fxprune.errors import FxPruneError, PruningWarning, VerificationError
+from fxprune.evaluation.synthetic import synthetic_batches
 from fxprune.exporting.folding import fold_batchnorm
 from fxprune.files.applying import apply
 from fxprune.files.slim_file import load, rebuild, save
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from fxprune.exporting.formats import Format, register_format
     from fxprune.report.explaining import Explanation, explain
     from fxprune.report.visualising import visualize
+    from fxprune.searching.gradual import GradualPruning
     from fxprune.searching.result import SearchResult, search
     from fxprune.searching.shrinking import shrink
 
@@ -41,6 +43,7 @@ __all__ = [
     "Exported",
     "Format",
     "FxPruneError",
+    "GradualPruning",
     "Hint",
     "LayerSpec",
     "Policy",
@@ -69,6 +72,7 @@ __all__ = [
     "save",
     "search",
     "shrink",
+    "synthetic_batches",
     "visualize",
 ]
 
@@ -77,6 +81,7 @@ _LATER = {
     "Explanation": "fxprune.report.explaining",
     "Exported": "fxprune.exporting.exporter",
     "Format": "fxprune.exporting.formats",
+    "GradualPruning": "fxprune.searching.gradual",
     "SearchConfig": "fxprune.driver",
     "SearchResult": "fxprune.searching.result",
     "explain": "fxprune.report.explaining",

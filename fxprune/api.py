@@ -73,7 +73,7 @@ def compress(
     *,
     ignore: Ignore = (),
     importance: Importance = "auto",
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | str | None = None,
     round_to: int | None = None,
     attention: str = "auto",
     repair: str | Callable[[nn.Module, Sequence[Any]], Any] = "none",
@@ -105,7 +105,8 @@ def compress(
         importance: what ranks the units of a group: "taylor", "l2", "l1", "variance", "random", "reconstruction", "auto" (taylor where
             there is ``calibration``, else l2), or a callable ``(group, module) -> scores``, one number a unit; the lowest go first.
             Or the name of a registered ``Criterion`` (``fxprune.importance``).
-        calibration: batches, ``(inputs, targets)`` or inputs alone, for the importance and the repair.
+        calibration: batches, ``(inputs, targets)`` or inputs alone, for the importance and the repair. "none": there are no data, so inputs
+            are made from what the BatchNorm layers remember (``fxprune.synthetic_batches``), and "auto" ranks without labels.
         round_to: channels kept in every pruned dimension are rounded up to a multiple of it; None: what the policy says, else 1.
         attention: as for ``analyze``.
         repair: what then repairs the slim module on ``calibration`` without training (see ``fxprune.repair``): "bn" estimates BatchNorm
@@ -156,6 +157,7 @@ def compress(
         check=check,
     )
     graph, example = coupled(model, example_inputs, chosen, ignore, attention, outputs, choices)
+    choices = choices.with_inputs(graph, example, target)
     if target is not None:
         chosen = met(graph, target, choices)
     gone, shares = left_out(graph, chosen.sparsity)

@@ -18,6 +18,7 @@ from fxprune.allocation.targets import allocated, is_target
 from fxprune.attached import Sources, attach, record_of, sources_of
 from fxprune.errors import InputError, PruningWarning, UnsupportedError
 from fxprune.evaluation.running import device_of
+from fxprune.evaluation.synthetic import calibration_batches, without_labels
 from fxprune.evaluation.wrappers import unwrapped
 from fxprune.importance.criteria import Importance, importance_name, scores
 from fxprune.importance.criteria import resolved as resolved_importance
@@ -49,13 +50,14 @@ Given = Policy | float | Mapping[str, float] | str | os.PathLike[str]
 class Choices:
     """What ``compress`` was asked for beside the policy; what the caller left open a policy's recorded options fill in.
 
-    The fields are the arguments of ``fxprune.compress``; ``calibration`` is a list here. ``ranked_by``: ``importance`` as a criterion.
+    The fields are the arguments of ``fxprune.compress``; ``calibration`` is a list here, or "none" until
+    ``with_inputs`` makes them. ``ranked_by``: ``importance`` as a criterion.
     ``norms`` is None where neither the caller nor the policy says.
     """
 
     importance: Importance
     ranked_by: Any
-    calibration: list[Any] | None
+    calibration: list[Any] | str | None
     round_to: int
     repair: Repair
     verify: bool
@@ -72,7 +74,7 @@ class Choices:
         cls,
         options: Mapping[str, Any],
         importance: Importance,
-        calibration: Iterable[Any] | None,
+        calibration: Iterable[Any] | str | None,
         round_to: int | None,
         repair: Repair,
         norms: str | None,
@@ -89,8 +91,25 @@ class Choices:
         if wanted is not None and wanted not in NORMS:
             raise InputError(f"norms is {wanted!r}; it must be {' or '.join(map(repr, NORMS))}")
         named_repair(repair)
-        batches = None if calibration is None else list(calibration)
+        batches = calibration if calibration is None or isinstance(calibration, str) else list(calibration)
         return cls(importance, ranked_by, batches, multiple, repair, norms=wanted, **as_given)
+
+
+    @property
+    def batches(self) -> list[Any] | None:
+        """The calibration inputs, made where they had to be."""
+        assert not isinstance(self.calibration, str)
+        return self.calibration
+
+    def with_inputs(self, graph: CouplingGraph, example: Any, target: str | None) -> Choices:
+        """With calibration inputs where they are to be made without data. These have no labels, so "auto" ranks by what needs none."""
+        if not isinstance(self.calibration, str):
+            return self
+        made = replace(self, calibration=calibration_batches(self.calibration, graph.model, _with_values(graph, example)))
+        ranked = without_labels(self.importance, self.calibration, self.repair)
+        if ranked == self.importance or target is not None:
+            return made
+        return replace(made, importance=ranked, ranked_by=resolved_importance(ranked))
 
 
 def understood(policy: Given) -> tuple[Policy, str | None]:
@@ -130,7 +149,7 @@ def met(graph: CouplingGraph, target: str, choices: Choices) -> Policy:
     return allocated(
         graph,
         target,
-        choices.calibration,
+        choices.batches,
         importance=choices.importance,
         loss=choices.loss,
         repair=choices.repair if isinstance(choices.repair, str) else "none",  # what a repair of the user's own does no table can say
@@ -146,7 +165,7 @@ def slimmed(graph: CouplingGraph, policy: Policy, wanted: Wanted, example: Any, 
     units = options.get("units") if importance_name(choices.importance) == options.get("importance", "auto") else None
 
     def score(graph: CouplingGraph) -> Mapping[str, Any]:
-        return _recorded(graph, wanted.sparsity, units) or scores(graph, choices.ranked_by, choices.calibration, loss=choices.loss)
+        return _recorded(graph, wanted.sparsity, units) or scores(graph, choices.ranked_by, choices.batches, loss=choices.loss)
 
     norms = choices.norms or str(graph.options.get("norms", "plain"))
     plan = Plan(wanted.sparsity, score, choices.round_to, choices.most, choices.keep_class)
@@ -169,7 +188,7 @@ def slimmed(graph: CouplingGraph, policy: Policy, wanted: Wanted, example: Any, 
         zeroing_oracle(graph, keep, slim, *forms.call_form(_with_values(graph, example)), norms)
     if choices.repair != "none":
         name, _ = named_repair(choices.repair)
-        repairer = Repairer(graph, choices.calibration or (), choices.repair)
+        repairer = Repairer(graph, choices.batches or (), choices.repair)
         said = repairer(slim, slimmer)
         attach(slim, made.with_repair(name, said, repairer.layers))
     return _passed(slim, choices.passes, choices.observe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import statistics
 import tempfile
 import time
@@ -47,10 +48,15 @@ def _caught(make: Callable[[], Cell]) -> Cell:
     try:
         found = make()
     except FxPruneError as error:
-        return {"error": f"{type(error).__name__}: {error}".splitlines()[0], "ours": True}
+        return {"error": _plain(f"{type(error).__name__}: {error}".splitlines()[0]), "ours": True}
     except Exception as error:  # noqa: BLE001 - other tools and strangers' packages raise anything, and the table says what
-        return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+        return {"error": _plain(" ".join(f"{type(error).__name__}: {error}".split()))[:300]}
     return {**found, "seconds": round(time.process_time() - begun, 1)}
+
+
+def _plain(text: str) -> str:
+    """``text`` without the paths of this machine."""
+    return re.sub(r" ?\(/[^)]*\)", "", text)
 
 
 class _Measure:
@@ -121,10 +127,10 @@ class _Measure:
         reasons: dict[str, int] = {}
         for group in groups:
             if not group.prunable:
-                reasons[group.reason] = reasons.get(group.reason, 0) + group.size
+                reasons[str(group.reason)] = reasons.get(str(group.reason), 0) + group.size
         total = sum(group.size for group in groups)
         why = max(reasons, key=lambda reason: reasons[reason]) if reasons else ""
-        return {"locked": round(sum(reasons.values()) / max(total, 1), 3), "why": why}
+        return {"locked": round(sum(reasons.values()) / max(total, 1), 3), "why": _plain(str(why))}
 
     def times(self) -> Cell:
         """ONNX Runtime on one thread: milliseconds of the dense network and of the table's at half the MACs."""

@@ -32,6 +32,7 @@ HELP = {
     "baseline": "distil and test the uniform allocation too, for comparison",
     "score_images": "held-out training images that a candidate is scored on",
     "rough_images": "of these, how many judge all but the finalists, where --finalists says how many",
+    "calibration": "data: training images; none: inputs made from what BatchNorm layers remember, for importance and repair",
     "calibration_images": "training images for importance and for the repair of candidates",
     "repair_images": "training images for the repair of the result",
     "augment": "score and repair on images moved and mirrored as in training; default: unless this run trains the network itself",

@@ -8,6 +8,7 @@ from typing import Any
 
 from fxprune.driver.config import SearchConfig
 from fxprune.errors import SearchError
+from fxprune.evaluation.synthetic import NONE
 from fxprune.exporting.formats import format_named
 
 DIGITS_MODEL = "fxprune.models:digits_net"
@@ -22,6 +23,7 @@ class Options:
     ``distill_epochs``: epochs of distillation after it; None: by the size of the data. ``baseline``: whether the uniform allocation is
     distilled and tested too. ``score_images``, ``calibration_images``: held-out images a candidate is scored on; training images for
     importance and for the repair of a candidate before it is scored. ``repair_images``: training images for the repair of the result.
+    ``calibration``: "data", or "none": both are made without data then, ``calibration_images`` of them (``fxprune.synthetic_batches``).
     ``rough_images``: as many of the score images judge all but the finalists, where ``search.finalists`` are asked for.
     ``augment``: whether all these images are moved and mirrored as in training; None: unless this run trains the network itself.
     ``tensorboard``: whether each round's figures go to ``out/tensorboard`` too.
@@ -41,6 +43,7 @@ class Options:
     baseline: bool = True
     score_images: int = 1000
     rough_images: int = 256
+    calibration: str = "data"
     calibration_images: int = 256
     repair_images: int = 2048
     augment: bool | None = None
@@ -55,6 +58,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SearchError(f"{name.replace('_', '-')} is {value}; it must be at least 1")
+        if self.calibration not in ("data", NONE):
+            raise SearchError(f'calibration is {self.calibration!r}; it must be "data" or "{NONE}"')
         for name in self.export:
             format_named(name)
         for name in ("train_epochs", "distill_epochs"):

@@ -33,6 +33,7 @@ from fxprune.errors import FxPruneError, InputError, SearchError, TargetError, f
 from fxprune.evaluation.accuracy import evaluate_accuracy, logits_of
 from fxprune.evaluation.likeness import Likeness
 from fxprune.evaluation.running import call, evaluating, one_thread
+from fxprune.evaluation.synthetic import NONE, synthetic_batches, without_labels
 from fxprune.exporting.exporter import export
 from fxprune.exporting.formats import FORMATS, require
 from fxprune.models.loading import load_model
@@ -215,7 +216,7 @@ class Session:
             graph,
             scored,
             calibration=self.calibration,
-            importance=config.importance,
+            importance=without_labels(config.importance, self.options.calibration, config.repair),
             round_to=multiple_for(graph, config),
             repair=config.repair,
             seed=config.seed,
@@ -378,13 +379,15 @@ class Session:
 
     @cached_property
     def calibration(self) -> list[Any]:
-        """Training images for importance and for the repair of candidates."""
+        """Training images, or what stands in for them, for importance and for the repair of candidates."""
+        if self.options.calibration == NONE:
+            return synthetic_batches(self.loaded(), self.example, self.options.calibration_images, seed=self.options.search.seed)
         return list(self._training_images(self.options.calibration_images))
 
     @property
     def repairing(self) -> Iterable[Any]:
-        """Training images for the repair of what was found."""
-        return self._training_images(self.options.repair_images)
+        """Training images, or what stands in for them, for the repair of what was found."""
+        return self.calibration if self.options.calibration == NONE else self._training_images(self.options.repair_images)
 
     def _training_images(self, limit: int) -> Batches:
         """Augmented where the score's are: what a repair learns from them has to hold for unseen ones."""

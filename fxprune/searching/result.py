@@ -13,6 +13,7 @@ from fxprune.api import analyze, compress, record
 from fxprune.attached import attach
 from fxprune.driver import SearchConfig, SearchOutcome, run
 from fxprune.errors import SearchError
+from fxprune.evaluation.synthetic import calibration_batches, without_labels
 from fxprune.importance.criteria import importance_name
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.policies import Policy
@@ -48,7 +49,7 @@ def search(
     evaluate: Evaluate,
     *,
     config: SearchConfig | None = None,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | str | None = None,
     rough: Evaluate | None = None,
     rungs: Sequence[Evaluate] = (),
     checkpoint_dir: Path | str | None = None,
@@ -63,7 +64,7 @@ def search(
         evaluate: slim module -> a number, or a mapping of metrics, larger is better; on data held out of training, never the test set.
         config: the options; targets, strategy, reward, repair, budget and seed among them.
         calibration: a few batches, ``(inputs, targets)`` or inputs alone, for the importance and for the repair of candidates and result.
-            Without it nothing is repaired, as the record of the result says, and weights alone rank the units.
+            Without it nothing is repaired, as the record of the result says, and weights alone rank the units. "none": as for ``compress``.
         rough: a cheaper ``evaluate`` that gives the same metrics. With ``config.finalists`` the search goes by it, and only so many of the
             best are judged by ``evaluate`` itself.
         rungs: cheaper ``evaluate``s, the cheapest first, each on half the data of the next, the last on half of what ``evaluate`` takes.
@@ -86,11 +87,12 @@ def search(
     if not isinstance(config, SearchConfig):
         raise SearchError(f"config is a {type(config).__name__}; pass fxprune.SearchConfig(...), whose fields are the options")
     graph = analyze(model, example_inputs, ignore=config.ignore, attention=config.attention, norms=config.norms)
-    importance = config.importance
+    importance = without_labels(config.importance, calibration, config.repair)
+    batches = calibration_batches(calibration, graph.model, example_inputs, seed=config.seed)
     problem, candidates = make_problem(
         graph,
         evaluate,
-        calibration=calibration,
+        calibration=batches,
         importance=importance,
         round_to=multiple_for(graph, config),
         repair=config.repair,

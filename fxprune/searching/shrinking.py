@@ -13,6 +13,7 @@ from torch import nn
 
 from fxprune.api import analyze, compress
 from fxprune.errors import InputError
+from fxprune.evaluation.synthetic import calibration_batches, without_labels
 from fxprune.importance.criteria import Importance, importance_name, resolved, scores
 from fxprune.passes.planning.naming import sparsities
 from fxprune.policies import Policy, units_removed
@@ -42,7 +43,7 @@ def shrink(
     *,
     steps: int = 4,
     importance: Importance = "auto",
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | str | None = None,
     round_to: int = 1,
     ignore: Iterable[Any] = (),
     attention: str = "auto",
@@ -75,7 +76,8 @@ def shrink(
     """
     if steps < 1:
         raise InputError(f"steps is {steps}; it must be at least 1")
-    batches = None if calibration is None else list(calibration)
+    importance = without_labels(importance, calibration, repair)
+    batches = calibration_batches(calibration, model, example_inputs)
     working = copy.deepcopy(model)
     graph = analyze(working, example_inputs, ignore=_names(model, ignore), attention=attention)
     wanted = sparsities(graph, policy.sparsity if isinstance(policy, Policy) else policy)

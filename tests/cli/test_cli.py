@@ -467,6 +467,16 @@ def test_images_are_augmented_unless_the_run_trains_the_network(tmp_path: Path, 
     assert torch.equal(next(iter(begun.repairing))[0], training) != augmented
 
 
+def test_calibration_without_data(tmp_path: Path) -> None:
+    options = read(["--calibration", "none", "--calibration-images", "12", "--out", str(tmp_path)]).options
+    assert options is not None and options.calibration == "none"
+    begun = session.Session(options, "")
+    assert [tuple(batch.shape) for batch in begun.calibration] == [(12, *begun.example.shape[1:])]
+    assert begun.repairing is begun.calibration
+    with pytest.raises(SearchError, match='calibration is "?.?some'):
+        replace(options, calibration="some")
+
+
 def digits_net_of(path: Path) -> Tensor:
     return load_file(path)["classifier.weight"]
 
