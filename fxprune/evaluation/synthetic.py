@@ -13,14 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 
 from fxprune import example_inputs as forms
 from fxprune.errors import EvaluationError, InputError, in_a_line
 from fxprune.evaluation.copying import copied
 from fxprune.evaluation.running import call, device_of, set_training
 from fxprune.evaluation.wrappers import unwrapped
-from fxprune.passes.compat import tree_leaves, tree_map_only
+from fxprune.passes.compat import BatchNormBase, tree_leaves, tree_map_only
 
 NONE = "none"
 RATE = 0.1  # of Adam, falling to zero along a cosine
