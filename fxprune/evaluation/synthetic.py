@@ -23,7 +23,7 @@ from fxprune.passes.compat import BatchNormBase, tree_leaves, tree_map_only
 
 NONE = "none"
 RATE = 0.1  # of Adam, falling to zero along a cosine
-DRAWN = 0.1  # what the labels of drawn classes count beside the statistics
+DRAWN = 0.02  # what the labels of drawn classes count beside the statistics
 
 
 def synthetic_batches(

@@ -46,11 +46,15 @@ class ShapeProxy(fx.Proxy):
 
     def __getitem__(self, index: Any) -> Any:
         if _isinstance(self.value, torch.Tensor):
-            index = tuple(map(self._listed, index)) if _isinstance(index, tuple) else self._listed(index)
+            several = _isinstance(index, tuple) or (_isinstance(index, list) and any(_isinstance(one, slice) for one in index))
+            index = tuple(map(self._listed, index)) if several else self._listed(index)
         return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
 
     def _listed(self, entry: Any) -> Any:
-        """A mask of one dimension that does not depend on the inputs picks what it picks now; how much that is, no shape could tell."""
+        """A mask of one dimension that does not depend on the inputs picks what it picks now; how much that is, no shape could tell. Nor
+        could it where the ends of a slice are elements of tensors, as in networks that come from ONNX."""
+        if _isinstance(entry, slice):
+            return slice(*map(self._known, (entry.start, entry.stop, entry.step)))
         if not _isinstance(entry, ShapeProxy) or not _isinstance(entry.value, torch.Tensor):
             return entry
         known = self.tracer.actual(entry.node) if entry.value.dtype == torch.bool and entry.value.ndim == 1 else None
@@ -60,6 +64,11 @@ class ShapeProxy(fx.Proxy):
             self.tracer.note(NoteKind.VALUE, f"a mask was specialised to the value of {name!r}", self.tracer.here())
             self.tracer.read.add(name)
         return known.nonzero().flatten().tolist()
+
+    def _known(self, end: Any) -> Any:
+        """An end of a slice that is a tensor and does not depend on the inputs, as the number that it is."""
+        read = _isinstance(end, ShapeProxy) and _isinstance(end.value, torch.Tensor) and self.tracer.actual(end.node) is not None
+        return operator.index(end) if read else end
 
     @property
     def value(self) -> Any:
@@ -91,6 +100,8 @@ class ShapeProxy(fx.Proxy):
                 return self._type_name
             if name in ("tolist", "item"):
                 return lambda: self._concrete(name, name)
+            if name == "numpy" and self.tracer.actual(self.node) is not None:
+                return lambda: self._concrete("numpy()", "numpy").copy()
             if not hasattr(value, name):
                 raise AttributeError(f"'Tensor' object has no attribute {name!r}")
             if name == "nelement" or name == "numel":

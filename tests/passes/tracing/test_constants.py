@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.errors import TraceError
 from tests.passes.helpers import assert_sound, gap, zeroed
 
 
@@ -158,3 +159,62 @@ def test_what_is_drawn_is_no_constant(how: str) -> None:
     graph = fxprune.analyze(model, x)
     assert torch.equal(torch.get_rng_state(), before)
     assert not graph.by_name["a"].prunable
+
+
+class Cropped(nn.Module):
+    """Crops along the length as networks that come from ONNX do: the ends lie in tensors, and pass through NumPy on their way."""
+
+    starts: Tensor
+    ends: Tensor
+    axes: Tensor
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.a, self.b = how, nn.Conv1d(3, 8, 3, padding=1), nn.Conv1d(8, 4, 3)
+        self.register_buffer("starts", torch.tensor([2]))
+        self.register_buffer("ends", torch.tensor([2**63 - 1]))
+        self.register_buffer("axes", torch.tensor([2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Any = torch.relu(self.a(x))
+        if self.how == "loop":
+            for start, end in zip(self.starts, self.ends, strict=True):
+                y = y[:, :, start:end]
+        elif self.how == "axes":
+            for start, axis in zip(self.starts, self.axes.detach().cpu().numpy(), strict=True):
+                entries = [slice(None)] * 3
+                entries[axis] = slice(start, None)
+                y = y[tuple(entries)]
+        elif self.how == "numpy":
+            start, end = self.starts.numpy(), self.ends.numpy()
+            y = y[:, :, int(start[0]) : int(end[0])]
+        elif self.how == "one":
+            y = y[..., self.starts[0] :]
+        found: Tensor = self.b(y)
+        return found
+
+
+@pytest.mark.parametrize("how", ["loop", "axes", "numpy", "one"])
+def test_the_ends_of_slices_may_be_elements_of_buffers(how: str) -> None:
+    model, x = Cropped(how).eval(), torch.randn(2, 3, 16)
+    graph = fxprune.analyze(model, x)
+    assert {group.name: group.prunable for group in graph.groups}["a"]
+    slim = fxprune.compress(graph, 0.5, x, verify=True)
+    made = fxprune.record(slim)
+    assert made.before.macs == fxprune.profile(model, x).macs > fxprune.profile(slim, x).macs == made.after.macs
+    assert slim.get_parameter("b.weight").shape == (4, 4, 3) and slim(torch.randn(3, 3, 20)).shape == (3, 4, 16)
+    assert any("was specialised to the value of 'starts'" in note for note in graph.notes)
+
+
+def test_slices_whose_ends_the_input_says_are_refused() -> None:
+    class Asked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor, end: Tensor) -> Tensor:
+            y: Tensor = self.a(x)[: end[0]]
+            return y
+
+    with pytest.raises(TraceError, match="meta tensors"):  # how long the result is no shape says
+        fxprune.analyze(Asked().eval(), (torch.randn(6, 3), torch.tensor([4])))
