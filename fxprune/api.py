@@ -18,6 +18,7 @@ from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.outputs import as_listed
 from fxprune.passes.pipeline import analysed, listed
 from fxprune.passes.planning.naming import carried_over, left_out, resolved
+from fxprune.passes.rewriting.original_layers import OriginalLayers
 from fxprune.policies import Policy, checked_sparsity
 from fxprune.records import PruningRecord
 
@@ -86,6 +87,7 @@ def compress(
     norms: str | None = None,
     check: bool = True,
     outputs: str | int | Iterable[str | int] | None = None,
+    original: nn.Module | None = None,
 ) -> fx.GraphModule:
     """Remove channels of ``model`` as ``policy`` says and return the slim network as a ``torch.fx.GraphModule``.
 
@@ -127,6 +129,8 @@ def compress(
             well (``group.undefined`` says where it cannot). None: what the policy says, else "plain".
         check: as for ``analyze``.
         outputs: as for ``analyze``. None: what the policy says, else all.
+        original: the module that ``model`` was exported from: the slim graph module then calls its layers (``nn.Linear``, convolutions,
+            embeddings, layer and group norms) under their names, with slim weights, where the export left calls of functions.
 
     Returns:
         The slim module.
@@ -152,7 +156,7 @@ def compress(
         keep_class=keep_class,
         most=most,
         loss=loss,
-        passes=passes,
+        passes=passes if original is None else (OriginalLayers(unwrapped(original)), *passes),
         observe=observe,
         check=check,
     )
