@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from fxprune.attached import record_of
-from fxprune.compression import Choices, Given, coupled, example_of, met, module_of, renamed, slimmed, understood, without
+from fxprune.compression import Choices, Given, carried, coupled, example_of, met, module_of, renamed, slimmed, understood, without
 from fxprune.errors import FxPruneError
 from fxprune.evaluation.wrappers import unwrapped
 from fxprune.importance.criteria import Importance
@@ -17,9 +17,9 @@ from fxprune.passes.base import Observer
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.outputs import as_listed
 from fxprune.passes.pipeline import analysed, listed
-from fxprune.passes.planning.naming import carried_over, left_out, resolved
+from fxprune.passes.planning.naming import left_out, resolved
 from fxprune.passes.rewriting.original_layers import OriginalLayers
-from fxprune.policies import Policy, checked_sparsity
+from fxprune.policies import checked_sparsity
 from fxprune.records import PruningRecord
 
 if TYPE_CHECKING:
@@ -169,8 +169,8 @@ def compress(
     if not gone:
         return slimmed(graph, chosen, wanted, example, choices)
     cut, given = without(graph, gone, example, choices)
-    thinner = resolved(cut, carried_over(graph, cut, wanted.sparsity))
-    return renamed(slimmed(cut, Policy({}), thinner, given, choices), wanted.sparsity, gone)
+    chosen, thinner = carried(graph, cut, chosen, wanted)
+    return renamed(slimmed(cut, chosen, thinner, given, choices), wanted.sparsity, gone)
 
 
 def record(slim: nn.Module) -> PruningRecord:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
@@ -23,7 +24,7 @@ from fxprune.evaluation.wrappers import unwrapped
 from fxprune.importance.criteria import Importance, importance_name, scores
 from fxprune.importance.criteria import resolved as resolved_importance
 from fxprune.importance.gradients import Loss
-from fxprune.index_lists import indices
+from fxprune.index_lists import indices, ranges
 from fxprune.passes.base import GraphPass, Observer, UserPass, run_passes
 from fxprune.passes.compat import tree_leaves
 from fxprune.passes.coupling.blocks import Block
@@ -31,7 +32,7 @@ from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.outputs import as_listed
 from fxprune.passes.pipeline import NORMS, Plan, Slim, analysed, compilation, listed, module_names, traced_graph
 from fxprune.passes.planning.cost_model import cost_model
-from fxprune.passes.planning.naming import Wanted, limits
+from fxprune.passes.planning.naming import Wanted, carried_over, limits, resolved, twin_units
 from fxprune.passes.planning.shortfall import shortfall
 from fxprune.passes.rewriting.blocks import without_blocks
 from fxprune.passes.verify import verify as zeroing_oracle
@@ -199,7 +200,27 @@ def without(graph: CouplingGraph, gone: Sequence[Block], example: Any, choices: 
     if choices.keep_class:
         raise UnsupportedError("keep_class cannot leave out blocks: the model's own code calls them; leave out keep_class")
     given = _with_values(graph, example)
-    return _cut(graph, gone, given if choices.verify else None, choices.observe), given
+    return cut_from(graph, gone, given if choices.verify else None, choices.observe), given
+
+
+def carried(graph: CouplingGraph, cut: CouplingGraph, policy: Policy, wanted: Wanted) -> tuple[Policy, Wanted]:
+    """``policy`` as one for ``cut``, which is ``graph`` with blocks left out: by the units that it lists, if any, else by its shares."""
+    listed_units = policy.options.get("units")
+    scored = _recorded(graph, wanted.sparsity, listed_units) if listed_units else None
+    if scored is None:
+        return Policy({}), resolved(cut, carried_over(graph, cut, wanted.sparsity))
+    stays = np.ones(int(graph.starts[-1]) + 1, dtype=bool)  # the last: what is no unit of the graph
+    for name, kept in scored.items():
+        group = graph.by_name[name]
+        stays[graph.starts[group.number] : graph.starts[group.number + 1]] = np.asarray(kept) > 0
+    stays = stays[twin_units(graph, cut)]
+    sparsity, units = {}, {}
+    for group in cut.groups:
+        gone = np.flatnonzero(~stays[cut.starts[group.number] : cut.starts[group.number + 1]])
+        if group.prunable and 0 < len(gone) < group.size:
+            sparsity[group.name], units[group.name] = len(gone) / group.size, ranges(torch.from_numpy(gone))
+    options = {"units": units, "importance": policy.options.get("importance", "auto")}
+    return Policy({}, options=options), resolved(cut, sparsity)
 
 
 def renamed(slim: Any, wanted: Mapping[str, float], gone: Sequence[Block]) -> fx.GraphModule:
@@ -217,7 +238,7 @@ def _record(slim: Any) -> PruningRecord:
     return found
 
 
-def _cut(graph: CouplingGraph, blocks: Sequence[Block], example: Any, observe: Observer | None) -> CouplingGraph:
+def cut_from(graph: CouplingGraph, blocks: Sequence[Block], example: Any = None, observe: Observer | None = None) -> CouplingGraph:
     """The network without ``blocks``, all channels kept, analysed as ``graph`` was. ``example``: for the oracle, None for no oracle."""
     whole = without_blocks(graph, blocks)
     whole.train(graph.model.training)

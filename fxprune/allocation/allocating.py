@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,7 @@ from fxprune.importance.criteria import importance_name, resolved, scores
 from fxprune.importance.gradients import Loss
 from fxprune.index_lists import ranges
 from fxprune.passes.base import Observer
+from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.planning.naming import limits
 from fxprune.passes.planning.plan import Keep, Rounding, keep_counts
@@ -35,6 +36,8 @@ class Allocator:
 
     ``round_to``, ``most``: as in ``compress``. ``kept_whole``: groups of which the table says nothing, since no gradient reaches them
     (behind a rounding, say, or an index); they lose nothing. ``costs``: more metrics that may be bounded, as ``Prices.shares`` gives them.
+    ``blocks``: what may be left out beside the units, each with the change of the output that it makes, (samples,); removals then have a
+    column for each, behind those of the groups.
     """
 
     def __init__(
@@ -45,7 +48,9 @@ class Allocator:
         round_to: int = 1,
         most: Mapping[str, float] | float | None = None,
         costs: Mapping[str, Callable[[IntArray], FloatArray]] | None = None,
+        blocks: Sequence[tuple[Block, FloatArray]] = (),
     ) -> None:
+        self.blocks = list(blocks)
         self.graph, self.table, self.costs = graph, table, dict(costs or {})
         self.groups = [group for group in graph.groups if group.prunable]
         self.limits = limits(graph, most)
@@ -92,12 +97,14 @@ class Allocator:
     @cached_property
     def prices(self) -> Prices:
         """What allocations cost."""
-        return Prices(self.graph, self.groups)
+        return Prices(self.graph, self.groups, [block for block, _ in self.blocks])
 
     @cached_property
     def _knapsack(self) -> Knapsack:
         effects = [self.table.along(group.name) for group in self.groups]
-        return Knapsack(effects, [self._allowed(i) for i in range(len(self.groups))], self._shares)
+        effects += [np.stack([np.zeros_like(effect), effect]) for _, effect in self.blocks]
+        allowed = [self._allowed(i) for i in range(len(self.groups))] + [np.arange(2, dtype=np.int64) for _ in self.blocks]
+        return Knapsack(effects, allowed, self._shares)
 
     def _shares(self, metric: str, removed: IntArray) -> FloatArray:
         return self.costs[metric](removed) if metric in self.costs else self.prices.shares(metric, removed)

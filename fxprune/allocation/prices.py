@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from fxprune.passes.coupling.blocks import Block, dead_nodes
 from fxprune.passes.coupling.graph import CouplingGraph, Group
 from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.planning.cost_model import cost_model
@@ -21,10 +22,11 @@ class Prices:
     """Remaining shares of MACs, parameters, activation memory and output channels, for arrays of removals (allocations, groups).
 
     A count shrinks by the kept share of each of its axes, and a share by what each group loses along the axis: so costs are exact products,
-    and what a unit saves falls as its neighbours shrink. ``groups``: what may lose units, in the order of the removals.
+    and what a unit saves falls as its neighbours shrink. ``groups``: what may lose units, in the order of the removals; ``blocks``: what
+    may be left out, a column each behind them, where a 1 leaves it out. No block holds another.
     """
 
-    def __init__(self, graph: CouplingGraph, groups: Sequence[Group]) -> None:
+    def __init__(self, graph: CouplingGraph, groups: Sequence[Group], blocks: Sequence[Block] = ()) -> None:
         self.graph, self.groups = graph, list(groups)
         self._number = {group.number: i for i, group in enumerate(self.groups)}
         model = cost_model(graph)
@@ -35,13 +37,15 @@ class Prices:
         self._starts = np.array([start for start, _, _, _ in lives], dtype=np.int64)
         self._ends = np.array([end + 1 for _, end, _, _ in lives], dtype=np.int64)
         self._moments = int(max(self._ends, default=0)) + 1
-        self._peak = max(float(self._peaks(np.zeros((1, len(self.groups)), dtype=np.int64))[0]), 1.0)
+        dead = [model.without(dead_nodes(graph.traced, block), block.tensors) for block in blocks]
+        self._dead = {name: np.array([one[name] for one in dead], dtype=np.float64) for name in self._terms if dead}
+        self._peak = max(float(self._peaks(np.zeros((1, len(self.groups) + len(blocks)), dtype=np.int64))[0]), 1.0)
         self._channels, self._all = self._outputs()
 
     def shares(self, metric: str, removed: IntArray) -> FloatArray:
         """What is left of a metric of ``METRICS``, as a share of the original: (allocations,)."""
         if metric == "sparsity":
-            return np.asarray(1 - removed @ self._channels / max(self._all, 1), dtype=np.float64)
+            return np.asarray(1 - removed[:, : len(self.groups)] @ self._channels / max(self._all, 1), dtype=np.float64)
         if metric == "memory":
             found: FloatArray = self._peaks(removed) / self._peak
         else:
@@ -52,8 +56,10 @@ class Prices:
         """Each term of a metric, (allocations, terms)."""
         counts, axes, slopes = self._terms[metric]
         kept = np.ones((len(removed), len(slopes) + 1))
-        kept[:, :-1] -= removed @ slopes.T
+        kept[:, :-1] -= removed[:, : len(self.groups)] @ slopes.T
         found: FloatArray = kept[:, axes].prod(2) * counts
+        if self._dead:
+            found = found * (1 - removed[:, len(self.groups) :] @ self._dead[metric]).clip(0)
         return found
 
     def _peaks(self, removed: IntArray) -> FloatArray:

@@ -39,7 +39,7 @@ class Responses:
     """
 
     def __init__(self, graph: CouplingGraph, batches: Iterable[Any], wanted: set[str]) -> None:
-        self.batches = [_inputs(batch) for batch in batches]
+        self.batches = [inputs_of(batch) for batch in batches]
         if not self.batches:
             raise InputError("an error table needs calibration data: pass calibration=[inputs, ...], a few hundred inputs or more")
         everything = np.ones(int(graph.starts[-1]), dtype=bool)
@@ -145,13 +145,23 @@ def _writes(node: fx.Node, module: Any) -> bool:
     return bool(node.kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__")) or name.startswith(("iadd", "imul", "isub"))
 
 
-def _inputs(batch: Any) -> Any:
+def inputs_of(batch: Any) -> Any:
+    """The inputs of a batch, which may have labels."""
     return batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
 
 
 def _projected(output: Any, drawn: torch.Generator) -> Tensor:
     """The output's floating tensors along random directions of unit variance; of class scores, (samples, classes), without their mean."""
-    found: Tensor | None = None
+    terms = directed(output, drawn)
+    found = terms[0].sum()
+    for term in terms[1:]:
+        found = found + term.sum()
+    return found
+
+
+def directed(output: Any, drawn: torch.Generator) -> list[Tensor]:
+    """The output's floating tensors times random directions, entry by entry."""
+    found: list[Tensor] = []
     for tensor in tree_leaves(_plain(output)):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             continue
@@ -161,9 +171,8 @@ def _projected(output: Any, drawn: torch.Generator) -> Tensor:
         direction = torch.randn(value.shape, generator=drawn).to(value.device)
         if value.ndim == 2 and value.shape[1] > 2:
             direction = direction - direction.mean(1, keepdim=True)
-        term = (value * direction).sum()
-        found = term if found is None else found + term
-    if found is None:
+        found.append(value * direction)
+    if not found:
         raise InputError(f"the network's output, a {type(output).__name__}, holds no floating tensor to measure errors by")
     return found
 

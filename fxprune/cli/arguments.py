@@ -57,13 +57,14 @@ HELP = {
     "executor": "local or ray",
     "evaluations": "candidates scored at most, or none",
     "steps": "prune steps, or none for what step-ratio gives",
+    "blocks": "whole residual branches may be left out, beside units",
     "round_to": "channels kept are rounded up to a multiple of this; default: 1, or 8 for the latency of a convolutional network",
     "norms": "plain, or exact: layer, RMS and group norms keep the divisor of the original",
     "ignore": "names or globs of modules whose output channels stay, with commas",
 }
 COMMON = (
     *("targets", "strategy", "reward", "repair", "importance", "steps", "samples", "seed", "most"),
-    *("device", "jobs", "executor", "round_to", "runtime", "threads", "latency_batch"),
+    *("device", "jobs", "executor", "round_to", "blocks", "runtime", "threads", "latency_batch"),
 )
 RESUMABLE = frozenset({"jobs", "executor", "device"})
 _REPEATED = {"targets": "METRIC=SHARE", "costs": "NAME=MODULE:FUNCTION"}  # given once for each, by a name in the singular

@@ -210,7 +210,7 @@ class Session:
         config = self.options.search
         # Recovery between prune steps trains what is sliced; the original must stay what it is, the teacher.
         working = copy.deepcopy(original) if config.recover_every else original
-        graph = analyze(working, self.example, ignore=config.ignore, attention=config.attention, norms=config.norms)
+        graph = analyze(working, self.example, ignore=config.ignore, attention=config.attention, norms=config.norms, blocks=config.blocks)
         scored = self.scored(original)
         problem, candidates = make_problem(
             graph,
@@ -223,6 +223,7 @@ class Session:
             reference=self.reference(original, graph),
             rough=scored.first(self.options.rough_images),
             runtime=self.runtime,
+            blocks=config.blocks,
             tabled=config.table,
             rungs=self.rungs(scored, graph),
             most=config.most,

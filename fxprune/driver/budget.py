@@ -13,6 +13,7 @@ from fxprune.errors import SearchError
 
 FINE = 0.25  # projections are refined until the slack is within this share of the tolerance
 UNFIT = 1e6  # what is worse than any slack
+FAINT = 1e-9  # a share so small that units go there when there are no others
 DEPTH, WIDTH = 8, 32  # how far, and from how many vectors at a time, one that meets the targets is looked for; coarse networks need it
 
 
@@ -113,12 +114,14 @@ class Budget:
 
     def fitted(self, removed: IntArray) -> IntArray:
         """The vector on the budget that has the proportions of ``removed`` (of the group sizes where nothing is removed)."""
-        weights = removed if removed.any() else self.space.units
-        return self.project(self.space.zeros(), np.maximum(weights / weights.sum(), 1e-9))
+        widths, base = self.space.widths > 0, self.space.zeros()
+        weights = np.where(widths, removed, 0) if removed[widths].any() else self.space.widths
+        base[~widths] = removed[~widths]
+        return self.project(base, np.maximum(weights / weights.sum(), FAINT))
 
     def uniform(self) -> IntArray:
         """The largest allocation on the budget with the same share of units removed from every group, to the unit."""
-        return self.project(self.space.zeros(), self.space.units / self.space.units.sum())
+        return self.project(self.space.zeros(), np.maximum(self.space.widths / self.space.widths.sum(), FAINT))
 
     def refined(self, removed: IntArray, base: IntArray) -> IntArray:
         """Give units back until the slack is small; where that is not fine enough, look further around. By single units, or by as many as

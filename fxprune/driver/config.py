@@ -72,6 +72,7 @@ class SearchConfig:
     threads: int = 1  # of that runtime, on a CPU
     latency_batch: int | None = None  # samples a call in it; None: as many as the example inputs have
     most: Any = None  # the largest share of its units that any group loses, or a mapping from group, module or glob to it
+    blocks: bool = False  # whole residual branches may be left out, beside units
     loss: Any = None  # f(output, batch) -> scalar for importances that need gradients, or module:function; None: cross-entropy, where clear
     norms: str = "plain"  # or exact: statistics over channels keep the original's divisor. Paper: plain
     # repair inside the score and of the result: none, bn, bias, lstsq, a registered one, module:function, or a function. Paper: none
@@ -100,6 +101,8 @@ class SearchConfig:
             _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "a finite number, 0 or more")
         _require(self.pays is None or 0 <= self.pays < float("inf"), "pays", self.pays, "a finite number, 0 or more, or none")
         _require(0 < self.floor < 1e-2, "floor", self.floor, "above 0 and below 0.01")
+        if self.blocks and self.recover_every:
+            raise SearchError("blocks and recover_every do not go together: what is left out cannot be trained back; leave one of them out")
         _require(self.depth_scaling >= 1, "depth_scaling", self.depth_scaling, "at least 1")
         _require(self.clip is None or 0 < self.clip < 1, "clip", self.clip, "between 0 and 1, or none")
         for name in ("recover_every", "recover_epochs", "finalists", "seed"):

@@ -67,6 +67,7 @@ class Space:
     ``unit_scores``: for each group the importance of its units in ascending order, float64, shape ``(units,)``; None if there is none.
     ``rounding``: removal vector -> the one that it comes to, nowhere more, where channels are kept in multiples of ``grain``; None: itself.
     ``table``: the error table, where there is one. ``rungs``: how many cheaper scores there are.
+    ``blocks``: how many of the last groups are whole blocks, which lose nothing (0) or are left out (1); they have 2 units.
     ``slack``: by how much of it a cost may be off where that is more than the search's tolerance: costs that are predicted, and measured
         on what was found.
     """
@@ -83,11 +84,19 @@ class Space:
     rungs: int = 0
     most: IntArray | None = None
     slack: Mapping[str, float] = field(default_factory=dict)
+    blocks: int = 0
 
     @property
     def room(self) -> IntArray:
         """The most that each group may lose: all units but one, or its limit."""
         return self.units - 1 if self.most is None else np.minimum(self.units - 1, self.most)
+
+    @property
+    def widths(self) -> IntArray:
+        """``units``, and 0 for every block: what allocations go by that know nothing of blocks."""
+        found: IntArray = self.units.copy()
+        found[len(found) - self.blocks :] = 0
+        return found
 
     def zeros(self) -> IntArray:
         """The removal vector of the original network."""
@@ -151,6 +160,7 @@ class Problem:
     measured: dict[str, float] = field(default_factory=dict)
     most: IntArray | None = None
     clock: Clock | None = None
+    blocks: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(self.names))
@@ -183,4 +193,5 @@ class Problem:
             len(self.rungs),
             self.most,
             {} if self.clock is None else {"latency": self.clock.tolerance},
+            self.blocks,
         )

@@ -84,6 +84,11 @@ class Repairer:
     def __call__(self, slim: nn.Module, slimmer: Slimmer) -> tuple[str, ...]:
         """Repair ``slim``, which ``slimmer`` made, in place. Returns how much was repaired and what could not be, in sentences; what
         was done to each layer is in ``layers``."""
+        if slimmer.graph is not self.graph:  # blocks were left out: what is left is aimed at the network without them
+            other = Repairer(slimmer.graph, self.batches, self.given, progress=self.progress)
+            notes = other(slim, slimmer)
+            self.layers = other.layers
+            return notes
         self.layers = {}
         return self._method(self, slim, slimmer)
 

@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from fxprune.allocation.allocating import Allocator
+from fxprune.allocation.leaving_out import block_effects
 from fxprune.allocation.prices import output_channels
 from fxprune.allocation.tables import error_table
 from fxprune.driver import Problem, SearchConfig
@@ -17,6 +18,7 @@ from fxprune.errors import FAULTS, EvaluationError, FxPruneError, PruningWarning
 from fxprune.evaluation.running import evaluating, one_thread
 from fxprune.importance.criteria import resolved, scores
 from fxprune.imports import by_path
+from fxprune.passes.coupling.blocks import finest
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.planning.naming import limits
 from fxprune.repair.registry import named
@@ -103,6 +105,7 @@ def make_problem(
     most: Mapping[str, float] | float | None = None,
     loss: Any = None,
     own_costs: Mapping[str, Any] | None = None,
+    blocks: bool = False,
 ) -> tuple[Problem, Candidates]:
     """An analysed network as a search problem: costs from the analysis, scores from ``evaluate`` on slim networks.
 
@@ -117,6 +120,7 @@ def make_problem(
     repaired for them on as small a share of ``calibration``.
     ``most``, ``loss``: as in ``compress``; ``loss`` may be named as module:function. ``own_costs``: costs of the user's own by name:
     ``f(module) -> number``, or module:function.
+    ``blocks``: whether whole blocks may be left out too, one entry of a removal vector each, behind those of the groups.
     """
     batches = None if calibration is None else list(calibration)
     named(repair)
@@ -124,7 +128,9 @@ def make_problem(
     tied = importance == "auto" and repair == "lstsq" and bool(batches)  # the choice of units and the repair then aim at the same error
     table: Allocator | None = None
     measured: dict[str, float] = {}
-    timing = LatencyModel(graph, [group for group in graph.groups if group.prunable], runtime or Runtime(), measured)
+    groups = [group for group in graph.groups if group.prunable]
+    parts = [block for block in finest(graph.all_blocks) if block.name not in graph.by_name] if blocks else []
+    timing = LatencyModel(graph, groups, runtime or Runtime(), measured, parts)
     with one_thread():
         ranking = None
         if not (tied and tabled != "no"):
@@ -132,7 +138,8 @@ def make_problem(
         if tabled != "no" and batches:
             try:
                 found = error_table(graph, batches, ranking=ranking, repair=repair, seed=seed)
-                table = Allocator(graph, found, round_to=round_to, most=most, costs={"latency": timing.shares})
+                effects = list(zip(parts, block_effects(graph, parts, batches, seed=seed), strict=True)) if parts else []
+                table = Allocator(graph, found, round_to=round_to, most=most, costs={"latency": timing.shares}, blocks=effects)
                 ranking = found.ranking
             except FxPruneError as error:
                 if tabled != "may":
@@ -140,13 +147,13 @@ def make_problem(
                 warnings.warn(f"the search begins without an error table: {error}", PruningWarning, stacklevel=2)
         if ranking is None:
             ranking = scores(graph, "reconstruction", batches, seed, function)
-        candidates = Candidates(graph, ranking, round_to)
+        candidates = Candidates(graph, ranking, round_to, parts)
     own = {name: _OwnCost(name, cost, graph.model, measured) for name, cost in (own_costs or {}).items()}
     allowed = limits(graph, most)
 
     clock = _Clock(candidates, timing)
     channels, fixed = output_channels(graph)
-    per_unit = np.array([channels[name] for name in candidates.names], dtype=np.int64)
+    per_unit = np.array([channels[group.name] for group in groups] + [0 for _ in parts], dtype=np.int64)
     repairer = Repairer(graph, batches or (), repair if batches else "none", reference)
 
     def fewer(halvings: int) -> Repairer:
@@ -155,19 +162,20 @@ def make_problem(
 
     problem = Problem(
         names=candidates.names,
-        units=np.array([g.size for g in candidates.groups]),
+        units=candidates.units,
         channels=per_unit,
         cost=lambda removed: CandidateCosts(candidates, removed, clock.predicted, own),
         score=Score(candidates, evaluate, repairer),
         rough=None if rough is None else Score(candidates, rough, repairer),
         rungs=[Score(candidates, one, fewer(len(rungs) - i)) for i, one in enumerate(rungs)],
         fixed_channels=fixed,
-        unit_scores=[np.sort(candidates.ranking[n]) for n in candidates.names],
+        unit_scores=[np.sort(candidates.ranking[group.name]) for group in groups] + [np.zeros(2) for _ in parts],
+        blocks=len(parts),
         rounding=candidates.rounded if round_to > 1 else None,
         grain=round_to,
         table=table,
         measured=measured,
         clock=clock,
-        most=np.array([allowed.get(g.name, g.size - 1) for g in candidates.groups], dtype=np.int64) if allowed else None,
+        most=np.array([allowed.get(g.name, g.size - 1) for g in groups] + [1 for _ in parts], dtype=np.int64) if allowed else None,
     )
     return problem, candidates

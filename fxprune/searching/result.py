@@ -86,7 +86,7 @@ def search(
     config = SearchConfig() if config is None else config
     if not isinstance(config, SearchConfig):
         raise SearchError(f"config is a {type(config).__name__}; pass fxprune.SearchConfig(...), whose fields are the options")
-    graph = analyze(model, example_inputs, ignore=config.ignore, attention=config.attention, norms=config.norms)
+    graph = analyze(model, example_inputs, ignore=config.ignore, attention=config.attention, norms=config.norms, blocks=config.blocks)
     importance = without_labels(config.importance, calibration, config.repair)
     batches = calibration_batches(calibration, graph.model, example_inputs, seed=config.seed)
     problem, candidates = make_problem(
@@ -103,6 +103,7 @@ def search(
         most=config.most,
         loss=config.loss,
         own_costs=config.costs,
+        blocks=config.blocks,
         runtime=Runtime(config.runtime, config.threads, config.latency_batch),
     )
     outcome = run(problem, config, checkpoint_dir=checkpoint_dir, resume=resume, on_event=on_event)
@@ -130,7 +131,7 @@ class Repairing(Protocol):
 
 def mended(slim: fx.GraphModule, removed: Any, candidates: Candidates, repairer: Repairing) -> fx.GraphModule:
     """``slim``, what is left without the units ``removed``, repaired in place as its record then says."""
-    notes = repairer(slim, Slimmer(candidates.graph, candidates.keep(removed)))
+    notes = repairer(slim, candidates.slimmer(removed))
     attach(slim, record(slim).with_repair(repairer.kind, notes, repairer.layers))
     return slim
 

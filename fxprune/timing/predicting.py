@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from fxprune.evaluation.running import device_of
+from fxprune.passes.coupling.blocks import Block, dead_nodes
 from fxprune.passes.coupling.graph import CouplingGraph, Group
 from fxprune.passes.labels.values import Value
 from fxprune.timing.candidates import CandidateTimer
@@ -26,6 +27,7 @@ from fxprune.timing.runtimes import Runtime
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
+Node = tuple[str, str]  # a graph and a node of it, by their names
 CALL = {"eager": 4e-6}  # seconds that an operation costs as such, at most; elsewhere:
 LEAN_CALL = 1e-6
 REST = 0.05  # of the time that is never the layers'
@@ -45,17 +47,29 @@ class _Terms:
     slopes: FloatArray  # (axes, groups) what a unit of each group takes off an axis; one further axis never loses anything
     fixed: float
     whole: float
+    dead_layers: FloatArray  # (blocks, layers) 1 for what is gone without a block
+    dead_others: FloatArray  # (blocks, terms)
+    dead_operations: FloatArray  # (blocks,) the share of the operations
 
 
 class LatencyModel:
     """Predicted shares of the original's time, for arrays of removals (allocations, groups).
 
     ``groups``: what may lose units, in the order of the removals. ``measured``: seconds that were measured, of the original and of layers;
-    what is there already counts, what is measured is put there.
+    what is there already counts, what is measured is put there. ``blocks``: what may be left out, a column of the removals each, behind
+    those of the groups; no block holds another.
     """
 
-    def __init__(self, graph: CouplingGraph, groups: Sequence[Group], runtime: Runtime, measured: MutableMapping[str, float]) -> None:
+    def __init__(
+        self,
+        graph: CouplingGraph,
+        groups: Sequence[Group],
+        runtime: Runtime,
+        measured: MutableMapping[str, float],
+        blocks: Sequence[Block] = (),
+    ) -> None:
         self.graph, self.groups, self.runtime, self.measured = graph, list(groups), runtime, measured
+        self.blocks = list(blocks)
         self.timer = CandidateTimer(graph, runtime, measured)
         self._points: list[tuple[float, float]] = []
 
@@ -92,10 +106,16 @@ class LatencyModel:
     def _raw(self, removed: IntArray) -> FloatArray:
         terms = self._terms
         kept = np.ones((len(removed), len(terms.slopes) + 1))
-        kept[:, :-1] -= removed @ terms.slopes.T
-        total = terms.fixed + kept[:, terms.axes].prod(2) @ terms.others
+        widths, out = removed[:, : len(self.groups)], removed[:, len(self.groups) :]
+        kept[:, :-1] -= widths @ terms.slopes.T
+        others, layers = kept[:, terms.axes].prod(2) * terms.others, np.zeros((len(removed), 0))
         if len(terms.places):
-            total = total + _between(terms, kept).sum(1)
+            layers = _between(terms, kept)
+        fixed = np.full(len(removed), terms.fixed)
+        if self.blocks:
+            others, layers = others * (1 - out @ terms.dead_others).clip(0), layers * (1 - out @ terms.dead_layers).clip(0)
+            fixed = fixed * (1 - out @ terms.dead_operations).clip(0)
+        total = fixed + others.sum(1) + layers.sum(1)
         found: FloatArray = total / terms.whole
         return found
 
@@ -111,7 +131,7 @@ class LatencyModel:
         spent = sum(grid[2][-1][-1] for grid in grids) + sum(products)
         scale = min(1.0, (1 - REST) * whole / spent) if spent else 1.0
         rest = whole - scale * spent
-        fixed = min(rest / 2, parts.operations * CALL.get(self.runtime.name, LEAN_CALL))
+        fixed = min(rest / 2, len(parts.operation_nodes) * CALL.get(self.runtime.name, LEAN_CALL))
         moved = sum(size for size, _ in parts.moved)
         others = [scale * seconds for seconds in products] + [(rest - fixed) * size / max(moved, 1) for size, _ in parts.moved]
         if not moved:
@@ -127,6 +147,9 @@ class LatencyModel:
             slopes=parts.slopes,
             fixed=fixed,
             whole=whole,
+            dead_layers=parts.dead(self.blocks, parts.layer_nodes),
+            dead_others=parts.dead(self.blocks, parts.product_nodes + parts.moved_nodes),
+            dead_operations=parts.dead(self.blocks, parts.operation_nodes).mean(1) if self.blocks else np.zeros(0),
         )
 
 
@@ -164,7 +187,7 @@ class _Parts:
     """What an analysed network does when it runs, as far as it takes time: by axes, whose kept shares it falls with.
 
     ``layers``: those of the table, with the axes of their outputs and inputs. ``products``: other multiply-accumulates; ``moved``: bytes
-    that other operations write; each with its axes. ``operations``: how many there are.
+    that other operations write; each with its axes. ``*_nodes``: where each of them is in the graphs, and every operation.
     """
 
     def __init__(self, graph: CouplingGraph, groups: Sequence[Group], runtime: Runtime) -> None:
@@ -178,18 +201,23 @@ class _Parts:
         self.layer_macs: list[int] = []
         self.products: list[tuple[float, list[int]]] = []
         self.moved: list[tuple[float, list[int]]] = []
-        self.operations = 0
+        self.layer_nodes: list[Node] = []
+        self.product_nodes: list[Node] = []
+        self.moved_nodes: list[Node] = []
+        self.operation_nodes: list[Node] = []
         for mode in graph.traced.eval_modes:
             nodes = graph.traced.graphs[mode].nodes
             batch = next((t.shape[0] for n in nodes if n.op == "placeholder" and (t := _tensor(n)) is not None and t.ndim), 1)
             times = 1.0 if runtime.batch is None else runtime.batch / max(batch, 1)
             tabled = {node.name for node in nodes if node.op == "call_module" and self._layer(node, graph.values[mode], times)}
+            self.layer_nodes += [(mode, node.name) for node in nodes if node.name in tabled]
+            self.product_nodes += [(mode, cost.node) for cost in graph.layer_costs[mode] if cost.node not in tabled]
             macs = {cost.node: cost.macs for cost in graph.layer_costs[mode]}
             self.layer_macs += [max(1, round(macs.get(name, 0) * times)) for name in (n.name for n in nodes) if name in tabled]
             self.products += [
                 (cost.macs * times, [self._slot(v) for v in cost.along]) for cost in graph.layer_costs[mode] if cost.node not in tabled
             ]
-            self._others(nodes, graph.values[mode], tabled, times)
+            self._others(mode, nodes, graph.values[mode], tabled, times)
 
     @property
     def slopes(self) -> FloatArray:
@@ -215,7 +243,12 @@ class _Parts:
         self.layers.append((found, *places))  # type: ignore[arg-type]
         return True
 
-    def _others(self, nodes: Any, env: Mapping[fx.Node, Any], tabled: set[str], times: float) -> None:
+    def dead(self, blocks: Sequence[Block], nodes: Sequence[Node]) -> FloatArray:
+        """1 for each of ``nodes`` that is of no use without a block, (blocks, nodes)."""
+        found = [dead_nodes(self.graph.traced, block) for block in blocks]
+        return np.array([[name in dead[mode] for mode, name in nodes] for dead in found], dtype=np.float64).reshape(len(blocks), len(nodes))
+
+    def _others(self, mode: str, nodes: Any, env: Mapping[fx.Node, Any], tabled: set[str], times: float) -> None:
         held: set[int] = set()
         for node in nodes:
             tensor, value = _tensor(node), env.get(node)
@@ -226,8 +259,9 @@ class _Parts:
             held.add(key)
             if node.op in ("placeholder", "get_attr", "output"):
                 continue
-            self.operations += 1
+            self.operation_nodes.append((mode, node.name))
             if fresh and node.name not in tabled and isinstance(value, Value):
+                self.moved_nodes.append((mode, node.name))
                 self.moved.append((tensor.numel() * tensor.element_size() * times, [self._slot(v) for v in value.axes.values()]))
 
     def _slot(self, vector: IntArray) -> int:

@@ -215,6 +215,27 @@ def _parameters(skeleton: Skeleton, nodes: Iterable[fx.Node]) -> list[tuple[str,
     return list(found.items())
 
 
+def finest(blocks: Iterable[Block]) -> tuple[Block, ...]:
+    """Those of ``blocks`` that can go and hold no other that can: the halves of a layer rather than the layer."""
+    removable = [block for block in blocks if block.removable]
+    adds = {block.name: {branch.add for found in block.branches.values() for branch in found} for block in removable}
+    inner = {block.name: {node for found in block.branches.values() for branch in found for node in branch.nodes} for block in removable}
+
+    def holds(block: Block, other: Block) -> bool:
+        return other is not block and (adds[other.name] < adds[block.name] or adds[other.name] <= inner[block.name])
+
+    return tuple(block for block in removable if not any(holds(block, other) for other in removable))
+
+
+def dead_nodes(traced: TracedModel, block: Block) -> dict[str, set[str]]:
+    """By graph, the names of the nodes that are of no use without ``block``."""
+    found = {}
+    for mode, graph in traced.graphs.items():
+        alive = survivors(graph, block.branches.get(mode, ()), traced.skeleton.module)
+        found[mode] = {node.name for node in graph.nodes if node not in alive}
+    return found
+
+
 def lost_tensors(traced: TracedModel, branches: Mapping[str, Iterable[Branch]]) -> dict[str, int]:
     """Names (first ones) and sizes of the tensors that nothing reads any more without ``branches``, given by graph."""
     lost: dict[str, int] = {}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fxprune.passes.coupling.graph import CouplingGraph
@@ -118,6 +119,17 @@ class CostModel:
         """What "macs" or "params" is the sum of: counts, each with the units along every axis by whose kept share it shrinks (-1: none)."""
         found = [(n, along) for _, n, along in self._macs] if metric == "macs" else [(n, along) for _, n, _, along in self._params]
         return [(n, [self._vectors[slot] for slot in along]) for n, along in found]
+
+    def without(self, dead: Mapping[str, Collection[str]], tensors: Collection[str]) -> dict[str, npt.NDArray[np.bool_]]:
+        """Which of the terms of "macs", "params" and "memory" are gone with nodes, ``dead`` by graph, and with ``tensors``."""
+        modes = self.graph.traced.eval_modes
+        macs = [cost.node in dead[mode] for mode in modes for cost in self.graph.layer_costs[mode]]
+        order = [node.name in dead[mode] for mode in modes for node in self.graph.traced.graphs[mode].nodes]
+        return {
+            "macs": np.array(macs, dtype=bool),
+            "params": np.array([name in tensors for name, _, _, _ in self._params], dtype=bool),
+            "memory": np.array([order[start] for start, _, _, _ in self._memory], dtype=bool),
+        }
 
     def lifetimes(self) -> list[tuple[int, int, int, list[Vector]]]:
         """For every storage: the first and the last moment it is held, its bytes, and the units along its axes (-1: none)."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from fxprune.errors import PolicyError
 from fxprune.passes.coupling.blocks import Block
@@ -65,6 +66,16 @@ def left_out(graph: CouplingGraph, policy: Mapping[str, float]) -> tuple[list[Bl
     gone = [blocks[name] for name, p in policy.items() if p == 1 and name in blocks]
     rest = {name: p for name, p in policy.items() if not (name in blocks and (p == 1 or (p == 0 and name not in graph.by_name)))}
     return gone, rest
+
+
+def twin_units(graph: CouplingGraph, cut: CouplingGraph) -> npt.NDArray[np.int64]:
+    """For every unit of ``cut``, a network that is ``graph``'s with parts left out, the unit of ``graph`` that it is, -1 for none."""
+    found = np.full(int(cut.starts[-1]) if len(cut.starts) else 0, -1, dtype=np.int64)
+    for key, units in cut.unit_of.items():
+        whole = graph.unit_of.get(key)
+        if whole is not None and len(whole) == len(units):
+            found[units] = whole
+    return found
 
 
 def carried_over(graph: CouplingGraph, cut: CouplingGraph, sparsity: Mapping[str, float]) -> dict[str, float]:

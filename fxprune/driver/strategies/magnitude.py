@@ -29,6 +29,7 @@ def global_ranking(budget: Budget) -> IntArray:
     if space.unit_scores is None:
         raise SearchError("ranking by magnitude needs unit scores; give the problem unit_scores, or choose an importance other than none")
     scores = [np.sort(s) / max(float(np.mean(s)), 1e-12) for s in space.unit_scores]
+    scores[len(scores) - space.blocks :] = [s[:1] for s in scores[len(scores) - space.blocks :]]  # no block is ranked
     # All but the last unit of each group may go; a stable sort keeps ties in the order of the groups.
     values = np.concatenate([s[:-1] for s in scores])
     owner = np.repeat(np.arange(len(scores)), [len(s) - 1 for s in scores])

@@ -8,6 +8,8 @@ from fxprune.driver.problem import IntArray
 from fxprune.driver.simplex import on_simplex
 from fxprune.driver.strategies.base import Scored, Strategy
 
+BLOCKS = 0.1  # share of the blocks that may go in a draw
+
 
 class Random(Strategy):
     """As many candidates as RL-Pruner may take: steps x rounds rounds of ``samples``."""
@@ -25,4 +27,7 @@ class Random(Strategy):
 
     def _draw(self) -> IntArray:
         sparsity = self.rng.random(len(self.space.names))  # independent shares a group, whatever its size
+        if self.space.blocks:
+            blocks = slice(len(sparsity) - self.space.blocks, None)
+            sparsity[blocks] *= self.rng.random(self.space.blocks) < BLOCKS
         return self.budget.project(self.space.zeros(), on_simplex(sparsity * self.space.units, self.config.floor))

@@ -50,7 +50,9 @@ class RLPruner(Strategy):
         self.planned = max(1, config.steps or math.ceil(total / share))
         self.per_step = max(1, math.ceil(total / config.steps)) if config.steps else share
         scale = 1 / len(space.names) if config.noise_relative else 1.0
-        self.noise = config.noise * scale
+        self.noise: float | FloatArray = config.noise * scale
+        if space.blocks:  # noise is in mean groups, of which a block is a small one
+            self.noise = np.where(space.widths > 0, self.noise, self.noise * space.units / max(float(space.widths.mean()), 1.0))
         self.first: IntArray | None = from_table(self.budget) if config.table != "no" and space.table is not None else None
         self.policy: FloatArray = self._first_policy()
 
@@ -167,7 +169,7 @@ class RLPruner(Strategy):
         weight, floor = self.config.warm_start, self.config.floor
         if self.first is not None:
             return on_simplex(np.maximum(self.first - self.at, 0) / max(int(self.first.sum()), 1), floor)
-        even = proportional(self.space.units - self.at, floor)
+        even = proportional(np.minimum(self.space.units - self.at, self.space.widths), floor)
         if not weight:
             return even
         ranked = global_ranking(self.budget)

@@ -25,7 +25,7 @@ class Node:
     removed: IntArray
 
 
-def perturb(policy: FloatArray, noise: float, floor: float, rng: np.random.Generator) -> FloatArray:
+def perturb(policy: FloatArray, noise: float | FloatArray, floor: float, rng: np.random.Generator) -> FloatArray:
     """An action: the policy plus Gaussian noise whose standard deviation is ``noise`` times one uniform draw."""
     deviation = noise * rng.random()
     return on_simplex(policy + deviation * rng.standard_normal(policy.shape), floor)
@@ -39,7 +39,7 @@ def trajectories(
     samples: int,
     depth: int,
     scaling: float,
-    noise: float,
+    noise: float | FloatArray,
     floor: float,
     rng: np.random.Generator,
     draws: int = 1,

@@ -1,0 +1,159 @@
+"""Ask for a latency, get that latency? ``python -m benchmarks.latency_targets`` asks a hundred times, in two runtimes.
+
+Every row is one search (``strategy="table"``, random weights and calibration data: neither changes a time). What it found is timed again
+by this script's own means against the original, in turns, and in ONNX Runtime from a file that another exporter wrote. A target is met
+where the search says so and that time is within 5 % of it.
+
+Rows go to ``--out`` as they come; a run that was cut goes on from there. ``--table`` prints the page's table of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import fxprune
+from fxprune import driver
+from fxprune.errors import TargetError
+from fxprune.imports import needed
+from fxprune.searching.problem import make_problem, multiple_for
+from fxprune.timing.runtimes import Runtime
+
+NETWORKS = ("resnet18", "resnet50", "mobilenet_v3_small", "efficientnet_b0", "mnasnet0_5", "regnet_x_400mf", "squeezenet1_1", "vgg11_bn")
+SHARES = ("0.8", "0.7", "0.6", "0.5", "0.45", "0.4")
+IN_MILLISECONDS = ("resnet18", "mobilenet_v3_small")  # one target more, 0.55 of the original's time, given in milliseconds
+TURNS, CALLS, WITHIN = 15, 3, 0.05
+
+
+def runner(model: nn.Module, runtime: str, x: Tensor) -> Callable[[], Any]:
+    """What calls ``model`` once on one thread."""
+    if runtime == "eager":
+        return lambda: model(x)
+    ort = needed("onnxruntime", "this benchmark", "onnx")
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "model.onnx")
+        torch.onnx.export(model, (x,), path, dynamo=False)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    given = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: session.run(None, given)
+
+
+def share(original: Callable[[], Any], slim: Callable[[], Any]) -> float:
+    """The median over turns of the CPU time of ``slim`` over that of the original."""
+
+    def seconds(run: Callable[[], Any]) -> float:
+        started = time.process_time()
+        for _ in range(CALLS):
+            run()
+        return time.process_time() - started
+
+    for run in (original, slim):
+        run()
+    turns = [(seconds(original), seconds(slim)) for _ in range(TURNS)]
+    return statistics.median(b / a for a, b in turns)
+
+
+def rows(name: str, runtime: str, done: set[str], size: int) -> Any:
+    """Search for every target that is not done yet."""
+    targets = [f"latency={share}" for share in SHARES] + (["ms"] if name in IN_MILLISECONDS else [])
+    if all(target in done for target in targets):
+        return
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None).eval().requires_grad_(False)
+    x = torch.randn(1, 3, size, size)
+    begun = time.perf_counter()
+    graph = fxprune.analyze(model, x)
+    first = fxprune.SearchConfig(targets="latency=0.5", strategy="table", runtime=runtime, repair="none")
+    multiple = multiple_for(graph, first)
+    calibration = [torch.randn(16, 3, size, size)]
+    options: dict[str, Any] = {"repair": "none", "round_to": multiple, "tabled": "must", "runtime": Runtime(runtime)}
+    problem, candidates = make_problem(graph, lambda slim: 1.0, calibration=calibration, **options)
+    assert problem.clock is not None
+    whole, original = problem.clock.seconds(), runner(model, runtime, x)
+    made = time.perf_counter() - begun
+    for target in targets:
+        if target in done:
+            continue
+        wanted = 0.55 if target == "ms" else float(target.partition("=")[2])
+        asked = f"latency={1e3 * whole * wanted:.4g}ms" if target == "ms" else target
+        begun, error = time.perf_counter(), ""
+        try:
+            found = driver.run(problem, fxprune.SearchConfig(targets=asked, strategy="table", runtime=runtime, repair="none"))
+        except TargetError as unmet:
+            found, error = unmet.nearest, str(unmet)
+        seconds = time.perf_counter() - begun
+        again = share(original, runner(candidates.slim(found.removed).eval(), runtime, x))
+        yield {
+            "network": name,
+            "runtime": runtime,
+            "target": target,
+            "asked": asked,
+            "wanted": wanted,
+            "milliseconds": 1e3 * whole,
+            "told": found.metrics["latency"],
+            "again": again,
+            "macs": found.metrics["macs"],
+            "seconds": seconds,
+            "prepared": made,
+            "error": error,
+        }
+
+
+def met(row: dict[str, Any]) -> bool:
+    return not row["error"] and abs(row["again"] / row["wanted"] - 1) <= WITHIN
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """One line for a network in a runtime: what was measured again for each target, those that are missed in brackets."""
+    lines = ["| network | runtime | original | " + " | ".join(SHARES) + " | in ms | seconds a target |", "|---" * (5 + len(SHARES)) + "|"]
+    for name, runtime in dict.fromkeys((row["network"], row["runtime"]) for row in found):
+        mine = {row["target"]: row for row in found if (row["network"], row["runtime"]) == (name, runtime)}
+        cells = [mine.get(f"latency={one}") for one in SHARES] + [mine.get("ms")]
+        shown = ["" if row is None else f"{row['again']:.3f}" if met(row) else f"({row['again']:.3f})" for row in cells]
+        whole = next(iter(mine.values()))["milliseconds"]
+        seconds = statistics.mean(row["seconds"] for row in mine.values())
+        lines.append(f"| {name} | {runtime} | {whole:.1f} ms | " + " | ".join(shown) + f" | {seconds:.0f} |")
+    ratios = [row["again"] / row["macs"] for row in found]
+    counts = f"{sum(map(met, found))} of {len(found)} met within {WITHIN:.0%}"
+    lines += ["", f"{counts}; time / MACs {statistics.median(ratios):.2f} in the median, {max(ratios):.2f} at most."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--runtimes", default="eager,onnx")
+    parser.add_argument("--size", type=int, default=64, help="pixels a side")
+    parser.add_argument("--out", type=Path, default=Path("latency-targets.jsonl"))
+    parser.add_argument("--table", action="store_true")
+    asked = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    found = [json.loads(line) for line in asked.out.read_text().splitlines()] if asked.out.exists() else []
+    if not asked.table:
+        with asked.out.open("a") as file, torch.no_grad():
+            for name in asked.networks.split(","):
+                for runtime in asked.runtimes.split(","):
+                    done = {row["target"] for row in found if (row["network"], row["runtime"]) == (name, runtime)}
+                    for row in rows(name, runtime, done, asked.size):
+                        found.append(row)
+                        file.write(json.dumps(row) + "\n")
+                        file.flush()
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
