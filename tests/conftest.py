@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,10 @@ torch.set_num_threads(1)
 FOLDER = Path(__file__).parent
 
 
-@pytest.fixture(autouse=True, scope="session")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tables of layers go to a folder of this run, and none is read that another one measured."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FXPRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tables of layers go to a folder of the test's own: none reads what another one measured, or made up."""
+    folder: Path = item.config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
+    os.environ["FXPRUNE_CACHE"] = str(folder / "caches" / hashlib.sha256(item.nodeid.encode()).hexdigest()[:16])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -29,7 +29,7 @@ from fxprune.passes.compat import many_compiled, tree_map_only
 Run = Callable[[], Any]
 GRAIN = 8  # channels in multiples of which all of these runtimes keep their fast layouts; see docs/latency.md
 LEAST, ENOUGH, MOST = 5, 0.006, 25  # turns of a measurement at least and at most, and the standard error of the share that ends it
-TURN = 0.01  # seconds that a network runs in a turn, at least
+TURN, CALLS = 0.03, 3  # seconds and calls of a turn at least: what ran before has left the caches
 WARM_UP = 2
 
 
@@ -122,7 +122,7 @@ class Subject:
 
     def runs(self) -> int:
         """How many calls make a turn."""
-        return max(1, min(200, math.ceil(TURN / max(self.seconds(), 1e-6))))
+        return max(CALLS, min(200, math.ceil(TURN / max(self.seconds(), 1e-6))))
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

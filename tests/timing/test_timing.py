@@ -21,7 +21,7 @@ from fxprune.searching.problem import multiple_for
 from fxprune.timing.candidates import CandidateTimer
 from fxprune.timing.layers import Layer, LayerTable, cache_file, layer_of
 from fxprune.timing.predicting import LatencyModel
-from fxprune.timing.runtimes import Runtime, Subject, against, in_turns
+from fxprune.timing.runtimes import CALLS, Runtime, Subject, against, in_turns
 
 INPUTS = torch.randn(2, 3, 12, 12)
 CPU = torch.device("cpu")
@@ -69,11 +69,12 @@ def test_inputs_are_repeated_to_the_batch() -> None:
 
 
 def test_networks_take_turns_and_a_busy_machine_falls_on_both() -> None:
-    clock, busy = [0.0], iter([1.0, 5.0, 1.0, 1.0, 9.0] * 40)
+    clock, calls, busy = [0.0], [0], iter([1.0, 5.0, 1.0, 1.0, 9.0] * 40)
 
     def takes(seconds: float, turn: bool) -> Subject:
         def run() -> None:
-            if turn:
+            calls[0] += turn
+            if turn and calls[0] % CALLS == 2:  # the first call says how long one takes
                 clock[1:] = [next(busy)]
             clock[0] += seconds * clock[1]
 
