@@ -27,14 +27,14 @@ from fxprune.atomic import replace_text
 RESULTS = Path(__file__).parent.parent / "results" / "trained"
 
 
-def measure(name: str, data: Path, results: Path, tools: Sequence[str]) -> None:
+def measure(name: str, data: Path, results: Path, tools: Sequence[str], shares: Sequence[float]) -> None:
     """Every cell of one network that its file lacks."""
     torch.set_num_threads(1)
     network, path = NETWORKS[name], results / f"{name}.json"
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     found: dict[str, Any] = {**known, "wheel": network.source(), "licence": network.terms(), "cells": known.get("cells", {})}
     try:
-        for cell, values in measuring.cells(network, data, found["cells"], tools):
+        for cell, values in measuring.cells(network, data, found["cells"], tools, shares):
             found["cells"][cell] = values
             replace_text(path, json.dumps(found, indent=1) + "\n")
             print(name, cell, {key: value for key, value in values.items() if key != "notes"}, flush=True)
@@ -50,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/trained.md"), help="the page to write; what stands below its mark is kept")
     parser.add_argument("--jobs", type=int, default=1, help="networks at once, each in a process with one thread; times need 1")
     parser.add_argument("--tools", nargs="*", choices=[*PEERS], default=[*PEERS], help="other tools to run beside; some take minutes")
+    parser.add_argument(
+        "--shares", nargs="+", type=float, choices=measuring.SHARES, default=measuring.SHARES, help="of the MACs, to be left"
+    )
     options = parser.parse_args(arguments)
     options.results.mkdir(parents=True, exist_ok=True)
     wanted = []
@@ -61,10 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             wanted.append(name)
     if options.jobs == 1:
         for name in wanted:
-            measure(name, options.folder, options.results, options.tools)
+            measure(name, options.folder, options.results, options.tools, options.shares)
     else:
         with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-            for job in [pool.submit(measure, name, options.folder, options.results, options.tools) for name in wanted]:
+            for job in [pool.submit(measure, name, options.folder, options.results, options.tools, options.shares) for name in wanted]:
                 job.result()
     results = {name: json.loads(path.read_text()) for name in NETWORKS if (path := options.results / f"{name}.json").exists()}
     below = options.out.read_text().partition(f"{MARK}\n\n")[2] if options.out.exists() else ""

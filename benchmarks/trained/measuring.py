@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import fxprune
 from benchmarks.trained.network import Network, Task
@@ -27,9 +28,11 @@ METHODS = ("uniform", "table")
 RUNS = 15  # timed calls of ONNX Runtime; the median counts
 
 
-def cells(network: Network, folder: Path, done: dict[str, Cell], tools: Sequence[str] = ()) -> Iterator[tuple[str, Cell]]:
+def cells(
+    network: Network, folder: Path, done: dict[str, Cell], tools: Sequence[str] = (), shares: Sequence[float] = SHARES
+) -> Iterator[tuple[str, Cell]]:
     """The cells that ``done`` lacks, by name, as they are finished; a cell that raised holds the error, in a line."""
-    wanted = ["dense", *(f"{method} {share}" for share in SHARES for method in METHODS), "time", *tools]
+    wanted = ["dense", *(f"{method} {share}" for share in sorted(shares) for method in METHODS), "time", *tools]
     lacking = [name for name in wanted if "error" in done.get(name, {"error": ""})]
     if not lacking:
         return
@@ -155,9 +158,11 @@ class _Runtime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        values = [*example.values()] if isinstance(example, dict) else list(example) if isinstance(example, tuple) else [example]
-        tensors = [value.numpy() for value in values if isinstance(value, torch.Tensor)]
-        self.feed = dict(zip([one.name for one in self.session.get_inputs()], tensors, strict=True))
+        left = [leaf.numpy() for leaf in tree_leaves(example) if isinstance(leaf, torch.Tensor)]
+        self.feed = {}
+        for one in self.session.get_inputs():  # the file has no input that nothing reads
+            place = next(i for i, value in enumerate(left) if list(value.shape) == list(one.shape))
+            self.feed[one.name] = left.pop(place)
         self.session.run(None, self.feed)
 
     def milliseconds(self) -> float:

@@ -63,14 +63,14 @@ def half(cells: Mapping[str, Any]) -> str:
 
 
 def summary(shown: Results) -> str:
-    left = [kept(one["cells"], half(one["cells"])) for one in shown.values()]
+    left = [kept(one["cells"], half(one["cells"])) for one in shown.values() if half(one["cells"]) in one["cells"]]
     good = sum(value is not None and value >= 0.95 for value in left)
     worse = [
         name
         for name, one in shown.items()
         if any("sliced" in cell and cell["score"] < cell["sliced"] for cell in one["cells"].values() if "score" in cell)
     ]
-    text = f"At half the MACs, by the error table, {good} of {len(shown)} networks keep 95 % of their score."
+    text = f"At half the MACs, by the error table, {good} of {len(left)} networks keep 95 % of their score."
     worst = (
         f" Repair left {', '.join(worse)} with a lower score than slicing alone." if worse else " None was repaired to worse than sliced."
     )
@@ -94,7 +94,7 @@ def peer_text(cells: Mapping[str, Any], name: str) -> str:
 def scores(networks: Mapping[str, Network], shown: Results) -> str:
     columns = [f"{method} {100 * budget:.0f} %" for budget in SHARES for method in METHODS]
     lines = [
-        "Scores in percent. *sliced*: half the MACs by the same allocation as *table 50 %*, before the repair; *time*: of that network in "
+        "Scores in percent; empty cells were not run. *sliced*: half the MACs by the same allocation as *table 50 %*, before the repair; *time*: of that network in "
         "ONNX Runtime on one thread, as a share of the dense network's. The other tools prune uniformly by L2 norms to half the MACs, "
         'BatchNorm estimated again; "no": they do not run on it, or do not reach half.',
         "",

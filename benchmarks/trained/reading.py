@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.trained.converted import converted
 from benchmarks.trained.drawing import collapsed, likeness, lines, pages, words
 from benchmarks.trained.network import CONVOLUTIONAL, RECURRENT, Network, Task, file_of
 
@@ -76,6 +77,41 @@ def detection(_: Path) -> Task:
     return Task(model.eval(), scored[:2], list(images(24, 2)[0].split(4)), score)
 
 
+def pp_detection(_: Path) -> Task:
+    """The detector of PP-OCRv4 (https://arxiv.org/abs/2206.03001, of v3): pixels of words that were drawn."""
+    model = converted(file_of("rapidocr_onnxruntime", "models", "ch_PP-OCRv4_det_infer.onnx"))
+
+    def images(count: int, seed: int) -> tuple[Tensor, Tensor]:
+        sheets, masks = pages(count, 192, seed)
+        return ((sheets / 255 - 0.5) / 0.5)[:, None].repeat(1, 3, 1, 1), masks
+
+    scored, wanted = images(24, 1)
+
+    def score(net: nn.Module) -> float:
+        """F1 of the pixels of words."""
+        found = torch.cat([net(part) for part in scored.split(4)])[:, 0] > 0.3
+        return float(2 * (found & wanted).sum() / (found.sum() + wanted.sum()).clamp_min(1))
+
+    return Task(model, scored[:2], list(images(48, 2)[0].split(8)), score)
+
+
+def pp_direction(_: Path) -> Task:
+    """The classifier of PP-OCR: does a line stand on its head?"""
+    model = converted(file_of("rapidocr_onnxruntime", "models", "ch_ppocr_mobile_v2.0_cls_infer.onnx"))
+
+    def images(count: int, seed: int) -> tuple[Tensor, Tensor]:
+        drawn = (lines(words(count, seed), 48, 192, seed) / 127.5 - 1)[:, None].repeat(1, 3, 1, 1)
+        turned = torch.arange(count) % 2 == 1
+        return torch.where(turned[:, None, None, None], drawn.flip(2, 3), drawn), turned
+
+    scored, wanted = images(120, 1)
+
+    def score(net: nn.Module) -> float:
+        return float(((torch.cat([net(part) for part in scored.split(40)])[:, 1] > 0.5) == wanted).float().mean())
+
+    return Task(model, scored[:40], list(images(160, 2)[0].split(40)), score)  # the file computes its batch as a tensor: it is fixed
+
+
 NETWORKS = (
     Network(
         "easyocr-english",
@@ -94,5 +130,21 @@ NETWORKS = (
         "16 pages drawn by Pillow (F1 of pixels)",
         detection,
         licence="not stated; CRAFT's is MIT",
+    ),
+    Network(
+        "pp-ocr-detection",
+        CONVOLUTIONAL,
+        ("rapidocr-onnxruntime", "onnx2torch"),
+        "where text is in a picture (ONNX)",
+        "24 pages drawn by Pillow (F1 of pixels)",
+        pp_detection,
+    ),
+    Network(
+        "pp-ocr-direction",
+        CONVOLUTIONAL,
+        ("rapidocr-onnxruntime", "onnx2torch"),
+        "line upside down or not (ONNX)",
+        "120 words drawn by Pillow",
+        pp_direction,
     ),
 )
