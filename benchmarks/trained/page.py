@@ -94,9 +94,9 @@ def peer_text(cells: Mapping[str, Any], name: str) -> str:
 def scores(networks: Mapping[str, Network], shown: Results) -> str:
     columns = [f"{method} {100 * budget:.0f} %" for budget in SHARES for method in METHODS]
     lines = [
-        "Scores in percent; empty cells were not run. *sliced*: half the MACs by the same allocation as *table 50 %*, before the repair; *time*: of that network in "
-        "ONNX Runtime on one thread, as a share of the dense network's. The other tools prune uniformly by L2 norms to half the MACs, "
-        'BatchNorm estimated again; "no": they do not run on it, or do not reach half.',
+        "Scores in percent; empty cells were not run. *sliced*: half the MACs by the same allocation as *table 50 %*, before the repair; "
+        "*time*: of that network in ONNX Runtime on one thread, as a share of the dense network's. The other tools prune uniformly by L2 "
+        'norms to half the MACs, BatchNorm estimated again; "no": they do not run on it, or do not reach half.',
         "",
         f"| network | dense | {' | '.join(columns)} | sliced | time | {' | '.join(PEERS)} |",
         "|---" + "|---:" * (len(columns) + len(PEERS) + 3) + "|",
