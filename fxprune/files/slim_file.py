@@ -235,9 +235,10 @@ def _with_index_buffers(model: nn.Module, record: PruningRecord, tensors: Mappin
     """``model``, or for one on meta a copy that has the file's values in its index tables, which the analysis reads."""
     if not _on_meta(model):
         return model
-    if record.renumbered:
-        raise FileError(f"the original values of {record.renumbered[0]!r} are needed and not in it; build the model on the CPU")
     copied = copy.deepcopy(model)
+    indices = [name for name, holder, key in _slots(copied) if name in record.renumbered and not holder[key].is_floating_point()]
+    if indices:  # lengths of weights are in the file as they have to be
+        raise FileError(f"the original values of {indices[0]!r} are needed and not in it; build the model on the CPU")
     for name, holder, key in _slots(copied):
         if name in tensors and not tensors[name].is_floating_point() and tensors[name].shape == holder[key].shape:
             holder[key] = tensors[name]

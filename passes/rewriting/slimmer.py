@@ -173,6 +173,18 @@ class Slimmer:
         made: fx.Node = self.new.get_attr(name)
         return made
 
+    def original(self, node: fx.Node) -> Any:
+        return self.skeleton.original_module(str(node.target))
+
+    def actual_weight(self, node: Any) -> torch.Tensor | None:
+        if not isinstance(node, fx.Node) or node.op != "get_attr" or str(node.target) not in self.skeleton.names:
+            return None
+        tensor = self.skeleton.real(str(node.target))
+        return None if tensor.is_meta else tensor.detach()
+
+    def set_values(self, name: str, values: torch.Tensor) -> None:
+        self.renumber[name] = values
+
     def _is_sole_use(self, index: fx.Node) -> bool:
         """Whether an index is a buffer that one node of one graph reads: then the buffer itself can be renumbered."""
         if index.op != "get_attr" or index.target in self.graph.traced.constants:
@@ -327,6 +339,8 @@ class Slimmer:
     def _rule_of(self, old: fx.Node) -> registry.Rule | None:
         if old.op == "call_method":
             return registry.METHODS.get(str(old.target))
+        if old.op == "call_module" and str(old.target) not in self.graph.traced.opaque:
+            return registry.module_rule(self.skeleton.original_module(str(old.target)))
         return registry.function_rule(old.target) if old.op == "call_function" else None
 
     def _size_read(self, old: fx.Node, values: Mapping[fx.Node, Any], made: dict[fx.Node, Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import fx
 
 from fxprune.passes.labels.values import Value, Vector
@@ -61,3 +62,12 @@ class Rewriter(Protocol):
     def renumbered(self, node: fx.Node, index: Any, kept: Vector, size: int) -> Any:
         """An index tensor along an axis of ``size`` positions of which ``kept`` are left: entries of removed ones dropped, the others
         renumbered."""
+
+    def original(self, node: fx.Node) -> Any:
+        """The user's module that a node calls."""
+
+    def actual_weight(self, node: Any) -> torch.Tensor | None:
+        """The user's values of the parameter or buffer that ``node`` reads; None where it reads none, or one without values (on meta)."""
+
+    def set_values(self, name: str, values: torch.Tensor) -> None:
+        """The slim module's tensor ``name`` is cut from ``values``, of the original's shape, in place of the user's."""

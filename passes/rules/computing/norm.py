@@ -275,9 +275,28 @@ def normalize(ctx: LabelContext, node: fx.Node, input: Value, p: float = 2.0, di
     return ctx.through(node, input)
 
 
-@functions(*WEIGHT_NORMS)
+def _keep_length(slim: Rewriter, node: fx.Node) -> None:
+    """What is left of ``v`` is shorter than it was: ``g`` becomes shorter by as much, so that what is left of the weight is as it was."""
+    v, g, dim = (slim.argument(node, name, default) for name, default in (("v", None), ("g", None), ("dim", 0)))
+    held, length = slim.actual_weight(v), slim.actual_weight(g)
+    known = slim.value(v)
+    lost = {axis: slim.kept(known, axis) for axis in known.axes if dim == -1 or axis != dim % known.ndim}
+    if held is None or length is None or all(kept is None for kept in lost.values()):
+        return
+    left = held
+    for axis, kept in lost.items():
+        left = left if kept is None else left.index_select(axis, torch.from_numpy(kept).to(held.device))
+    over = [axis for axis in range(held.ndim) if dim == -1 or axis != dim % held.ndim]
+    before, now = (torch.linalg.vector_norm(t, dim=over, keepdim=True) for t in (held, left))
+    slim.set_values(str(g.target), length * torch.where(before > 0, now / before, 1.0).reshape(length.shape))
+
+
+@functions(*WEIGHT_NORMS, rewrite=_keep_length)
 def weight_norm(ctx: LabelContext, node: fx.Node, v: Value, g: Value, dim: int = 0) -> Value:
-    """``v * g / ||v||``, the norm over every dimension but ``dim``; removed inputs are zero and add nothing to it."""
+    """``v * g / ||v||``, the norm over every dimension but ``dim``. Over fewer channels it is smaller, which ``g`` makes up for."""
+    for axis, vector in v.axes.items():
+        if dim == -1 or axis != dim % v.ndim:
+            ctx.inexact(vector, "a weight is divided by its norm over channels, whose length is set so that the rest of it stays")
     rows, lengths = v.axes.get(dim), g.axes.get(dim)
     if rows is not None and lengths is not None:
         ctx.unite(rows, lengths)
@@ -287,14 +306,37 @@ def weight_norm(ctx: LabelContext, node: fx.Node, v: Value, g: Value, dim: int =
     return ctx.make(node, v.axes, v.axes, v.why)
 
 
-@modules(*([parametrizations._SpectralNorm] if hasattr(parametrizations, "_SpectralNorm") else []))
+def _keep_largest(slim: Rewriter, node: fx.Node) -> None:
+    """What is left of the weight has a smaller singular value: ``_v`` becomes longer by as much, and evaluation divides by the same one.
+
+    Training estimates it again, for what is left.
+    """
+    module: Any = slim.original(node)
+    held, known = slim.actual_weight(node.args[0]), slim.value(node.args[0])
+    if held is None or held.ndim == 1 or all(slim.kept(known, axis) is None for axis in known.axes):
+        return
+    u, v, flat = module._u, module._v, held.movedim(module.dim, 0)
+    mask = torch.ones_like(flat)
+    for axis in known.axes:
+        kept = slim.kept(known, axis)
+        if kept is not None:
+            gone = np.setdiff1d(np.arange(known.shape[axis]), kept)
+            mask.movedim(0, module.dim).index_fill_(axis, torch.from_numpy(gone).to(held.device), 0)
+    before, now = (torch.dot(u, t.flatten(1) @ v) for t in (flat, flat * mask))
+    if now > 0:
+        slim.set_values(f"{node.target}._v", v * (before / now))
+
+
+@modules(*([parametrizations._SpectralNorm] if hasattr(parametrizations, "_SpectralNorm") else []), rewrite=_keep_largest)
 def spectral_norm_module(ctx: LabelContext, node: fx.Node, module: Any, weight: Value) -> Value:
     """``weight`` over its largest singular value, as ``_u`` (along ``dim``) and ``_v`` (along the rest, flattened) estimate it.
 
-    Removed rows and columns are zero and add nothing to the product of the three.
+    Of fewer rows and columns that is smaller, which the length of ``_v`` makes up for.
     """
     if weight.ndim == 1:
         return ctx.through(node, weight)
+    for vector in weight.axes.values():
+        ctx.inexact(vector, "a weight is divided by its largest singular value, which is kept as it was for evaluation")
     rest = [a for a in range(weight.ndim) if a != module.dim]
     for axis in [a for a in rest if a in weight.axes][1:]:
         ctx.pin(weight.axes[axis], "it is flattened with other channels")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -109,17 +110,32 @@ def elementwise_module(ctx: LabelContext, node: fx.Node, module: nn.Module, inpu
     return zeros.elementwise(ctx, node, module)
 
 
-def _pooled(ctx: LabelContext, node: fx.Node, x: Value, space: int, size: Any = None) -> Any:
+def _pooled(ctx: LabelContext, node: fx.Node, x: Value, space: int, how: Mapping[str, Any]) -> Any:
     """The last ``space`` axes are windows; a second result (the indices of a maximum) has the channels of the first.
 
-    ``size``: of the output of adaptive pooling, where None leaves an axis as it is: channels may lie there. (Positions of maxima count
-    along all axes, so there they may not.)
+    ``how``: the arguments. An output size of None leaves an axis as it is, and so does a window of one that moves by one without padding:
+    channels may lie there. (Positions of maxima count along all axes, so there they may not.)
     """
     axes = range(x.ndim - space, x.ndim)
     if isinstance(node.meta["val"], torch.Tensor):
+        size = how.get("output_size")
         sizes = size if isinstance(size, (tuple, list)) and len(size) == space else [1] * space
-        return ctx.through(node, x, mixed=[axis for axis, each in zip(axes, sizes, strict=True) if each is not None])
+        still = _still(how, space)
+        return ctx.through(node, x, mixed=[a for a, each, same in zip(axes, sizes, still, strict=True) if each is not None and not same])
     return tuple(ctx.through(node, x, mixed=axes, zero=i == 0, index=i) for i in range(len(node.meta["val"])))
+
+
+def _still(how: Mapping[str, Any], space: int) -> list[bool]:
+    """For each window axis whether pooling leaves it as it is."""
+
+    def each(name: str, default: Any) -> list[Any]:
+        given = how.get(name)
+        given = default if given is None or given == () or given == [] else given
+        return list(given) * (1 if len(given) == space else space) if isinstance(given, (tuple, list)) else [given] * space
+
+    window = each("kernel_size", 0)
+    padding = each("padding", 0)
+    return [(k, s, p) == (1, 1, 0) for k, s, p in zip(window, each("stride", window), padding, strict=True)]
 
 
 def _space(target: Any) -> int:
@@ -150,12 +166,12 @@ def _space(target: Any) -> int:
     ),
 )
 def pool(ctx: LabelContext, node: fx.Node, input: Value, **others: Any) -> Any:
-    return _pooled(ctx, node, input, _space(node.target), others.get("output_size"))
+    return _pooled(ctx, node, input, _space(node.target), others)
 
 
 @modules(*(getattr(nn, f"{kind}Pool{n}d") for kind in ("Max", "Avg", "AdaptiveAvg", "AdaptiveMax", "LP") for n in (1, 2, 3)))
 def pool_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: Value) -> Any:
-    return _pooled(ctx, node, input, _space(type(module).__name__), getattr(module, "output_size", None))
+    return _pooled(ctx, node, input, _space(type(module).__name__), vars(module))
 
 
 @functions(F.max_unpool1d, F.max_unpool2d, F.max_unpool3d, native_functions.max_unpool2d, native_functions.max_unpool3d)

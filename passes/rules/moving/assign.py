@@ -88,6 +88,15 @@ def index_put(ctx: LabelContext, node: fx.Node, input: Value, indices: Sequence[
     return _along(ctx, node, input, picked[0], values(written))
 
 
+def _renumbered_place(slim: Rewriter, node: fx.Node) -> None:
+    """A constant index of channels that are written."""
+    x = slim.value(slim.argument(node, "input"))
+    axis = slim.number(slim.argument(node, "dim")) % x.ndim
+    kept = slim.kept(x, axis)
+    if kept is not None:
+        slim.set_argument(node, "index", slim.renumbered(node, slim.argument(node, "index"), kept, x.shape[axis]))
+
+
 @named("scatter", "scatter_add", "scatter_reduce")
 def scatter(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Value, **rest: Any) -> Any:
     """``input`` with entries of the source put, or added, at computed positions along ``dim``; the other axes go together."""
@@ -96,12 +105,31 @@ def scatter(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Val
     return _along(ctx, node, input, dim, [index, *sources], sources if not plain else None)
 
 
-@named("index_add", "index_copy", "index_reduce", "index_fill")
+@named("index_add", "index_copy", "index_reduce", "index_fill", rewrite=_renumbered_place)
 def index_add(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Value, **rest: Any) -> Any:
-    """Slices of the source put, or added, at computed positions along ``dim``."""
+    """Slices of the source put, or added, at positions along ``dim``: computed ones, or channels that a constant names."""
     sources = values(rest)
+    if (written := _written_channels(ctx, node, input, dim, sources)) is not None:
+        return written
     filled = "fill" in target_name(node) and not any(_is_zero(v) for v in rest.values())
     return _along(ctx, node, input, dim, sources, None if filled else sources)
+
+
+def _written_channels(ctx: LabelContext, node: fx.Node, x: Value, dim: int, sources: Sequence[Value]) -> Value | None:
+    """Slices of the one source put or added where a constant says: each goes with the channel that it is written to. None elsewhere."""
+    axis = dim % x.ndim
+    given = binding.form_of(node).arguments(node.args, node.kwargs).get("index")
+    actual = ctx.real(given)
+    if axis not in x.axes or actual is None or actual.ndim != 1 or len(sources) != 1 or sources[0].ndim != x.ndim:
+        return None
+    if _made_with_sizes(given):
+        return None
+    places = actual.cpu().long() % x.shape[axis]
+    region, back = ctx.region(node, x, lambda labels: labels.index_select(axis, places))
+    if back.get(axis) != axis:
+        return None
+    ctx.combine(region.shape, [region, sources[0]])
+    return ctx.make(node, x.axes, [a for a in x.axes if a in x.zero and a in sources[0].zero], x.why)
 
 
 def _renumbered(slim: Rewriter, node: fx.Node) -> None:

@@ -280,7 +280,7 @@ class WeightNormParametrized(nn.Module):
         return self.d(F.relu(self.c(F.relu(self.b(F.relu(self.a(x)))))))
 
 
-@add("spectral_norm")
+@add("spectral_norm", exact=False)
 class SpectralNorm(nn.Module):
     """The largest singular value is one number for the whole weight, estimated by two vectors that are cut with it."""
 
