@@ -2,6 +2,7 @@
 
     python -m benchmarks.allocation --folder ../shared/data --page docs/benchmarks/allocation.md
 
+``tried`` is what ``compress(net, "macs=0.5", x, calibration=images)`` does: the table's allocation beside others on a part of the images.
 All methods get the same unlabelled training images, repair by least squares and target. A search scores its candidates by how like they
 are to the original on some of these images, repairs them on the others, and its result on all. The test part is read once a cell. Each
 finished cell is one line of ``--out``; started again, the command goes on with those that are missing. Needs the extra `search`.
@@ -21,7 +22,10 @@ from typing import Any
 import torch
 
 import fxprune
+from benchmarks.imagenet500 import pictures
 from fxprune import driver
+from fxprune.allocation.allocating import allocate
+from fxprune.allocation.trying import TRIALS
 from fxprune.data.datasets import Data, load_data
 from fxprune.driver import SearchConfig
 from fxprune.evaluation.accuracy import evaluate_accuracy
@@ -43,26 +47,37 @@ NETWORKS["densenet_bc100"] = {
     "model": "benchmarks.densenet_bc:densenet_bc100",
     "weights": "models/densenet_bc100_k12_cifar100.safetensors",
 }
-METHODS = ("uniform", "magnitude", "table", "rl-pruner")
+NETWORKS["efficientnet_lite0"] = {"title": "EfficientNet-Lite0", "model": "benchmarks.imagenet500:efficientnet_lite0"}
+NETWORKS["efficientnet_lite0"] |= {"data": "imagenet500", "classes": 1000, "mean": None, "std": None, "weights": None}
+CIFAR = ("resnet20", "resnet32", "resnet44", "densenet_bc100")
+BATCHES = {"efficientnet_lite0": 25}  # samples of a batch, where not 64
 
 
 def cell(name: str, method: str, options: argparse.Namespace) -> dict[str, Any]:
     """One network by one method, a strategy's name, for rl-pruner with its number of evaluations behind a colon; or "dense"."""
     spec = NETWORKS[name]
-    source = spec["data"] if spec["data"] == "digits" else f"parquet:{options.folder / spec['data']}"
-    data = load_data(source, mean=spec["mean"], std=spec["std"], seed=0)
-    model = load_model(spec["model"], num_classes=spec["classes"], weights=options.folder / spec["weights"]).eval()
+    if spec["data"] == "imagenet500":
+        data = pictures(options.folder / spec["data"])
+    else:
+        source = spec["data"] if spec["data"] == "digits" else f"parquet:{options.folder / spec['data']}"
+        data = load_data(source, mean=spec["mean"], std=spec["std"], seed=0)
+    weights = None if spec["weights"] is None else options.folder / spec["weights"]
+    model = load_model(spec["model"], num_classes=spec["classes"], weights=weights).eval()
     found = {"network": name, "method": method, "macs": 1.0, "params": 1.0, "evaluations": 0, "seconds": 0.0}
     if method != "dense":
-        model, more = slimmed(model, data, method, options)
+        model, more = slimmed(model, data, method, options, BATCHES.get(name, 64))
         found |= more
     return {**found, "top1": evaluate_accuracy(model, data.batches("test", 100, limit=options.test_images, seed=1))}
 
 
-def slimmed(model: torch.nn.Module, data: Data, method: str, options: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, Any]]:
+def slimmed(
+    model: torch.nn.Module, data: Data, method: str, options: argparse.Namespace, batch: int = 64
+) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The slim network, repaired, and what it took. Seconds are those of the processor, without the last repair."""
     strategy, _, count = method.partition(":")
-    drawn = list(data.batches("train", 64, limit=options.images, seed=options.seed))
+    drawn = list(data.batches("train", batch, limit=options.images, seed=options.seed))
+    if strategy == "tried":
+        return tried(model, data, drawn, options)
     begun = time.process_time()
     graph = fxprune.analyze(model, data.example())
     config = SearchConfig(targets=(f"macs={options.macs}",), strategy=strategy, evaluations=int(count or 3), seed=options.seed)
@@ -88,6 +103,26 @@ def slimmed(model: torch.nn.Module, data: Data, method: str, options: argparse.N
         "seconds": seconds,
         "removed": dict(zip(candidates.names, removed.tolist(), strict=True)),
     }
+
+
+def tried(model: torch.nn.Module, data: Data, drawn: list[Any], options: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """What ``compress`` does with a target: the table's allocation and others tried on a part of the images."""
+    trials: list[float] = []
+
+    def shown(step: str, trial: Any, seconds: float) -> None:
+        trials.append(seconds)
+        print(f"{trial.name}: {trial.distance:.3f} ({trial.repair}, {seconds:.0f} s)", file=sys.stderr, flush=True)
+
+    begun = time.process_time()
+    graph = fxprune.analyze(model, data.example())
+    bounds = {"macs": options.macs}
+    policy = allocate(graph, bounds, drawn, repair="lstsq", trials=TRIALS, seed=options.seed, observe=shown)
+    seconds = time.process_time() - begun
+    slim = fxprune.compress(graph, policy, calibration=drawn, repair="lstsq").eval()
+    before, after = fxprune.profile(model, data.example()), fxprune.profile(slim, data.example())
+    shares = {"macs": after.macs / before.macs, "params": after.params / before.params}
+    found = {"evaluations": len(trials), "seconds": seconds, "taken": policy.meta.get("taken"), "distances": policy.meta.get("distances")}
+    return slim, {**shares, **found}
 
 
 def page(cells: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
@@ -122,8 +157,9 @@ def page(cells: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("../shared/data"), help="where data and weights lie")
-    parser.add_argument("--networks", default=",".join(NETWORKS))
-    parser.add_argument("--methods", default="uniform,magnitude,table,rl-pruner:60", help="strategies; behind rl-pruner its evaluations")
+    parser.add_argument("--networks", default=",".join(CIFAR))
+    methods = "uniform,magnitude,table,tried,rl-pruner:60"
+    parser.add_argument("--methods", default=methods, help="strategies, or tried; behind rl-pruner its evaluations")
     parser.add_argument("--macs", type=float, default=0.5)
     parser.add_argument("--images", type=int, default=2048, help="unlabelled training images for all that is done")
     parser.add_argument("--test-images", type=int, default=None, help="default: all")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from torch import nn
 from benchmarks import allocation, analysis, cifar10, densenet_bc, studies
 from benchmarks.coverage import RESULTS, main, read, shown
 from benchmarks.coverage_page import BEGIN, TOOLS, write_page
+from benchmarks.imagenet500 import pictures
 from benchmarks.networks import Case, cases
 from benchmarks.packages import checks, networks
 from benchmarks.packages.network import CHECKS, NOT_ASKED, Network, image, of, rows
@@ -271,12 +273,13 @@ def test_allocations_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     spec |= {"model": "fxprune.models:digits_net", "weights": "digits.safetensors"}
     monkeypatch.setattr(allocation, "NETWORKS", {"digits": spec})
     page = tmp_path / "page.md"
-    options = ["--folder", str(tmp_path), "--methods", "uniform,magnitude,table,rl-pruner:8", "--images", "128", "--test-images", "50"]
+    methods = "uniform,magnitude,table,tried,rl-pruner:8"
+    options = ["--networks", "digits", "--folder", str(tmp_path), "--methods", methods, "--images", "128", "--test-images", "50"]
     allocation.main([*options, "--macs", "0.6", "--out", str(tmp_path / "cells.jsonl"), "--page", str(page)])
     rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| Digits")]
-    assert [row[1] for row in rows] == ["dense", "uniform", "magnitude", "table", "rl-pruner:8"]
+    assert [row[1] for row in rows] == ["dense", "uniform", "magnitude", "table", "tried", "rl-pruner:8"]
     assert all(0.57 < float(row[4].rstrip("%")) / 100 <= 0.606 for row in rows[1:])
-    assert [row[6] for row in rows[:4]] == ["0"] * 4 and 3 <= int(rows[4][6]) <= 8
+    assert [row[6] for row in rows[:4]] == ["0"] * 4 and 3 <= int(rows[5][6]) <= 8 and 3 <= int(rows[4][6]) <= 15
     page.write_text(page.read_text() + "By hand.\n")
     allocation.main([*options, "--out", str(tmp_path / "cells.jsonl"), "--page", str(page)])  # nothing is left to do
     assert page.read_text().endswith("By hand.\n")
@@ -287,3 +290,20 @@ def test_the_densenet_of_that_page_is_the_published_one() -> None:
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(0.80e6, rel=0.01)
     with torch.no_grad():
         assert model.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
+
+
+def test_photographs_are_halved_by_the_seed(tmp_path: Path) -> None:
+    image, arrow = pytest.importorskip("PIL.Image"), pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = []
+    for number in range(6):
+        with io.BytesIO() as file:
+            image.new("RGB", (4, 4), (40 * number, 0, 0)).save(file, "PNG")
+            rows.append({"bytes": file.getvalue(), "path": ""})
+    parquet.write_table(arrow.table({"img": rows, "label": [100 * number for number in range(6)]}), tmp_path / "train.parquet")
+    data, other = pictures(tmp_path), pictures(tmp_path, seed=1)
+    labels = [sorted(part.labels.tolist()) for part in (data.train, data.test)]
+    assert len(labels[0]) == len(labels[1]) == 3 and sorted(labels[0] + labels[1]) == [0, 100, 200, 300, 400, 500]
+    assert sorted(other.train.labels.tolist()) != labels[0]
+    x, y = next(iter(data.batches("test", 3)))
+    assert x.shape == (3, 3, 4, 4) and torch.allclose(x[:, 0, 0, 0], (0.4 * y.float() - 127) / 128, atol=1e-5)
