@@ -19,7 +19,7 @@ from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.policies import Policy
 from fxprune.records import LayerRepair
 from fxprune.searching.candidates import Candidates, Evaluate, Score
-from fxprune.searching.norms import LR, recover_norms
+from fxprune.searching.norms import LR, halves, nearness, recover_norms
 from fxprune.searching.problem import make_problem, multiple_for
 from fxprune.timing.runtimes import Runtime
 from fxprune.training.distillation import DistillConfig
@@ -111,8 +111,10 @@ def search(
     repairer = problem.score.repairer
     found = result_of(outcome, candidates, config, repairer)
     if config.recover == "norms" and repairer.batches:
-        training = DistillConfig(epochs=config.recover_epochs, lr=LR, device=str(repairer.device), seed=config.seed)
-        recover_norms(found.model, graph.model, repairer.batches, training)
+        fit, held = halves(repairer.batches)
+        near = nearness(graph.model, held)
+        training = DistillConfig(epochs=config.recover_epochs, lr=LR, device=str(repairer.device), seed=config.seed, validate=near)
+        recover_norms(found.model, graph.model, fit, training)
         made = record(found.model)
         said = f"norms and biases were trained for {config.recover_epochs} epochs of the calibration data after the repair"
         attach(found.model, replace(made, notes=(*made.notes, said)))

@@ -18,7 +18,7 @@ from fxprune.errors import EvaluationError, TargetError
 from fxprune.importance.criteria import scores
 from fxprune.repair.repairer import Repairer
 from fxprune.searching.candidates import Candidates, Evaluate, Score, metrics_of
-from fxprune.searching.norms import unlike
+from fxprune.searching.norms import halves, nearness, unlike
 from fxprune.searching.problem import make_problem
 
 
@@ -221,7 +221,7 @@ def test_norms_alone_are_recovered_after_the_repair_and_come_nearer_to_the_origi
     batches = [(x, torch.zeros(8, dtype=torch.int64)) for x in inputs] if labelled else inputs
     options = {"strategy": "uniform", "importance": "l2", "tolerance": 0.05}
     plain, found = (
-        fxprune.search(model, INPUTS, weight_left, config=config(recover=recover, recover_epochs=4, **options), calibration=batches).model
+        fxprune.search(model, INPUTS, weight_left, config=config(recover=recover, recover_epochs=8, **options), calibration=batches).model
         for recover in ("none", "norms")
     )
     before, after = plain.state_dict(), found.state_dict()
@@ -230,7 +230,11 @@ def test_norms_alone_are_recovered_after_the_repair_and_come_nearer_to_the_origi
     with torch.no_grad():
         apart = [sum(float(unlike(slim(x), model(x), None)) for x in inputs) for slim in (plain, found)]
     assert apart[1] < apart[0]
-    assert any("trained for 4 epochs" in note for note in fxprune.record(found).notes)
+    fit, held = halves(batches)
+    assert len(fit) == 7 and len(held) == 1 and all(one is not held[0] for one in fit) and halves(batches[:1]) == (batches[:1], batches[:1])
+    near = nearness(model, held)
+    assert near(found) > near(plain) and near(model) == pytest.approx(0, abs=1e-6)
+    assert any("trained for 8 epochs" in note for note in fxprune.record(found).notes)
 
 
 def test_outputs_that_are_no_class_scores_are_recovered_by_their_squared_error() -> None:
