@@ -109,7 +109,7 @@ def pp_direction(_: Path) -> Task:
     def score(net: nn.Module) -> float:
         return float(((torch.cat([net(part) for part in scored.split(40)])[:, 1] > 0.5) == wanted).float().mean())
 
-    return Task(model, scored[:40], list(images(160, 2)[0].split(40)), score)  # the file computes its batch as a tensor: it is fixed
+    return Task(model, scored[:40], list(images(240, 2)[0].split(40)), score)  # the file computes its batch as a tensor: it is fixed
 
 
 NETWORKS = (

@@ -7,6 +7,7 @@ DeepInversion, https://arxiv.org/abs/1912.08795, sec. 3.2). Each batch is fitted
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,7 +28,7 @@ DRAWN = 0.02  # what the labels of drawn classes count beside the statistics
 
 
 def synthetic_batches(
-    model: nn.Module, example_inputs: Any, count: int = 256, *, batch_size: int = 64, steps: int = 80, seed: int = 0
+    model: nn.Module, example_inputs: Any, count: int = 128, *, batch_size: int = 64, steps: int = 40, seed: int = 0
 ) -> list[Any]:
     """Make calibration inputs for ``model`` without data.
 
@@ -40,11 +41,12 @@ def synthetic_batches(
         seed: Of the noise. The same seed gives the same inputs, to the rounding of the machine's arithmetic.
 
     Returns:
-        Batches in the form of ``example_inputs``. Floating tensors are fitted; without a BatchNorm layer that keeps statistics they are
+        Batches in the form of ``example_inputs``; several positional inputs as a dict by their names, since a pair would be taken for
+        inputs and labels. Floating tensors are fitted; without a BatchNorm layer that keeps statistics they are
         standard normal noise. Of integers, those that an embedding reads are drawn evenly from its rows, others from the example's values.
 
     Raises:
-        InputError: A number below 1, or inputs without a batch axis.
+        InputError: A number below 1, inputs without a batch axis, or several that ``forward`` gives no names.
         EvaluationError: The network cannot be run, or not be differentiated, on such inputs.
     """
     if count < 1 or batch_size < 1 or steps < 0:
@@ -53,6 +55,7 @@ def synthetic_batches(
     if not tensors or any(tensor.ndim == 0 for tensor in tensors):
         raise InputError("synthetic_batches needs example inputs whose tensors all have a batch as their first axis")
     given = unwrapped(model)
+    example_inputs = _by_name(given, example_inputs)
     twin = copied(given).requires_grad_(False)
     set_training(twin, False)
     device = device_of(twin)
@@ -66,6 +69,17 @@ def synthetic_batches(
         drawn = [_drawn(tensor, size, limit, random).to(device) for tensor, limit in zip(tensors, limits, strict=True)]
         made.append(_fitted(twin, _in_place_of(example_inputs, drawn), steps, random))
     return made
+
+
+def _by_name(model: nn.Module, example: Any) -> Any:
+    """Several positional inputs as a dict by the names that ``forward`` gives them."""
+    if not isinstance(example, (tuple, list)) or len(example) < 2:
+        return example
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    if len(names) < len(example):
+        raise InputError(f"forward of {type(model).__name__} has no names for {len(example)} inputs; pass the example inputs as a dict")
+    return dict(zip(names, example, strict=False))
 
 
 def _in_place_of(example: Any, tensors: list[Tensor]) -> Any:

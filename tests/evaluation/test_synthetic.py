@@ -125,6 +125,21 @@ def test_other_inputs_are_drawn() -> None:
     assert set(batch["mask"].flatten().tolist()) == {0, 1} and batch["scale"].shape == (200, 1) and float(batch["scale"].std()) > 0.5
 
 
+def test_several_positional_inputs_come_by_name() -> None:
+    example = (torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.long), torch.ones(1, 1))
+    made = fxprune.synthetic_batches(Words().eval(), example, 20, batch_size=4)
+    assert [[*batch] for batch in made] == [["ids", "mask", "scale"]] * 5
+    slim = fxprune.compress(Words().eval(), {"words": 0.5}, example, calibration="none", repair="lstsq")
+    assert fxprune.record(slim).repair == "lstsq" and slim(*example).shape == (1, 2)
+
+    class Unnamed(nn.Linear):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return super().forward(inputs[0] + inputs[1])
+
+    with pytest.raises(InputError, match="pass the example inputs as a dict"):
+        fxprune.synthetic_batches(Unnamed(3, 2), (torch.ones(1, 3), torch.ones(1, 3)), 4)
+
+
 def test_what_cannot_be_is_said(model: nn.Module) -> None:
     x = images(2, 0)
     with pytest.raises(InputError, match="1 or more"):
