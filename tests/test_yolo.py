@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +69,17 @@ def test_the_class_stays_and_loads_elsewhere(name: str, tasks: Any, tmp_path: Pa
     )
     told = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True).stdout
     assert told.strip().splitlines()[-1] == str(sum(p.numel() for p in slim.parameters()))
+
+
+@pytest.mark.long
+def test_the_example_finds_its_squares_before_and_after(tasks: Any, tmp_path: Path) -> None:
+    """In full: it has to learn, and what another process loads has to have learnt as well."""
+    example = Path(__file__).resolve().parents[1] / "examples" / "yolo.py"
+    environment = {**os.environ, "PYTHONPATH": str(example.parents[1])}
+    environment.pop("FXPRUNE_EXAMPLE_BUDGET", None)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(example)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    found = dict(re.findall(r"mAP50 (of the full network|after training on) ([\d.]+)", done.stdout))
+    assert float(found["of the full network"]) > 0.5 and float(found["after training on"]) > 0.5
+    assert re.findall(r"loaded elsewhere: .* mAP50 ([\d.]+)", done.stdout)[0] == found["after training on"]

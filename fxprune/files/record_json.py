@@ -39,7 +39,7 @@ def encode_record(record: PruningRecord) -> Json:
         "before": _encode_profile(record.before),
         "after": _encode_profile(record.after),
         "renumbered": list(record.renumbered),
-        "notes": list(record.notes),
+        "notes": [str(note) for note in record.notes],  # plain ones: pickles of a kept class need no fxprune
         "keep_class": record.keep_class,
         "blocks": dict(record.blocks),
         "folded": record.folded,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import fxprune
 from fxprune.errors import FileError
 from fxprune.files.record_json import decode_record, encode_record
 from fxprune.index_lists import indices, ranges
@@ -94,3 +97,23 @@ def test_a_missing_part_is_named(path: tuple[str, ...]) -> None:
 def test_a_damaged_part_is_refused(part: str, value: Any) -> None:
     with pytest.raises(FileError, match="its record is damaged"):
         decode_record({**encode_record(example()), part: value})
+
+
+class Branching(nn.Module):
+    """A branch on the batch, so that the record has a note of the trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        found: torch.Tensor = self.b(y if x.shape[0] > 3 else -y)
+        return found
+
+
+def test_the_pickled_record_of_a_kept_class_names_nothing_of_fxprune() -> None:
+    slim = fxprune.compress(Branching(), 0.5, torch.randn(2, 4), keep_class=True)
+    record = fxprune.record(slim)
+    assert record.notes
+    assert b"fxprune" not in pickle.dumps(record)
