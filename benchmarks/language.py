@@ -1,6 +1,6 @@
 """A small language model, pruned without training: perplexity against width. ``python -m benchmarks.language [--steps N] [--seeds N]``.
 
-A Llama of half a million parameters learns the characters of Python's own manual (``pydoc_data.topics``, which comes with Python); then
+A Llama of 0.43 million parameters learns the characters of Python's own manual (``pydoc_data.topics``, which comes with Python); then
 its feed-forward width, and its hidden size, lose a quarter and a half, chosen at random, by magnitude and by Taylor scores, with and
 without least squares, and with norms plain and exact. The tables go to docs/studies/language.md between its marks. Needs
 ``fxprune[transformers]``.
