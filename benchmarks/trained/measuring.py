@@ -59,7 +59,7 @@ def _caught(make: Callable[[], Cell]) -> Cell:
 
 def _plain(text: str) -> str:
     """``text`` without the paths of this machine."""
-    return re.sub(r" ?\(/[^)]*\)", "", text)
+    return re.sub(r"\S*/site-packages/", "", re.sub(r" ?\(/[^)]*\)", "", text))
 
 
 class _Measure:
@@ -94,7 +94,7 @@ class _Measure:
             "sliced": self.score(sliced),
             **self.size(slim),
             **note,
-            "notes": list(fxprune.record(slim).notes),
+            "notes": [_plain(note) for note in fxprune.record(slim).notes],
         }
 
     def slim(self, method: str, share: float) -> tuple[nn.Module, Any, Cell]:
