@@ -61,14 +61,14 @@ def trainer_of(slim: torch.nn.Module, base: type) -> type:
     return Slim
 
 
-def validation(folder: Path) -> tuple[Tensor, list[Tensor]]:
-    """The validation images (count, 3, SIZE, SIZE), and of each the rows (label, left, top, right, bottom) in pixels."""
+def drawn(folder: Path, part: str) -> tuple[Tensor, list[Tensor]]:
+    """The images of a part (count, 3, SIZE, SIZE), and of each the rows (label, left, top, right, bottom) in pixels."""
     from PIL import Image
 
     images, boxes = [], []
-    for number in range(IMAGES["val"]):
-        images.append(torch.from_numpy(np.asarray(Image.open(folder / "images" / "val" / f"{number}.png")).copy()).permute(2, 0, 1) / 255)
-        rows = np.loadtxt(folder / "labels" / "val" / f"{number}.txt", ndmin=2) * (1, SIZE, SIZE, SIZE, SIZE)
+    for number in range(IMAGES[part]):
+        images.append(torch.from_numpy(np.asarray(Image.open(folder / "images" / part / f"{number}.png")).copy()).permute(2, 0, 1) / 255)
+        rows = np.loadtxt(folder / "labels" / part / f"{number}.txt", ndmin=2) * (1, SIZE, SIZE, SIZE, SIZE)
         middle, half = rows[:, 1:3], rows[:, 3:] / 2
         boxes.append(torch.from_numpy(np.hstack([rows[:, :1], middle - half, middle + half])))
     return torch.stack(images), boxes
@@ -105,7 +105,7 @@ def main(folder: Path, name: str = "yolo11n.yaml") -> None:
     model = yolo.model.float().eval().requires_grad_(True)
     print(f"mAP50 of the full network {validated(model):.3f}")
 
-    images, boxes = validation(folder / "data")
+    images, boxes = drawn(folder / "data", "val")
 
     def f1(candidate: torch.nn.Module) -> float:
         """Boxes found with the right label at an overlap of 0.5, as F1: what the search asks of each candidate."""
@@ -115,7 +115,8 @@ def main(folder: Path, name: str = "yolo11n.yaml") -> None:
     x = torch.rand(1, 3, SIZE, SIZE)
     config = SearchConfig(targets={"macs": 0.6}, strategy="uniform", round_to=8)
     policy = fxprune.search(model, x, f1, config=config).policy
-    slim: Any = fxprune.compress(model, policy, keep_class=True, repair="bn", calibration=list(images.split(8)))
+    calibration = list(drawn(folder / "data", "train")[0].split(16))
+    slim: Any = fxprune.compress(model, policy, keep_class=True, repair="bn", calibration=calibration)
     record = fxprune.record(slim)
     print(f"parameters {record.before.params} -> {record.after.params}, macs {record.before.macs} -> {record.after.macs}")
     assert type(slim) is type(model)

@@ -95,7 +95,6 @@ class Choices:
         batches = calibration if calibration is None or isinstance(calibration, str) else list(calibration)
         return cls(importance, ranked_by, batches, multiple, repair, norms=wanted, **as_given)
 
-
     @property
     def batches(self) -> list[Any] | None:
         """The calibration inputs, made where they had to be."""
@@ -312,11 +311,28 @@ def _recorded(graph: CouplingGraph, wanted: Any, units: Any) -> Mapping[str, Any
 def module_of(model: Any) -> nn.Module:
     """``model``, or the module of a ``torch.export.ExportedProgram``, a new one at each call that shares the program's parameters."""
     if isinstance(model, nn.Module):
-        return unwrapped(model)
+        return _float(unwrapped(model))
     if type(model).__name__ != "ExportedProgram":  # by name: torch imports torch.export when it is asked for
         raise InputError(f"model is a {type(model).__name__}; pass a torch.nn.Module or a torch.export.ExportedProgram")
     found: nn.Module = model.module()
     return found
+
+
+def _float(model: nn.Module) -> nn.Module:
+    """``model``, unless it is prepared for quantisation, or quantised: scales and observers are of the channels that were there."""
+    for path, module in model.named_modules():
+        kind = type(module)
+        if kind.__module__.startswith(_QUANTISED) and not kind.__module__.endswith(".stubs"):
+            raise UnsupportedError(f"{path or 'the model'} is a {kind.__module__}.{kind.__name__}: {_FIRST}")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        kind = type(tensor.data)
+        if kind.__module__.startswith("torchao.") or tensor.is_quantized:
+            raise UnsupportedError(f"{name} is a quantised {kind.__name__}: {_FIRST}")
+    return model
+
+
+_QUANTISED = ("torch.ao.nn.", "torch.ao.quantization.", "torchao.quantization.")
+_FIRST = "prune the network first, then prepare or quantise the slim one (prepare_qat, prepare_qat_fx, quantize_)"
 
 
 def example_of(model: nn.Module, given: Any, recorded: Any) -> Any:
