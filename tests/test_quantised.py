@@ -72,7 +72,8 @@ def test_stubs_of_a_network_that_is_to_be_prepared_are_no_quantisation() -> None
 
 
 def test_slim_modules_are_scripted_and_traced() -> None:
-    slim = fxprune.compress(Net().eval(), 0.5, X)
-    kept = fxprune.compress(Net().eval(), 0.5, X, keep_class=True)
-    for made, module in ((torch.jit.script(slim.detached()), slim), (torch.jit.script(kept), kept), (torch.jit.trace(slim, X), slim)):
+    slim: Any = fxprune.compress(Net().eval(), 0.5, X)
+    kept: Any = fxprune.compress(Net().eval(), 0.5, X, keep_class=True)
+    jit: Any = torch.jit
+    for made, module in ((jit.script(slim.detached()), slim), (jit.script(kept), kept), (jit.trace(slim, X), slim)):
         assert torch.equal(made(X), module(X))
