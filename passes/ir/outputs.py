@@ -14,18 +14,24 @@ from fxprune.passes.ir.objects import is_plain
 Outputs = Sequence[str | int]
 
 
-def returned_tensors(nested: Any, within: tuple[int, ...] = ()) -> list[torch.Tensor]:
-    """All tensors of a result in order, those in dataclasses and in plain objects (a cache) included."""
+def returned_tensors(nested: Any, within: tuple[int, ...] = (), objects: bool = True) -> list[torch.Tensor]:
+    """All tensors of a result in order, those in dataclasses and, with ``objects``, in plain objects (a cache) included."""
     if isinstance(nested, torch.Tensor):
         return [nested]
     if isinstance(nested, Mapping):
-        return [t for v in nested.values() for t in returned_tensors(v, within)]
+        return [t for v in nested.values() for t in returned_tensors(v, within, objects)]
     if isinstance(nested, (tuple, list)):
-        return [t for v in nested for t in returned_tensors(v, within)]
-    if is_dataclass(nested) and not isinstance(nested, type) or is_plain(nested) and not isinstance(nested, (str, bytes, int, float)):
+        return [t for v in nested for t in returned_tensors(v, within, objects)]
+    if (
+        is_dataclass(nested)
+        and not isinstance(nested, type)
+        or objects
+        and is_plain(nested)
+        and not isinstance(nested, (str, bytes, int, float))
+    ):
         if id(nested) in within:
             return []
-        return [t for v in vars(nested).values() for t in returned_tensors(v, (*within, id(nested)))]
+        return [t for v in vars(nested).values() for t in returned_tensors(v, (*within, id(nested)), objects)]
     return []
 
 
