@@ -1,16 +1,17 @@
-# make demo: set up and run the search on the digits that scikit-learn brings along, from training to a slim, saved network.
+# make demo: set up and run the search on warped digits (those of scikit-learn), from training to a slim, saved network.
 # make test: set up and run the whole check, but for what takes minutes. make test-export: nine networks through every runtime, a
 # quarter of an hour. make docs: build the documentation into build/site.
 # All need Python 3.10 or later and a package index; PYTHON=python3.12 chooses one.
 
 PYTHON ?= python3
+DEMO := --data warped-digits --model fxprune.models:warped_digits_net --train-epochs 5 --distill-epochs 3 --target macs=0.15
 VENV ?= .venv
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-export docs clean
 
 demo: $(VENV)/search.stamp
-	$(BIN)/fxprune-search
+	$(BIN)/fxprune-search $(DEMO)
 
 test: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

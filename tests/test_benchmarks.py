@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from benchmarks import allocation, analysis, cifar10, densenet_bc, studies
+from benchmarks import allocation, analysis, cifar10, demo, densenet_bc, studies
 from benchmarks.coverage import RESULTS, main, read, shown
 from benchmarks.coverage_page import BEGIN, TOOLS, write_page
 from benchmarks.imagenet500 import pictures
@@ -283,6 +283,21 @@ def test_allocations_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     page.write_text(page.read_text() + "By hand.\n")
     allocation.main([*options, "--out", str(tmp_path / "cells.jsonl"), "--page", str(page)])  # nothing is left to do
     assert page.read_text().endswith("By hand.\n")
+
+
+def test_the_demo_is_measured_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert demo.demo_options()[:2] == ["--data", "warped-digits"]
+    quick = ["--train-epochs", "1", "--distill-epochs", "0", "--evaluations", "3", "--score-images", "60", "--calibration-images", "64"]
+    monkeypatch.setattr(demo, "demo_options", lambda: [*quick, "--repair-images", "64"])
+    page, out = tmp_path / "demo.md", tmp_path / "demo.jsonl"
+    demo.main(["--seeds", "0,1", "--out", str(out), "--page", str(page)])
+    text = page.read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "%" in line]
+    assert [row[0].strip("| ") for row in rows] == ["original", "uniform", "magnitude", "search"]
+    assert all(45 < float(row[2].rstrip(" %")) < 50.6 for row in rows[1:]) and "points above uniform (standard error" in text
+    written = out.read_text()
+    demo.main(["--seeds", "0,1", "--out", str(out)])  # nothing is left to do
+    assert out.read_text() == written
 
 
 def test_the_densenet_of_that_page_is_the_published_one() -> None:

@@ -77,7 +77,7 @@ def load_data(
     validation: float | None = None,
     seed: int = 0,
 ) -> Data:
-    """Read ``digits``, ``imagefolder:DIR``, ``parquet:DIR``, ``torchvision:NAME:DIR`` or ``package.module:factory``.
+    """Read ``digits``, ``warped-digits``, ``imagefolder:DIR``, ``parquet:DIR``, ``torchvision:NAME:DIR`` or ``package.module:factory``.
 
     ``mean``, ``std``: for images in [0, 1], one number a channel; left out, what is usual for the data. ``image_size``: pixels a side;
     left out, that of the first image, at most 224. ``validation``: the share of the training data to hold out where the data set has no
@@ -111,6 +111,8 @@ def _read(spec: str, asked: readers.Asked) -> readers.DatasetParts:
     kind, _, rest = spec.partition(":")
     if spec == "digits":
         return readers.digits(asked)
+    if spec == "warped-digits":
+        return readers.warped_digits(asked)
     if kind == "torchvision":
         name, _, folder = rest.partition(":")
         if not name or not folder:
@@ -120,5 +122,7 @@ def _read(spec: str, asked: readers.Asked) -> readers.DatasetParts:
         read = readers.image_folder if kind == "imagefolder" else readers.parquet
         return read(Path(rest).expanduser(), asked)
     if not rest or kind in ("imagefolder", "parquet"):
-        raise InputError(f"data {spec!r} is none of digits, imagefolder:DIR, parquet:DIR, torchvision:NAME:DIR, package.module:factory")
+        raise InputError(
+            f"data {spec!r} is none of digits, warped-digits, imagefolder:DIR, parquet:DIR, torchvision:NAME:DIR, package.module:factory"
+        )
     return from_factory(spec, asked)

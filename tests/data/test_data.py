@@ -57,6 +57,19 @@ def test_digits_have_three_disjoint_parts() -> None:
     assert labels.unique().tolist() == list(range(10))
 
 
+def test_warped_digits_are_the_same_in_every_run_and_no_digit_is_in_two_parts() -> None:
+    data, again = load_data("warped-digits"), load_data("warped-digits", seed=5)
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [8632, 1436, 3590]
+    assert torch.equal(data.train.labels, again.train.labels)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(data.batches("test", 1000), again.batches("test", 1000), strict=True))
+    images, labels = next(iter(data.batches("train", 8632)))
+    assert images.shape == (8632, 1, 16, 16) and labels.unique().tolist() == list(range(10))
+    assert abs(float(images.mean())) < 0.05 and abs(float(images.std()) - 1) < 0.05
+    versions = images.view(8, 1079, 1, 16, 16)
+    assert float((versions[0] - versions[1]).abs().mean()) > 0.3  # each is warped in its own way
+    assert load_data("warped-digits", image_size=24).example().shape == (1, 1, 24, 24)
+
+
 def test_digits_splits_are_decided_by_the_seed() -> None:
     first, again, other = (load_data("digits", seed=seed).test.labels for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -342,8 +355,8 @@ def test_bad_data_are_told_in_one_line(tmp_path: Path, prepare: Callable[[Path],
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("digit", "is none of digits, imagefolder:DIR"),
-        ("parquet:", "is none of digits, imagefolder:DIR"),
+        ("digit", "is none of digits, warped-digits, imagefolder:DIR"),
+        ("parquet:", "is none of digits, warped-digits, imagefolder:DIR"),
         ("imagefolder:/no/such/folder", "/no/such/folder does not exist"),
         ("torchvision:CIFAR10", "not of the form torchvision:NAME:DIR"),
         ("torchvision:CIFAR11:/", "unknown torchvision data set 'CIFAR11'; did you mean CIFAR10"),

@@ -12,7 +12,7 @@ from fxprune.costs.profiling import profile
 from fxprune.data.datasets import load_data
 from fxprune.evaluation.accuracy import evaluate_accuracy
 from fxprune.models.loading import load_weights
-from fxprune.models.small import digits_net, resnet20, resnet56, vgg19
+from fxprune.models.small import digits_net, resnet20, resnet56, vgg19, warped_digits_net
 from fxprune.training.config import TrainConfig
 from fxprune.training.fitting import train
 
@@ -28,6 +28,7 @@ needs_shared_data = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/da
         (resnet20(), (3, 32, 32), 10),
         (resnet20(num_classes=7), (3, 40, 32), 7),
         (vgg19(), (3, 32, 32), 100),
+        (warped_digits_net(), (1, 16, 16), 10),
         (vgg19(batch_norm=False), (3, 64, 64), 100),
     ],
 )
