@@ -79,22 +79,16 @@ class _DigitsNet(nn.Module):
 class _WarpedDigitsNet(nn.Module):
     def __init__(self, widths: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
-        self.stages = nn.ModuleList()
+        self.down, self.residual = nn.ModuleList(), nn.ModuleList()
         for before, width in zip((1, *widths[:-1]), widths, strict=True):
-            self.stages.append(
-                nn.ModuleDict(
-                    {
-                        "down": nn.Sequential(*_conv_bn(before, width, 3, stride=2), nn.ReLU()),
-                        "residual": nn.Sequential(*_conv_bn(width, width, 3), nn.ReLU(), *_conv_bn(width, width, 3)),
-                    }
-                )
-            )
+            self.down.append(nn.Sequential(*_conv_bn(before, width, 3, stride=2), nn.ReLU()))
+            self.residual.append(nn.Sequential(*_conv_bn(width, width, 3), nn.ReLU(), *_conv_bn(width, width, 3)))
         self.classifier = nn.Linear(widths[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        for stage in self.stages:
-            x = stage["down"](x)
-            x = F.relu(x + stage["residual"](x))
+        for down, residual in zip(self.down, self.residual, strict=True):
+            x = down(x)
+            x = F.relu(x + residual(x))
         logits: Tensor = self.classifier(x.mean((2, 3)))
         return logits
 
