@@ -17,7 +17,7 @@ from torch import fx, nn
 from fxprune import example_inputs as forms
 from fxprune.allocation.targets import allocated, is_target
 from fxprune.attached import Sources, attach, record_of, sources_of
-from fxprune.errors import InputError, PruningWarning, UnsupportedError
+from fxprune.errors import FAULTS, FxPruneError, InputError, PruningWarning, UnsupportedError, in_a_line
 from fxprune.evaluation.running import device_of
 from fxprune.evaluation.synthetic import calibration_batches, without_labels
 from fxprune.evaluation.wrappers import unwrapped
@@ -34,6 +34,7 @@ from fxprune.passes.pipeline import NORMS, Plan, Slim, analysed, compilation, li
 from fxprune.passes.planning.cost_model import cost_model
 from fxprune.passes.planning.naming import Wanted, carried_over, limits, resolved, twin_units
 from fxprune.passes.planning.shortfall import shortfall
+from fxprune.passes.rewriting.absent import class_without_blocks
 from fxprune.passes.rewriting.blocks import without_blocks
 from fxprune.passes.verify import verify as zeroing_oracle
 from fxprune.passes.verify import verify_blocks
@@ -196,10 +197,9 @@ def slimmed(graph: CouplingGraph, policy: Policy, wanted: Wanted, example: Any, 
 
 def without(graph: CouplingGraph, gone: Sequence[Block], example: Any, choices: Choices) -> tuple[CouplingGraph, Any]:
     """The network without the blocks ``gone``, analysed; and example inputs for it."""
-    if choices.keep_class:
-        raise UnsupportedError("keep_class cannot leave out blocks: the model's own code calls them; leave out keep_class")
     given = _with_values(graph, example)
-    return cut_from(graph, gone, given if choices.verify else None, choices.observe), given
+    checked = choices.verify or choices.keep_class  # the user's code, which calls what is left, is always compared
+    return cut_from(graph, gone, given if checked else None, choices.observe, choices.keep_class), given
 
 
 def carried(graph: CouplingGraph, cut: CouplingGraph, policy: Policy, wanted: Wanted) -> tuple[Policy, Wanted]:
@@ -237,12 +237,22 @@ def _record(slim: Any) -> PruningRecord:
     return found
 
 
-def cut_from(graph: CouplingGraph, blocks: Sequence[Block], example: Any = None, observe: Observer | None = None) -> CouplingGraph:
+def cut_from(
+    graph: CouplingGraph, blocks: Sequence[Block], example: Any = None, observe: Observer | None = None, keep_class: bool = False
+) -> CouplingGraph:
     """The network without ``blocks``, all channels kept, analysed as ``graph`` was. ``example``: for the oracle, None for no oracle."""
-    whole = without_blocks(graph, blocks)
+    whole = class_without_blocks(graph, blocks) if keep_class else without_blocks(graph, blocks)
     whole.train(graph.model.training)
     if example is not None:
-        verify_blocks(graph, blocks, whole, *forms.call_form(example))
+        try:
+            verify_blocks(graph, blocks, whole, *forms.call_form(example))
+        except FAULTS as error:
+            if not keep_class or isinstance(error, FxPruneError):
+                raise
+            names = ", ".join(repr(block.name) for block in blocks)
+            raise UnsupportedError(
+                f"keep_class: the model's own code does not run with nn.Identity for {names}: {in_a_line(error)}; leave out keep_class"
+            ) from error
     options = graph.options
     paths = [*dict(whole.named_modules()), *dict(whole.named_parameters())]
     ignored = [name for name in options.get("ignore", ()) if any(fnmatch.fnmatchcase(path, name) for path in paths)]
@@ -252,7 +262,8 @@ def cut_from(graph: CouplingGraph, blocks: Sequence[Block], example: Any = None,
     before, after = cost_model(graph).profile(), cost_model(cut).profile()
     done = {block.name: "removed" for block in blocks}
     policy = Policy(dict.fromkeys(done, 1.0), graph.inputs, {**options, "blocks": True})
-    attach(whole, PruningRecord({}, {}, policy, "none", before, after, notes=graph.notes, blocks=done), Sources(graph.model))
+    made = PruningRecord({}, {}, policy, "none", before, after, notes=graph.notes, blocks=done, keep_class=keep_class)
+    attach(whole, made, Sources(graph.model))
     return cut
 
 

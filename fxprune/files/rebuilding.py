@@ -14,6 +14,7 @@ from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.outputs import as_listed
 from fxprune.passes.pipeline import analysed
 from fxprune.passes.planning.plan import Keep
+from fxprune.passes.rewriting.absent import class_without_blocks
 from fxprune.passes.rewriting.blocks import without_blocks
 from fxprune.passes.rewriting.fold import FoldBatchNorm
 from fxprune.passes.rewriting.keep_class import kept_class
@@ -54,7 +55,7 @@ def _without(graph: CouplingGraph, record: PruningRecord) -> nn.Module:
     missing = next((name for name in record.blocks if name not in blocks), None)
     if missing is not None:
         raise FileError(f"it does not fit this model: there is no block {missing!r} here, which was left out there")
-    return without_blocks(graph, [blocks[name] for name in record.blocks])
+    return (class_without_blocks if record.keep_class else without_blocks)(graph, [blocks[name] for name in record.blocks])
 
 
 def units_kept(graph: CouplingGraph, kept: Mapping[str, Mapping[int, Tensor]], names: Mapping[str, str]) -> Keep:

@@ -211,8 +211,6 @@ def test_why_a_branch_cannot_go() -> None:
     tap = fxprune.analyze(Tapped("tap").eval(), x, blocks=True)
     with pytest.raises(UnsupportedError, match="cannot be left out: what it computes is read outside"):
         fxprune.compress(tap, {tap.blocks[0].name: 1.0}, x)
-    with pytest.raises(UnsupportedError, match="keep_class cannot leave out blocks"):
-        fxprune.compress(graph, {found["table"].name: 1.0}, x, keep_class=True)
 
 
 def test_the_oracle_of_blocks_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,3 +220,117 @@ def test_the_oracle_of_blocks_would_notice(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(compression, "without_blocks", lambda graph, blocks: made(graph, list(graph.blocks[:1])))
     with pytest.raises(VerificationError, match=r"without 'layers.1' the network differs"):
         fxprune.compress(graph, {"layers.1": 1}, x, verify=True)
+
+
+class Post(nn.Module):
+    """A block that does something behind its addition."""
+
+    def __init__(self, after: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.after = nn.Conv2d(8, 8, 3, padding=1), after
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.after(x + self.conv(x))
+        return found
+
+
+class Listed(nn.Module):
+    """A loop over a list of blocks, behind a ReLU or not; ``late`` writes into what they give."""
+
+    def __init__(self, *blocks: nn.Module, relu: bool = True, late: bool = False) -> None:
+        super().__init__()
+        self.stem, self.relu, self.late = nn.Conv2d(3, 8, 3, padding=1), relu, late
+        self.layers, self.head = nn.ModuleList(blocks), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x.relu() if self.relu else x
+        for layer in self.layers:
+            before, x = x, layer(x)
+            if self.late:
+                x.add_(1.0)
+                x = x + before
+        found: Tensor = self.head(x)
+        return found
+
+
+IMAGES = torch.randn(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("after", [nn.Identity(), nn.ReLU(), nn.ReLU(inplace=True)])
+def test_a_kept_class_has_an_identity_where_a_block_was(after: nn.Module, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Listed(Post(after), Post(after), Post(after)).eval()
+    before = copy.deepcopy(model.state_dict())
+    graph = fxprune.analyze(model, IMAGES, blocks=True)
+    names = [block.name for block in graph.blocks]
+    policy = {**dict.fromkeys(names[:2], 1.0), "stem": 0.25}
+    slim: Any = fxprune.compress(model, policy, IMAGES, keep_class=True, verify=True)
+    assert type(slim) is Listed and isinstance(model.get_submodule("layers.0"), Post)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    same = fxprune.compress(model, policy, IMAGES)
+    assert gap(slim.eval()(IMAGES), same.eval()(IMAGES)) < TOLERANCE
+    assert set(slim.state_dict()) == set(same.state_dict())
+    assert fxprune.record(slim).blocks == dict.fromkeys(names[:2], "removed")
+    fxprune.save(slim, tmp_path / "slim.safetensors")
+    again: Any = fxprune.load(tmp_path / "slim.safetensors", copy.deepcopy(model)).eval()
+    assert type(again) is Listed and torch.equal(again(IMAGES), slim(IMAGES))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
+def test_the_class_of_a_network_of_torchvision_stays_without_its_blocks(name: str) -> None:
+    models = pytest.importorskip("torchvision.models")
+    model, x = models.get_model(name, weights=None).eval(), torch.randn(1, 3, 64, 64)
+    prime(model, (x,))
+    slim: Any = fxprune.compress(model, {"layer1.1": 1, "layer4.1": 1, "layer2": 0.25}, x, keep_class=True)
+    assert type(slim) is type(model) and isinstance(slim.layer1[1], nn.Identity)
+    assert gap(slim(x), fxprune.compress(model, {"layer1.1": 1, "layer4.1": 1, "layer2": 0.25}, x).eval()(x)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Listed(Post(nn.ReLU()), relu=False), "beside its branches it computes something"),
+        (Listed(Post(nn.GELU())), "beside its branches it computes something"),
+        (Listed(Post(nn.Dropout())), "beside its branches it computes something"),
+        (Listed(Post(nn.Identity()), late=True), "what it gives is written into later"),
+        (Listed(*[Post(nn.Identity())] * 2), "cannot"),
+    ],
+)
+def test_a_class_that_cannot_stay_says_why(model: nn.Module, message: str) -> None:
+    graph = fxprune.analyze(model.eval(), IMAGES, blocks=True)
+    with pytest.raises(UnsupportedError, match=message) as caught:
+        fxprune.compress(graph, {graph.blocks[0].name: 1.0}, IMAGES, keep_class=True)
+    assert "\n" not in str(caught.value)
+
+
+class Layers(nn.Module):
+    """Transformer layers in a list, or in torch's own encoder, which calls them with masks."""
+
+    def __init__(self, encoder: bool) -> None:
+        super().__init__()
+        made = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0, norm_first=True)
+        self.encoder = nn.TransformerEncoder(made, 2, enable_nested_tensor=False) if encoder else None
+        self.layers = nn.ModuleList([] if encoder else [made, copy.deepcopy(made)])
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        found: Tensor = self.head(x if self.encoder is None else self.encoder(x))
+        return found
+
+
+def test_layers_of_a_transformer_are_left_out_of_its_class_whole_or_not_at_all() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 16)
+    model = Layers(encoder=False).eval()
+    slim: Any = fxprune.compress(model, {"layers.1": 1, "layers.0.linear1": 0.5}, x, keep_class=True)
+    assert type(slim) is Layers and isinstance(slim.layers[1], nn.Identity)
+    assert gap(slim(x), fxprune.compress(model, {"layers.1": 1, "layers.0.linear1": 0.5}, x).eval()(x)) < TOLERANCE
+    half = next(block for block in fxprune.analyze(model, x, blocks=True).blocks if block.name.startswith("layers.1."))
+    with pytest.raises(UnsupportedError, match="beside its branches it computes something"):
+        fxprune.compress(model, {half.name: 1}, x, keep_class=True)
+    with pytest.raises(UnsupportedError, match=r"does not run with nn.Identity for 'encoder.layers.1'") as caught:
+        fxprune.compress(Layers(encoder=True).eval(), {"encoder.layers.1": 1}, x, keep_class=True)
+    assert "\n" not in str(caught.value)
