@@ -22,7 +22,7 @@ from fxprune.repair.registry import REPAIRS
 HELP = {
     "model": "torchvision:NAME, timm:NAME or package.module:factory; default: a small network for digits",
     "weights": "a .safetensors or .pt file with the network's state_dict",
-    "data": "digits, imagefolder:DIR, parquet:DIR, torchvision:NAME:DIR or package.module:factory",
+    "data": "digits, warped-digits, imagefolder:DIR, parquet:DIR, torchvision:NAME:DIR or package.module:factory",
     "mean": "of the channels of images in [0, 1], for example 0.485,0.456,0.406; default: what is usual for the data",
     "std": "standard deviation of the channels, likewise",
     "image_size": "pixels a side",
