@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from fxprune import example_inputs as forms
-from fxprune.allocation.targets import allocated, is_target
+from fxprune.allocation.target_policies import allocated, is_target
 from fxprune.attached import Sources, attach, record_of, sources_of
 from fxprune.errors import FAULTS, FxPruneError, InputError, PruningWarning, UnsupportedError, in_a_line
 from fxprune.evaluation.running import device_of

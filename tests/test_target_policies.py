@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.allocation.targets import bounds_of
+from fxprune.allocation.target_policies import bounds_of
 from fxprune.errors import PolicyError, TargetError
 from tests.test_asking import X, net
 

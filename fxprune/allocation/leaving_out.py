@@ -15,7 +15,7 @@ from fxprune.evaluation.running import call, device_of, evaluating, to_device
 from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.rewriting.blocks import with_zeroed_blocks
-from fxprune.repair.calibration import samples as samples_of
+from fxprune.repair.splitting import samples as samples_of
 
 
 def block_effects(

@@ -20,10 +20,10 @@ from fxprune.allocation.elimination import Thinning, eliminated
 from fxprune.allocation.readers import Cut, Reader, cuts, unit_sums
 from fxprune.allocation.responses import Responses, per_sample
 from fxprune.passes.coupling.graph import CouplingGraph, Group
-from fxprune.repair.calibration import samples as samples_of
 from fxprune.repair.least_squares import gram
 from fxprune.repair.matrices import choose, input_rows
 from fxprune.repair.registry import Repair
+from fxprune.repair.splitting import samples as samples_of
 
 FloatArray = npt.NDArray[np.float64]
 ROWS = 32  # rows a layer takes from each calibration sample: places of a convolution's output, or tokens

@@ -27,10 +27,10 @@ from fxprune.passes.coupling.graph import CouplingGraph, Group
 from fxprune.passes.planning.cost_model import cost_model
 from fxprune.passes.planning.plan import keep_counts
 from fxprune.passes.rewriting.slimmer import Slimmer
-from fxprune.repair.calibration import JUDGE, Piece, pieces, samples
-from fxprune.repair.judging import distances
+from fxprune.repair.distance import distances
 from fxprune.repair.registry import Repair
 from fxprune.repair.repairer import Repairer
+from fxprune.repair.splitting import JUDGE, Piece, pieces, samples
 
 FloatArray = npt.NDArray[np.float64]
 Counts = Mapping[str, int]

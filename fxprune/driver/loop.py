@@ -15,13 +15,13 @@ from fxprune.atomic import remove
 from fxprune.driver import checkpoint, rewards, strategies
 from fxprune.driver.budget import Budget
 from fxprune.driver.config import SearchConfig
-from fxprune.driver.evaluator import Evaluator
 from fxprune.driver.executors import choice
 from fxprune.driver.executors.base import Executor
 from fxprune.driver.history import History
 from fxprune.driver.measured import LATENCY, Measured
 from fxprune.driver.outcome import Allocation, Progress, SearchOutcome
 from fxprune.driver.problem import IntArray, Problem
+from fxprune.driver.scoring import Evaluator
 from fxprune.driver.selection import best_of
 from fxprune.driver.strategies.base import Scored, Strategy
 from fxprune.driver.strategies.table import from_table

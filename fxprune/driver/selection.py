@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxprune.driver.evaluator import Evaluator
+from fxprune.driver.scoring import Evaluator
 from fxprune.driver.strategies.base import Scored, Strategy
 
 

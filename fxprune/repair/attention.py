@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fxprune.repair.calibration import FIT, JUDGE, TUNE
 from fxprune.repair.layers import Layer
 from fxprune.repair.least_squares import RIDGES
+from fxprune.repair.splitting import FIT, JUDGE, TUNE
 
 _ATTENTION = (F.scaled_dot_product_attention,)
 _PRODUCTS = (torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "__matmul__")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.records import LayerRepair
-from fxprune.repair.calibration import FIT, JUDGE
 from fxprune.repair.least_squares import Moments, fitted
+from fxprune.repair.splitting import FIT, JUDGE
 
 LAYERS = (nn.LSTM, nn.GRU, nn.RNN)
 ROUNDS = 3  # with the original's states, then twice with the layer's own

@@ -28,14 +28,14 @@ from fxprune.passes.labels.values import values
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.records import LayerRepair
 from fxprune.repair.attention import Contraction, Products, by_head, change_queries, contractions, maker, picked
-from fxprune.repair.calibration import FIT, JUDGE, Piece, pieces, samples
-from fxprune.repair.judging import unlikeness
+from fxprune.repair.distance import unlikeness
 from fxprune.repair.layers import Layer, Norm, Reading
 from fxprune.repair.least_squares import Fit, Moments, fitted
 from fxprune.repair.matrices import Places, choose, grouped, input_axis, input_rows, matrices, output_rows, set_matrices
 from fxprune.repair.recurrent import Sequences, fit_recurrent
 from fxprune.repair.registry import REPAIRS, Repair, named
 from fxprune.repair.replay import Call, Playback, Room, calls_of_part, whole_calls
+from fxprune.repair.splitting import FIT, JUDGE, Piece, pieces, samples
 
 ROOM = 512 * 2**20  # bytes of activations that are held in memory; more go to a file
 CACHE = 256 * 2**20  # bytes of the original's responses that are kept between repairs

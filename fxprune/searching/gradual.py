@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from fxprune.allocation.targets import bounds_of
+from fxprune.allocation.target_policies import bounds_of
 from fxprune.api import compress
 from fxprune.attached import record_of
 from fxprune.costs.profiling import profile

@@ -19,13 +19,13 @@ from fxprune.passes.planning.plan import keep_counts
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.verify import difference
 from fxprune.repair import repairer as repairs
-from fxprune.repair.calibration import FIT, JUDGE, TUNE, pieces
-from fxprune.repair.judging import distances, unlikeness
+from fxprune.repair.distance import distances, unlikeness
 from fxprune.repair.least_squares import Moments, fitted
 from fxprune.repair.matrices import choose, form_of, grouped, input_rows, matrices, output_rows, set_matrices
 from fxprune.repair.moments import collect
 from fxprune.repair.recurrent import Sequences, fit_recurrent
 from fxprune.repair.repairer import Repairer
+from fxprune.repair.splitting import FIT, JUDGE, TUNE, pieces
 
 LAYERS: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
     (lambda: nn.Linear(5, 7), (3, 5)),
