@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from fxprune.exporting.formats import FORMATS
+from fxprune.importance.criterion import CRITERIA
+from fxprune.repair.registry import REPAIRS
+
 torch.set_num_threads(1)
 FOLDER = Path(__file__).parent
+
+
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """What a test registers goes with it."""
+    kept = [dict(one) for one in (CRITERIA, REPAIRS, FORMATS)]
+    yield
+    for one, before in zip((CRITERIA, REPAIRS, FORMATS), kept, strict=True):
+        one.clear()  # type: ignore[attr-defined]
+        one.update(before)  # type: ignore[attr-defined]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

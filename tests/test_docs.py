@@ -32,6 +32,7 @@ def test_code_is_found() -> None:
     assert ROOT / "README.md" in WITH_CODE and ROOT / "docs" / "index.md" in WITH_CODE
 
 
+@pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks share a namespace, as for somebody who reads from top to bottom, in a folder of their own."""

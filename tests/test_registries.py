@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,11 @@ import fxprune
 from fxprune.cli import arguments
 from fxprune.cli.arguments import read
 from fxprune.errors import DependencyError, ExportError, InputError, PolicyError
-from fxprune.exporting.formats import FORMATS, Job
-from fxprune.importance.criterion import CRITERIA, RankingData
+from fxprune.exporting.formats import Job
+from fxprune.importance.criterion import RankingData
 from fxprune.passes.coupling.graph import CouplingGraph
-from fxprune.repair.registry import REPAIRS
 
-
-@pytest.fixture(autouse=True)
-def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a test registers goes with it."""
-    kept = [dict(one) for one in (CRITERIA, REPAIRS, FORMATS)]
-    yield
-    for one, before in zip((CRITERIA, REPAIRS, FORMATS), kept, strict=True):
-        one.clear()  # type: ignore[attr-defined]
-        one.update(before)  # type: ignore[attr-defined]
+pytestmark = pytest.mark.usefixtures("registries")
 
 
 @pytest.fixture
