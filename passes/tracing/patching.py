@@ -25,7 +25,7 @@ from fxprune.passes.ir.notes import NoteKind
 from fxprune.passes.ir.skeleton import Skeleton
 from fxprune.passes.tracing import decompositions as openers
 from fxprune.passes.tracing.autograd import traced_call
-from fxprune.passes.tracing.proxies import ShapeAttribute, ShapeProxy
+from fxprune.passes.tracing.proxies import ShapeAttribute, ShapeProxy, ShapeTuple
 from fxprune.passes.tracing.recorder import Recorder
 from fxprune.passes.tracing.side_effects.isolation import ALONE
 
@@ -92,6 +92,8 @@ def _is_instance(tracer: Recorder, original: Any) -> Any:
 
     def isinstance_(obj: Any, cls: Any) -> bool:
         kind = type(obj)
+        if kind is ShapeTuple:
+            return _isinstance(obj, cls) or _isinstance(torch.Size(), cls)
         if kind is ShapeProxy and _isinstance(cls, abc.ABCMeta):  # a proxy has every method, and so is Iterable and all
             return _isinstance(obj.value, cls)
         if (kind is ShapeProxy or kind is ShapeAttribute) and not _isinstance(obj, cls):

@@ -194,7 +194,16 @@ class ShapeProxy(fx.Proxy):
         return other // self, other % self
 
     def __format__(self, spec: str) -> str:
-        return format(self.value, spec) if not _isinstance(self.value, torch.Tensor) else repr(self)
+        return repr(self) if _isinstance(self.value, torch.Tensor) else format(self._shown(), spec)
+
+    def __str__(self) -> str:
+        return repr(self) if _isinstance(self.value, torch.Tensor) else str(self._shown())
+
+    def _shown(self) -> Any:
+        """The value, for code that makes text of it: branches on the name of a dtype are said."""
+        if _isinstance(self.value, torch.dtype):
+            self.tracer.note(NoteKind.DTYPE, f"the name of a dtype was specialised to {self.value}", self.tracer.here())
+        return self.value
 
     def __hash__(self) -> int:
         value = self.value

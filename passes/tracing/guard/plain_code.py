@@ -30,6 +30,7 @@ _OPCODES = frozenset(
 # Names by which code asks what it holds, or the process, rather than computing with it.
 _NAMES = frozenset(
     {
+        *("str", "repr", "format"),
         *("id", "hash", "type", "callable", "globals", "locals", "vars", "dir", "hasattr", "setattr", "delattr", "eval", "exec", "compile"),
         *("__dict__", "__class__", "__name__", "_modules", "_parameters", "_buffers", "data_ptr", "untyped_storage"),
         *("is_meta", "is_cuda", "is_cpu", "storage", "is_contiguous", "layout", "data"),

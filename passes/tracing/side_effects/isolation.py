@@ -25,7 +25,7 @@ from torch import fx, nn
 from fxprune.errors import TraceError
 from fxprune.passes.ir.contents import CONTAINERS, MAPPINGS, CachedFunction, Contents
 from fxprune.passes.ir.notes import NoteKind
-from fxprune.passes.tracing.proxies import ShapeAttribute, ShapeProxy
+from fxprune.passes.tracing.proxies import ShapeAttribute, ShapeProxy, ShapeTuple
 from fxprune.passes.tracing.recorder import Recorder
 from fxprune.passes.tracing.side_effects.reachable import Reach, held
 
@@ -161,6 +161,8 @@ class _SeenThrough(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and type(args[0]) in (ShapeProxy, ShapeAttribute):
             return type(args[0].value)
+        if len(args) == 1 and type(args[0]) is ShapeTuple:
+            return torch.Size
         return type(*args, **kwargs)
 
     def __instancecheck__(cls, instance: Any) -> bool:

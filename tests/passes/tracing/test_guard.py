@@ -249,3 +249,23 @@ def test_on_meta_it_is_said() -> None:
         model = Net(by_meta).eval()
     notes = fxprune.analyze(model, torch.empty(2, 3, 8, device="meta")).notes
     assert any("was not compared with the model" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (lambda s, y: y * 3 if str(y.dtype) == "torch.float32" else y * 2, "the name of a dtype was specialised to torch.float32"),
+        (lambda s, y: y * 3 if f"{y.dtype}".endswith("float32") else y * 2, "the name of a dtype was specialised to torch.float32"),
+        (lambda s, y: y * 3 if isinstance(y.shape, torch.Size) else y * 2, ""),
+        (lambda s, y: y * 3 if isinstance(y.size()[1:], (list, torch.Size)) else y * 2, ""),
+        (lambda s, y: y * 3 if type(y.shape) is torch.Size else y * 2, ""),
+        (lambda s, y: y * 3 if str(y.device) == "cpu" else y * 2, ""),
+    ],
+)
+def test_what_text_and_types_say_of_proxies(how: Callable[[Any, Tensor], Tensor], said: str) -> None:
+    """Also where nothing is compared."""
+    model = Net(how).eval()
+    slim = fxprune.compress(model, 0.0, X, check=False)
+    assert torch.equal(slim(X), model(X))
+    notes = fxprune.record(slim).notes
+    assert any(said in note for note in notes) if said else not notes
