@@ -252,7 +252,7 @@ def folded(c: int, s: int, v: int) -> Made:
     """Batch and channels as one axis, and back, whatever their sizes."""
 
     def run(x: Tensor, f: nn.Module) -> Any:
-        y = f(x)
+        y = f(x).contiguous()  # behind a transpose a convolution gives channels last
         n, k, h, w = y.shape
         if v == 0:
             return F.avg_pool2d(y.view(n * k, 1, h, w), 1).view(n, k, h, w)
