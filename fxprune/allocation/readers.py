@@ -38,12 +38,16 @@ class Reader:
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a group's units are taken from a weight: ``indices`` along ``dim`` of the parameter ``name``, and the ``units`` of each."""
+    """Where a group's units are taken from a weight: ``indices`` along ``dim`` of the parameter ``name``, and the ``units`` of each.
+
+    ``reads``: whether the weight reads the units there; else it makes them.
+    """
 
     name: str
     dim: int
     indices: Tensor
     units: Tensor
+    reads: bool
 
 
 def readers_of(module: Any, graph: fx.Graph, prefix: str, wanted: set[str]) -> list[Reader]:
@@ -65,10 +69,13 @@ def cuts(group: Group, graph: CouplingGraph) -> list[Cut]:
 
     Where nothing reads them through a weight (queries and keys, say), the first weight that makes them.
     """
-    members = [Cut(n, d, idx, units) for (n, d, idx), units in zip(group.members, group.units, strict=True)]
+    members = [
+        Cut(name, dim, indices, units, not graph.is_output((name, dim)))
+        for (name, dim, indices), units in zip(group.members, group.units, strict=True)
+    ]
     skeleton = graph.traced.skeleton
     weights = [cut for cut in members if cut.name in skeleton.parameter_names and skeleton.tensor(cut.name).ndim > 1]
-    reading = [cut for cut in weights if not graph.is_output((cut.name, cut.dim))]
+    reading = [cut for cut in weights if cut.reads]
     return reading or weights[:1] or members[:1]
 
 

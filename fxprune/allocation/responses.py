@@ -34,11 +34,12 @@ Seen = Callable[[Reader, Tensor, Tensor], None]
 class Responses:
     """Runs a copy of the original on calibration batches; layers are told apart by their weight's qualified name.
 
-    ``wanted``: weights that read a group. ``readers``: those that can be refitted. ``rest``: the others, whose gradients are kept whole.
+    ``wanted``: weights that read a group. ``readers``: those that can be refitted. ``rest``: the others, and ``whole``, those that make a
+    group which nothing reads through a weight (queries and keys); their gradients are kept whole.
     ``batches``: (inputs, labels) or inputs alone.
     """
 
-    def __init__(self, graph: CouplingGraph, batches: Iterable[Any], wanted: set[str]) -> None:
+    def __init__(self, graph: CouplingGraph, batches: Iterable[Any], wanted: set[str], whole: set[str]) -> None:
         self.batches = [inputs_of(batch) for batch in batches]
         if not self.batches:
             raise InputError("an error table needs calibration data: pass calibration=[inputs, ...], a few hundred inputs or more")
@@ -56,7 +57,7 @@ class Responses:
             self.readers.update((one.name, one) for one in found)
             self._attend(module, {one.node: one for one in found})
         own = dict(self.root.named_parameters(remove_duplicate=False))
-        self.rest = {name: own[name] for name in sorted(wanted - set(self.readers)) if name in own}
+        self.rest = {name: own[name] for name in sorted((wanted - set(self.readers)) | whole) if name in own}
 
     def forward(self, batch: int, seen: Seen) -> None:
         """Run a batch; ``seen`` gets every reader's inputs and output."""

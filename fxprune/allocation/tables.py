@@ -89,7 +89,8 @@ def error_table(
     """
     groups = [group for group in graph.groups if group.prunable]
     cuts_of = {group.name: cuts(group, graph) for group in groups}
-    responses = Responses(graph, calibration, {cut.name for found in cuts_of.values() for cut in found})
+    all_cuts = [cut for found in cuts_of.values() for cut in found]
+    responses = Responses(graph, calibration, {c.name for c in all_cuts if c.reads}, {c.name for c in all_cuts if not c.reads})
     deep = _deep(responses, samples)
     statistics = _Statistics.of(responses, deep, seed)
     order, widths, effects = {}, {}, {}
@@ -194,7 +195,7 @@ def _portions(groups: Sequence[Group], cuts_of: Mapping[str, Sequence[Cut]], res
     portion: list[Group] = []
     held = 0
     for group in groups:
-        read = [responses.readers[cut.name] for cut in cuts_of[group.name] if cut.name in responses.readers]
+        read = [responses.readers[cut.name] for cut in cuts_of[group.name] if cut.reads and cut.name in responses.readers]
         size = 4 * (min(group.size, ROUNDS) + 1) * sum(one.weights.numel() for one in read)
         if portion and held + size > MEMORY:
             yield portion
@@ -228,8 +229,8 @@ class _Thinned:
         ranking: Mapping[str, Any] | None,
         repair: Repair,
     ) -> _Thinned:
-        read = [(responses.readers[c.name], c) for c in cut if c.name in statistics.stakes]
-        rest = [c for c in cut if c.name in responses.rest]
+        read = [(responses.readers[c.name], c) for c in cut if c.reads and c.name in statistics.stakes]
+        rest = [c for c in cut if c.name in responses.rest and not (c.reads and c.name in responses.readers)]
         given = None if ranking is None else torch.from_numpy(np.argsort(np.asarray(ranking[group.name], dtype=np.float64), kind="stable"))
         thinnings = [
             Thinning.of(

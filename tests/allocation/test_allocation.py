@@ -427,3 +427,32 @@ def test_only_what_several_layers_write_is_a_stream() -> None:
     for kind, wanted in ((Residual, {"stem.0"}), (Squeezed, set())):
         graph = fxprune.analyze(seeded(kind), images()[0])
         assert {group.name for group in graph.groups if group.prunable and trying._streams(group, graph)} == wanted
+
+
+class Scored(nn.Module):
+    """Queries and keys that no weight reads, of twice or as many features as the stream that makes them has, and a weight that does."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stem, self.q, self.k, self.v = nn.Linear(5, 6), nn.Linear(6, width), nn.Linear(6, width), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        found: Tensor = self.head((self.q(x) @ self.k(x).transpose(-2, -1) / 4).softmax(-1) @ self.v(x))
+        return found
+
+
+@pytest.mark.parametrize("width", [6, 12])
+@pytest.mark.parametrize("repair", ["none", "lstsq"])
+def test_queries_and_keys_cost_what_their_own_rows_do(width: int, repair: str) -> None:
+    """The weight that makes them reads the stream, too: the units that go are its rows, and not its columns."""
+    torch.manual_seed(0)
+    net = Scored(width).eval()
+    with torch.no_grad():  # the last two units of the scores do nothing, though the columns of the weights are all alike
+        net.q.weight[-2:], net.q.bias[-2:] = 0, 0
+        net.k.weight[-2:], net.k.bias[-2:] = 0, 0
+    graph = fxprune.analyze(net, torch.randn(2, 4, 5))
+    table = error_table(graph, [torch.randn(64, 4, 5)], repair=repair)
+    scores = next(g for g in graph.groups if {n for n, d, _ in g.members if d == 0} >= {"q.weight", "k.weight"})
+    assert set(np.argsort(table.ranking[scores.name])[:2].tolist()) == {width - 2, width - 1}
