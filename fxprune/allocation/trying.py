@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from fxprune.allocation.responses import inputs_of
 from fxprune.allocation.uniform import Uniform
 from fxprune.evaluation.running import call, device_of, evaluating, one_thread, to_device
 from fxprune.example_inputs import build
@@ -68,7 +69,7 @@ class Trials:
         self.device = device_of(graph.model)
         self.original: nn.Module = Slimmer(graph, np.ones(int(graph.starts[-1]), dtype=bool)).run().eval()
         with evaluating(self.original):
-            self.pieces = pieces([_inputs(batch) for batch in batches], self._called)
+            self.pieces = pieces([inputs_of(batch) for batch in batches], self._called)
         judge, fit = [p for p in self.pieces if p.role == JUDGE], [p for p in self.pieces if p.role != JUDGE]
         macs = cost_model(graph).macs() / samples(build(graph.inputs, device="meta"))
         normed = any(isinstance(m, BatchNormBase) and m.running_mean is not None for m in self.original.modules())
@@ -192,7 +193,3 @@ def _first(chosen: Sequence[Piece], wanted: int) -> list[Piece]:
             break
         found.append(piece)
     return found
-
-
-def _inputs(batch: Any) -> Any:
-    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch

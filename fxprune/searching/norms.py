@@ -13,6 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxprune.allocation.responses import inputs_of
 from fxprune.evaluation.accuracy import logits_of
 from fxprune.evaluation.running import call, device_of, evaluating, to_device
 from fxprune.training.config import History
@@ -40,7 +41,7 @@ def recover_norms(slim: nn.Module, teacher: nn.Module, batches: Iterable[Any], c
         InputError: There is no vector to train.
         EvaluationError: The output holds no tensor.
     """
-    vectors = replace(config, parameters="vectors", batchnorm="frozen", loss=unlike, inputs=_inputs, replace_teacher=False)
+    vectors = replace(config, parameters="vectors", batchnorm="frozen", loss=unlike, inputs=inputs_of, replace_teacher=False)
     return distill(slim, teacher, batches, config=vectors)
 
 
@@ -54,11 +55,11 @@ def halves(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 def nearness(teacher: nn.Module, batches: Sequence[Any]) -> Callable[[nn.Module], float]:
     """Module -> how near its outputs on ``batches`` are to the teacher's, 0 at best: what weights are kept by without labels."""
     with evaluating(teacher):
-        wanted = [call(teacher, to_device(_inputs(batch), device_of(teacher))) for batch in batches]
+        wanted = [call(teacher, to_device(inputs_of(batch), device_of(teacher))) for batch in batches]
 
     def near(module: nn.Module) -> float:
         with evaluating(module):
-            found = [call(module, to_device(_inputs(batch), device_of(module))) for batch in batches]
+            found = [call(module, to_device(inputs_of(batch), device_of(module))) for batch in batches]
         return -sum(float(unlike(a, b, None)) for a, b in zip(found, wanted, strict=True)) / len(batches)
 
     return near
@@ -73,7 +74,3 @@ def unlike(output: Any, wanted: Any, batch: Any) -> Tensor:
     ours, theirs = (F.log_softmax(scores / TEMPERATURE, 1) for scores in (found, aim))
     count = found.numel() // found.shape[1]
     return F.kl_div(ours, theirs, reduction="sum", log_target=True) * TEMPERATURE**2 / max(1, count)
-
-
-def _inputs(batch: Any) -> Any:
-    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch

@@ -15,7 +15,7 @@ from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, values
 from fxprune.passes.rules import binding
-from fxprune.passes.rules.moving.indexing import entries_of, pin_pairs, resolved, rewrite_getitem
+from fxprune.passes.rules.moving.indexing import entries_of, pin_pairs, renumber_index, resolved, rewrite_getitem
 from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, named
 
@@ -88,15 +88,6 @@ def index_put(ctx: LabelContext, node: fx.Node, input: Value, indices: Sequence[
     return _along(ctx, node, input, picked[0], values(written))
 
 
-def _renumbered_place(slim: Rewriter, node: fx.Node) -> None:
-    """A constant index of channels that are written."""
-    x = slim.value(slim.argument(node, "input"))
-    axis = slim.number(slim.argument(node, "dim")) % x.ndim
-    kept = slim.kept(x, axis)
-    if kept is not None:
-        slim.set_argument(node, "index", slim.renumbered(node, slim.argument(node, "index"), kept, x.shape[axis]))
-
-
 @named("scatter", "scatter_add", "scatter_reduce")
 def scatter(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Value, **rest: Any) -> Any:
     """``input`` with entries of the source put, or added, at computed positions along ``dim``; the other axes go together."""
@@ -105,7 +96,7 @@ def scatter(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Val
     return _along(ctx, node, input, dim, [index, *sources], sources if not plain else None)
 
 
-@named("index_add", "index_copy", "index_reduce", "index_fill", rewrite=_renumbered_place)
+@named("index_add", "index_copy", "index_reduce", "index_fill", rewrite=renumber_index)
 def index_add(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Value, **rest: Any) -> Any:
     """Slices of the source put, or added, at positions along ``dim``: computed ones, or channels that a constant names."""
     sources = values(rest)

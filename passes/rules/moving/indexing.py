@@ -181,7 +181,8 @@ def left_of(node: fx.Node, chosen: np.ndarray[Any, Any], kept: Vector) -> np.nda
     raise UnsupportedError(f"{where}: an index picks channels of which not whole slices go; pass their layer to ignore=")
 
 
-def _index_select(slim: Rewriter, node: fx.Node) -> None:
+def renumber_index(slim: Rewriter, node: fx.Node) -> None:
+    """``index`` along ``dim``, of channels that are read or written: constants lose what went and are renumbered."""
     x = slim.value(slim.argument(node, "input"))
     axis = slim.number(slim.argument(node, "dim")) % x.ndim
     kept = slim.kept(x, axis)
@@ -189,7 +190,7 @@ def _index_select(slim: Rewriter, node: fx.Node) -> None:
         slim.set_argument(node, "index", slim.renumbered(node, slim.argument(node, "index"), kept, x.shape[axis]))
 
 
-@named("index_select", rewrite=_index_select, inplace=False)
+@named("index_select", rewrite=renumber_index, inplace=False)
 def index_select(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Value) -> Any:
     axis = dim % input.ndim
     if axis not in input.axes:
