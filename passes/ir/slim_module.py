@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 from fxprune.errors import FAULTS, UnsupportedError, first_line
 from fxprune.passes import compat
 from fxprune.passes.compat import OpOverload, OpOverloadPacket, forward_from_source
+from fxprune.passes.ir.detaching import Again, replayable
 
 _FX = frozenset(
     {
@@ -165,30 +166,27 @@ class SlimModule(fx.GraphModule):
 
         It shares no storage with this module and carries no pruning record; it has the one graph of the mode, training or evaluation, that
         this module is in, and the parameters and buffers that the graph reads. When fx loads such a module from a pickle it traces the
-        module's code again, which is tried here.
+        module's code again. Calls that this would lose (``torch.zeros(n, 3)`` of a size, ``x[i] = y``, numbers that are drawn, objects
+        such as a cache) are calls of plain modules below ``_calls``; a network with such calls pickles, but does not script.
 
         Returns:
             The module, in the same mode, on the same device, with the same ``requires_grad`` flags.
 
         Raises:
-            UnsupportedError: the graph calls a function or module of fxprune's own, or fx cannot trace its code again; says what instead.
+            UnsupportedError: the graph calls a function or module of fxprune's own that nothing of torch stands for, or fx cannot trace its
+                code again; says what instead.
         """
         mode = "train" if self.training and "train" in self.__dict__["graphs"] else "eval"
         graph, twin = _thaw(self._frozen()[mode]), copy.deepcopy(self)
+        replayable(twin, graph)
         for node in graph.nodes:
             node.meta = {}
-            home = type(twin.get_submodule(str(node.target))) if node.op == "call_module" else node.target
-            if str(getattr(home, "__module__", "")).startswith("fxprune"):
-                raise UnsupportedError(
-                    f"the slim network calls {getattr(home, '__name__', home)!r} of fxprune at {node.name!r}, so it cannot be detached; "
-                    "export it with torch.export.export(slim, inputs)"
-                )
         plain = fx.GraphModule(twin, graph, "GraphModule")
         modes = {name: module.training for name, module in self.named_modules()}
         for name, module in plain.named_modules():
             module.training = modes.get(name, self.training)
         try:
-            fx.graph_module.GraphModule(plain, _Again().trace(plain))
+            fx.graph_module.GraphModule(plain, Again().trace(plain))
         except FAULTS as error:
             raise UnsupportedError(
                 f"fx cannot trace the slim network's code again, as it does when a pickle is loaded ({first_line(error)}); "
@@ -213,13 +211,6 @@ class SlimModule(fx.GraphModule):
 
     def _frozen(self) -> dict[str, Frozen]:
         return {m: _freeze(g) for m, g in self.__dict__["graphs"].items()}
-
-
-class _Again(fx.Tracer):
-    """The tracer that fx uses when it loads a graph module from a pickle: every submodule stays a call."""
-
-    def is_leaf_module(self, _: nn.Module, __: str) -> bool:
-        return True
 
 
 class _Ref:

@@ -42,6 +42,11 @@ class AutogradCall:
     def __call__(self, *args: Any) -> Any:
         return self.function.apply(*args)
 
+    @property
+    def plain(self) -> Any:
+        """The same, without a class of ours."""
+        return self.function.apply
+
     def __reduce__(self) -> tuple[type[AutogradCall], tuple[Function]]:
         return AutogradCall, (self.function,)
 
