@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.passes.coupling.graph import CouplingGraph, Group
-from fxprune.repair.layers import Layer, layers_of
+from fxprune.repair.layers import Layer, Reading
 from fxprune.repair.matrices import input_axis, matrices
 
 WIDEST = 4608  # features of a layer beyond which its covariance is too large; its weights count as sliced, not as refitted
@@ -22,18 +22,18 @@ class Reader:
     """An ungrouped convolution or linear layer of the original that can be refitted.
 
     ``name``: its weight's qualified name. ``weights``: (outputs, features), float64 on the CPU; features are ordered by input channel, then
-    by kernel position. ``width``: features of one input channel.
+    by kernel position. ``width``: features of one input channel. ``calls``: one, or several with the same weight.
     """
 
     name: str
-    layer: Layer
+    calls: tuple[Layer, ...]
     weights: Tensor
     width: int
 
     @property
-    def node(self) -> fx.Node:
-        """The node that calls it."""
-        return self.layer.node
+    def layer(self) -> Layer:
+        """The layer as its first call shows it."""
+        return self.calls[0]
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,16 @@ class Cut:
 def readers_of(module: Any, graph: fx.Graph, prefix: str, wanted: set[str]) -> list[Reader]:
     """The layers of a traced part that can be refitted, of the weights ``wanted``; ``prefix``: of the part's names, with its dot."""
     found = []
-    for one in layers_of(module, graph):
+    reading = Reading(module, graph)
+    for calls in [*([one] for one in reading.layers()), *reading.repeated()]:
+        one = calls[0]
         name = prefix + one.name
         if name not in wanted or one.form.kind == "conv_transpose" or one.form.groups > 1:
             continue
         weights = matrices(one.form, one.weight)
         if weights.shape[2] <= WIDEST:
             width = weights.shape[2] // int(one.weight.shape[input_axis(one.form)])
-            found.append(Reader(name, one, weights[0].cpu().double(), width))
+            found.append(Reader(name, tuple(calls), weights[0].cpu().double(), width))
     return found
 
 

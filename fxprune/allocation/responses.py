@@ -55,7 +55,7 @@ class Responses:
             module = self.root.get_submodule(part) if part else self.root
             found = readers_of(module, module.eval_graph, f"{part}." if part else "", wanted)
             self.readers.update((one.name, one) for one in found)
-            self._attend(module, {one.node: one for one in found})
+            self._attend(module, {call.node: (one, call.source) for one in found for call in one.calls})
         own = dict(self.root.named_parameters(remove_duplicate=False))
         self.rest = {name: own[name] for name in sorted((wanted - set(self.readers)) | whole) if name in own}
 
@@ -93,7 +93,7 @@ class Responses:
         with modes_kept(self.root):
             return call(self.root, to_device(self.batches[batch], self.device))
 
-    def _attend(self, module: Any, readers: dict[fx.Node, Reader]) -> None:
+    def _attend(self, module: Any, readers: dict[fx.Node, tuple[Reader, fx.Node]]) -> None:
         signature = inspect.signature(module.forward)
         runner = _Attending(module, module.eval_graph, readers, self)
 
@@ -124,16 +124,16 @@ class Responses:
 
 
 class _Attending(fx.Interpreter):
-    def __init__(self, module: nn.Module, graph: fx.Graph, readers: dict[fx.Node, Reader], responses: Responses) -> None:
+    def __init__(self, module: nn.Module, graph: fx.Graph, readers: dict[fx.Node, tuple[Reader, fx.Node]], responses: Responses) -> None:
         super().__init__(module, graph=graph)
         self.readers, self.responses = readers, responses
 
     def run_node(self, n: fx.Node) -> Any:
         if n not in self.readers:
             return super().run_node(n)
-        reader = self.readers[n]
-        inputs = self.env[reader.layer.source]
-        if any(_writes(user, self.module) for user in reader.layer.source.users):
+        reader, source = self.readers[n]
+        inputs = self.env[source]
+        if any(_writes(user, self.module) for user in source.users):
             inputs = inputs.detach().clone()
         return self.responses.met(reader, inputs, super().run_node(n))
 

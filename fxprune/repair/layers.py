@@ -10,7 +10,7 @@ import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -164,6 +164,21 @@ class Reading:
                 found.append(one)
         return found
 
+    def repeated(self) -> list[list[Layer]]:
+        """The layers whose weight several calls read, each call multiplying with it: the calls of each, in the graph's order.
+
+        A BatchNorm belongs to them where it is the one behind every call. No branch does: behind another call there is another.
+        """
+        calls: dict[int, list[Layer]] = {}
+        for one in _Repeated(self.module, self.graph).layers():
+            calls.setdefault(id(one.weight), []).append(one)
+        return [self._alike(same) for same in calls.values() if all(self._uses[id(t)] == len(same) for t in _own_tensors(same[0]))]
+
+    def _alike(self, calls: list[Layer]) -> list[Layer]:
+        norms = {None if one.norm is None else str(one.norm.node.target) for one in calls}
+        shared = len(norms) == 1 and self._calls[str(norms.pop())] == len(calls)
+        return calls if shared else [replace(one, norm=None) for one in calls]
+
     def norms(self) -> list[Norm]:
         """The BatchNorms of the graph in its order, each called once."""
         return [norm for node in self.graph.nodes if (norm := self._norm(node)) is not None]
@@ -278,9 +293,7 @@ class Reading:
 
     def _norm(self, node: fx.Node) -> Norm | None:
         if node.op == "call_module" and self._calls[str(node.target)] == 1:
-            norm = self.module.get_submodule(str(node.target))
-            if isinstance(norm, BatchNormBase) and norm.running_mean is not None and norm.running_var is not None:
-                return Norm(node, norm.running_mean, norm.running_var, norm.weight, norm.eps)
+            return self._statistics(node)
         if node.op != "call_function" or node.target not in _NORMS:
             return None
         signature: Callable[..., None] = _functional_norm if node.target is F.batch_norm else _torch_norm
@@ -297,6 +310,12 @@ class Reading:
         assert mean is not None and var is not None
         return Norm(node, mean, var, scale, eps)
 
+    def _statistics(self, node: fx.Node) -> Norm | None:
+        norm = self.module.get_submodule(str(node.target))
+        if isinstance(norm, BatchNormBase) and norm.running_mean is not None and norm.running_var is not None:
+            return Norm(node, norm.running_mean, norm.running_var, norm.weight, norm.eps)
+        return None
+
     def _added_to(self, end: fx.Node, node: fx.Node) -> fx.Node | None:
         reader = _only_reader(end)
         while reader is not None and self._is_idle(reader):
@@ -310,6 +329,24 @@ class Reading:
 
     def _is_idle(self, node: fx.Node) -> bool:
         return node.op == "call_module" and isinstance(self.module.get_submodule(str(node.target)), _IDLE)
+
+
+class _Repeated(Reading):
+    """The calls whose weight other calls read as well."""
+
+    def _alone(self, tensor: Tensor) -> bool:
+        return self._uses[id(tensor)] > 1
+
+    def _layer(self, name: str, node: fx.Node, source: Any, form: Form, weight: Tensor, bias: Tensor | None) -> Layer | None:
+        if not isinstance(source, fx.Node):
+            return None
+        reader = _only_reader(node)
+        norm = self._statistics(reader) if reader is not None and reader.op == "call_module" else None
+        return Layer(name, node, source, form, weight, bias, False, norm, None)
+
+
+def _own_tensors(layer: Layer) -> list[Tensor]:
+    return [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
 
 
 _CALLS: tuple[tuple[tuple[Any, ...], Callable[..., None], Callable[..., Layer | None]], ...] = (

@@ -29,13 +29,14 @@ from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.records import LayerRepair
 from fxprune.repair.attention import Contraction, Products, by_head, change_queries, contractions, maker, picked
 from fxprune.repair.distance import unlikeness
+from fxprune.repair.fitting import Folds
 from fxprune.repair.layers import Layer, Norm, Reading
-from fxprune.repair.least_squares import Fit, Moments, fitted
-from fxprune.repair.matrices import Places, choose, grouped, input_axis, input_rows, matrices, output_rows, set_matrices
+from fxprune.repair.matrices import Places, choose, grouped, input_axis, input_rows, matrices, output_rows
 from fxprune.repair.recurrent import Sequences, fit_recurrent
 from fxprune.repair.registry import REPAIRS, Repair, named
+from fxprune.repair.repeated import repair_repeated, repeated
 from fxprune.repair.replay import Call, Playback, Room, calls_of_part, whole_calls
-from fxprune.repair.splitting import FIT, JUDGE, Piece, pieces, samples
+from fxprune.repair.splitting import JUDGE, Piece, pieces, samples
 
 ROOM = 512 * 2**20  # bytes of activations that are held in memory; more go to a file
 CACHE = 256 * 2**20  # bytes of the original's responses that are kept between repairs
@@ -43,8 +44,6 @@ ROWS = 24  # rows for each feature that a layer fits, over all batches, where th
 FEWEST = 8  # rows of a sample, where it has so many
 AT_ONCE = 2**25  # numbers in the rows of one call
 FAINT = 1e-3  # a channel that its BatchNorm scales by less than this corrects no other branch
-WIDE = 2304  # features beyond which a change is looked for among the ``RANK`` main directions of the inputs alone
-RANK = 1024
 
 Progress = Callable[[int, int, str], None]
 Responses = tuple[Places, Tensor, Tensor | None]
@@ -168,6 +167,7 @@ class Repairer:
         paired = zip(here, there, reached.products, strict=True) if len(here) == len(there) == len(reached.products) else ()
         products = {one.node: (one, twin, kept) for one, twin, kept in paired if kept is not None and self.kind == "lstsq"}
         order = {name: i for i, name in enumerate(originals)}
+        self._repeated(slim, part, slimmer, reading, first)
         with Room(ROOM) as room:
             run = _Run(self, part, Playback(module, reading.graph, self._calls(slim, part), room), self.playback(part, room))
             stops = [node for node in reading.graph.nodes if node in layers or node in norms or node in cells or node in products]
@@ -192,6 +192,22 @@ class Repairer:
             notes += self._bare(layers.values())
             return [] if part else run.outputs()
 
+    def _repeated(self, slim: nn.Module, part: str, slimmer: Slimmer, reading: Reading, first: Reading) -> None:
+        """Repair the layers that are called several times."""
+        mode, traced = f"{part}:eval" if part else "eval", self.graph.traced
+        analysed = Reading(traced.skeleton.original, traced.graphs[mode])
+        found = repeated(reading, first, analysed, self.graph.values[mode], slimmer)
+        if found:
+            with Room(ROOM) as room:
+                made = repair_repeated(
+                    found,
+                    lambda: self.playback(part, room),
+                    [piece.role for piece in self.pieces],
+                    lambda layer, piece: self.rows(layer, self.pieces[piece].inputs),
+                    self.kind == "lstsq",
+                )
+            self.layers.update({f"{part}.{name}" if part else name: done for name, done in made.items()})
+
     def _bare(self, layers: Iterable[Layer]) -> list[str]:
         bare = [one.path for one in layers if not one.takes_shift]
         return [f"repair could add no constant to {_listed(bare)}: no bias, and no BatchNorm that reads nothing else"] if bare else []
@@ -207,7 +223,7 @@ class Repairer:
 
     def _left(self, slimmer: Slimmer) -> list[str]:
         left = _left(self.graph, slimmer, set(self.layers), self._inputs)
-        why = "no layer called once with a weight of its own, or working across channels"
+        why = "no layer whose weight only multiplies, or working across channels"
         return [f"repair left {_listed(left)} as sliced: {why}"] if left else []
 
     def _judged(self, slim: nn.Module, sliced: dict[str, Tensor], outputs: list[tuple[Any, Any]] | None) -> list[str]:
@@ -285,7 +301,7 @@ class _Run:
         """Repair a layer, ``number`` in the original's order; ``kept``: its output channels that are left, or None."""
         refit = self.repairer.kind == "lstsq"
         weights = matrices(one.form, one.weight).float()
-        folds = _Folds(refit, weights.shape[2])
+        folds = Folds(refit, weights.shape[2])
         gain = one.gain().float()
         for piece, role in enumerate(self.roles):
             wanted = self._responses(piece, twin, number)
@@ -301,23 +317,7 @@ class _Run:
                     p = p + one.bias.detach().float().unflatten(0, (len(p), 1, -1))
                 folds.add(role, x, p, grouped(one.form, y) - p)
             self.slim.leave(piece, now)
-        counts = gain.square().cpu().double().unflatten(0, (len(weights), -1)) if gain.ndim else 1.0
-        fit, basis = folds.fit(counts, one.takes_shift, refit)
-        self._apply(one, weights, fit, basis)
-        done = "fitted" if fit.change is not None else "shifted" if fit.shift is not None else "sliced"
-        energy = max(fit.energy, 1e-30)
-        return LayerRepair(done, fit.ridge, fit.before / energy, fit.after / energy)
-
-    def _apply(self, one: Layer, weights: Tensor, fit: Fit, basis: Tensor | None) -> None:
-        if fit.change is not None:
-            change = fit.change if basis is None else fit.change @ basis.cpu().double().mT
-            set_matrices(one.form, one.weight, (weights.cpu().double() + change).to(one.weight))
-        if fit.shift is not None:
-            one.add_shift(fit.shift.flatten())
-        if one.norm is not None:
-            got, wanted = (v.flatten().to(one.norm.var) for v in fit.variances)
-            # A fit varies less than what it is fitted to. Half way back, as deviations go, keeps most: measured on EfficientNet-Lite0.
-            one.norm.var.mul_(torch.where(wanted > 0, got / wanted.clamp_min(1e-30), 1.0).sqrt().clamp(1e-2, 1e2))
+        return folds.repair(one, weights)
 
     def products(
         self, one: Contraction, twin: Contraction, kept: tuple[Any, Any], layers: Mapping[fx.Node, Layer]
@@ -406,44 +406,6 @@ class _Run:
         self.original.leave(piece, now)
         cache.put(piece, key, found)
         return found
-
-
-class _Folds:
-    """The moments of a layer by role. Of many features only the main directions of the inputs are kept."""
-
-    def __init__(self, refit: bool, features: int) -> None:
-        self.sums = [Moments(products=refit) for _ in range(3)]
-        self.basis: Tensor | None = None
-        self._waiting: list[tuple[int, Tensor, Tensor, Tensor]] = []
-        self._wide = refit and features > WIDE
-
-    def add(self, role: int, x: Tensor, p: Tensor, r: Tensor) -> None:
-        if not self._wide:
-            self.sums[role].add(x, p, r)
-            return
-        self._waiting.append((role, x, p, r))
-        if self.basis is not None or sum(one.shape[1] for at, one, _, _ in self._waiting if at == FIT) >= 2 * RANK:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self.basis is None and self._waiting:
-            rows = torch.cat([x for role, x, _, _ in self._waiting if role == FIT], 1)
-            rank = min(RANK, *rows.shape[1:])
-            torch_state = torch.random.get_rng_state()
-            try:
-                torch.manual_seed(0)
-                self.basis = torch.stack([torch.svd_lowrank(group, q=rank, niter=1)[2] for group in rows])
-            finally:
-                torch.random.set_rng_state(torch_state)
-        for role, x, p, r in self._waiting:
-            assert self.basis is not None
-            self.sums[role].add(x @ self.basis, p, r)
-        self._waiting = []
-
-    def fit(self, counts: Tensor | float, takes_shift: bool, refit: bool) -> tuple[Fit, Tensor | None]:
-        """The fit, and the basis in which its change is given."""
-        self._flush()
-        return fitted(self.sums, counts, takes_shift=takes_shift, refit=refit), self.basis
 
 
 def _channel_sums(play: Playback, node: fx.Node, roles: Sequence[int]) -> tuple[Tensor, Tensor]:

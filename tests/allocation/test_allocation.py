@@ -107,6 +107,29 @@ def test_errors_rise_from_nothing_for_every_group(network: tuple[fxprune.Couplin
         assert sorted(table.ranking[group.name]) == list(range(group.size))
 
 
+class Calls(nn.Module):
+    """A perceptron whose last layer is called ``times`` times on the same input."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times, self.up, self.down = times, nn.Linear(6, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.up(x))
+        return sum((self.down(y) for _ in range(self.times)), torch.zeros(()))
+
+
+def test_a_layer_that_is_called_several_times_counts_with_all_its_calls() -> None:
+    batches = [torch.randn(16, 6, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    once, thrice = seeded(lambda: Calls(1)), seeded(lambda: Calls(3))  # type: ignore[arg-type]
+    errors = []
+    for model in (once, thrice):
+        graph = fxprune.analyze(model, batches[0])
+        name = graph.groups[0].name
+        errors.append(error_table(graph, batches, ranking={name: np.arange(16)}, repair="none").errors(name))
+    np.testing.assert_allclose(errors[1], 9 * errors[0], rtol=1e-4)
+
+
 def test_a_small_change_is_predicted_to_first_order() -> None:
     """Where a unit's readers have nearly no weight for it, what its removal does to the output is what the table says."""
     model = seeded(Residual)

@@ -18,6 +18,7 @@ from fxprune.importance.criteria import scores
 from fxprune.passes.planning.plan import keep_counts
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.verify import difference
+from fxprune.repair import fitting, repeated
 from fxprune.repair import repairer as repairs
 from fxprune.repair.distance import distances, unlikeness
 from fxprune.repair.least_squares import Moments, fitted
@@ -214,9 +215,9 @@ def test_layers_of_many_features_are_fitted_along_their_main_directions(
 ) -> None:
     model = make()
     narrow = _error(model, "lstsq")
-    monkeypatch.setattr(repairs, "WIDE", 4)
+    monkeypatch.setattr(fitting, "WIDE", 4)
     for rank, most in ((1024, 1.2 * narrow + 1e-3), (12, _error(model, "bias"))):
-        monkeypatch.setattr(repairs, "RANK", rank)
+        monkeypatch.setattr(fitting, "RANK", rank)
         assert _error(model, "lstsq") < most
 
 
@@ -297,19 +298,115 @@ def test_a_constant_that_has_no_place_is_said() -> None:
     assert any("no constant to 2:" in note for note in fxprune.record(slim).notes)
 
 
-def test_a_layer_that_is_called_twice_is_left_and_said() -> None:
-    class Twice(nn.Module):
+def test_a_layer_that_is_read_otherwise_as_well_is_left_and_said() -> None:
+    class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.first, self.again, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.last(F.relu(self.again(F.relu(self.again(F.relu(self.first(x)))))))
+            y: Tensor = self.last(F.relu(self.again(F.relu(self.first(x))))) + self.again.weight.sum()
             return y
 
     x = torch.randn(16, 6)
-    slim = fxprune.compress(Twice().eval(), 0.5, x, importance="l2", repair="lstsq", calibration=[x])
+    slim = fxprune.compress(Tied().eval(), 0.5, x, importance="l2", repair="lstsq", calibration=[x])
     assert any("left again as sliced" in note for note in fxprune.record(slim).notes)
+
+
+class Siamese(nn.Module):
+    """An encoder with BatchNorm that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(
+            *(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
+            *(nn.Conv2d(16, 16, 3, padding=1, groups=2), nn.BatchNorm2d(16), nn.ReLU()),
+        )
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(torch.cat([self.encoder(one).mean((2, 3)) for one in (x, x.flip(3) * 0.5)], 1))
+        return found
+
+
+class Pyramid(nn.Module):
+    """A head that two levels share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, stride=2)
+        self.head = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 6, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        fine = F.relu(self.fine(x))
+        return self.head(fine), self.head(F.relu(self.coarse(fine)))
+
+
+class Looped(nn.Module):
+    """A perceptron that runs three times, on a weight of its own that is no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down, self.out = nn.Linear(8 * 8, 24), nn.Linear(48, 24), nn.Linear(24, 4)
+        self.up = nn.Parameter(torch.randn(48, 24) / 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x[:, 0].flatten(1))
+        for _ in range(3):
+            x = x + self.down(F.gelu(F.linear(x, self.up)))
+        found: Tensor = self.out(x)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("make", "layers"),
+    [(Siamese, {"encoder.3"}), (Pyramid, {"head.0", "head.2"}), (Looped, {"up", "down"})],
+    ids=["siamese", "pyramid", "looped"],
+)
+def test_layers_that_are_called_several_times_are_fitted_to_all_their_calls(make: Callable[[], nn.Module], layers: set[str]) -> None:
+    torch.manual_seed(0)
+    model = make()
+    with torch.no_grad():
+        for i in range(10):
+            model.train()(_smooth((3, 8, 8), 32, 1000 + i))
+    model.eval()
+    calibration, unseen = list(_smooth((3, 8, 8), 320, 1).split(32)), _smooth((3, 8, 8), 64, 2)
+    errors = {}
+    for repair in ("none", "bn", "bias", "lstsq"):
+        slim = fxprune.compress(model, 0.4, unseen[:2], importance="l2", repair=repair, calibration=calibration)
+        with torch.no_grad():
+            errors[repair] = unlikeness([slim(unseen)], [model(unseen)])
+    made = fxprune.record(slim)
+    assert all(made.repaired[name].done == "fitted" for name in layers)
+    assert not any("as sliced: no layer" in note for note in made.notes)
+    assert errors["lstsq"] < 0.7 * min(errors["none"], errors["bn"], errors["bias"])
+
+
+def test_a_layer_called_several_times_is_fitted_as_its_calls_side_by_side_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of all calls together are the rows of one call on all of their inputs; in portions they are the same."""
+
+    class Both(nn.Module):
+        def __init__(self, together: bool) -> None:
+            super().__init__()
+            self.together, self.stem, self.again = together, nn.Linear(6, 12), nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.tanh(self.stem(x))
+            found: Tensor = self.again(y) if self.together else torch.cat([self.again(y[: len(y) // 2]), self.again(y[len(y) // 2 :])])
+            return found
+
+    calibration = [torch.randn(20, 6, generator=torch.Generator().manual_seed(i)) for i in range(10)]
+    torch.manual_seed(0)
+    one, two = Both(True).eval(), Both(False).eval()
+    two.load_state_dict(one.state_dict())
+    weights = []
+    for model, memory in ((one, 2**30), (two, 2**30), (two, 1)):
+        monkeypatch.setattr(repeated, "MEMORY", memory)
+        slim = fxprune.compress(model, {"stem": 0.4}, calibration[0], importance="l2", repair="lstsq", calibration=calibration)
+        assert fxprune.record(slim).repaired["again"].done == "fitted"
+        weights.append(slim.get_parameter("again.weight"))
+    torch.testing.assert_close(weights[1], weights[2])
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-3, rtol=1e-2)
 
 
 def test_the_parts_of_a_network_whose_root_cannot_be_traced_are_mended() -> None:
