@@ -89,7 +89,7 @@ class _Calls:
             if not self._stays(node, args, kwargs):
                 self._through(node, self._function(node))
         elif node in self.fixed and not node.all_input_nodes:
-            self.stand[node] = node.target(*args, **kwargs)
+            self.stand[node] = cast(Any, node.target)(*args, **kwargs)
         else:
             small = self._small(node)
             self._through(node, self._function(node) if small is None else small, only_nodes=small is not None)
