@@ -7,7 +7,7 @@ does to the output, whatever its scale, with the correlation between channels, p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from fxprune.passes.coupling.graph import CouplingGraph, Group
 from fxprune.repair.least_squares import gram
 from fxprune.repair.matrices import choose, input_rows
 from fxprune.repair.registry import Repair
+from fxprune.repair.splitting import portions
 from fxprune.repair.splitting import samples as samples_of
 
 FloatArray = npt.NDArray[np.float64]
@@ -94,7 +95,7 @@ def error_table(
     deep = _deep(responses, samples)
     statistics = _Statistics.of(responses, deep, seed)
     order, widths, effects = {}, {}, {}
-    for portion in _portions(groups, cuts_of, responses):
+    for portion in portions(groups, lambda group: _size(group, cuts_of[group.name], responses), MEMORY):
         thinned = {g.name: _Thinned.of(g, cuts_of[g.name], responses, statistics, ranking, repair) for g in portion}
         found = _effects(thinned, responses, deep, seed, {} if repair == "none" else _means(thinned, statistics, responses))
         for name, one in thinned.items():
@@ -190,20 +191,10 @@ def _channel_rows(reader: Reader, tensor: Tensor) -> Tensor:
     return batched.float().flatten(2).transpose(1, 2)
 
 
-def _portions(groups: Sequence[Group], cuts_of: Mapping[str, Sequence[Cut]], responses: Responses) -> Iterator[list[Group]]:
-    """The groups in as many portions as ``MEMORY`` asks for."""
-    portion: list[Group] = []
-    held = 0
-    for group in groups:
-        read = [responses.readers[cut.name] for cut in cuts_of[group.name] if cut.reads and cut.name in responses.readers]
-        size = 4 * (min(group.size, ROUNDS) + 1) * sum(one.weights.numel() for one in read)
-        if portion and held + size > MEMORY:
-            yield portion
-            portion, held = [], 0
-        portion.append(group)
-        held += size
-    if portion:
-        yield portion
+def _size(group: Group, cut: Sequence[Cut], responses: Responses) -> int:
+    """Bytes of the changed weights of a group at all its widths."""
+    read = [responses.readers[one.name] for one in cut if one.reads and one.name in responses.readers]
+    return 4 * (min(group.size, ROUNDS) + 1) * sum(one.weights.numel() for one in read)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ What importances and error tables are made from: how well the inputs that are le
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from fxprune.repair.least_squares import gram
 from fxprune.repair.matrices import choose, input_axis, input_rows, matrices
 from fxprune.repair.repairer import Repairer
 from fxprune.repair.replay import Room
+from fxprune.repair.splitting import portions
 
 WIDEST = 4608  # features of a layer beyond which its moments are too large
 MEMORY = 2**30  # bytes of moments that are gathered at once
@@ -80,7 +81,7 @@ def collect(graph: CouplingGraph, batches: Iterable[Any], *, widest: int = WIDES
             for i, one in enumerate(layers_of(module, play_graph))
             if (prefix + one.name, input_axis(one.form)) in read and matrices(one.form, one.weight).shape[2] <= widest
         ]
-        for chosen in _portions(layers, memory):
+        for chosen in portions(layers, _size, memory):
             for one, sums in _gathered(repairer, part, chosen):
                 weights = matrices(one.form, one.weight).cpu().double()
                 width = one.weight[0, 0].numel() if one.form.space else 1
@@ -114,19 +115,9 @@ class _Sums:
         return self._sums[1] / max(1, self.rows)
 
 
-def _portions(layers: list[tuple[int, Layer]], memory: int) -> Iterator[list[tuple[int, Layer]]]:
-    portion: list[tuple[int, Layer]] = []
-    taken = 0
-    for i, one in layers:
-        groups, _, features = matrices(one.form, one.weight).shape
-        size = 8 * groups * features**2
-        if portion and taken + size > memory:
-            yield portion
-            portion, taken = [], 0
-        portion.append((i, one))
-        taken += size
-    if portion:
-        yield portion
+def _size(numbered: tuple[int, Layer]) -> int:
+    groups, _, features = matrices(numbered[1].form, numbered[1].weight).shape
+    return 8 * groups * features**2
 
 
 def _gathered(repairer: Repairer, part: str, layers: list[tuple[int, Layer]]) -> list[tuple[Layer, _Sums]]:

@@ -21,6 +21,7 @@ from fxprune.repair.fitting import Folds
 from fxprune.repair.layers import Layer, Reading
 from fxprune.repair.matrices import choose, grouped, input_rows, matrices, output_rows
 from fxprune.repair.replay import Playback
+from fxprune.repair.splitting import portions
 
 MEMORY = 2**30  # bytes of moments that are gathered at once
 ROLES = 3
@@ -87,7 +88,7 @@ def repair_repeated(
         Path of the layer -> what was done.
     """
     made: dict[str, LayerRepair] = {}
-    for portion in _portions(layers):
+    for portion in portions(layers, _size, MEMORY):
         weights = {id(one): matrices(one.layer.form, one.layer.weight).float() for one in portion}
         folds = {id(one): Folds(refit, weights[id(one)].shape[2]) for one in portion}
         play = playback()
@@ -123,16 +124,6 @@ def _rows(
     play.leave(piece, now)
 
 
-def _portions(layers: Sequence[Repeated]) -> Iterator[list[Repeated]]:
-    portion: list[Repeated] = []
-    taken = 0
-    for one in layers:
-        groups, outputs, features = matrices(one.layer.form, one.layer.weight).shape
-        size = ROLES * 8 * groups * features * (features + 2 * outputs)
-        if portion and taken + size > MEMORY:
-            yield portion
-            portion, taken = [], 0
-        portion.append(one)
-        taken += size
-    if portion:
-        yield portion
+def _size(one: Repeated) -> int:
+    groups, outputs, features = matrices(one.layer.form, one.layer.weight).shape
+    return ROLES * 8 * groups * features * (features + 2 * outputs)

@@ -1,10 +1,11 @@
-"""Calibration batches cut into three sets: those that are fitted, those that say how strongly, and those that judge the result."""
+"""Calibration batches cut into three sets: those that are fitted, those that say how strongly, and those that judge the result; and what
+takes too much memory at once, cut into portions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from fxprune.errors import FAULTS
 from fxprune.passes.compat import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+T = TypeVar("T")
 FIT, TUNE, JUDGE = range(3)
 PIECES = 5  # a fifth of the samples to choose the strength by, a fifth to judge by
 MANY = 20  # batches from which on a tenth is enough
@@ -54,6 +56,21 @@ def samples(inputs: Any) -> int:
     """The first size of the first tensor with axes; 1 where there is none."""
     first = next((t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim), None)
     return 1 if first is None else max(1, first.shape[0])
+
+
+def portions(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """``items`` in their order, as many at a time as have ``most`` bytes together, at least one; ``size``: the bytes of one."""
+    portion: list[T] = []
+    taken = 0
+    for item in items:
+        needed = size(item)
+        if portion and taken + needed > most:
+            yield portion
+            portion, taken = [], 0
+        portion.append(item)
+        taken += needed
+    if portion:
+        yield portion
 
 
 def _cut(inputs: Any, parts: int) -> list[Any]:
