@@ -24,6 +24,7 @@ from fxprune.errors import InputError
 from fxprune.evaluation.accuracy import recalibrate_batchnorm
 from fxprune.evaluation.running import call, device_of, evaluating, to_device
 from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.passes.ir.slim_module import SlimModule
 from fxprune.passes.labels.values import values
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.records import LayerRepair
@@ -98,6 +99,12 @@ class Repairer:
 
     def by_layer(self, slim: nn.Module, slimmer: Slimmer) -> tuple[str, ...]:
         """The repairs "bias" and "lstsq"."""
+        if not self.graph.traced.parts and not isinstance(slim, SlimModule):  # the user's class: its code is no graph to go along
+            twin = Slimmer(self.graph, slimmer.keep, slimmer.norms).run()
+            _carry(slim, twin)
+            said = self.by_layer(twin, slimmer)
+            _carry(twin, slim)
+            return said
         sliced = {name: t.clone() for name, t in slim.state_dict().items()}
         notes: list[str] = []
         with evaluating(slim):
@@ -264,6 +271,13 @@ class Repairer:
         return (
             f"repair left the statistics of {_listed(sorted(set(found)))}: batch_norm is called as a function, only modules are repaired",
         )
+
+
+def _carry(source: nn.Module, target: nn.Module) -> None:
+    """The parameters and buffers of ``source`` into those of the same names in ``target``."""
+    held = {**dict(source.named_parameters(remove_duplicate=False)), **dict(source.named_buffers(remove_duplicate=False))}
+    for name, tensor in (*target.named_parameters(remove_duplicate=False), *target.named_buffers(remove_duplicate=False)):
+        tensor.copy_(held[name])
 
 
 class _Cache:

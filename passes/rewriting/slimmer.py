@@ -65,6 +65,12 @@ class Slimmer:
         self.new: fx.Graph = fx.Graph()
         self._prefix = ""
 
+    @property
+    def keep(self) -> Keep:
+        """Which units stay."""
+        kept: Keep = self._keep[:-1]
+        return kept
+
     # -- what rewrites ask --------------------------------------------------------------------------------------------------
 
     def value(self, node: Any) -> Any:

@@ -271,6 +271,48 @@ def test_the_record_says_what_was_done_to_each_layer(tmp_path: Path) -> None:
     assert fxprune.record(fxprune.load(tmp_path / "slim.safetensors", Blocks())).repaired == made.repaired
 
 
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(16, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24), nn.Conv2d(24, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.b(F.relu(self.norm(self.a(x))))
+        return y
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.stem, self.layers, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Sequential(Residual(), Residual()), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.layers(F.relu(self.stem(x))).mean((2, 3)))
+        return y
+
+
+@pytest.mark.parametrize("repair", ["bn", "bias", "lstsq"])
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_a_kept_class_is_repaired_as_the_graph_is(repair: str, left_out: int) -> None:
+    model = settled(Stack()).train()
+    graph = fxprune.analyze(model, X, blocks=True)
+    policy = {g.name: 0.4 for g in graph.groups if g.prunable} | {b.name: 1.0 for b in graph.blocks[:left_out]}
+    if left_out:
+        policy.pop("layers.0.a")
+    made: list[Any] = [
+        fxprune.compress(graph, policy, X, importance="l2", repair=repair, calibration=CALIBRATION, keep_class=keep)
+        for keep in (False, True)
+    ]
+    plain, own = made
+    assert type(own) is Stack and fxprune.record(own).repaired == fxprune.record(plain).repaired
+    sliced, held = fxprune.compress(graph, policy, X, importance="l2").state_dict(), own.state_dict()
+    assert all(torch.equal(tensor, held[name]) for name, tensor in plain.state_dict().items())
+    assert any(not torch.equal(tensor, held[name]) for name, tensor in sliced.items())
+    assert all(one.requires_grad for one in own.parameters()) and own.training
+    assert torch.equal(own.eval()(X), plain.eval()(X))
+
+
 def test_the_moments_of_what_layers_read_are_collected_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = settled(Blocks())
     graph = fxprune.analyze(model, X)
