@@ -20,7 +20,7 @@ from fxprune.attached import Sources, attach, record_of, sources_of
 from fxprune.errors import FAULTS, FxPruneError, InputError, PruningWarning, UnsupportedError, in_a_line
 from fxprune.evaluation.running import device_of
 from fxprune.evaluation.synthetic import calibration_batches, without_labels
-from fxprune.evaluation.wrappers import unwrapped
+from fxprune.evaluation.wrappers import sliceable, unwrapped
 from fxprune.importance.criteria import Importance, importance_name, scores
 from fxprune.importance.criteria import resolved as resolved_importance
 from fxprune.importance.gradients import Loss
@@ -322,28 +322,11 @@ def _recorded(graph: CouplingGraph, wanted: Any, units: Any) -> Mapping[str, Any
 def module_of(model: Any) -> nn.Module:
     """``model``, or the module of a ``torch.export.ExportedProgram``, a new one at each call that shares the program's parameters."""
     if isinstance(model, nn.Module):
-        return _float(unwrapped(model))
+        return sliceable(unwrapped(model))
     if type(model).__name__ != "ExportedProgram":  # by name: torch imports torch.export when it is asked for
         raise InputError(f"model is a {type(model).__name__}; pass a torch.nn.Module or a torch.export.ExportedProgram")
     found: nn.Module = model.module()
     return found
-
-
-def _float(model: nn.Module) -> nn.Module:
-    """``model``, unless it is prepared for quantisation, or quantised: scales and observers are of the channels that were there."""
-    for path, module in model.named_modules():
-        kind = type(module)
-        if kind.__module__.startswith(_QUANTISED) and not kind.__module__.endswith(".stubs"):
-            raise UnsupportedError(f"{path or 'the model'} is a {kind.__module__}.{kind.__name__}: {_FIRST}")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        kind = type(tensor.data)
-        if kind.__module__.startswith("torchao.") or tensor.is_quantized:
-            raise UnsupportedError(f"{name} is a quantised {kind.__name__}: {_FIRST}")
-    return model
-
-
-_QUANTISED = ("torch.ao.nn.", "torch.ao.quantization.", "torchao.quantization.")
-_FIRST = "prune the network first, then prepare or quantise the slim one (prepare_qat, prepare_qat_fx, quantize_)"
 
 
 def example_of(model: nn.Module, given: Any, recorded: Any) -> Any:

@@ -1,8 +1,10 @@
-"""Modules that hold the user's own: of torch.compile, of data-parallel training and of engines built on it."""
+"""Modules that hold the user's own: of torch.compile, of data-parallel training and of engines built on it; and what they leave whole."""
 
 from __future__ import annotations
 
 from torch import nn
+
+from fxprune.errors import UnsupportedError
 
 # Wrapper class -> the attribute that holds what it wraps. By name: asking for most of these classes would import a package.
 _HOLDERS = {
@@ -13,6 +15,12 @@ _HOLDERS = {
     "DeepSpeedEngine": "module",
 }
 
+_QUANTISED = ("torch.ao.nn.", "torch.ao.quantization.", "torchao.quantization.")
+_PACKED = ("torchao.", "bitsandbytes.")
+_PARTS = {"DTensor", "FlatParameter"}  # of FSDP and tensor parallelism; DeepSpeed marks its own by ``ds_id``
+_WHOLE = "prune before FSDP, tensor parallelism or DeepSpeed shards the model, by the record of one process (fxprune.apply)"
+_FIRST = "prune the network first, then prepare or quantise the slim one (prepare_qat, prepare_qat_fx, quantize_)"
+
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The user's own module inside wrappers of ``torch.compile``, DDP, FSDP, ``DataParallel`` and DeepSpeed, however they are nested."""
@@ -22,3 +30,19 @@ def unwrapped(module: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return module
         module = inner
+
+
+def sliceable(model: nn.Module) -> nn.Module:
+    """``model``, unless its channels cannot be sliced: it is prepared for quantisation, or quantised (scales and observers are of the
+    channels that were there), or this process holds a part of each parameter alone."""
+    for path, module in model.named_modules():
+        kind = type(module)
+        if kind.__module__.startswith(_QUANTISED) and not kind.__module__.endswith(".stubs"):
+            raise UnsupportedError(f"{path or 'the model'} is a {kind.__module__}.{kind.__name__}: {_FIRST}")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        kind = type(tensor.data)
+        if {kind.__name__, type(tensor).__name__} & _PARTS or hasattr(tensor, "ds_id"):
+            raise UnsupportedError(f"this process holds a part of {name or 'the parameters'} alone ({type(tensor).__name__}): {_WHOLE}")
+        if kind.__module__.startswith(_PACKED) or type(tensor).__module__.startswith(_PACKED) or tensor.is_quantized:
+            raise UnsupportedError(f"{name} is a quantised {kind.__name__}: {_FIRST}")
+    return model

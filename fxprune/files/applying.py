@@ -8,7 +8,7 @@ from torch import nn
 
 from fxprune.attached import Sources, attach, record_of
 from fxprune.errors import FileError, InputError
-from fxprune.evaluation.wrappers import unwrapped
+from fxprune.evaluation.wrappers import sliceable, unwrapped
 from fxprune.files.rebuilding import check_original, rebuilt
 from fxprune.records import PruningRecord
 
@@ -26,11 +26,12 @@ def apply(record: PruningRecord | nn.Module, model: nn.Module) -> nn.Module:
 
     Raises:
         InputError: the record is none, or ``model`` is no copy of the original; says what differs.
+        UnsupportedError: ``model`` is quantised, or sharded among processes.
     """
     found = record if isinstance(record, PruningRecord) else record_of(unwrapped(record)) if isinstance(record, nn.Module) else None
     if found is None:
         raise InputError(f"this {type(record).__name__} is no pruning record and carries none; pass fxprune.record(slim) or slim itself")
-    copy = unwrapped(model)
+    copy = sliceable(unwrapped(model))
     try:
         check_original(found, copy, "the record's")
         slim = rebuilt(copy, found)

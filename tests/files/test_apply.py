@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import fxprune
-from fxprune.errors import InputError
+from fxprune.errors import InputError, UnsupportedError
+from tests.files.two_ranks import network
 from tests.passes.helpers import zeroed
 from tests.test_asking import Attention, X, net
 
@@ -128,3 +130,25 @@ def test_every_rank_takes_the_channels_of_the_first(tmp_path: Path) -> None:
     assert first["chosen"] != second["chosen"]
     assert first["taken"] == second["taken"] == first["chosen"] and first["weights"] == second["weights"]
     assert first["record"] == "PruningRecord"
+    words = r"^this process holds a part of 0\.weight alone \(DTensor\): prune before FSDP.* shards the model, by the record of one process"
+    for told in (first, second):
+        assert len(told["refused"]) == 2 and all(re.match(words, one) for one in told["refused"])
+        assert told["equal"] and told["behind_fsdp"] == "PruningRecord"
+    loaded = fxprune.load(tmp_path / "slim.safetensors", network())
+    assert fxprune.record(loaded).removed_units["0"].tolist() == first["taken"]["0"]
+
+
+class FlatParameter(nn.Parameter):
+    """Stands for that of the first FSDP, which needs a process group."""
+
+
+def test_parameters_that_are_in_parts_are_refused() -> None:
+    for mark in (FlatParameter(torch.zeros(3)), nn.Parameter(torch.zeros(0))):
+        model = net()
+        if type(mark) is nn.Parameter:
+            mark.ds_id = 0  # type: ignore[attr-defined]  # as DeepSpeed does
+        model.register_parameter("part", mark)
+        with pytest.raises(UnsupportedError, match=r"this process holds a part of part alone .*: prune before FSDP"):
+            fxprune.compress(model, 0.5, X)
+        with pytest.raises(UnsupportedError, match=r"this process holds a part of part alone .*: prune before FSDP"):
+            fxprune.apply(fxprune.compress(net(), 0.5, X), model)

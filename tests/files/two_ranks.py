@@ -1,7 +1,9 @@
-"""What tests/files/test_apply.py runs in two processes: every rank prunes by its own data, then takes the channels of rank 0."""
+"""What tests/files/test_apply.py runs in two processes: every rank prunes by its own data, then takes the channels of rank 0, and goes on
+behind DDP and behind FSDP, which wants the network pruned before it is sharded."""
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fxprune
@@ -38,7 +42,27 @@ def main(out: Path) -> None:
     chosen = {name: units.tolist() for name, units in fxprune.record(own).removed_units.items()}
     taken = {name: units.tolist() for name, units in fxprune.record(slim).removed_units.items()}
     weights = [round(float(p.detach().double().sum()), 9) for p in slim.parameters()]
-    (out / f"{rank}.json").write_text(json.dumps({"chosen": chosen, "taken": taken, "weights": weights, "record": kind}))
+    refused = []
+    sharded: Any = fully_shard(network())
+    attempts = (functools.partial(fxprune.compress, sharded, 0.5, batches[0][0]), functools.partial(fxprune.apply, shared[0], sharded))
+    for attempt in attempts:
+        try:
+            attempt()
+        except fxprune.FxPruneError as error:
+            refused.append(str(error))
+    parts: Any = fully_shard(fxprune.apply(shared[0], ddp))
+    expected = fxprune.apply(shared[0], ddp)(batches[0][0])
+    equal = torch.allclose(parts(batches[0][0]), expected, atol=1e-6)
+    optimizer = torch.optim.SGD(parts.parameters(), 0.1)
+    nn.functional.cross_entropy(parts(batches[0][0]), batches[0][1]).backward()
+    optimizer.step()
+    state = get_model_state_dict(parts, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        found = fxprune.apply(shared[0], network())
+        found.load_state_dict(state)
+        fxprune.save(found, out / "slim.safetensors")
+    told = {"refused": refused, "equal": equal, "behind_fsdp": type(fxprune.record(parts)).__name__}
+    (out / f"{rank}.json").write_text(json.dumps({"chosen": chosen, "taken": taken, "weights": weights, "record": kind, **told}))
     dist.destroy_process_group()
 
 
