@@ -27,14 +27,14 @@ from fxprune.atomic import replace_text
 RESULTS = Path(__file__).parent.parent / "results" / "trained"
 
 
-def measure(name: str, data: Path, results: Path, tools: Sequence[str], shares: Sequence[float]) -> None:
+def measure(name: str, data: Path, results: Path, tools: Sequence[str], shares: Sequence[float], search: bool) -> None:
     """Every cell of one network that its file lacks."""
     torch.set_num_threads(1)
     network, path = NETWORKS[name], results / f"{name}.json"
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     found: dict[str, Any] = {**known, "wheel": network.source(), "licence": network.terms(), "cells": known.get("cells", {})}
     try:
-        for cell, values in measuring.cells(network, data, found["cells"], tools, shares):
+        for cell, values in measuring.cells(network, data, found["cells"], tools, shares, search):
             found["cells"][cell] = values
             replace_text(path, json.dumps(found, indent=1) + "\n")
             print(name, cell, {key: value for key, value in values.items() if key != "notes"}, flush=True)
@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--shares", nargs="+", type=float, choices=measuring.SHARES, default=measuring.SHARES, help="of the MACs, to be left"
     )
+    parser.add_argument("--search", action="store_true", help=f"half the MACs by a search of {measuring.EVALUATIONS} candidates, too")
     options = parser.parse_args(arguments)
     options.results.mkdir(parents=True, exist_ok=True)
     wanted = []
@@ -62,12 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name}: skipped, not installed: {', '.join(missing)}", file=sys.stderr)
         else:
             wanted.append(name)
+    how = (options.folder, options.results, options.tools, options.shares, options.search)
     if options.jobs == 1:
         for name in wanted:
-            measure(name, options.folder, options.results, options.tools, options.shares)
+            measure(name, *how)
     else:
         with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-            for job in [pool.submit(measure, name, options.folder, options.results, options.tools, options.shares) for name in wanted]:
+            for job in [
+                pool.submit(measure, name, options.folder, options.results, options.tools, options.shares, options.search)
+                for name in wanted
+            ]:
                 job.result()
     results = {name: json.loads(path.read_text()) for name in NETWORKS if (path := options.results / f"{name}.json").exists()}
     below = options.out.read_text().partition(f"{MARK}\n\n")[2] if options.out.exists() else ""

@@ -21,18 +21,28 @@ import fxprune
 from benchmarks.trained.network import Network, Task
 from benchmarks.trained.peers import PEERS
 from fxprune.errors import FxPruneError, TargetError
+from fxprune.evaluation.running import call
+from fxprune.repair.distance import unlikeness
 
 Cell = dict[str, Any]
 SHARES = (0.75, 0.5)  # of the multiply-accumulates that are left
 METHODS = ("uniform", "table")
+SEARCH = "search 0.5"  # beside them, where it is asked for
+EVALUATIONS = 60  # candidates it scores, without labels: by how far the outputs on half of the calibration inputs are from the dense ones
 RUNS = 15  # timed calls of ONNX Runtime; the median counts
 
 
 def cells(
-    network: Network, folder: Path, done: dict[str, Cell], tools: Sequence[str] = (), shares: Sequence[float] = SHARES
+    network: Network, folder: Path, done: dict[str, Cell], tools: Sequence[str] = (), shares: Sequence[float] = SHARES, search: bool = False
 ) -> Iterator[tuple[str, Cell]]:
     """The cells that ``done`` lacks, by name, as they are finished; a cell that raised holds the error, in a line."""
-    wanted = ["dense", *(f"{method} {share}" for share in sorted(shares) for method in METHODS), "time", *tools]
+    wanted = [
+        "dense",
+        *(f"{method} {share}" for share in sorted(shares) for method in METHODS),
+        "time",
+        *tools,
+        *([SEARCH] if search else []),
+    ]
     lacking = [name for name in wanted if "error" in done.get(name, {"error": ""})]
     if not lacking:
         return
@@ -110,11 +120,28 @@ class _Measure:
             if method == "table":
                 slim = fxprune.compress(self.graph, target, calibration=self.task.calibration, repair="lstsq")
                 return slim, fxprune.record(slim).policy, note
+            if method == "search":
+                found = self.searched(target)
+                return found.model, found.policy, {"evaluations": found.evaluations}
             policy: Any = fxprune.record(fxprune.compress(self.graph, target)).policy
         except TargetError as error:  # the rest is locked: the nearest is measured, and the table has its share
             policy, note = error.nearest, {"short": str(error)}
         slim = fxprune.compress(self.graph, policy, calibration=self.task.calibration, importance="l2", repair="lstsq")
         return slim, policy, note
+
+    def searched(self, target: str) -> fxprune.SearchResult:
+        """What a search finds that sees no label."""
+        inputs = self.task.calibration
+        fitted, judged = (inputs[::2], inputs[1::2]) if len(inputs) > 1 else (inputs, inputs)
+        with torch.no_grad():
+            wanted = [call(self.task.model, one) for one in judged]
+
+        def likeness(slim: nn.Module) -> float:
+            with torch.no_grad():
+                return -unlikeness([call(slim, one) for one in judged], wanted)
+
+        config = fxprune.SearchConfig(targets=target, evaluations=EVALUATIONS)
+        return fxprune.search(self.task.model, self.task.example, likeness, config=config, calibration=fitted)
 
     @torch.no_grad()
     def score(self, model: nn.Module) -> float:

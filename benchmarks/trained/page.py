@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.trained.measuring import METHODS, SHARES
+from benchmarks.trained.measuring import EVALUATIONS, METHODS, SEARCH, SHARES
 from benchmarks.trained.network import Network
 from benchmarks.trained.peers import PEERS
 
@@ -92,11 +92,12 @@ def peer_text(cells: Mapping[str, Any], name: str) -> str:
 
 
 def scores(networks: Mapping[str, Network], shown: Results) -> str:
-    columns = [f"{method} {100 * budget:.0f} %" for budget in SHARES for method in METHODS]
+    columns = [*(f"{method} {100 * budget:.0f} %" for budget in SHARES for method in METHODS), "search 50 %"]
     lines = [
         "Scores in percent; empty cells were not run. *sliced*: half the MACs by the same allocation as *table 50 %*, before the repair; "
-        "*time*: of that network in ONNX Runtime on one thread, as a share of the dense network's. The other tools prune uniformly by L2 "
-        'norms to half the MACs, BatchNorm estimated again; "no": they do not run on it, or do not reach half.',
+        f"*search*: {EVALUATIONS} candidates, scored without labels by how far their outputs on half of the calibration inputs are from "
+        "the dense network's; *time*: of *table 50 %* in ONNX Runtime on one thread, as a share of the dense network's. The other tools "
+        'prune uniformly by L2 norms to half the MACs, BatchNorm estimated again; "no": they do not run on it, or do not reach half.',
         "",
         f"| network | dense | {' | '.join(columns)} | sliced | time | {' | '.join(PEERS)} |",
         "|---" + "|---:" * (len(columns) + len(PEERS) + 3) + "|",
@@ -105,7 +106,7 @@ def scores(networks: Mapping[str, Network], shown: Results) -> str:
         cells = one["cells"]
         after = cells.get(half(cells), {})
         row = [name, share(cells["dense"]["score"])]
-        row += [cell_text(cells, f"{method} {budget}") for budget in SHARES for method in METHODS]
+        row += [cell_text(cells, name) for name in (*(f"{method} {budget}" for budget in SHARES for method in METHODS), SEARCH)]
         row += [
             share(after["sliced"]) if "sliced" in after else "",
             f"{cells['time']['share']:.0%}" if "share" in cells.get("time", {}) else "-",

@@ -12,7 +12,8 @@ from fxprune.driver import Budget, Scored, SearchConfig, run
 from fxprune.driver.problem import IntArray
 from fxprune.driver.strategies import RLPruner
 from fxprune.driver.strategies.magnitude import global_ranking
-from fxprune.testing.synthetic import Chain
+from fxprune.driver.strategies.rl import rl_pruner
+from fxprune.testing.synthetic import SCALE, Chain
 
 
 def made(**options: Any) -> tuple[RLPruner, Chain]:
@@ -219,3 +220,34 @@ def test_a_measured_target_is_not_looked_up_for_draws_that_are_not_scored() -> N
         run(Timed().problem(), SearchConfig(targets=target, samples=2, rounds=6))
         counts[target] = len(looked_up)
     assert counts["latency=0.6"] < counts["macs=0.5"] / 4
+
+
+def narrow(**options: Any) -> RLPruner:
+    """A search of three groups, the budget of which most actions meet by the same few architectures."""
+    chain = Chain((3, 4, 6), SCALE[:3])
+    config = SearchConfig(samples=3, evaluations=None, **options)
+    return RLPruner(Budget(chain.problem().space, config.points[0]), config)
+
+
+def test_where_all_draws_come_to_what_is_known_the_noise_grows() -> None:
+    strategy, known, widest = narrow(), set(), 1.0
+    tell(strategy, 0.9)
+    while not strategy.budget.fits(strategy.at):
+        before, again = strategy.widening, strategy.recall  # a resumed search goes on as widely
+        vectors = tell(strategy, 0.5)
+        if {tuple(v) for v in vectors} <= known and not strategy.budget.fits(strategy.at):
+            assert strategy.widening > before or before == rl_pruner.WIDEST
+        known |= {tuple(v) for v in vectors}
+        widest = max(widest, strategy.widening)
+        memory = strategy.memory()
+        again(memory)
+        assert strategy.memory() == memory
+    assert widest > 1.0
+
+
+def test_the_papers_noise_never_grows() -> None:
+    strategy = narrow(screen=1)
+    tell(strategy, 0.9)
+    while not strategy.budget.fits(strategy.at):
+        tell(strategy, 0.5)
+        assert strategy.widening == 1.0

@@ -24,6 +24,8 @@ from fxprune.driver.strategies.rl.value import ValueModel
 from fxprune.driver.strategies.table import from_table
 
 SHORTEST = 12  # rounds before it is asked whether more pay
+WIDER = 1.25  # what the noise grows by after a round that came to known architectures alone,
+WIDEST = 8.0  # and at most
 
 
 class RLPruner(Strategy):
@@ -37,6 +39,7 @@ class RLPruner(Strategy):
         self.round = 0
         self.stale = 0
         self.peak = -math.inf
+        self.widening = 1.0  # of the noise (ours): in a small network all draws may come to the same few architectures
         self.peaks: list[float] = []  # the best Q after every round of the step
         self.before_reset: Entry | None = None  # what the step came to before a sharp drop had it redone
         self.closed = False
@@ -70,7 +73,7 @@ class RLPruner(Strategy):
             samples=config.samples * (config.halving**self.space.rungs if self._races() else 1),
             depth=config.depth,
             scaling=config.depth_scaling,
-            noise=self.noise,
+            noise=self.noise * self.widening,
             floor=config.floor,
             rng=self.rng,
             draws=self.draws if len(self.value) > config.samples else 1,
@@ -85,7 +88,8 @@ class RLPruner(Strategy):
             self.accuracy = outcomes[0].accuracy
             return
         config = self.config
-        for outcome in outcomes if self.draws > 1 else ():
+        fresh = any(outcome.removed not in self.value for outcome in outcomes)
+        for outcome in outcomes if config.screen > 1 else ():
             self.value.add(outcome.removed, outcome.reward)
         values = q_values(self.nodes, [outcome.reward for outcome in outcomes], config.discount, config.depth)
         for node, value, outcome in zip(self.nodes, values, outcomes, strict=True):
@@ -94,9 +98,13 @@ class RLPruner(Strategy):
         best = self.buffer.best
         self.policy = updated(self.policy, best.action, step_length=config.step_length, clip=config.clip, floor=config.floor)
         self.round += 1
-        self.stale = 0 if best.q > self.peak + config.improvement else self.stale + 1
-        self.peak = max(self.peak, best.q)
-        self.peaks.append(self.peak)
+        if fresh or config.screen == 1 or self.widening >= WIDEST:
+            self.widening = 1.0 if fresh else self.widening
+            self.stale = 0 if best.q > self.peak + config.improvement else self.stale + 1
+            self.peak = max(self.peak, best.q)
+            self.peaks.append(self.peak)
+        else:  # a round that scored nothing says nothing of what more would pay
+            self.widening = min(WIDER * self.widening, WIDEST)
         if not self._pays() or self.round >= config.rounds or (config.patience is not None and self.stale >= config.patience):
             self._move()
 
@@ -148,6 +156,7 @@ class RLPruner(Strategy):
             "round": self.round,
             "stale": self.stale,
             "peaks": self.peaks,
+            "widening": self.widening,
             "peak": self.peak if math.isfinite(self.peak) else None,
             "before_reset": self.before_reset.state() if self.before_reset else None,
             "value": self.value.state(),
@@ -160,6 +169,7 @@ class RLPruner(Strategy):
         self.buffer.restore(memory["buffer"])
         self.round, self.stale = memory["round"], memory["stale"]
         self.peaks = list(memory["peaks"])
+        self.widening = memory.get("widening", 1.0)
         self.peak = -math.inf if memory["peak"] is None else memory["peak"]
         self.before_reset = Entry.of(memory["before_reset"]) if memory["before_reset"] else None
         self.value.restore(memory["value"])
@@ -190,8 +200,8 @@ class RLPruner(Strategy):
         return (
             pays is None
             or self.config.patience is None
-            or self.round < SHORTEST
-            or self.peaks[-1] - self.peaks[(self.round - 1) // 2] >= pays
+            or len(self.peaks) < SHORTEST
+            or self.peaks[-1] - self.peaks[(len(self.peaks) - 1) // 2] >= pays
         )
 
     def _epsilon(self) -> float:
