@@ -230,7 +230,8 @@ def narrow(**options: Any) -> RLPruner:
 
 
 def test_where_all_draws_come_to_what_is_known_the_noise_grows() -> None:
-    strategy, known, widest = narrow(), set(), 1.0
+    strategy, widest = narrow(), 1.0
+    known: set[tuple[int, ...]] = set()
     tell(strategy, 0.9)
     while not strategy.budget.fits(strategy.at):
         before, again = strategy.widening, strategy.recall  # a resumed search goes on as widely
