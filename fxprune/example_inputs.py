@@ -48,10 +48,20 @@ def _hint(size: Any) -> int:
     return size if type(size) is int else int(size.node.hint)
 
 
+_INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+_SHORT = 64  # numbers
+
+
 def describe(example: Any) -> Json:
-    """Describe ``example`` as JSON: its structure, and the shape and dtype of every tensor in it."""
+    """Describe ``example`` as JSON: its structure, the shape and dtype of every tensor in it, and what a short list of integers holds.
+
+    Such a list (the lengths of sequences, the step of a diffusion) says something of the other inputs, which no other numbers fit.
+    """
     if isinstance(example, torch.Tensor):
-        return {"tensor": list(example.shape), "dtype": str(example.dtype).removeprefix("torch.")}
+        found: dict[str, Json] = {"tensor": list(example.shape), "dtype": str(example.dtype).removeprefix("torch.")}
+        if example.dtype in _INTEGERS and example.ndim < 2 and example.numel() <= _SHORT and not example.is_meta:
+            found["values"] = example.detach().flatten().tolist()
+        return found
     if isinstance(example, Mapping):
         return {"dict": {str(k): describe(v) for k, v in example.items()}}
     if isinstance(example, tuple):
@@ -64,7 +74,7 @@ def describe(example: Any) -> Json:
 
 
 def build(spec: Json, *, device: torch.device | str = "cpu", seed: int = 0) -> Any:
-    """Make random inputs of the form that ``describe`` recorded (normal for floats, 0 or 1 for integers)."""
+    """Make random inputs of the form that ``describe`` recorded (normal for floats, 0 or 1 for integers without values)."""
     generator = torch.Generator().manual_seed(seed)
     return _build(spec, torch.device(device), generator)
 
@@ -96,4 +106,9 @@ def _tensor(spec: dict[str, Json], device: torch.device, generator: torch.Genera
         made = torch.randn(shape, generator=generator, dtype=torch.promote_types(dtype, torch.float32))
     else:
         made = torch.randint(0, 2, shape, generator=generator)
+        given = spec.get("values")
+        if given is not None:
+            if not isinstance(given, list) or len(given) != made.numel() or not all(type(v) is int for v in given):
+                raise InputError(f"recorded inputs are malformed: {str(given)[:80]} are no values of a tensor of shape {shape}")
+            made = torch.tensor(given, dtype=torch.int64).reshape(shape)
     return made.to(device=device, dtype=dtype)

@@ -25,6 +25,7 @@ FORMAT = "fxprune-slim/1"
 # In front of the names of tensors that no state_dict has (non-persistent buffers, plain attributes): the rest of the file is one.
 _EXTRA = "fxprune.extra/"
 _LAYOUTS = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
+_SPARSE = "sparse_coo"
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
@@ -167,16 +168,17 @@ def _contents(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dic
         tensor = holder[key]
         if tensor.is_meta:
             raise FileError(f"cannot save {name}: it lies on the meta device and has no values; load the weights first")
-        if tensor.layout != torch.strided:
+        sparse = tensor.layout is torch.sparse_coo and name.startswith(_EXTRA)  # a table of the code's own; weights have to be dense
+        if tensor.layout != torch.strided and not sparse:
             raise FileError(f"cannot save {name}: it is sparse ({tensor.layout}); make it dense with to_dense()")
         if id(tensor) in names:
             aliases[name] = names[id(tensor)]
             continue
         names[id(tensor)] = name
-        layout = next((n for n, f in _LAYOUTS.items() if _is_laid_out(tensor, f)), None)
+        layout = _SPARSE if sparse else next((n for n, f in _LAYOUTS.items() if _is_laid_out(tensor, f)), None)
         if layout is not None:
             layouts[name] = layout
-        plain = tensor.detach().contiguous().cpu()
+        plain = (tensor.to_dense() if sparse else tensor).detach().contiguous().cpu()
         storage = plain.untyped_storage()
         # safetensors writes no two names into one storage, nor part of one.
         tensors[name] = plain.clone() if storage.data_ptr() in storages or storage.nbytes() != plain.nbytes else plain
@@ -269,7 +271,9 @@ def _assign(
             raise FileError(f"it does not fit this model: {name!r} is {tensors[first].dtype} in the file and {own.dtype} in the model")
         if first not in placed:
             value = tensors[first] if device is None else tensors[first].to(device)
-            if first in layouts:
+            if layouts.get(first) == _SPARSE:
+                value = value.to_sparse()
+            elif first in layouts:
                 value = value.contiguous(memory_format=_layout(layouts[first], value))
             placed[first] = nn.Parameter(value, own.requires_grad) if isinstance(own, nn.Parameter) else value
         holder[key] = placed[first]

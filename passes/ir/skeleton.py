@@ -62,13 +62,17 @@ class Snapshot:
 class Skeleton:
     """The copy (``root``) and the tables between its tensors and modules and the original's names.
 
-    ``training_was_read``: whether traced code asked a module that is not kept whole for ``self.training``.
+    ``training_was_read``: whether traced code asked a module that is not kept whole for ``self.training``, or set a module's mode.
+    ``held``: for the mode of the whole, "train" or "eval", the modules that the user's code holds in the other one: a name and its flag.
     """
 
     def __init__(self, model: nn.Module, is_known: Callable[[nn.Module], bool]) -> None:
         self.original = model
         self.training_was_read = False
+        self.held: dict[str, dict[str, bool]] = {"eval": {}, "train": {}}
+        self.train_is_known = True  # whether ``held`` is all that the user's own ``train()`` does
         self.past: list[Any] | None = None  # what a trace may start from; tracing finds and keeps it here
+        self.started: Any = None  # the one of them that the graphs are of
         self.has_history = False  # whether earlier calls left something that the trace does without
         self.keep_alive: list[Any] = []
         memo: dict[int, Any] = {}
@@ -169,6 +173,18 @@ class Skeleton:
         kinds = ("_parameters", "_buffers", "_modules")
         return Snapshot([(m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in kinds}) for m in self._own], self._contents())
 
+    def is_as(self, before: Snapshot) -> bool:
+        """Whether every module holds what it held, apart from its mode."""
+        return all(
+            module.__dict__.keys() == state.keys()
+            and all(value is state[key] for key, value in module.__dict__.items() if key != "training")
+            and all(
+                module.__dict__[kind].keys() == held.keys() and all(module.__dict__[kind][k] is v for k, v in held.items())
+                for kind, held in registered.items()
+            )
+            for module, state, registered in before.modules
+        )
+
     def _contents(self) -> Contents:
         contents = Contents()
         for module in self._own:
@@ -194,6 +210,13 @@ class Skeleton:
     def set_training(self, mode: bool) -> None:
         for module in self._own:
             module.__dict__["training"] = mode
+        for name, flag in self.held["train" if mode else "eval"].items():
+            self._modules[name].__dict__["training"] = flag
+
+    @property
+    def is_scripted(self) -> bool:
+        """Whether a module of the user's own is among those of the skeleton: nothing may be changed through these."""
+        return len(self._own) < len(self.twins)
 
 
 def _refuse_lazy(modules: dict[str, nn.Module]) -> None:

@@ -37,6 +37,7 @@ _FX = frozenset(
 )
 
 
+MODES = "_held_modes"  # attribute: mode of the whole, "train" or "eval" -> the submodules in another one, by name, and their flag
 FOLLOWING = "_following"  # attribute that names the plain tensors of a module that move with it
 
 
@@ -88,6 +89,15 @@ class SlimModule(fx.GraphModule):
         for module in self.modules() if recurse else (self,):
             for key in module.__dict__.get(FOLLOWING, ()):
                 module.__dict__[key] = fn(module.__dict__[key])
+        return self
+
+    def train(self, mode: bool = True) -> SlimModule:
+        """Training or evaluation mode; what the original's code holds in one mode (frozen batch norms) stays in that."""
+        super().train(mode)
+        if held := self.__dict__.get(MODES, {}).get("train" if mode else "eval"):
+            modules = dict(self.named_modules(remove_duplicate=False))
+            for name in held.keys() & modules.keys():
+                modules[name].training = held[name]
         return self
 
     @property

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from fxprune.passes.ir.constants import evaluate
 from fxprune.passes.ir.nodes import op_name
+from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.ir.writes import is_rewritten_later, memory
@@ -96,6 +97,12 @@ class LabelContext(ParameterLabels):
         self.labels.inexact.append((x.axes[axis], Reason(ReasonKind.STATISTIC, detail, operation=self.op_name(), exact=exact)))
         if exact:
             self.statistics.setdefault(node, set()).add(axis)
+
+    def note(self, kind: NoteKind, detail: str) -> None:
+        """Note something at the current node that a user should know, once."""
+        made = Note(kind, detail, self.where())
+        if made not in self.traced.notes:
+            self.traced.notes = (*self.traced.notes, made)
 
     def unite(self, a: Vector, b: Vector) -> None:
         if a is b:

@@ -6,6 +6,7 @@ that ``C ** -0.5`` stays what it was), and where a number becomes a shape it is 
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.dead_code import impure
 from fxprune.passes.ir.nodes import op_name, target_name
 from fxprune.passes.ir.notes import Note
-from fxprune.passes.ir.slim_module import SlimModule
+from fxprune.passes.ir.slim_module import MODES, SlimModule
 from fxprune.passes.labels.values import Value, Vector, values
 from fxprune.passes.planning.plan import Keep
 from fxprune.passes.rewriting.assemble import Copies, assemble, copies, replace_module
@@ -30,6 +31,7 @@ from fxprune.passes.rewriting.statistics import is_rms, rewrite_exact
 from fxprune.passes.rules import binding, registry
 from fxprune.passes.rules.layer_specs import has_sizes, resize
 from fxprune.passes.rules.moving.indexing import left_of
+from fxprune.passes.tracing.side_effects.memos import ABSENT, has_tensors
 from fxprune.passes.tracing.sizes.fixed_sizes import depends, is_fixed
 
 _ARITHMETIC = {
@@ -207,13 +209,13 @@ class Slimmer:
         if template is None:
             template = self.graph.templates[self.norms] = self._template()
         elif template.constant and template.module is None and not parts:
-            template.module = SlimModule(nn.Module(), self._graphs())
+            template.module = self._holding(SlimModule(nn.Module(), self._graphs()))
         graphs = self._graphs() if template.module is None else {}  # before the tree: index buffers are renumbered on the way
         tree = self._tree(template.copies)
         if template.module is not None:
             return template.module.sibling(tree)
         if not parts:
-            return SlimModule(tree, graphs)
+            return self._holding(SlimModule(tree, graphs))
         for path in parts:
             own = {mode: graphs[f"{path}:{mode}"] for mode in ("eval", "train") if f"{path}:{mode}" in graphs}
             for graph in own.values():
@@ -221,8 +223,18 @@ class Slimmer:
                     if node.op in ("call_module", "get_attr"):
                         node.target = self._inside(node, f"{path}.")
             old = tree.get_submodule(path)
-            replace_module(tree, old, SlimModule(old, own).standing_for(type(old)))
+            replace_module(tree, old, self._holding(SlimModule(old, own), f"{path}.").standing_for(type(old)))
         return tree
+
+    def _holding(self, module: SlimModule, prefix: str = "") -> SlimModule:
+        """``module`` with what the user's code holds in a mode of its own below ``prefix``."""
+        held = {
+            mode: {name.removeprefix(prefix): flag for name, flag in named.items() if name.startswith(prefix)}
+            for mode, named in self.skeleton.held.items()
+        }
+        if any(held.values()):
+            module.__dict__[MODES] = held
+        return module
 
     def _inside(self, node: fx.Node, prefix: str) -> str:
         """The name that what a part's graph reads has within the part: it may be shared with other parts, and known by theirs."""
@@ -429,10 +441,30 @@ class Slimmer:
             original = self.skeleton.original
             added = {n: t for n, t in added.items() if hasattr(original.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2])}
         tree = assemble(modules, memo, added)
+        self._forget(memo)
         for module, x, y, vectors in self.graph.templates[self.norms].resized:
             if any(self.kept_of(v) is not None for v in vectors):
                 resize(self, memo[id(module)], x, y)
         return tree
+
+    def _forget(self, memo: Mapping[int, Any]) -> None:
+        """What forward keeps for itself is as before its first call, as it is in the graph. State that is saved stays."""
+        if self.skeleton.started is None:
+            return
+        originals = {id(twin): module for module, twin in self.skeleton.twins.items()}
+        whole = tuple(self.graph.traced.opaque)
+        for twin, first in self.skeleton.started.first:
+            made = memo.get(id(originals.get(id(twin))))
+            path = self.skeleton.module_names.get(twin, "")
+            inside = any(path == o or path.startswith(f"{o}.") for o in whole)  # its code was not seen to do without
+            for name, value in first.items() if isinstance(made, nn.Module) else ():
+                if name in made.__dict__ and has_tensors(made.__dict__[name]):
+                    if value is not ABSENT:
+                        made.__dict__[name] = copy.deepcopy(value)
+                    elif not inside:
+                        del made.__dict__[name]
+                elif name in made._non_persistent_buffers_set and made._buffers.get(name) is not None and value is not ABSENT:
+                    made._buffers[name] = copy.deepcopy(value)
 
 
 def _pure(node: fx.Node) -> bool:

@@ -20,7 +20,7 @@ from fxprune.passes.ir.skeleton import Skeleton, Snapshot
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.tracing.guard.comparison import Comparison, Difference, on_meta
 from fxprune.passes.tracing.guard.plain_code import is_plain
-from fxprune.passes.tracing.module_state import keep_state, lost, written_back
+from fxprune.passes.tracing.module_state import hold_modes, keep_state, lost, written_back
 from fxprune.passes.tracing.side_effects.history import History, past
 from fxprune.passes.tracing.side_effects.isolation import remove_left
 from fxprune.passes.tracing.tracer import ShapeTracer, is_skipped
@@ -42,6 +42,7 @@ def trace(
     source where tracing of the root stopped, or where the graph first differs from the model.
     """
     skeleton = Skeleton(model, is_known)
+    hold_modes(skeleton)
     found = TracedModel(skeleton, {}, {}, opaque=dict(whole or {}))
     add_traced(found, "", call_form(example_inputs), is_known, has_rule, strict=whole is not None)
     if skeleton.past is None:
@@ -50,7 +51,7 @@ def trace(
     example = call_form(example_inputs)
 
     def difference(of: TracedModel, mode: str = "eval") -> Difference | None:
-        return Comparison(model, of.graphs[mode], of.constants, example, reach, mode == "train").difference()
+        return Comparison(model, of.graphs[mode], of.constants, example, reach, mode == "train", skeleton.held).difference()
 
     if skeleton.has_history:
         if difference(found) is None:
@@ -124,6 +125,7 @@ def add_traced(
             if history is histories[-1] or tried.keys() == blocked.keys():
                 blocked.update(tried)
                 histories[:] = [history]
+                skeleton.started = history
                 return found
         raise AssertionError("the last history returns or raises")
 
@@ -135,6 +137,7 @@ def add_traced(
     if skeleton.training_was_read:
         try:
             second, graph = without_history(training=True)
+            notes.update({note: None for note in second.notes if note.kind is NoteKind.MODE})
             if not _same(graphs["eval"], graph):
                 graphs["train"] = graph
                 notes.update(second.notes)

@@ -9,6 +9,7 @@ from fxprune.passes.compat import tree_leaves
 from fxprune.passes.ir.contents import is_foreign
 from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton, Snapshot
+from fxprune.passes.ir.slim_module import MODES
 from fxprune.passes.tracing.proxies import ShapeProxy
 from fxprune.passes.tracing.recorder import Recorder
 
@@ -55,17 +56,58 @@ def lost(skeleton: Skeleton, path: str) -> list[Note]:
             notes.append(Note(NoteKind.LOST, f"the hooks on parameters of {called} are not kept"))
         if cls.get_extra_state is not nn.Module.get_extra_state:
             notes.append(Note(NoteKind.LOST, f"the extra state of {called} (get_extra_state) is not in the slim module's state_dict()"))
-        if cls.train is not nn.Module.train and not is_foreign(cls.train):
+        if path == "" and _has_train(cls) and not skeleton.train_is_known:
             text = f"the slim module does not have the train() of {called}: set what it keeps in evaluation mode yourself"
             notes.append(Note(NoteKind.LOST, text))
     root = skeleton.original
     if root.training and path == "":
-        still = [n for n, m in skeleton.modules_below("") if not m.training and not n.startswith("_")]
+        held = skeleton.held["train"]
+        still = [n for n, m in skeleton.modules_below("") if not m.training and not n.startswith("_") and held.get(n, True)]
         first = [n for n in still if n.rpartition(".")[0] not in still]
         if first:
             text = f"in evaluation mode inside a model that trains: {', '.join(first)}; in training mode the slim module trains all of it"
             notes.append(Note(NoteKind.MODE, text))
     return notes
+
+
+def hold_modes(skeleton: Skeleton) -> None:
+    """Find what the user's own ``train()`` keeps in which mode. Where it does more than set modes, or fails, ``lost`` says so."""
+    skeleton.train_is_known = True
+    for path, module in skeleton.modules_below(""):  # slim modules remember what they hold
+        for mode, named in module.__dict__.get(MODES, {}).items():
+            skeleton.held[mode].update({f"{path}.{name}" if path else name: flag for name, flag in named.items()})
+    if not any(_has_train(type(module)) for _, module in skeleton.modules_below("")):
+        return
+    skeleton.train_is_known = False
+    if skeleton.is_scripted:  # it would meet modules of the user's
+        return
+    before, found = skeleton.snapshot(), {}
+    tensors = [(t, t.requires_grad, t._version) for name in skeleton.names for t in [skeleton.tensor(name)]]
+    try:
+        for mode in (False, True):
+            skeleton.set_training(mode)
+            skeleton.root.train(mode)
+            found["train" if mode else "eval"] = {
+                name: bool(module.training)
+                for name, module in skeleton.root.named_modules(remove_duplicate=False)
+                if module.training != mode
+            }
+        same = all(t.requires_grad == flag and t._version == version for t, flag, version in tensors)
+        skeleton.train_is_known = same and skeleton.is_as(before)
+    except Exception:  # noqa: BLE001 - the user's code, on modules without values
+        found = {}
+    finally:
+        skeleton.restore(before)
+        for tensor, flag, _ in tensors:
+            if tensor.requires_grad != flag:
+                tensor.requires_grad_(flag)
+    for mode, named in found.items():
+        skeleton.held[mode].update(named)
+
+
+def _has_train(cls: type[nn.Module]) -> bool:
+    """Whether a class of the user's says itself what ``train()`` does."""
+    return cls.train is not nn.Module.train and not is_foreign(cls.train)
 
 
 def _write(tracer: Recorder, graph: fx.Graph, bound: dict[str, ShapeProxy]) -> None:

@@ -10,6 +10,7 @@ import abc
 import builtins
 import contextlib
 import importlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from fxprune.passes.tracing.autograd import traced_call
 from fxprune.passes.tracing.proxies import ShapeAttribute, ShapeProxy, ShapeTuple
 from fxprune.passes.tracing.recorder import Recorder
 from fxprune.passes.tracing.side_effects.isolation import ALONE
+from fxprune.passes.tracing.sizes.arithmetic import OF_MATH, recorded
 
 _isinstance, _len = builtins.isinstance, builtins.len
 _tracing = False  # guarded by ALONE: whether the thread that holds it is within a trace
@@ -215,6 +217,8 @@ def _training(tracer: Recorder, original: Any) -> Any:
         return state["training"]
 
     def write(module: nn.Module, value: bool) -> None:
+        if tracer.recording and module in tracer.skeleton.module_names:  # forward sets modes: what training runs may be another thing
+            tracer.skeleton.training_was_read = True
         module.__dict__["training"] = value
 
     return property(read, write)
@@ -223,6 +227,7 @@ def _training(tracer: Recorder, original: Any) -> Any:
 PATCHES: tuple[Patch, ...] = (
     *(Patch(torch, name, _factory) for name in FACTORIES + RANDOM_FACTORIES + LIKE),
     *(Patch(torch, name, _limits) for name in ("finfo", "iinfo")),
+    *(Patch(math, name, recorded) for name in OF_MATH),
     Patch(torch.autograd.Function, "apply", _apply),
     Patch(torch.no_grad, "__enter__", _block("no_grad")),
     Patch(torch.enable_grad, "__enter__", _block("enable_grad")),

@@ -18,6 +18,7 @@ from fxprune.passes.ir.constants import held
 from fxprune.passes.ir.nodes import AUGMENTED, RESHAPING
 from fxprune.passes.ir.notes import NoteKind
 from fxprune.passes.tracing.recorder import Recorder
+from fxprune.passes.tracing.sizes.arithmetic import OF_MATH
 
 # ``isinstance`` is patched while tracing (see ``patching``); here the real one is meant.
 _isinstance = builtins.isinstance
@@ -114,6 +115,8 @@ class ShapeProxy(fx.Proxy):
         elif _isinstance(value, (torch.device, torch.dtype)):
             return getattr(value, name)
         elif not hasattr(value, name):
+            if name in OF_MATH and self.tracer.moves(self):
+                return lambda: self.tracer.create_proxy("call_function", getattr(math, name), (self,), {})
             if _isinstance(value, (int, float)) and _isinstance(getattr(np, name, None), np.ufunc):  # so NumPy calls a function of a number
                 return lambda: getattr(np, name)(self._concrete(f"numpy.{name}()"))
             raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
@@ -179,13 +182,22 @@ class ShapeProxy(fx.Proxy):
         return operator.index(self._concrete("an index"))
 
     def __round__(self, digits: int | None = None) -> Any:
-        return round(self._concrete("round()"), digits)
+        return self._rounded(round, "round()", *(() if digits is None else (digits,)))
 
-    def __ceil__(self) -> int:
-        return int(math.ceil(self._concrete("ceil()")))
+    def __ceil__(self) -> Any:
+        return self._rounded(math.ceil, "ceil()")
 
-    def __floor__(self) -> int:
-        return int(math.floor(self._concrete("floor()")))
+    def __floor__(self) -> Any:
+        return self._rounded(math.floor, "floor()")
+
+    def __trunc__(self) -> Any:
+        return self._rounded(math.trunc, "trunc()")
+
+    def _rounded(self, function: Any, use: str, *digits: int) -> Any:
+        """Python gives back whatever these methods do: a proxy, where a size of the input is in the number."""
+        if self.tracer.recording and self.tracer.moves(self):
+            return self.tracer.create_proxy("call_function", function, (self, *digits), {})
+        return function(self._concrete(use), *digits)
 
     def __divmod__(self, other: Any) -> tuple[Any, Any]:
         return self // other, self % other

@@ -58,6 +58,9 @@ class Recorder(Protocol):
     def specialised(self, proxy: Any, what: str) -> None:
         """Code asked ``proxy`` for a number."""
 
+    def moves(self, value: Any) -> bool:
+        """Whether ``value`` is the proxy of a number that a size of the input enters, or that is an input."""
+
     def unrolled(self, proxy: Any) -> None:
         """Code loops over a tensor, or over the parts of one."""
 

@@ -51,6 +51,7 @@ _isinstance = builtins.isinstance
 # Frames of these are not the user's: torch, the passes, and all of fxprune but its networks.
 _FOLDERS = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)), os.path.dirname(errors.__file__))
 _SKIPPED = (*(f"{folder}{os.sep}" for folder in _FOLDERS), contextlib.__file__, "<")
+_DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}  # which torch takes for a dtype
 _NETWORKS = os.path.join("fxprune", "models.py")
 
 
@@ -91,6 +92,7 @@ class ShapeTracer(fx.Tracer):
         self._attributes: dict[str, ShapeProxy] = {}
         self.constants: dict[str, torch.Tensor] = {}
         self.made: list[weakref.ref[ShapeProxy]] = []
+        self.in_mode: set[str] = set()  # modules that were called
 
     @property
     def recording(self) -> bool:
@@ -132,10 +134,26 @@ class ShapeTracer(fx.Tracer):
         if self.is_leaf_module(m, name) and not any(_isinstance(t, fx.Proxy) for t in (*m._parameters.values(), *m._buffers.values())):
             if not _isinstance(m, torch.jit.ScriptModule):
                 _fitting(getattr(m.forward, "__func__", m.forward), _isinstance(m.forward, types.MethodType), len(args), tuple(kwargs))
+            self._called(m, name)
             return self.create_proxy("call_module", name, args, kwargs)
         graph = graph_of(m)
         with self.entered(name):
             return forward(*args, **kwargs) if graph is None else interpret(self, m, graph, args, kwargs)
+
+    def _called(self, m: nn.Module, name: str) -> None:
+        """Remember in which mode a module is called where forward itself has set that."""
+        mode, flag = self.graph_is_training, bool(m.training)
+        held = self.skeleton.held["train" if mode else "eval"]
+        if flag == held.get(name, mode):
+            self.in_mode.add(name)
+        elif name in self.in_mode:
+            self.note(
+                NoteKind.MODE, f"forward calls {name!r} in training and in evaluation mode; the slim module has it in one", self.here()
+            )
+        else:
+            for path, module in m.named_modules(remove_duplicate=False):
+                held[f"{name}.{path}" if path else name] = bool(module.training)
+            self.in_mode.add(name)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if not self.recording or not _isinstance(attr_val, torch.Tensor):
@@ -196,6 +214,8 @@ class ShapeTracer(fx.Tracer):
             return self.create_node("call_function", PackedSequence, tuple(self.create_arg(part) for part in a), {})
         if _isinstance(a, np.generic):
             return a.item()
+        if _isinstance(a, type) and a in _DTYPES:
+            return _DTYPES[a]
         if _isinstance(a, torch.Generator):
             raise TraceError(f"{self.here()}: numbers are drawn from a torch.Generator, which a graph cannot hold; leave out generator=")
         if type(a) is OrderedDict:
@@ -407,6 +427,12 @@ class ShapeTracer(fx.Tracer):
             return
         if extents.depends(proxy.node, self.skeleton.module) is not None:
             self.asked.add(Note(NoteKind.SIZE, f"{what} was specialised to the example inputs", self.here()), self.source)
+
+    def moves(self, value: Any) -> bool:
+        """Whether ``value`` is the proxy of a number that a size of the input enters, or that is an input."""
+        if not _isinstance(value, ShapeProxy) or type(value.value) not in (int, float):
+            return False
+        return extents.depends(value.node, self.skeleton.module) is not None
 
     def unrolled(self, proxy: ShapeProxy) -> None:
         """Code loops over a tensor, or over the parts of one."""

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from fxprune.passes.ir.nodes import target_name
+from fxprune.passes.ir.notes import NoteKind
 from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, values
@@ -34,8 +36,59 @@ def view(ctx: LabelContext, node: fx.Node, input: Value, **named: Any) -> Any:
     shape = node.meta["val"].shape
     quick = _same_places(input, shape)
     if quick is not None:
-        return ctx.make(node, {quick[a]: v for a, v in input.axes.items()}, [quick[a] for a in input.zero], input.why)
-    return ctx.move(node, input, lambda labels: labels.reshape(shape))
+        made = ctx.make(node, {quick[a]: v for a, v in input.axes.items()}, [quick[a] for a in input.zero], input.why)
+    else:
+        made = ctx.move(node, input, lambda labels: labels.reshape(shape))
+    for axis, vector in input.axes.items():
+        if made.axes and ctx.is_fixed(node.args[0], axis) and any(_shifts(ctx, node, input, axis, place) for place in made.axes):
+            if _nothing_beside(input, axis, shape):  # a map of one pixel: what other sizes give is hardly meant
+                ctx.note(
+                    NoteKind.SIZE, "a map of one pixel was specialised to the example inputs: of larger ones channels would lie elsewhere"
+                )
+            else:
+                ctx.pin(vector, "the size of the input decides where its channels lie", ReasonKind.FOLDED)
+    return made
+
+
+def _nothing_beside(x: Value, axis: int, shape: Sequence[int]) -> bool:
+    return math.prod(x.shape[axis + 1 :]) == 1 and shape[-1] == x.shape[axis]
+
+
+def _shifts(ctx: LabelContext, node: fx.Node, x: Value, axis: int, place: int) -> bool:
+    """Whether channels along ``axis`` lie elsewhere than along ``place`` for inputs of other sizes: ``(b, h * w, c)`` as ``(b, c, h, w)``.
+
+    What is counted is how many elements lie between one channel and the next, before and after: a number, or sizes that the input decides.
+    """
+    shape = node.meta["val"].shape
+    given = binding.form_of(node).arguments(node.args, node.kwargs)
+    sizes = given.get("size", given.get("shape", ()))
+    before, after = x.ndim, len(shape)
+    if not isinstance(sizes, (tuple, list)) or len(sizes) != after:
+        return False
+    while before - 1 > axis and after - 1 > place and x.shape[before - 1] == shape[after - 1] > 1:
+        before, after = before - 1, after - 1
+    own, behind = sizes[place], sizes[place + 1 : after]
+    if all(ctx.is_fixed(node.args[0], a) for a in range(axis + 1, before)):
+        return any(isinstance(size, fx.Node) and not ctx.is_number(size) for size in behind) or _is_given(ctx, own)
+    numbers = [size != -1 and ctx.is_number(size) for size in (own, *behind)]
+    return all(numbers[1:]) and (bool(behind) or numbers[0])
+
+
+def _is_given(ctx: LabelContext, size: Any) -> bool:
+    """Whether a size is one that the input decides, with no number of channels in it."""
+    if not isinstance(size, fx.Node) or ctx.is_number(size):
+        return False
+    todo = [size]
+    while todo:
+        node = todo.pop()
+        if node.op == "call_method" and node.target == "size":
+            if ctx.is_number(node):
+                return False
+            continue
+        if any(isinstance(a, int) and a > 1 for a in node.args) and target_name(node) in ("mul", "imul"):
+            return False
+        todo += [n for n in node.all_input_nodes if not isinstance(n.meta.get("val"), torch.Tensor)]
+    return True
 
 
 def _same_places(x: Value, shape: Sequence[int]) -> dict[int, int] | None:

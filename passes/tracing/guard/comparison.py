@@ -65,13 +65,21 @@ class _Run(fx.Interpreter):
 
 
 class Comparison:
-    """A model and the graph of it (or of the part at ``path``) on one example. ``constants``: what the graph holds beside the model."""
+    """A model and the graph of it (or of the part at ``path``) on one example. ``constants``: what the graph holds beside the model;
+    ``held``: the modules that are in another mode than the whole, for each mode of that."""
 
     def __init__(
-        self, model: nn.Module, graph: fx.Graph, constants: Mapping[str, torch.Tensor], example: Call, reach: Reach, training: bool
+        self,
+        model: nn.Module,
+        graph: fx.Graph,
+        constants: Mapping[str, torch.Tensor],
+        example: Call,
+        reach: Reach,
+        training: bool,
+        held: Mapping[str, Mapping[str, bool]],
     ) -> None:
         self.model, self.graph, self.constants, self.example = model, graph, constants, example
-        self.reach, self.training = reach, training
+        self.reach, self.training, self.held = reach, training, held["train" if training else "eval"]
 
     def difference(self) -> Difference | None:
         """None where the two agree, and where nobody can judge: on meta, where the model fails, where no seed makes it repeat itself."""
@@ -99,6 +107,7 @@ class Comparison:
         handles: list[Any] = []
         try:
             with untouched(self.model, self.reach, self.training) as guard:
+                self._hold()
                 handles = hooks()
                 found = [t.clone() for t in returned_tensors(self.model(*args, **kwargs))]
         except Exception:  # noqa: BLE001 - the user's code: whatever it raises, there is nothing to compare with
@@ -112,9 +121,14 @@ class Comparison:
         args, kwargs = _cloned(self.example)
         given = by_name(self.model, args, kwargs)
         with untouched(self.model, self.reach, self.training):
+            self._hold()
             run = _Run(self.graph, self.model, self.constants, seen)
             out = run.run(*(given.get(str(n.target)) for n in self.graph.nodes if n.op == "placeholder"))
             return [t.clone() for t in returned_tensors(out)]
+
+    def _hold(self) -> None:
+        for name, flag in self.held.items():
+            self.model.get_submodule(name).training = flag
 
     def _first(self) -> str:
         """Where the first layer is called whose result differs: file:line, or empty."""

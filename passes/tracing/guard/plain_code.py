@@ -37,7 +37,17 @@ _NAMES = frozenset(
         *("item", "tolist", "numpy", "cpu", "register_buffer", "register_forward_hook", "register_forward_pre_hook", "add_module"),
         *("environ", "getenv", "random", "seed", "time", "perf_counter", "next", "iter", "state_dict", "is_fx_tracing", "is_compiling"),
         *("get_rng_state", "set_rng_state", "current_device", "is_available", "modules", "named_modules", "children"),
-        *("named_parameters", "parameters", "named_buffers", "buffers", "named_children", "get_submodule", "get_parameter", "vmap"),
+        *(
+            "named_parameters",
+            "parameters",
+            "named_buffers",
+            "buffers",
+            "named_children",
+            "get_submodule",
+            "get_parameter",
+            "vmap",
+            "train",
+        ),
     }
 )
 _TELEMETRY = frozenset({"_log_api_usage_once"})  # of torchvision: it asks for types and computes nothing

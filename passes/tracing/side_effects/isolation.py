@@ -28,9 +28,11 @@ from fxprune.passes.ir.notes import NoteKind
 from fxprune.passes.tracing.proxies import ShapeAttribute, ShapeProxy, ShapeTuple
 from fxprune.passes.tracing.recorder import Recorder
 from fxprune.passes.tracing.side_effects.reachable import Reach, held
+from fxprune.passes.tracing.sizes.arithmetic import stand_ins
 
 ALONE = threading.RLock()  # one trace or comparison at a time in a process: they replace names and set generators
 _isinstance = builtins.isinstance
+_ABSENT = object()
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
@@ -64,8 +66,18 @@ def isolated(tracer: Recorder, reach: Reach, empty: Sequence[Any], first: Sequen
             if "type" in function.__code__.co_names and "type" not in space:
                 stack.callback(space.pop, "type", None)
                 space["type"] = _Type
+        for space, name, value in list(stand_ins(tracer, reach.functions)):
+            stack.callback(_rebind, space, name, space.get(name, _ABSENT))
+            space[name] = value
         with _generators(tracer):
             yield
+
+
+def _rebind(space: dict[str, Any], name: str, value: Any) -> None:
+    if value is _ABSENT:
+        space.pop(name, None)
+    else:
+        space[name] = value
 
 
 @contextlib.contextmanager

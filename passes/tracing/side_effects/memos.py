@@ -51,6 +51,7 @@ def forgotten(module: Any, reach: Reach) -> dict[str, Any]:
     own = [f for f, owner in reach.functions.items() if owner is not None and owner in cls.__mro__ and f.__name__ != "__init__"]
     own += [v for v in module.__dict__.values() if isinstance(v, types.FunctionType)]
     names: set[str] = set().union(*(stored(f.__code__, "STORE_ATTR") for f in own)) if own else set()
+    names |= {name for f in own if "register_buffer" in f.__code__.co_names for name in _registered(f)}
     filled = _filled(own, {n for n, v in module.__dict__.items() if type(v) in CONTAINERS and v and not n.startswith("_")})
     names = {n for n in names | filled.keys() if n in module.__dict__ or n in module.__dict__.get("_buffers", ())}
     names -= {"training"}
@@ -213,6 +214,13 @@ def _assigned(node: ast.AST) -> list[tuple[str, ast.expr | None]]:
         elif isinstance(target, (ast.Tuple, ast.List)):
             found += [(part.attr, None) for part in target.elts if isinstance(part, ast.Attribute)]
     return found
+
+
+def _registered(function: types.FunctionType) -> set[str]:
+    """The buffers that a function registers under names that stand in it."""
+    tree = _tree(function)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)] if tree is not None else []
+    return {name for node in calls for name, _ in _assigned(node)}
 
 
 def _made(said: tuple[ast.expr, Any], module: Any) -> Any:

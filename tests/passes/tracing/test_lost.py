@@ -105,10 +105,11 @@ class Extra(nn.Conv2d):
         pass
 
 
-class Frozen(Net):
-    def train(self, mode: bool = True) -> Frozen:
+class Merging(Net):
+    def train(self, mode: bool = True) -> Merging:
         super().train(mode)
-        self.first.eval()
+        with torch.no_grad():
+            self.first.weight.mul_(2.0 if mode else 0.5)
         return self
 
 
@@ -142,7 +143,7 @@ def half_frozen() -> nn.Module:
         (hooked, "the backward hooks of 'first' are not kept"),
         (parameter_hooked, "the hooks on parameters of 'last' are not kept"),
         (with_extra, "the extra state of 'last'"),
-        (lambda: Frozen(lambda _, y: y), "the slim module does not have the train() of the Frozen"),
+        (lambda: Merging(lambda _, y: y), "the slim module does not have the train() of the Merging"),
         (half_frozen, "in evaluation mode inside a model that trains: first"),
     ],
 )

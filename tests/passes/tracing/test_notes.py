@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +84,10 @@ def numpy_products(s: Any, x: Any) -> Any:
     return x.mT.reshape(x.size(0), np.prod(x.shape[1:])).unflatten(1, (8, -1)).mT
 
 
+def roots(s: Any, x: Any) -> Any:
+    return x / math.sqrt(x.size(1)) * math.ceil(x.size(1) / 3) / np.sqrt(x.size(1)) / float(x.size(1))
+
+
 def made_modules(s: Any, x: Any) -> Any:
     n = x.size(1)
     return x + nn.AvgPool1d(n)(x.mT).mT + nn.AvgPool2d((n, 1))(x[:, None])[:, 0]
@@ -107,6 +112,7 @@ TRUE_TO_SIZE = [
     numpy_numbers,
     numpy_products,
     made_modules,
+    roots,
 ]
 
 
@@ -132,18 +138,17 @@ def repeated(s: Any, x: Any) -> Any:
 
 
 SPECIALISED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
-    "length": (lambda s, x: x / math.sqrt(x.size(1)), "float() on the value 16"),
-    "numpy": (lambda s, x: x / np.sqrt(x.size(1)), "numpy.sqrt() on the value 16"),
-    "rounded": (lambda s, x: x * math.ceil(x.size(1) / 3), "ceil() on the value 5.3"),
+    "numpy": (lambda s, x: x / np.cbrt(x.size(1)), "numpy.cbrt() on the value 16"),
+    "a function of two": (lambda s, x: x / math.gcd(x.size(1), 6), "an index on the value 16"),
     "counted": (counted, "an index on the value 16"),
     "repeated": (repeated, "an index on the value 1 "),
-    "one sample meets a table": (lambda s, x: x / float((x + s.table).size(0)), "float() on the value 1 "),
-    "a token for each sample": (lambda s, x: x / float(s.token.expand(x.size(0), -1, -1).size(0)), "float() on the value 1 "),
-    "copies": (lambda s, x: x / float(s.token.repeat(x.size(0), 1, 1).size(0)), "float() on the value 1 "),
-    "a table cut to length": (lambda s, x: x / float(s.table[:, : x.size(1)].size(1)), "float() on the value 16"),
-    "narrowed": (lambda s, x: x / float(s.table.narrow(1, 0, x.size(1)).size(1)), "float() on the value 16"),
-    "a vector": (lambda s, x: x / float((x @ torch.ones(8)).size(-1)), "float() on the value 16"),
-    "pooled": (lambda s, x: x / float(F.max_pool1d(x.mT, 2).size(-1)), "float() on the value 8"),
+    "one sample meets a table": (lambda s, x: x / operator.index((x + s.table).size(0)), "an index on the value 1 "),
+    "a token for each sample": (lambda s, x: x / operator.index(s.token.expand(x.size(0), -1, -1).size(0)), "an index on the value 1 "),
+    "copies": (lambda s, x: x / operator.index(s.token.repeat(x.size(0), 1, 1).size(0)), "an index on the value 1 "),
+    "a table cut to length": (lambda s, x: x / operator.index(s.table[:, : x.size(1)].size(1)), "an index on the value 16"),
+    "narrowed": (lambda s, x: x / operator.index(s.table.narrow(1, 0, x.size(1)).size(1)), "an index on the value 16"),
+    "a vector": (lambda s, x: x / operator.index((x @ torch.ones(8)).size(-1)), "an index on the value 16"),
+    "pooled": (lambda s, x: x / operator.index(F.max_pool1d(x.mT, 2).size(-1)), "an index on the value 8"),
 }
 
 
@@ -196,9 +201,11 @@ def test_numbers_in_a_dict_among_the_inputs() -> None:
 
 def test_other_peoples_functions_of_the_same_names() -> None:
     (note,) = [
-        n for n in fxprune.analyze(Given(lambda x, n: x / float(select(x).size(0))).eval(), (torch.randn(2, 6), 1)).notes if "float" in n
+        n
+        for n in fxprune.analyze(Given(lambda x, n: x / operator.index(select(x).size(0))).eval(), (torch.randn(2, 6), 1)).notes
+        if "index" in n
     ]
-    assert "float() on the value 2 was specialised" in note
+    assert "an index on the value 2 was specialised" in note
 
 
 class Doubled(nn.Module):

@@ -1,0 +1,130 @@
+"""Files of models that ran before they were pruned load into models that never ran; and inputs that say something of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.errors import InputError
+from fxprune.example_inputs import build, describe
+from tests.passes.helpers import gap
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(10, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.last(self.inside(self.first(x)))
+        assert isinstance(made, Tensor)
+        return made
+
+    def inside(self, y: Any) -> Any:
+        return y
+
+
+class RegistersInForward(Net):
+    bias: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bias", None, persistent=False)
+
+    def inside(self, y: Any) -> Any:
+        length = y.shape[1]
+        if self.bias is None or self.bias.shape[0] < length:
+            self.register_buffer("bias", torch.arange(length)[:, None] * 0.1, persistent=False)
+        assert self.bias is not None
+        return y + self.bias[:length]
+
+
+class Table(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self._cosines: Tensor | None = None
+        self._length: int | None = None
+
+    def inside(self, y: Any) -> Any:
+        length = y.shape[1]
+        if length != self._length or self._cosines is None or self._cosines.device != y.device:
+            self._length, self._cosines = length, torch.arange(length, device=y.device).float().cos()[:, None]
+        return y * self._cosines
+
+
+class InAPart(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.head = Table(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.part(x)
+        made = self.head(y) if y.sum().item() < 1e9 else y
+        assert isinstance(made, Tensor)
+        return made
+
+
+class Sparse(Net):
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.eye(4)[:2].to_sparse(), persistent=False)
+
+
+@pytest.mark.parametrize("make", [RegistersInForward, Table, InAPart, Sparse])
+def test_what_ran_loads_into_what_never_ran(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    model, x = make().eval(), torch.randn(2, 5, 10)
+    names = {name for name, _ in model.named_buffers()}
+    for length in (3, 7, 5):
+        model(torch.randn(2, length, 10))
+    slim = fxprune.compress(model, 0.5, x)
+    fxprune.save(slim, tmp_path / "slim.safetensors")
+    loaded = fxprune.load(tmp_path / "slim.safetensors", make().eval())
+    for length in (5, 9, 2):
+        other = torch.randn(3, length, 10)
+        assert gap(slim(other), loaded(other)) < 1e-6
+    assert {name for name, _ in fxprune.load(tmp_path / "slim.safetensors", make()).named_buffers()} == names
+    if make is Sparse:
+        table = loaded.get_buffer("table")
+        assert table.is_sparse and torch.equal(table.to_dense(), torch.eye(4)[:2])
+
+
+class Lengths(nn.Module):
+    """It reads the longest length, which has to be that of the sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.head = Table(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        longest = int(torch.max(lengths).item())
+        mask = torch.arange(longest)[None] < lengths[:, None]
+        made = self.head(self.part(x * mask[..., None]))
+        assert isinstance(made, Tensor)
+        return made
+
+
+def test_lengths_are_recorded(tmp_path: Path) -> None:
+    model, inputs = Lengths().eval(), (torch.randn(2, 5, 10), torch.tensor([5, 3]))
+    slim = fxprune.compress(model, 0.5, inputs)
+    fxprune.save(slim, tmp_path / "slim.safetensors")
+    loaded = fxprune.load(tmp_path / "slim.safetensors", Lengths().eval())
+    assert gap(slim(*inputs), loaded(*inputs)) < 1e-6
+
+
+def test_short_lists_of_integers_are_described() -> None:
+    example = {"x": torch.zeros(2, 3), "lengths": torch.tensor([5, 3]), "step": torch.tensor(7), "words": torch.tensor([[1, 2]])}
+    spec = describe(example)
+    assert spec["dict"]["lengths"] == {"tensor": [2], "dtype": "int64", "values": [5, 3]}
+    assert "values" not in spec["dict"]["words"] and "values" not in spec["dict"]["x"]
+    made = build(spec)
+    assert made["lengths"].tolist() == [5, 3] and made["step"].item() == 7 and made["step"].shape == ()
+    with pytest.raises(InputError, match="are no values of a tensor of shape"):
+        build({"tensor": [2], "dtype": "int64", "values": [1, "a"]})

@@ -1,0 +1,86 @@
+"""A view that puts channels elsewhere at other sizes of the input: they stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from tests.passes.helpers import gap, zeroed
+
+
+def as_image(y: Any) -> Any:
+    b, c, h, w = y.shape
+    return y.flatten(2).transpose(1, 2).reshape(b, c, h, w)
+
+
+def as_image_of_16(y: Any) -> Any:
+    return y.flatten(2).permute(0, 2, 1).contiguous().view(len(y), 16, y.shape[2], y.shape[3])
+
+
+def as_rows(y: Any) -> Any:
+    b, c, h, w = y.shape
+    return y.reshape(b, h * w, c).transpose(1, 2).unflatten(2, (h, w))
+
+
+def flat_rows(y: Any) -> Any:
+    return y.view(y.shape[0], -1, 16).transpose(1, 2).reshape(y.shape)
+
+
+def there_and_back(y: Any) -> Any:
+    b, c, h, w = y.shape
+    return y.view(b, -1).relu().view(b, c, h, w)
+
+
+def by_tokens(y: Any) -> Any:
+    b, c, h, w = y.shape
+    return y.view(b, c, h * w).transpose(1, 2).reshape(b, h, w, c).permute(0, 3, 1, 2)
+
+
+def in_blocks(y: Any) -> Any:
+    b, c, h, w = y.shape
+    most = y.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, 4).amax(2)
+    return most.view(b, h // 2, w // 2, c).permute(0, 3, 1, 2)
+
+
+def by_heads(y: Any) -> Any:
+    b, c, h, w = y.shape
+    return y.reshape(b, 4, c // 4, h * w).softmax(-1).view(b, c, h, w)
+
+
+class Net(nn.Module):
+    def __init__(self, how: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.first, self.last, self.how = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.last(self.how(self.first(x)))
+        assert isinstance(made, Tensor)
+        return made.mean((2, 3))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (4, 4), (8, 8)])
+@pytest.mark.parametrize("how", [as_image, as_image_of_16, as_rows, flat_rows])
+def test_it_is_kept(how: Callable[[Any], Any], size: tuple[int, int]) -> None:
+    graph = fxprune.analyze(Net(how), torch.randn(2, 3, *size))
+    if size == (1, 1) and how in (as_rows, flat_rows):  # as ResNets for small images flatten: it is said
+        assert any(g.prunable for g in graph.groups) and any("a map of one pixel" in note for note in graph.notes)
+    else:
+        assert not any(g.prunable and not g.notes for g in graph.groups)
+
+
+@pytest.mark.parametrize("size", [(2, 2), (4, 4), (8, 8)])
+@pytest.mark.parametrize("how", [there_and_back, by_tokens, in_blocks, by_heads])
+def test_others_are_pruned_and_right_at_other_sizes(how: Callable[[Any], Any], size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    model, x = Net(how).eval(), torch.randn(2, 3, *size)
+    slim = fxprune.compress(model, 0.5, x)
+    assert slim.get_parameter("first.weight").shape[0] == 8
+    reference = zeroed(model, fxprune.record(slim).kept)
+    for other in (x, torch.randn(3, 3, 12, 12), torch.randn(1, 3, 4, 8)):
+        with torch.no_grad():
+            assert gap(reference(other), slim(other)) < 1e-5

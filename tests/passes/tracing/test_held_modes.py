@@ -1,0 +1,118 @@
+"""Modules that the user's code holds in training or evaluation, whatever the rest is in: by its own ``train()``, or within ``forward``."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from tests.passes.helpers import gap, prime
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
+        self.norm, self.drop = nn.Sequential(nn.BatchNorm2d(16)), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.last(self.norm(self.first(x)).relu())
+        assert isinstance(made, Tensor)
+        return made
+
+
+class OwnTrain(Base):
+    def train(self, mode: bool = True) -> OwnTrain:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = OwnTrain(), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.head(self.body(x))
+        assert isinstance(made, Tensor)
+        return made
+
+
+class EvalInForward(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        self.norm.eval()
+        return super().forward(x)
+
+
+class WhereItTrains(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.norm[0].train(False)
+        return super().forward(x)
+
+
+class AlwaysDrops(Base):
+    """Monte-Carlo dropout: it draws in evaluation as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.drop.train()
+        return super().forward(self.drop(x))
+
+
+class Partly(nn.Module):
+    """Its root follows values, so that its parts are pruned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = EvalInForward()
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.body(x)
+        assert isinstance(made, Tensor)
+        return made if bool((made.mean() < 1e9).item()) else -made
+
+
+@pytest.mark.parametrize("make", [OwnTrain, Around, EvalInForward, WhereItTrains, AlwaysDrops, Partly])
+def test_modes_are_those_of_the_original(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 6, 6)
+    model = prime(make(), (x,))
+    slim = fxprune.compress(model, 0.0, x)
+    pruned = fxprune.compress(model, 0.5, x)
+    assert sum(p.numel() for p in pruned.parameters()) < 0.7 * sum(p.numel() for p in model.parameters())
+    assert not [note for note in fxprune.record(slim).notes if "train()" in note or "evaluation mode" in note]
+    copies = [copy.deepcopy(slim), *([] if make is Partly else [fxprune.compress(slim, 0.0, x), pickle.loads(pickle.dumps(slim))])]
+    for one in (slim, *copies):
+        twin = copy.deepcopy(model)
+        for mode in (True, False, True):
+            twin.train(mode)
+            one.train(mode)
+            torch.manual_seed(1)
+            wanted = twin(x)
+            torch.manual_seed(1)
+            assert gap(wanted, one(x)) < 1e-6, f"training={mode}"
+    assert model.training is False and all(not m.training for m in model.modules() if not isinstance(m, nn.Dropout))
+
+
+class Both(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        self.norm.eval()
+        y = self.norm(self.first(x))
+        self.norm.train(self.training)
+        made = self.last(self.norm(y))
+        assert isinstance(made, Tensor)
+        return made
+
+
+def test_a_module_called_in_both_modes_is_named() -> None:
+    x = torch.randn(4, 3, 6, 6)
+    slim = fxprune.compress(Both().eval(), 0.5, x)
+    assert any("'norm.0' in training and in evaluation mode" in note for note in fxprune.record(slim).notes)

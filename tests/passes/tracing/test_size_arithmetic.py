@@ -1,0 +1,108 @@
+"""What code computes of sizes with functions of Python, ``math`` and NumPy stays as dynamic as the sizes are, and is no loss to name."""
+
+from __future__ import annotations
+
+import builtins
+import math
+from collections.abc import Callable
+from math import ceil, sqrt
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxprune
+from tests.passes.helpers import gap, zeroed
+
+
+class Net(nn.Module):
+    def __init__(self, how: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.first, self.last, self.how = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 1), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.last(self.how(self.first(x)))
+        assert isinstance(made, Tensor)
+        return made
+
+
+def root_of_numel(y: Any) -> Any:
+    return y / math.sqrt(y[0].numel())
+
+
+def imported_root(y: Any) -> Any:
+    return y * sqrt(y.shape[2] * y.shape[3]) / np.sqrt(y.shape[3])
+
+
+def square(y: Any) -> Any:
+    tokens = y.flatten(2).transpose(1, 2)
+    side = int(tokens.shape[1] ** 0.5)
+    return tokens.transpose(1, 2).reshape(y.shape[0], y.shape[1], side, -1)
+
+
+def integer_root(y: Any) -> Any:
+    return y.flatten(2).unflatten(2, (math.isqrt(y.shape[2] * y.shape[3]), -1))
+
+
+def half(y: Any) -> Any:
+    return F.interpolate(y, size=(int(y.shape[2] * 0.5), max(round(y.shape[3] / 3), 1)))
+
+
+def padded(y: Any) -> Any:
+    high = ceil(y.shape[2] / 5) * 5 - y.shape[2]
+    wide = max((math.ceil(y.shape[3] / 3) - 1) * 3 + 4 - y.shape[3], 0)
+    return F.avg_pool2d(F.pad(y, (0, wide, 0, high)), 2)
+
+
+def of_windows(y: Any) -> Any:
+    b, c, h, w = y.shape
+    parts = y.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(-1, 2, 2, c)
+    back = int(parts.shape[0] / (h * w / 2 / 2))
+    return parts.relu().view(back, h // 2, w // 2, 2, 2, -1).permute(0, 5, 1, 3, 2, 4).contiguous().view(back, -1, h, w)
+
+
+def smaller(y: Any) -> Any:
+    return y[:, :, : min(y.shape[2], y.shape[3])] + float(y.shape[3]) + min([y.shape[2], 100, y.shape[3]])
+
+
+def asking(y: Any) -> Any:
+    side: Any = int(y.shape[2] ** 0.5)
+    kind = float if isinstance(side, int) and not isinstance(side, float) else int
+    return y * kind(3) * int("2") + int.from_bytes(b"\1", "big") + max("a", "b").count("b")
+
+
+@pytest.mark.parametrize("how", [root_of_numel, imported_root, square, integer_root, half, padded, of_windows, smaller, asking])
+def test_other_sizes(how: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    model, x = Net(how).eval(), torch.randn(2, 3, 8, 8)
+    slim = fxprune.compress(model, 0.5, x)
+    assert slim.get_parameter("first.weight").shape[0] == 8
+    reference = zeroed(model, fxprune.record(slim).kept)
+    for other in (x, torch.randn(3, 3, 16, 16), torch.randn(1, 3, 4, 4), torch.randn(5, 3, 12, 12)):
+        with torch.no_grad():
+            assert gap(reference(other), slim(other)) < 1e-5, tuple(other.shape)
+    assert not fxprune.record(slim).notes
+
+
+def test_names_are_as_before() -> None:
+    space = half.__globals__
+    before = {name: value for name, value in space.items() if name != "slim"}
+    fxprune.analyze(Net(half), torch.randn(2, 3, 8, 8))
+    with pytest.raises(fxprune.FxPruneError):
+        fxprune.analyze(Net(lambda y: y[int(y.sum())]), torch.randn(2, 3, 8, 8))
+    assert space == before and math.sqrt is sqrt and builtins.int is int and "int" not in space
+
+
+def by_identity(y: Any) -> Any:
+    kind = type(y.ndim)
+    ones: Any = torch.ones(1, dtype=int)  # type: ignore[call-overload]
+    return y.to(dtype=torch.float32) * (2 if kind is int else 0) + ones.float() * int(y.shape[2])
+
+
+def test_code_that_uses_the_type_itself_is_left_alone() -> None:
+    model, x = Net(by_identity).eval(), torch.randn(2, 3, 8, 8)
+    slim = fxprune.compress(model, 0.0, x)
+    assert gap(model(x), slim(x)) == 0
