@@ -186,6 +186,10 @@ def _file(network: Network, slim: nn.Module, inputs: Inputs, references: Mapping
     return OK
 
 
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.to_dense(), b.to_dense()) if a.is_sparse and b.is_sparse else torch.equal(a, b)
+
+
 def _intact(
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -194,7 +198,7 @@ def _intact(
 ) -> str:
     """The original: tensors and attributes as they were, and the outputs it had, at every size that it takes."""
     now = _tensors(model)
-    if changed := sorted(n for n in state.keys() | now.keys() if n not in now or n not in state or not torch.equal(state[n], now[n])):
+    if changed := sorted(n for n in state.keys() | now.keys() if n not in now or n not in state or not _equal(state[n], now[n])):
         return f"{changed[0]} changed"
     names = {name: sorted(vars(module)) for name, module in model.named_modules()}
     if changed := sorted(n for n in attributes.keys() | names.keys() if attributes.get(n) != names.get(n)):

@@ -7,7 +7,7 @@ import sys
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,25 @@ def is_foreign(value: Any) -> bool:
     """Whether a function, class or module is torch's, NumPy's, Python's, or the compiler's own."""
     home = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
     return not home or str(home).split(".")[0] in _FOREIGN or str(home).startswith("fxprune.passes")
+
+
+_HOOKS = tuple(
+    key for key, value in nn.Module().__dict__.items() if isinstance(value, dict) and key not in ("_parameters", "_buffers", "_modules")
+)
+
+
+def hooks_of(module: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+    """What hooks into a module, as pairs of the dict that holds it and a copy: code may register hooks on its first call."""
+    held = ((key, module.__dict__.get(key)) for key in _HOOKS)
+    return [(value, dict(value)) for _, value in held if isinstance(value, dict)]
+
+
+def hooks_back(before: Iterable[tuple[dict[Any, Any], dict[Any, Any]]]) -> None:
+    """Let the dicts of ``hooks_of`` hold what they held."""
+    for now, then in before:
+        if now or then:
+            now.clear()
+            now.update(then)
 
 
 class Contents:

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from fxprune.errors import InputError
-from fxprune.passes.ir.contents import CachedFunction, Contents
+from fxprune.passes.ir.contents import CachedFunction, Contents, hooks_back, hooks_of
 
 _SHARED = (
     type(None),
@@ -57,6 +57,7 @@ class Snapshot:
 
     modules: list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]]
     contents: Contents
+    hooks: list[tuple[dict[Any, Any], dict[Any, Any]]]
 
 
 class Skeleton:
@@ -171,7 +172,8 @@ class Skeleton:
     def snapshot(self) -> Snapshot:
         """What every module holds: a forward pass may keep things on its modules, and proxies must not outlive their trace."""
         kinds = ("_parameters", "_buffers", "_modules")
-        return Snapshot([(m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in kinds}) for m in self._own], self._contents())
+        held = [(m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in kinds}) for m in self._own]
+        return Snapshot(held, self._contents(), [pair for m in self._own for pair in hooks_of(m)])
 
     def is_as(self, before: Snapshot) -> bool:
         """Whether every module holds what it held, apart from its mode."""
@@ -200,6 +202,7 @@ class Skeleton:
             for kind, held in registered.items():
                 module.__dict__[kind].clear()
                 module.__dict__[kind].update(held)
+        hooks_back(before.hooks)
         before.contents.restore()
 
     def plain_tensors(self) -> list[torch.Tensor]:

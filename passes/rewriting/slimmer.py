@@ -455,9 +455,13 @@ class Slimmer:
         whole = tuple(self.graph.traced.opaque)
         for twin, first in self.skeleton.started.first:
             made = memo.get(id(originals.get(id(twin))))
+            if not isinstance(made, nn.Module):
+                continue
             path = self.skeleton.module_names.get(twin, "")
             inside = any(path == o or path.startswith(f"{o}.") for o in whole)  # its code was not seen to do without
-            for name, value in first.items() if isinstance(made, nn.Module) else ():
+            for name, value in first.items():
+                if value is not ABSENT and has_tensors(value):  # it stands for a value that is not known
+                    continue
                 if name in made.__dict__ and has_tensors(made.__dict__[name]):
                     if value is not ABSENT:
                         made.__dict__[name] = copy.deepcopy(value)

@@ -15,7 +15,7 @@ from torch import nn
 
 from fxprune.evaluation.repeatable import same_random_numbers
 from fxprune.passes.compat import TorchDispatchMode
-from fxprune.passes.ir.contents import Contents
+from fxprune.passes.ir.contents import Contents, hooks_back, hooks_of
 from fxprune.passes.ir.nested import tensors
 from fxprune.passes.tracing.side_effects.isolation import ALONE, contents_kept
 from fxprune.passes.tracing.side_effects.reachable import Reach
@@ -63,7 +63,7 @@ def untouched(model: nn.Module, reach: Reach, training: bool) -> Iterator[Unwrit
 def _untouched(model: nn.Module, reach: Reach, training: bool) -> Iterator[Unwritten]:
     modules = [m for m in dict.fromkeys(model.modules()) if not isinstance(m, torch.jit.ScriptModule)]
     states = [(m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in _REGISTERED}) for m in modules]
-    contents, held = Contents(), list(model.buffers())
+    contents, held, hooks = Contents(), list(model.buffers()), [pair for m in modules for pair in hooks_of(m)]
     for module in modules:
         for key in module.__dict__.keys() - _OF_EVERY_MODULE:
             value = module.__dict__[key]
@@ -84,6 +84,7 @@ def _untouched(model: nn.Module, reach: Reach, training: bool) -> Iterator[Unwri
             for kind, before in registered.items():
                 _put_back(state[kind], before)
             _put_back(module.__dict__, state)
+        hooks_back(hooks)
         contents.restore()
         _values_back(values, data)
 

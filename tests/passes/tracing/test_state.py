@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import fxprune
-from tests.passes.helpers import zeroed
+from tests.passes.helpers import gap, zeroed
 
 
 class Counting(nn.Module):
@@ -78,3 +79,43 @@ def test_what_a_graph_cannot_keep_is_named() -> None:
         f"forward sets {name!r}, which the slim module does not do" for name in ("steps", "calls", "seen")
     }
     assert all("test_state.py" in note for note in notes if "calls" not in note)
+
+
+class HooksOnFirstCall(nn.Module):
+    """As transformers capture hidden states: the first call registers hooks, which fill a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 6)])
+        self.heads = nn.ModuleList([nn.Linear(8, 3), nn.Linear(6, 3)])
+        self.hooked = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.hooked:
+            for layer in self.layers:
+                layer.register_forward_hook(lambda module, args, out: _SEEN.append(out))
+            self.hooked = True
+        _SEEN.clear()
+        for layer in self.layers:
+            x = layer(x)
+        made = torch.zeros(())
+        for head, seen in zip(self.heads, list(_SEEN), strict=False):
+            made = made + head(seen)
+        return made
+
+
+_SEEN: list[Tensor] = []
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_hooks_that_the_first_call_registers(ran: bool) -> None:
+    model, x = HooksOnFirstCall().eval(), torch.randn(4, 8)
+    if ran:
+        model(x)
+    twin = copy.deepcopy(model)
+    for _ in range(2):
+        slim = fxprune.compress(model, 0.0, x)
+        assert gap(twin(x), slim(x)) < 1e-6
+        assert all(len(layer._forward_hooks) == ran for layer in model.layers)
+    assert gap(twin(x), model(x)) == 0
+    assert all(len(layer._forward_hooks) == 1 for layer in model.layers)
