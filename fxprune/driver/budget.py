@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from fxprune.errors import SearchError
 FINE = 0.25  # projections are refined until the slack is within this share of the tolerance
 UNFIT = 1e6  # what is worse than any slack
 FAINT = 1e-9  # a share so small that units go there when there are no others
+WAY = 66  # points looked at between two vectors, both ends included
 DEPTH, WIDTH = 8, 32  # how far, and from how many vectors at a time, one that meets the targets is looked for; coarse networks need it
 
 
@@ -149,6 +150,35 @@ class Budget:
             if self._badness(best) <= self.tolerance:
                 break
         return best
+
+    def between(
+        self, above: IntArray, below: IntArray, known: Callable[[IntArray], bool] = lambda removed: False, *, halfway: bool = False
+    ) -> IntArray | None:
+        """A vector on the way from one that does not fit to one that does, the groups moving one after the other by single steps.
+
+        The one as far along, by what is predicted for those between, as the bounds are between the two ends; with ``halfway`` the one in
+        the middle. None where nothing lies between but what is ``known``.
+        """
+        way = below - above
+        moving = np.flatnonzero(way)
+        ahead = np.zeros(len(way))
+        ahead[moving] = (np.arange(len(moving)) + 0.5) / max(len(moving), 1)
+        passed = {self.space.rounded(end).tobytes() for end in (above, below)}
+        found: list[IntArray] = []
+        for share in np.linspace(0, 1, WAY)[1:-1].tolist():
+            moved = above + np.sign(way) * np.floor(np.abs(way) * share + ahead).astype(np.int64)
+            stop = self.space.rounded(moved)
+            if stop.tobytes() not in passed and not known(stop):
+                passed.add(stop.tobytes())
+                found.append(stop)
+        if not found:
+            return None
+        if halfway:
+            return found[len(found) // 2]
+        predicted = np.array([self.excess(one) for one in found])
+        high, low = self.excess(above), self.excess(below)
+        wanted = predicted[0] + (predicted[-1] - predicted[0]) * high / (high - low)
+        return found[int(np.argmin(np.abs(predicted - wanted)))]
 
     def _badness(self, removed: IntArray) -> float:
         """Slack below the bounds; then what is above them within the tolerance; then, worst, all that does not fit."""

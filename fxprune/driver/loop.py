@@ -29,8 +29,10 @@ from fxprune.driver.targets import Point
 from fxprune.errors import SearchError, TargetError
 
 OnEvent = Callable[[Progress], None]
-FIRST_LOOKS, CORRECTIONS = 2, 6  # networks measured at most before a search for a latency, and after it
+FIRST_LOOKS, CORRECTIONS = 2, 12  # networks measured at most before a search for a latency, beside the smallest, and after it
 AIM = 0.4  # of the tolerance: a latency measured so near to its target needs no correction
+PREDICTED, AIMED = 3, 6  # corrections that may all go by the prediction, and those that aim so high; every other one halves what is left
+NEARER = 0.7  # of how far the one before was off, that a prediction must come to be followed on
 
 
 def run(
@@ -120,10 +122,12 @@ class _Search:
         return self.problem.clock is not None and any(target.metric == LATENCY for target in budget.targets)
 
     def calibrate(self, budget: Budget) -> None:
-        """Measure an allocation on the target, so that what is searched is near the right one."""
+        """Measure the smallest network, where predictions begin, and an allocation on the target, so that what is searched is near it."""
         if not self.timed(budget) or self.baselines:
             return
-        for _ in range(FIRST_LOOKS):
+        self.measured.share(budget.space.room)
+        budget.forget()
+        for _ in range(FIRST_LOOKS if budget.fits(budget.space.room) else 0):
             tried = budget.uniform() if budget.space.table is None else from_table(budget)
             self.measured.share(tried)
             budget.forget()
@@ -136,23 +140,33 @@ class _Search:
         budget = strategy.budget
         if not self.timed(budget):
             return chosen
-        removed, tried = chosen.removed, list[IntArray]()
-        for _ in range(CORRECTIONS):
+        removed: IntArray | None = chosen.removed
+        tried = list[IntArray]()
+        while removed is not None and len(tried) < CORRECTIONS:
             self.measured.share(removed)
             budget.forget()
             tried.append(removed)
-            if abs(budget.excess(removed)) <= AIM * budget.tolerance:
-                break
-            again = strategy.again()
-            removed = budget.fitted(removed) if again is None else again
-            if any(np.array_equal(removed, one) for one in tried):
-                break
+            aim = AIM if len(tried) <= AIMED else 1.0
+            removed = None if abs(budget.excess(removed)) <= aim * budget.tolerance else self.nearer(strategy, tried)
         best = min(tried, key=lambda one: abs(budget.excess(one)))
         if best is not tried[-1]:
             self.measured.share(best)  # the newest counts
             budget.forget()
         self.save()
         return self.evaluator.finals([best], budget)[0]
+
+    def nearer(self, strategy: Strategy, tried: list[IntArray]) -> IntArray | None:
+        """What to measure next: by the prediction as it has been corrected or, where that does not get nearer, what lies between the two
+        that were measured next to the target; None where nothing does."""
+        budget, tries = strategy.budget, len(tried)
+        off = [abs(budget.excess(one)) for one in tried[-2:]]
+        if tries <= PREDICTED and off[-1] <= NEARER * off[0] or tries == 1:
+            again = strategy.again()
+            found = budget.fitted(tried[-1]) if again is None else again
+            if not self.measured.knows(found):
+                return found
+        ends = self.measured.around(budget)
+        return None if ends is None else budget.between(*ends, self.measured.knows, halfway=tries % 2 == 0)
 
     def one_point(self, budget: Budget) -> SearchOutcome:
         """Search one set of targets from its baselines to its outcome."""
@@ -161,7 +175,8 @@ class _Search:
         if not budget.fits(budget.space.room):
             bound = self.evaluator([budget.space.room], budget)[0]
             most = "all but one unit of every group" if budget.space.most is None else "all that most= lets go"
-            raise self.unmet(budget, bound, f"cannot be met: even with {most} removed,")
+            more = ", or blocks=True, which leaves out whole blocks" if self.timed(budget) and not budget.space.blocks else ""
+            raise self.unmet(budget, bound, f"cannot be met: even with {most} removed,", more)
         strategy = strategies.find(self.config.strategy)(budget, self.config.with_targets(budget.targets))
         if self.strategy_state is not None:
             strategy.restore(self.strategy_state)
@@ -250,9 +265,10 @@ class _Search:
         records = tuple(self.history.records)
         return SearchOutcome(chosen.removed, chosen.reward, chosen.metrics, records, self.evaluator.count, dict(self.baselines), targets)
 
-    def unmet(self, budget: Budget, chosen: Scored, why: str) -> TargetError:
+    def unmet(self, budget: Budget, chosen: Scored, why: str, more: str = "") -> TargetError:
         nearest = _joined([*self.points, self.outcome(budget, chosen)])
-        return TargetError(f"target {budget} {why} {budget.shown(chosen.removed)}; ask for a milder target, or more tolerance", nearest)
+        ways = f"ask for a milder target, {'more tolerance' if more else 'or more tolerance'}{more}"
+        return TargetError(f"target {budget} {why} {budget.shown(chosen.removed)}; {ways}", nearest)
 
     def tell_progress(self, kind: str, strategy: Strategy, outcome: Scored | Allocation | SearchOutcome) -> None:
         if self.on_event is None:

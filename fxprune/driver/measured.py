@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fxprune.driver.budget import Budget
 from fxprune.driver.problem import Clock, Cost, IntArray, Metrics
 
 LATENCY = "latency"  # the only cost that is measured
@@ -33,6 +34,16 @@ class Measured:
         self.shares[key] = share  # the newest
         self.clock.correct(self._points())
         return share
+
+    def knows(self, removed: IntArray) -> bool:
+        """Whether the latency of a removal vector was measured."""
+        return tuple(removed.tolist()) in self.shares
+
+    def around(self, budget: Budget) -> tuple[IntArray, IntArray] | None:
+        """Of the vectors that were measured, and the original, those nearest to the targets of ``budget``: above them, and below."""
+        known = {budget.excess(removed): removed for removed in (budget.space.zeros(), *(one for one, _ in self._points()))}
+        above, below = [e for e in known if e > 0], [e for e in known if e <= 0]
+        return (known[min(above)], known[max(below)]) if above and below else None
 
     def _points(self) -> list[tuple[IntArray, float]]:
         return [(np.array(key, dtype=np.int64), share) for key, share in self.shares.items()]

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,10 @@ from fxprune.timing.runtimes import GRAIN, Run, Runtime, onnx_run, openvino_run
 
 WIDTHS = (1.0, 0.5, 0.125)  # shares of the channels at which a layer is timed
 REPEATS, SPENT = 3, 0.004  # a layer runs at least so often and so many seconds; the fastest counts
+LEAST = 0.1  # of a layer's time alone that is always its own
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
-_FILE_VERSION = 1
+_FILE_VERSION = 2
 _DISTRIBUTIONS = {"eager": "torch", "compile": "torch", "onnx": "onnxruntime", "openvino": "openvino"}
 
 
@@ -175,7 +177,18 @@ class LayerTable:
         self.measured = 0
 
     def _measured(self, layer: Layer) -> float:
-        run = _prepared(layer, self.runtime, self.device)
+        found = self._fastest(_prepared(layer, self.runtime, self.device))
+        return max(found - self._call, LEAST * found)
+
+    @cached_property
+    def _call(self) -> float:
+        """Seconds that a runtime of its own takes to be called at all, which a layer inside a network does not."""
+        if self.runtime.name not in ("onnx", "openvino"):
+            return 0.0
+        run = onnx_run if self.runtime.name == "onnx" else openvino_run
+        return self._fastest(run(_empty_file(), [np.zeros((1, 1), dtype=np.float32)], self.runtime))
+
+    def _fastest(self, run: Run) -> float:
         clock = self.runtime.clock(self.device)
         with torch.no_grad(), self.runtime.threaded():
             run()
@@ -199,6 +212,16 @@ def _prepared(layer: Layer, runtime: Runtime, device: torch.device) -> Run:
         return run(_onnx_file(layer), [example.numpy()], runtime)
     module, given = layer.module().to(device).eval(), example.to(device)  # compiled layers cost what eager ones do; their surroundings less
     return lambda: module(given)
+
+
+def _empty_file() -> bytes:
+    """A network of one operation on one number."""
+    onnx = needed("onnx", "timing in ONNX Runtime or OpenVINO", "onnx")
+    helper, tensor = onnx.helper, onnx.TensorProto.FLOAT
+    ends = [helper.make_tensor_value_info(name, tensor, [1, 1]) for name in ("x", "y")]
+    made = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "empty", ends[:1], ends[1:])
+    file: bytes = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+    return file
 
 
 def _onnx_file(layer: Layer) -> bytes:

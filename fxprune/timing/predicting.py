@@ -31,6 +31,9 @@ Node = tuple[str, str]  # a graph and a node of it, by their names
 CALL = {"eager": 4e-6}  # seconds that an operation costs as such, at most; elsewhere:
 LEAN_CALL = 1e-6
 REST = 0.05  # of the time that is never the layers'
+PARTS = 3  # of a prediction: layers, other operations, and what never falls
+NOISE, SURE, DOUBT = 0.02, 0.001, 0.7  # how far a measured share, the original's, and the weight of a part may be off
+LIGHTEST = 0.1  # that a part may count
 UNKNOWN = Layer("linear", (256,), 256, 256)  # by which products are reckoned where no layer is in the table
 
 
@@ -72,6 +75,7 @@ class LatencyModel:
         self.blocks = list(blocks)
         self.timer = CandidateTimer(graph, runtime, measured)
         self._points: list[tuple[float, float]] = []
+        self._weights = np.ones(PARTS)
 
     def shares(self, removed: IntArray) -> FloatArray:
         """What is left of the time, as a share of the original's: (allocations,)."""
@@ -79,10 +83,29 @@ class LatencyModel:
 
     def correct(self, points: Sequence[tuple[IntArray, float]]) -> None:
         """Go by these measured shares of allocations, the last of which count most."""
-        self._points = []
+        self._points, self._weights = [], np.ones(PARTS)
         if points:
-            raw = self._raw(np.stack([removed for removed, _ in points]))
-            self._points = [(float(a), share) for a, (_, share) in zip(raw, points, strict=True)]
+            parts = self._parts(np.stack([removed for removed, _ in points]))
+            self._weights = self._fitted(parts, np.array([share for _, share in points]))
+            self._points = [(float(a), share) for a, (_, share) in zip(parts @ self._weights, points, strict=True)]
+
+    def _fitted(self, parts: FloatArray, shares: FloatArray) -> FloatArray:
+        """What the layers, the other operations and what never falls count, so that the sums come nearest to measured shares.
+
+        Weighted least squares: of the shares relative to themselves, the original's share of 1, and the weights' own being near 1.
+        """
+        whole = self._parts(np.zeros((1, len(self.groups) + len(self.blocks)), dtype=np.int64))
+        rows = np.concatenate([parts / shares[:, None] / NOISE, whole / SURE, np.eye(PARTS) / DOUBT])
+        wanted = np.concatenate([np.full(len(shares), 1 / NOISE), [1 / SURE], np.full(PARTS, 1 / DOUBT)])
+        found, free = np.full(PARTS, LIGHTEST), np.ones(PARTS, dtype=bool)
+        while free.any():
+            found[free] = np.linalg.lstsq(rows[:, free], wanted - rows[:, ~free] @ found[~free], rcond=None)[0]
+            if (found[free] >= LIGHTEST).all():
+                break
+            free &= found > LIGHTEST
+            found[~free] = LIGHTEST
+        weights: FloatArray = found / float((whole @ found)[0])
+        return weights
 
     def _corrected(self, raw: FloatArray) -> FloatArray:
         """Along the line through the measured points that rise with the prediction, the newest taken first, and the original."""
@@ -104,6 +127,11 @@ class LatencyModel:
         return found
 
     def _raw(self, removed: IntArray) -> FloatArray:
+        found: FloatArray = self._parts(removed) @ self._weights
+        return found
+
+    def _parts(self, removed: IntArray) -> FloatArray:
+        """What the table says of the layers, the other operations and what never falls, as shares of the whole: (allocations, PARTS)."""
         terms = self._terms
         kept = np.ones((len(removed), len(terms.slopes) + 1))
         widths, out = removed[:, : len(self.groups)], removed[:, len(self.groups) :]
@@ -115,8 +143,7 @@ class LatencyModel:
         if self.blocks:
             others, layers = others * (1 - out @ terms.dead_others).clip(0), layers * (1 - out @ terms.dead_layers).clip(0)
             fixed = fixed * (1 - out @ terms.dead_operations).clip(0)
-        total = fixed + others.sum(1) + layers.sum(1)
-        found: FloatArray = total / terms.whole
+        found: FloatArray = np.stack([layers.sum(1), others.sum(1), fixed], axis=1) / terms.whole
         return found
 
     @cached_property

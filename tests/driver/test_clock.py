@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fxprune.driver import Problem, SearchConfig, run
+from fxprune.driver.budget import Budget
 from fxprune.driver.problem import IntArray
 from fxprune.errors import SearchError, TargetError
 from fxprune.testing.synthetic import Chain
@@ -54,6 +55,43 @@ def test_what_is_found_meets_the_target_as_it_is_measured(strategy: str, fixed: 
     assert clock.true(found.removed) == pytest.approx(0.5, rel=0.05)
     assert found.metrics["latency"] == clock.true(found.removed)
     assert len(clock.looks) <= 8
+    assert np.array_equal(clock.looks[0], clock.problem().space.room)  # where predictions begin
+
+
+class Stubborn(Clock):
+    """Predicts the share of the multiply-accumulates, whatever was measured."""
+
+    def correct(self, points: Sequence[tuple[IntArray, float]]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "rl-pruner", "magnitude"])
+@pytest.mark.parametrize(("fixed", "power"), [(0.3, 1.0), (0.0, 2.0), (0.1, 0.5), (0.0, 4.0)])
+def test_where_predictions_fail_what_lies_between_two_measured_ones_is_halved(strategy: str, fixed: float, power: float) -> None:
+    clock = Stubborn(Chain(), fixed, power)
+    found = run(clock.problem(), SearchConfig(targets="latency=0.5", strategy=strategy, rounds=4))
+    assert clock.true(found.removed) == pytest.approx(0.5, rel=0.05)
+    assert found.metrics["latency"] == clock.true(found.removed)
+
+
+def test_what_lies_between_two_vectors() -> None:
+    problem = Clock(Chain(), 0.0).problem()
+    budget = Budget(problem.space, SearchConfig(targets="latency=0.5").points[0])
+    zeros, room = problem.space.zeros(), problem.space.room
+    near, middle = budget.between(zeros, room), budget.between(zeros, room, halfway=True)
+    assert near is not None and middle is not None
+    assert abs(budget.excess(near)) < 0.1 and (near >= 0).all() and (near <= room).all()
+    assert abs(middle.sum() / room.sum() - 0.5) < 0.1
+    one = zeros.copy()
+    one[2] = 1
+    assert budget.between(zeros, one) is None
+    one[4] = 1  # two groups by a step each: one of them
+    step = budget.between(zeros, one)
+    assert step is not None and step.sum() == 1 and budget.between(one, step) is None
+    back = zeros.copy()
+    back[0] = 5  # groups may move either way
+    mixed = budget.between(back, one, halfway=True)
+    assert mixed is not None and 0 < mixed[0] < 5
 
 
 def test_a_time_is_one_of_the_originals(tmp_path: Path) -> None:
@@ -76,7 +114,8 @@ def test_a_latency_out_of_reach_names_what_was_measured() -> None:
     clock = Clock(Chain(), 0.4)
     with pytest.raises(TargetError, match="latency=0.3 .*latency=0.4") as caught:
         run(clock.problem(), SearchConfig(targets="latency=0.3", strategy="uniform"))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "blocks=True" in str(caught.value)
+    assert len(clock.looks) == 1  # the smallest network; nothing else can be nearer
 
 
 def test_a_resumed_search_goes_by_what_was_measured(tmp_path: Path) -> None:

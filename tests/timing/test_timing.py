@@ -142,7 +142,7 @@ def test_layers_are_measured_once_and_kept_in_a_file(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"format": 0, "seconds": {}}', '{"format": 1, "seconds": {"a": -1, "b": "x"}}', '{"format": 1}']
+    "text", ["{", "[]", '{"format": 0, "seconds": {}}', '{"format": 2, "seconds": {"a": -1, "b": "x"}}', '{"format": 2}']
 )
 def test_a_file_that_cannot_be_read_is_measured_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str) -> None:
     monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path))
@@ -202,6 +202,32 @@ def test_measured_shares_set_the_prediction_right(model: LatencyModel, candidate
     model.correct([(half, 0.3), (most, 0.9)])  # out of order: the newest counts
     assert model.shares(most[None])[0] == pytest.approx(0.9)
     assert model.shares(even(candidates, 0.9)[None])[0] > 0
+
+
+def test_what_parts_of_the_network_count_is_fitted_to_what_was_measured(model: LatencyModel, candidates: Candidates) -> None:
+    """The same widths everywhere are measured, and other widths then predicted better: which parts are slower than they seemed is known."""
+    weights = np.array([0.4, 3.0, 2.0])
+
+    def true(removed: IntArray) -> float:
+        whole = model._parts(np.zeros_like(removed)[None])[0] @ weights
+        return float(model._parts(removed[None])[0] @ weights / whole)
+
+    other = even(candidates, 0.5)
+    other[::2] = 0
+    before = abs(model.shares(other[None])[0] / true(other) - 1)
+    model.correct([(even(candidates, share), true(even(candidates, share))) for share in (0.25, 0.5, 0.75)])
+    assert abs(model.shares(other[None])[0] / true(other) - 1) < before / 2 and before > 0.02
+    assert model.shares(np.zeros_like(other)[None])[0] == pytest.approx(1.0)
+
+
+def test_what_a_call_of_a_runtime_takes_is_no_part_of_a_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path))
+    for name, wanted in (("onnx", [3.0 - 2.0, 0.1 * 1.5]), ("eager", [3.0, 1.5])):
+        taken = iter([3.0, 2.0, 1.5] if name == "onnx" else [3.0, 1.5])
+        monkeypatch.setattr(LayerTable, "_fastest", lambda self, run, taken=taken: (run(), next(taken))[1])
+        table = LayerTable(Runtime(name), CPU, {})
+        assert [table.seconds(Layer("linear", (4,), 8, 8)), table.seconds(Layer("linear", (4,), 8, 16))] == pytest.approx(wanted)
 
 
 def test_the_batch_counts(candidates: Candidates, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,9 @@ class Table(Strategy):
     def propose(self) -> list[IntArray]:
         return [from_table(self.budget)] if self.step == 0 else []
 
+    def again(self) -> IntArray:
+        return from_table(self.budget)
+
     def learn(self, outcomes: Sequence[Scored]) -> None:
         """Nothing to learn from a single candidate."""
 
