@@ -148,12 +148,12 @@ def table(found: list[dict[str, Any]]) -> str:
         lines.append(f"| {name} | {runtime} | {whole:.1f} ms | " + " | ".join(shown) + f" | {seconds:.0f} |")
     lines.append("")
     for runtime in (*dict.fromkeys(row["runtime"] for row in found), ""):
-        mine = [row for row in found if runtime in ("", row["runtime"])]
-        out = sum(map(refused, mine))
-        told = [row for row in mine if not row["error"]]
+        here = [row for row in found if runtime in ("", row["runtime"])]
+        out = sum(map(refused, here))
+        told = [row for row in here if not row["error"]]
         off = statistics.median(abs(row["again"] / row["told"] - 1) for row in told) if told else 0.0
         lines.append(
-            f"{runtime or 'together'}: {sum(map(met, mine))} of the {len(mine) - out} targets that can be reached are met within"
+            f"{runtime or 'together'}: {sum(map(met, here))} of the {len(here) - out} targets that can be reached are met within"
             f" {WITHIN:.0%}; {out} more were refused. Measured again, a time is {off:.1%} off the first measurement in the median.\n"
         )
     return "\n".join(lines)

@@ -30,6 +30,8 @@ class Knapsack:
 
     def __init__(self, effects: Sequence[FloatArray], allowed: Sequence[IntArray], shares: Shares) -> None:
         self.effects, self.allowed, self.shares = effects, allowed, shares
+        width = max((len(one) for one in allowed), default=0)
+        self._padded = np.array([np.pad(one, (0, width - len(one))) for one in allowed], dtype=np.int64).reshape(len(allowed), width)
 
     def allocate(self, bounds: Mapping[str, float], start: IntArray | None = None) -> IntArray:
         """Units to remove from each group so that at most these shares of the metrics are left, (groups,); where that cannot be, all that
@@ -62,11 +64,13 @@ class Knapsack:
         """Take more until the bounds are met, each time where least is broken for what is saved; then give back what need not go."""
         at = at.copy()
         effect = self._effect(at)
-        while (over := float(self._over(at[None], bounds)[0])) > 0:
+        over = float(self._over(at[None], bounds)[0])
+        while over > 0:
             moves, changed = self._moves(at, effect, spared)
             if not len(moves):
                 break
-            saved = over - np.maximum(self._over(moves, bounds), 0)
+            left = self._over(moves, bounds)
+            saved = over - left
             broken = (changed**2).mean(1) - (effect**2).mean()
             useful = saved > 1e-12
             if not useful.any():
@@ -74,22 +78,21 @@ class Knapsack:
             # What repairs while it saves comes first, and then what breaks least for what it saves.
             price = np.where(useful, broken / np.maximum(saved, 1e-12), np.inf)
             chosen = int(np.argmin(price))
-            at, effect = moves[chosen], changed[chosen]
-        return self._returned(at, bounds)
+            at, effect, over = moves[chosen], changed[chosen], float(left[chosen])
+        return at if over > 0 else self._returned(at, bounds)
 
     def _returned(self, at: IntArray, bounds: Mapping[str, float]) -> IntArray:
         """Give back, step by step, what repairs most while the bounds stay met."""
-        if float(self._over(at[None], bounds)[0]) > 0:
-            return at
         effect = self._effect(at)
         while True:
             groups = np.flatnonzero(at)
             moves = np.repeat(at[None], len(groups), 0)
             moves[np.arange(len(groups)), groups] -= 1
-            moves = moves[self._over(moves, bounds) <= 0] if len(moves) else moves
-            if not len(moves):
+            fits = self._over(moves, bounds) <= 0 if len(moves) else np.zeros(0, dtype=bool)
+            if not fits.any():
                 return at
-            changed = np.stack([self._effect(one) for one in moves])
+            moves, groups = moves[fits], groups[fits]
+            changed = np.stack([effect + self._step_back(i, int(at[i])) for i in groups.tolist()])
             errors = (changed**2).mean(1)
             chosen = int(np.argmin(errors))
             if errors[chosen] > (effect**2).mean() * (1 + 1e-9) + 1e-12:
@@ -111,6 +114,11 @@ class Knapsack:
                 changed.append(rest + self.effects[i][allowed[move[i]]])
         return np.array(moves, dtype=np.int64).reshape(-1, len(at)), np.array(changed).reshape(-1, len(effect))
 
+    def _step_back(self, group: int, place: int) -> FloatArray:
+        """What it changes to give one step of a group back."""
+        effect, allowed = self.effects[group], self.allowed[group]
+        return effect[allowed[place - 1]] - effect[allowed[place]]
+
     def _effect(self, at: IntArray) -> FloatArray:
         found: FloatArray = np.sum([e[a[i]] for e, a, i in zip(self.effects, self.allowed, at, strict=True)], axis=0)
         return found
@@ -120,7 +128,7 @@ class Knapsack:
 
     def _over(self, at: IntArray, bounds: Mapping[str, float]) -> FloatArray:
         """How far allocations are above the bounds, in shares of the way to them, summed over the metrics that are; 0 where all are met."""
-        removed = np.stack([allowed[at[:, i]] for i, allowed in enumerate(self.allowed)], axis=1)
+        removed = self._padded[np.arange(len(self.allowed)), at]
         found = np.zeros(len(at))
         for metric, bound in bounds.items():
             found += np.maximum(self.shares(metric, removed) - bound, 0) / max(1 - bound, 1e-9)

@@ -187,27 +187,23 @@ def _padded(values: list[Any]) -> list[Any]:
 
 def _between(terms: _Terms, kept: FloatArray) -> FloatArray:
     """Seconds of every layer at the kept shares of its axes, (allocations, layers): bilinear between the table's entries, and on below."""
-    row, low_out, along_out = _place(terms.outs, kept[:, terms.places[:, 0]])
-    _, low_in, along_in = _place(terms.ins, kept[:, terms.places[:, 1]])
-
-    def at(out: IntArray, into: IntArray) -> FloatArray:
-        found: FloatArray = terms.seconds[row, np.minimum(out, 2), np.minimum(into, 2)]
-        return found
-
-    least = at(low_out, low_in) * (1 - along_in) + at(low_out, low_in + 1) * along_in
-    most = at(low_out + 1, low_in) * (1 - along_in) + at(low_out + 1, low_in + 1) * along_in
-    found: FloatArray = np.maximum(least * (1 - along_out) + most * along_out, 0.1 * terms.seconds[:, 0, 0])
-    return found
+    along_out = _Along(terms.outs, kept[:, terms.places[:, 0]])
+    along_in = _Along(terms.ins, kept[:, terms.places[:, 1]])
+    found = along_in(*(along_out(*terms.seconds[:, :, i].T) for i in range(3)))
+    return np.maximum(found, 0.1 * terms.seconds[:, 0, 0])
 
 
-def _place(grid: FloatArray, share: FloatArray) -> tuple[IntArray, IntArray, FloatArray]:
-    """For each layer (columns) the lower of the two entries of its grid between which a share lies, and how far between them."""
-    rows = np.arange(len(grid))
-    low = (share > grid[:, 1]).astype(np.int64)
-    low = np.where(grid[rows, low + 1] > grid[rows, low], low, 0)
-    width = grid[rows, low + 1] - grid[rows, low]
-    along = np.where(width > 0, (share - grid[rows, low]) / np.where(width > 0, width, 1.0), 0.0)
-    return rows, low, along
+class _Along:
+    """Values on the lines through three entries of each layer's grid, at shares (allocations, layers). Of equal entries the first."""
+
+    def __init__(self, grid: FloatArray, share: FloatArray) -> None:
+        width = np.diff(grid, axis=1)
+        low, high = np.divide(1.0, width, out=np.zeros_like(width), where=width > 0).T
+        self.upper = (share > grid[:, 1]) & (width[:, 1] > 0)
+        self.low, self.high = (share - grid[:, 0]) * low, (share - grid[:, 1]) * high
+
+    def __call__(self, first: FloatArray, second: FloatArray, third: FloatArray) -> FloatArray:
+        return np.where(self.upper, second + (third - second) * self.high, first + (second - first) * self.low)
 
 
 class _Parts:

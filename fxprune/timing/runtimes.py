@@ -198,8 +198,40 @@ def onnx_bytes(model: nn.Module, inputs: Any) -> bytes:
         warnings.simplefilter("ignore")  # what the exporter says about its own insides
         # The runtime itself folds constants and norms.
         made: Any = torch.onnx.export(twin, args, kwargs=kwargs, dynamo=True, verbose=False, optimize=False)
-    found: bytes = made.model_proto.SerializeToString()
+    proto = made.model_proto
+    _without_zero_biases(proto)
+    found: bytes = proto.SerializeToString()
     return found
+
+
+def _without_zero_biases(proto: Any) -> None:
+    """Take away what the exporter writes for a convolution that has no bias: zeros, expanded to its width when the network runs.
+
+    The runtime does not fold them, and a norm goes into the convolution before it only where that one's bias is a constant.
+    """
+    numpy_helper = needed("onnx", "timing in ONNX Runtime or OpenVINO", "onnx").numpy_helper
+    made = {name: node for node in proto.graph.node for name in node.output}
+    held = {one.name: one for one in proto.graph.initializer}
+
+    def is_zero(name: str) -> bool:
+        node = made.get(name)
+        if node is None:
+            return name in held and not numpy_helper.to_array(held[name]).any()
+        if node.op_type == "Constant":
+            return any(attribute.name == "value" and not numpy_helper.to_array(attribute.t).any() for attribute in node.attribute)
+        return node.op_type in ("Cast", "CastLike", "Expand") and is_zero(node.input[0])
+
+    for node in proto.graph.node:
+        expanded = node.op_type in ("Conv", "ConvTranspose") and len(node.input) == 3 and node.input[2] in made
+        if expanded and made[node.input[2]].op_type == "Expand" and is_zero(node.input[2]):
+            del node.input[2]
+    if any(attribute.HasField("g") or attribute.graphs for node in proto.graph.node for attribute in node.attribute):
+        return  # what is read in there is not counted below
+    read = {name for node in proto.graph.node for name in node.input} | {one.name for one in proto.graph.output}
+    for node in reversed(list(proto.graph.node)):  # the runtime would run what is of no use now
+        if node.op_type in ("Cast", "CastLike", "Expand", "Shape", "Constant") and not read & set(node.output):
+            proto.graph.node.remove(node)
+            read = {name for one in proto.graph.node for name in one.input} | {one.name for one in proto.graph.output}
 
 
 def onnx_run(file: bytes, inputs: Sequence[Any], runtime: Runtime) -> Run:

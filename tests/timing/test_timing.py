@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from fxprune.searching.problem import multiple_for
 from fxprune.timing.candidates import CandidateTimer
 from fxprune.timing.layers import Layer, LayerTable, cache_file, layer_of
 from fxprune.timing.predicting import LatencyModel
-from fxprune.timing.runtimes import CALLS, Runtime, Subject, against, in_turns
+from fxprune.timing.runtimes import CALLS, Runtime, Subject, against, in_turns, onnx_bytes, onnx_run
 
 INPUTS = torch.randn(2, 3, 12, 12)
 CPU = torch.device("cpu")
@@ -264,6 +265,38 @@ def test_candidates_are_made_of_the_originals_file(candidates: Candidates, runti
     wrong = copy.deepcopy(slim)
     wrong.register_forward_hook(lambda module, args, out: out + 1.0)
     assert timer._swapped(wrong, timer._files[0]) is None
+
+
+def test_networks_are_timed_as_they_are_deployed_with_norms_in_the_convolutions() -> None:
+    """The exporter gives a convolution without bias zeros that are made when it runs, and the runtime then leaves the norm outside."""
+    ort, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+            self.up, self.biased = nn.ConvTranspose2d(8, 4, 2, bias=False), nn.Conv2d(4, 4, 1)
+            self.scale = nn.Parameter(torch.zeros(4))
+            nn.init.normal_(self.norm.bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.biased(self.up(self.norm(self.plain(x)).relu()))
+            out: Tensor = nn.functional.conv2d(x, self.biased.weight, self.scale) + torch.zeros(4, 1, 1).expand_as(x)
+            return out
+
+    model = Layers().eval()
+    file = onnx_bytes(model, INPUTS)
+    convolutions = [node for node in onnx.load_from_string(file).graph.node if node.op_type.startswith("Conv")]
+    assert [len(node.input) for node in convolutions] == [2, 2, 3, 3]
+    found = onnx_run(file, [INPUTS.numpy()], Runtime("onnx"))()
+    with torch.no_grad():
+        assert np.allclose(found[0], model(INPUTS), atol=1e-5)
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(Path(tempfile.mkdtemp()) / "optimised.onnx")
+    ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    left = {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
+    assert not left & {"BatchNormalization", "Expand", "Cast"}
 
 
 def test_the_runtime_chooses_the_multiple_where_the_user_does_not(candidates: Candidates) -> None:
