@@ -117,7 +117,8 @@ class Knapsack:
     def _step_back(self, group: int, place: int) -> FloatArray:
         """What it changes to give one step of a group back."""
         effect, allowed = self.effects[group], self.allowed[group]
-        return effect[allowed[place - 1]] - effect[allowed[place]]
+        found: FloatArray = effect[allowed[place - 1]] - effect[allowed[place]]
+        return found
 
     def _effect(self, at: IntArray) -> FloatArray:
         found: FloatArray = np.sum([e[a[i]] for e, a, i in zip(self.effects, self.allowed, at, strict=True)], axis=0)

@@ -189,8 +189,8 @@ def _between(terms: _Terms, kept: FloatArray) -> FloatArray:
     """Seconds of every layer at the kept shares of its axes, (allocations, layers): bilinear between the table's entries, and on below."""
     along_out = _Along(terms.outs, kept[:, terms.places[:, 0]])
     along_in = _Along(terms.ins, kept[:, terms.places[:, 1]])
-    found = along_in(*(along_out(*terms.seconds[:, :, i].T) for i in range(3)))
-    return np.maximum(found, 0.1 * terms.seconds[:, 0, 0])
+    found: FloatArray = np.maximum(along_in(*(along_out(*terms.seconds[:, :, i].T) for i in range(3))), 0.1 * terms.seconds[:, 0, 0])
+    return found
 
 
 class _Along:
@@ -203,7 +203,8 @@ class _Along:
         self.low, self.high = (share - grid[:, 0]) * low, (share - grid[:, 1]) * high
 
     def __call__(self, first: FloatArray, second: FloatArray, third: FloatArray) -> FloatArray:
-        return np.where(self.upper, second + (third - second) * self.high, first + (second - first) * self.low)
+        found: FloatArray = np.where(self.upper, second + (third - second) * self.high, first + (second - first) * self.low)
+        return found
 
 
 class _Parts:
