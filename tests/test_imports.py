@@ -93,3 +93,32 @@ def test_the_core_does_without_what_is_an_extra(tmp_path: Path) -> None:
         "data 'torchvision:CIFAR10' needs torchvision: pip install 'fxprune[vision]'",
         "data 'digits' needs scikit-learn: pip install 'fxprune[search]'",
     ]
+
+
+STARTED = """if True:
+    import contextlib, io, sys, time
+    began = time.process_time()
+    import torch
+    alone = time.process_time() - began
+    {code}
+    print((time.process_time() - began) / alone, *sorted(name for name in ("networkx", "triton", "torch._dynamo") if name in sys.modules))
+"""
+COMMAND = """from fxprune.cli import main
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        main(["--help"])
+    assert said.getvalue().startswith("usage: fxprune-search")"""
+ENOUGH, TRIES = 1.5, 6  # times what torch takes, in one process; another load on the machine can fall on either part
+
+
+@pytest.mark.parametrize("code", ["import fxprune", COMMAND], ids=["package", "command"])
+def test_starting_takes_at_most_half_as_long_again_as_torch(code: str) -> None:
+    root, least = Path(fxprune.__file__).parents[1], float("inf")
+    for _ in range(TRIES):
+        done = subprocess.run([sys.executable, "-c", STARTED.format(code=code)], cwd=root, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        ratio, *loaded = done.stdout.split()
+        assert not loaded  # what takes long and few need
+        least = min(least, float(ratio))
+        if least <= ENOUGH:
+            return
+    pytest.fail(f"{least:.2f} times as long as importing torch")

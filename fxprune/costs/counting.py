@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
-from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune.evaluation.running import call, evaluating
 from fxprune.passes.compat import TorchDispatchMode, tree_leaves
@@ -50,6 +49,8 @@ class _CountingMode(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts = Counts()
         self.running = running
+        from torch.utils.flop_counter import FlopCounterMode  # imports triton, which takes a tenth of the time that torch does
+
         self.formulas: dict[Any, Callable[..., int]] = FlopCounterMode(display=False).flop_registry
         self.owners: dict[int, list[str]] = {}  # storage -> the modules that hold it as a parameter
         for name, module in model.named_modules():

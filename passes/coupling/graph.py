@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import numpy as np
 import torch
 
@@ -19,6 +18,9 @@ from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.labels.values import Value, Vector
 from fxprune.passes.rules.functional_weights import output_dims
 from fxprune.passes.rules.layer_specs import is_layer, produced_dim
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 SINGLE = Reason(ReasonKind.SINGLE_UNIT, "all its channels are tied into one unit")
 Member = tuple[str, int, torch.Tensor]
@@ -195,6 +197,8 @@ class CouplingGraph:
 
     @cached_property
     def graph(self) -> nx.Graph[Any]:
+        import networkx as nx  # takes a sixth of what importing the rest of fxprune does, and few ask for the graph
+
         graph: nx.Graph[Any] = nx.Graph()
         op_of = {(t.name, t.dim): (t.op, t.node) for t in self._walk.ties}
         for name, dim in self.keys:
