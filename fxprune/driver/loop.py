@@ -145,6 +145,9 @@ class _Search:
         while removed is not None and len(tried) < CORRECTIONS:
             self.measured.share(removed)
             budget.forget()
+            if abs(budget.excess(removed)) <= AIM * budget.tolerance:
+                self.measured.confirm(removed)
+                budget.forget()
             tried.append(removed)
             aim = AIM if len(tried) <= AIMED else 1.0
             removed = None if abs(budget.excess(removed)) <= aim * budget.tolerance else self.nearer(strategy, tried)

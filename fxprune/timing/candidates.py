@@ -40,7 +40,8 @@ class CandidateTimer:
     def seconds(self) -> float:
         """Of one call of the original."""
         if SECONDS not in self.measured:
-            self.measured[SECONDS], _ = against(self._original, [self._original], self.runtime, LOOKS)
+            original = self._original()
+            self.measured[SECONDS], _ = against(original, [original], self.runtime, LOOKS)
         return self.measured[SECONDS]
 
     def share(self, slim: nn.Module) -> float:
@@ -48,22 +49,27 @@ class CandidateTimer:
         with self.runtime.threaded(), evaluating(slim):
             subject = Subject(slim, self._prepared(slim), self.runtime.clock(self.device), self.device)
             subject.run()
-        return against(self._original, [subject], self.runtime)[1][0]
+        return against(self._original(), [subject], self.runtime)[1][0]
 
-    @cached_property
     def _original(self) -> Subject:
+        """The original, ready to run. A session is made for each measurement: where in memory it lies makes it faster or slower by some
+        per cent for as long as it lives, which should not fall on all measurements alike."""
         with self.runtime.threaded(), evaluating(self.graph.model):
-            run = self._files[1] if self._files is not None else self.runtime.prepared(self.graph.model, self.inputs)
+            run = self._module if self._files is None else self._session(self._files[1])
             run()
         return Subject(self.graph.model, run, self.runtime.clock(self.device), self.device)
+
+    @cached_property
+    def _module(self) -> Run:
+        return self.runtime.prepared(self.graph.model, self.inputs)
 
     def _prepared(self, slim: nn.Module) -> Run:
         swapped = None if self._files is None else self._swapped(slim, self._files[0])
         return swapped or self.runtime.prepared(slim, self.inputs)
 
     @cached_property
-    def _files(self) -> tuple[Any, Run] | None:
-        """The original as an ONNX model, exported once, and ready to run; None for runtimes that take modules."""
+    def _files(self) -> tuple[Any, bytes] | None:
+        """The original as an ONNX model, exported once, and its file; None for runtimes that take modules."""
         if self.runtime.name not in ("onnx", "openvino"):
             return None
         onnx = importlib.import_module("onnx")
@@ -71,7 +77,7 @@ class CandidateTimer:
         whole = Slimmer(self.graph, keep).run().cpu().eval()
         file = onnx_bytes(whole, self.inputs)
         proto = onnx.load_from_string(file)
-        return proto, self._session(file)
+        return proto, file
 
     def _session(self, file: bytes) -> Run:
         run = onnx_run if self.runtime.name == "onnx" else openvino_run
