@@ -40,7 +40,11 @@ def view(ctx: LabelContext, node: fx.Node, input: Value, **named: Any) -> Any:
     else:
         made = ctx.move(node, input, lambda labels: labels.reshape(shape))
     for axis, vector in input.axes.items():
-        if made.axes and ctx.is_fixed(node.args[0], axis) and any(_shifts(ctx, node, input, axis, place) for place in made.axes):
+        if not made.axes or not ctx.is_fixed(node.args[0], axis):
+            continue
+        labels = ctx.labels.find(vector)
+        places = [quick[axis]] if quick is not None else [p for p, v in made.axes.items() if np.isin(ctx.labels.find(v), labels).any()]
+        if any(place in made.axes and _shifts(ctx, node, input, axis, place) for place in places):
             if _nothing_beside(input, axis, shape):  # a map of one pixel: what other sizes give is hardly meant
                 ctx.note(
                     NoteKind.SIZE, "a map of one pixel was specialised to the example inputs: of larger ones channels would lie elsewhere"

@@ -84,3 +84,36 @@ def test_others_are_pruned_and_right_at_other_sizes(how: Callable[[Any], Any], s
     for other in (x, torch.randn(3, 3, 12, 12), torch.randn(1, 3, 4, 8)):
         with torch.no_grad():
             assert gap(reference(other), slim(other)) < 1e-5
+
+
+class Grouped(nn.Module):
+    """Grouped queries: keys and values are expanded for their queries, and viewed as heads again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(10, 32), nn.Linear(32, 3)
+        self.q, self.k, self.v, self.o = nn.Linear(32, 32), nn.Linear(32, 16), nn.Linear(32, 16), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.into(x)
+        b, n, _ = y.shape
+        q = self.q(y).view(b, n, 4, 8).transpose(1, 2)
+        k, v = (
+            t.view(b, n, 2, 8).permute(0, 2, 1, 3).unsqueeze(1).expand(-1, 2, -1, -1, -1).reshape(b, 2 * 2, n, 8)
+            for t in (self.k(y), self.v(y))
+        )
+        made = (q @ k.mT / 8**0.5).softmax(-1) @ v
+        return self.out(y + self.o(made.transpose(1, 2).reshape(b, n, -1))).mean(1)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("attention", ["heads", "head_dim"])
+def test_heads_beside_dynamic_sizes_are_pruned(attention: str) -> None:
+    torch.manual_seed(0)
+    model, x = Grouped().eval(), torch.randn(2, 5, 10)
+    graph = fxprune.analyze(model, x, attention=attention)
+    assert all(g.prunable for g in graph.groups if g.name.partition("[")[0] in ("q", "k", "v", "into")), [g.reason for g in graph.groups]
+    slim = fxprune.compress(graph, 0.5)
+    reference = zeroed(model, fxprune.record(slim).kept)
+    for other in (x, torch.randn(3, 7, 10), torch.randn(1, 16, 10)):
+        with torch.no_grad():
+            assert gap(reference(other), slim(other)) < 1e-5
