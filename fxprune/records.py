@@ -46,7 +46,8 @@ class LayerRepair:
 
     ``done``: "fitted" (its weights and constant changed), "shifted" (its constant alone) or "sliced" (nothing, since that was better on
     inputs that were not fitted). ``ridge``: the strength chosen, of the mean variance of its inputs. ``before``, ``after``: mean squared
-    distance from the original's responses on inputs that were not fitted, as shares of their variance, as sliced and as repaired.
+    distance from the original's responses on inputs that were not fitted, as shares of their variance, as sliced and as repaired; of
+    layers that a ReLU alone reads, behind it.
     """
 
     done: str

@@ -11,7 +11,7 @@ import torch
 
 from fxprune.allocation.prices import METRICS, FloatArray, IntArray, Prices
 from fxprune.allocation.tables import ErrorTable, error_table
-from fxprune.allocation.trying import Trials, tried
+from fxprune.allocation.trying import Near, Trials, tried
 from fxprune.allocation.uniform import Uniform
 from fxprune.allocation.widths import Knapsack
 from fxprune.errors import InputError, TargetError
@@ -94,6 +94,21 @@ class Allocator:
                 wanted[metric] *= 0.99 * bounds[metric] / left[metric]
         return counts, left
 
+    def moved(self, bounds: Mapping[str, float], counts: Mapping[str, int], name: str, wanted: int) -> dict[str, int] | None:
+        """Units to remove by group, near ``counts``: the group ``name`` loses about ``wanted``, the others what the bounds then ask for.
+
+        None where that is not possible, or changes nothing.
+        """
+        begun = np.array([counts.get(group.name, 0) for group in self.groups], dtype=np.int64)
+        number = next(i for i, group in enumerate(self.groups) if group.name == name)
+        removed = self._knapsack.moved(begun, number, wanted, bounds)
+        found = {group.name: int(count) for group, count in zip(self.groups, removed, strict=True)}
+        if self.rounding is not None:
+            found = self.rounding(found)
+        rounded = np.array([[found[group.name] for group in self.groups]])
+        over = any(float(self._shares(metric, rounded)[0]) > share + TOLERANCE for metric, share in bounds.items())
+        return None if over or found == dict(counts) else found
+
     @cached_property
     def prices(self) -> Prices:
         """What allocations cost."""
@@ -157,7 +172,8 @@ def allocate(
         most: The largest share of its units that any group loses, or a mapping from group, module or glob to it.
         seed: Of what the table and the trials draw.
         trials: How many allocations are tried on inputs that are kept apart, the table's own, the same share of every group, and others
-            that the table gives when groups count more or less. The table's is left only for one that is better beyond chance.
+            that the table gives when groups count more or less; of small networks more, each a step from the best so far. The table's is
+            left only for one that is better beyond chance.
         observe: Called as ``observe("Try", trial, seconds)`` after each of them, with a ``fxprune.allocation.trying.Trial``.
 
     Returns:
@@ -191,7 +207,8 @@ def allocate(
         trial = Trials(graph, batches, table.ranking, repair, observe)
         if trial.possible:
             uniform = Uniform(graph, table.ranking, bounds, round_to, most)
-            judged = tried(trial, uniform, allocator.groups, counts, lambda *given: allocator.met(bounds, *given)[0], trials, seed)
+            near = Near(lambda *given: allocator.met(bounds, *given)[0], lambda *given: allocator.moved(bounds, *given))
+            judged = tried(trial, uniform, allocator.groups, counts, near, trials, seed)
             counts = dict(judged[0].counts)
             rounded = np.array([[counts[group.name] for group in allocator.groups]])
             meta["left"] = {metric: float(allocator.prices.shares(metric, rounded)[0]) for metric in bounds}

@@ -3,7 +3,8 @@
 An error table is exact for small changes and says too much or too little for large ones, by how much depends on the group. One coefficient
 for each group allows for that, found by a few evaluations (SPDY, Frantar 2022, https://arxiv.org/abs/2201.13096, sec. 3.2); here the first
 of them are the table itself, its residual streams held or let go, and the same share of every group, so that what is taken is never worse
-than these where it is judged.
+than these where it is judged. Where a trial is cheap, steps from the best so far follow: one group loses more or less, and the others make
+up for it as the table says; a step that served is taken again.
 """
 
 from __future__ import annotations
@@ -35,14 +36,24 @@ from fxprune.repair.splitting import JUDGE, Piece, pieces, samples
 
 FloatArray = npt.NDArray[np.float64]
 Counts = Mapping[str, int]
-Met = Callable[[FloatArray, Counts | None], Counts]
-"""Weights of the groups, and removals to begin with -> the removals that the table then comes to."""
 
-TRIALS = 12  # networks tried: the three fixed ones and what is drawn around the best
-FITTED, JUDGED = 256, 128  # samples by which they are repaired and judged
-CHEAP = 2e10  # multiply-accumulates of a trial's inputs; dearer ones are sorted by BatchNorm re-estimated, and the best repaired in full
+
+@dataclass(frozen=True)
+class Near:
+    """``met``: weights of the groups, and removals to begin with -> the removals that the table then comes to.
+    ``moved``: removals, a group, and what it is to lose -> removals near them, or None."""
+
+    met: Callable[[FloatArray, Counts | None], Counts]
+    moved: Callable[[Counts, str, int], Counts | None]
+
+
+TRIALS = 12  # networks tried where a trial is dear: the fixed ones and what is drawn around the best
+MOVES, WORTH = 32, 6e11  # steps that follow the fixed ones elsewhere, at most, and the multiply-accumulates of the inputs by which they are repaired
+FITTED, JUDGED = 384, 768  # samples by which they are repaired and judged
+CHEAP = 4e10  # multiply-accumulates of a trial's inputs; dearer ones are sorted by BatchNorm re-estimated, and the best repaired in full
 DEAR_FITTED, DEAR_JUDGED = 128, 64
 HELD, LOOSE = 10.0, 0.5  # what the changes by residual streams count in two of the first allocations
+STEP = (0.04, 0.3)  # of a group's units that a step moves
 SPREAD = 0.25  # of the logarithms of coefficients that are drawn, at first
 SURE = 1.0  # standard errors by which an allocation has to be better than the table's own
 
@@ -73,14 +84,19 @@ class Trials:
         judge, fit = [p for p in self.pieces if p.role == JUDGE], [p for p in self.pieces if p.role != JUDGE]
         macs = cost_model(graph).macs() / samples(build(graph.inputs, device="meta"))
         normed = any(isinstance(m, BatchNormBase) and m.running_mean is not None for m in self.original.modules())
-        dear = repair not in ("none", "bn") and normed and macs * min(FITTED, sum(p.samples for p in fit)) > CHEAP
+        cost = macs * min(FITTED, sum(p.samples for p in fit))
+        dear = repair not in ("none", "bn") and normed and cost > CHEAP
+        self.moves = 0 if dear else min(MOVES, int(WORTH / max(cost, 1)))
         self.whole = Repairer(graph, [p.inputs for p in fit], repair if fit else "none")
-        few = [p.inputs for p in _first(fit, DEAR_FITTED if dear else FITTED)]
-        self.quick = Repairer(graph, few, "bn" if dear else repair) if dear or len(few) < len(fit) else self.whole
+        few = _first(fit, DEAR_FITTED if dear else FITTED)
+        self.quick = self.whole
+        if dear or len(few) < len(fit):
+            self.quick = Repairer(graph, [p.inputs for p in few], "bn" if dear else repair, thorough=False)
         self.judge = judge
-        self.few = _first(judge, DEAR_JUDGED if dear else JUDGED)
+        self.few = _first(judge, DEAR_JUDGED) if dear else _first([*judge, *fit[len(few) :]], JUDGED)
         with evaluating(self.original):
-            self.wanted = [self._called(piece.inputs) for piece in judge]
+            longer = max(self.few, self.judge, key=len)  # one begins with the other
+            self.wanted = [self._called(piece.inputs) for piece in longer]
 
     @property
     def possible(self) -> bool:
@@ -114,19 +130,20 @@ class Trials:
         return call(self.original, to_device(inputs, self.device))
 
 
-def tried(trials: Trials, uniform: Uniform, groups: Sequence[Group], table: Counts, met: Met, number: int, seed: int) -> list[Trial]:
-    """Try ``number`` allocations, and the best few as they will be used; returns those last ones, the one to take first.
+def tried(trials: Trials, uniform: Uniform, groups: Sequence[Group], table: Counts, near: Near, number: int, seed: int) -> list[Trial]:
+    """Try ``number`` allocations and the steps that are worth it, and the best few as they will be used; returns those last ones, the one
+    to take first.
 
     The table's own is taken where none is better by more than ``SURE`` standard errors of their differences by sample.
 
     Args:
         trials: What tries them.
         uniform: The same share of every group.
-        groups: The prunable groups, in the order of ``met``'s weights.
+        groups: The prunable groups, in the order of the weights of ``near``.
         table: What the table comes to as it is.
-        met: What it comes to with other weights.
-        number: How many are tried.
-        seed: Of the weights that are drawn.
+        near: What it comes to otherwise.
+        number: How many are tried where a trial is dear; elsewhere with fewer than ``TRIALS`` there are fewer steps.
+        seed: Of the weights and steps that are drawn.
     """
     stream = np.array([_streams(group, trials.graph) for group in groups])
     found: dict[tuple[int, ...], Trial] = {}
@@ -141,25 +158,55 @@ def tried(trials: Trials, uniform: Uniform, groups: Sequence[Group], table: Coun
     first = note("table", table)
     assert first is not None
     best, at = first, np.ones(len(groups))
-    for name, counts, weights in _begun(uniform, stream, met):
+    for name, counts, weights in _begun(uniform, stream, near):
         trial = note(name, counts) if len(found) < number else None
         if trial is not None and trial.distance < best.distance:
             best, at = trial, weights
     drawn = np.random.default_rng(seed)
-    for i in range(2 * number):  # small networks have few allocations, and some are drawn again
+    for i in range(0 if trials.moves else 2 * number):  # small networks have few allocations, and some are drawn again
         if len(found) >= number:
             break
         weights = at * np.exp(SPREAD * (1 - i / (2 * number)) * drawn.standard_normal(len(groups)))
-        trial = note(f"drawn {i + 1}", met(weights, best.counts))
+        trial = note(f"drawn {i + 1}", near.met(weights, best.counts))
         if trial is not None and trial.distance < best.distance:
             best, at = trial, weights
+    _stepped(best, note, groups, near, trials.moves * number // TRIALS, drawn)
     ordered = sorted(found.values(), key=lambda one: one.distance)
-    finalists = [first, *(one for one in ordered[:2] if one is not first)]
+    finalists = [first, *(one for one in ordered[: 1 if trials.moves else 2] if one is not first)]
     final = [trials.fully(one) for one in finalists] if trials.quick is not trials.whole or trials.few is not trials.judge else finalists
     return sorted(final, key=lambda one: (not _better(one, final[0]) if one is not final[0] else False, one.distance))
 
 
-def _begun(uniform: Uniform, stream: npt.NDArray[np.bool_], met: Met) -> Iterator[tuple[str, Counts, FloatArray]]:
+def _stepped(
+    best: Trial,
+    note: Callable[[str, Counts], Trial | None],
+    groups: Sequence[Group],
+    near: Near,
+    moves: int,
+    drawn: np.random.Generator,
+) -> None:
+    """Try steps from the best so far; one that served is taken again."""
+    again: tuple[Group, int] | None = None
+    made = 0
+    for _ in range(4 * moves):  # some lead nowhere
+        if made >= moves:
+            return
+        if again is None:
+            group = groups[int(drawn.integers(len(groups)))]
+            step = max(1, round(group.size * float(drawn.uniform(*STEP)))) * (1 if drawn.random() < 0.5 else -1)
+        else:
+            group, step = again
+        again = None
+        counts = near.moved(best.counts, group.name, min(max(best.counts.get(group.name, 0) + step, 0), group.size - 1))
+        trial = None if counts is None else note(f"{group.name} {-step:+d}", counts)
+        if trial is None:
+            continue
+        made += 1
+        if trial.distance < best.distance:
+            best, again = trial, (group, step)
+
+
+def _begun(uniform: Uniform, stream: npt.NDArray[np.bool_], near: Near) -> Iterator[tuple[str, Counts, FloatArray]]:
     """Allocations to begin with, made when they are asked for, and the weights around which more are drawn."""
     even = np.ones(len(stream))
     counts = uniform.counts()
@@ -168,7 +215,7 @@ def _begun(uniform: Uniform, stream: npt.NDArray[np.bool_], met: Met) -> Iterato
     if stream.any() and not stream.all():
         for name, weight in (("streams held", HELD), ("streams loose", LOOSE)):
             weights = np.where(stream, weight, 1.0)
-            yield name, met(weights, None), weights
+            yield name, near.met(weights, None), weights
 
 
 def _better(one: Trial, table: Trial) -> bool:

@@ -50,6 +50,15 @@ class Knapsack:
             best = self.error(at)
         return self._counts(at)
 
+    def moved(self, removed: IntArray, group: int, wanted: int, bounds: Mapping[str, float]) -> IntArray:
+        """Another allocation near ``removed``, (groups,): ``group`` loses about ``wanted`` units, and what that takes or leaves of the
+        bounds is made up for by the others where least is broken. ``removed`` itself, where that is not possible."""
+        at = self._places(removed)
+        at[group] = int(np.abs(self.allowed[group] - wanted).argmin())
+        alone = frozenset([group])
+        at = self._taken(at, bounds, alone, alone)
+        return self._counts(at) if float(self._over(at[None], bounds)[0]) <= 0 else removed
+
     def error(self, at: IntArray) -> float:
         """The mean squared change of the output; ``at``: places in ``allowed``."""
         return float((self._effect(at) ** 2).mean())
@@ -60,8 +69,13 @@ class Knapsack:
         back[group] = max(0, back[group] - steps)
         return self._taken(back, bounds, frozenset([group]))
 
-    def _taken(self, at: IntArray, bounds: Mapping[str, float], spared: frozenset[int]) -> IntArray:
-        """Take more until the bounds are met, each time where least is broken for what is saved; then give back what need not go."""
+    def _taken(
+        self, at: IntArray, bounds: Mapping[str, float], spared: frozenset[int], held: frozenset[int] = frozenset()
+    ) -> IntArray:
+        """Take more until the bounds are met, each time where least is broken for what is saved; then give back what need not go.
+
+        ``spared``: groups of which no more is taken. ``held``: groups to which nothing is given back.
+        """
         at = at.copy()
         effect = self._effect(at)
         over = float(self._over(at[None], bounds)[0])
@@ -79,13 +93,13 @@ class Knapsack:
             price = np.where(useful, broken / np.maximum(saved, 1e-12), np.inf)
             chosen = int(np.argmin(price))
             at, effect, over = moves[chosen], changed[chosen], float(left[chosen])
-        return at if over > 0 else self._returned(at, bounds)
+        return at if over > 0 else self._returned(at, bounds, held)
 
-    def _returned(self, at: IntArray, bounds: Mapping[str, float]) -> IntArray:
+    def _returned(self, at: IntArray, bounds: Mapping[str, float], held: frozenset[int]) -> IntArray:
         """Give back, step by step, what repairs most while the bounds stay met."""
         effect = self._effect(at)
         while True:
-            groups = np.flatnonzero(at)
+            groups = np.array([i for i in np.flatnonzero(at).tolist() if i not in held], dtype=np.int64)
             moves = np.repeat(at[None], len(groups), 0)
             moves[np.arange(len(groups)), groups] -= 1
             fits = self._over(moves, bounds) <= 0 if len(moves) else np.zeros(0, dtype=bool)
@@ -123,6 +137,10 @@ class Knapsack:
     def _effect(self, at: IntArray) -> FloatArray:
         found: FloatArray = np.sum([e[a[i]] for e, a, i in zip(self.effects, self.allowed, at, strict=True)], axis=0)
         return found
+
+    def _places(self, removed: IntArray) -> IntArray:
+        found = [np.searchsorted(allowed, n, side="right") - 1 for allowed, n in zip(self.allowed, removed, strict=True)]
+        return np.array(found, dtype=np.int64)
 
     def _counts(self, at: IntArray) -> IntArray:
         return np.array([allowed[i] for allowed, i in zip(self.allowed, at, strict=True)], dtype=np.int64)

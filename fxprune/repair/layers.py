@@ -29,6 +29,10 @@ _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 _PRODUCTS = (torch.matmul, torch.mm, operator.matmul, torch.Tensor.matmul, "matmul", "mm", "__matmul__")
 _ADDMM = (torch.addmm, "addmm")
 _NORMS = (F.batch_norm, torch.batch_norm)
+_CLIPS: tuple[tuple[tuple[Any, ...], tuple[float, float]], ...] = (
+    ((F.relu, torch.relu, torch.relu_, "relu", "relu_", nn.ReLU), (0.0, float("inf"))),
+    ((F.relu6, nn.ReLU6), (0.0, 6.0)),
+)
 
 
 def _convolve(input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: Any = 1) -> None: ...
@@ -88,6 +92,7 @@ class Norm:
     mean: Tensor
     var: Tensor
     scale: Tensor | None
+    constant: Tensor | None
     eps: float
 
     def gain(self) -> Tensor:
@@ -102,7 +107,7 @@ class Layer:
 
     ``name``: the weight's qualified name below the graph's module. ``bias``: its own, or None; ``apart``: whether another node adds it.
     ``norm``: the BatchNorm that alone reads the output. ``other``: the node that its output, normalised, is added to, if that one runs
-    first.
+    first. ``clip``: between which values alone what comes of it is read, where a ReLU follows (behind the addition); None elsewhere.
     """
 
     name: str
@@ -114,6 +119,7 @@ class Layer:
     apart: bool
     norm: Norm | None
     other: fx.Node | None
+    clip: tuple[float, float] | None = None
 
     @property
     def path(self) -> str:
@@ -136,6 +142,14 @@ class Layer:
     def gain(self) -> Tensor:
         """What one unit of the layer's output comes to where it is added to the other branch, by channel."""
         return torch.ones(()) if self.norm is None else self.norm.gain()
+
+    def constant(self) -> Tensor:
+        """What an output of 0 comes to there, by channel."""
+        found = self.bias.detach() if self.apart and self.bias is not None else torch.zeros(())
+        if self.norm is None:
+            return found
+        found = (found - self.norm.mean) * self.norm.gain()
+        return found if self.norm.constant is None else found + self.norm.constant.detach()
 
 
 class Reading:
@@ -280,7 +294,8 @@ class Reading:
         reader = _only_reader(end)
         if reader is not None and (norm := self._norm(reader)) is not None:
             end = reader
-        return Layer(name, node, source, form, weight, bias, apart, norm, self._added_to(end, node))
+        other, added = self._added_to(end, node)
+        return Layer(name, node, source, form, weight, bias, apart, norm, other, self._clip_behind(added or end))
 
     def _bias_behind(self, node: fx.Node, weight: Tensor, form: Form) -> tuple[Tensor, fx.Node] | None:
         """The parameter that alone is added to the output of a linear layer, and the node that adds it."""
@@ -302,30 +317,40 @@ class Reading:
         except TypeError:
             return None
         given.apply_defaults()
-        mean, var, scale = (self._tensor(given.arguments[name]) for name in ("running_mean", "running_var", "weight"))
+        mean, var, scale, constant = (self._tensor(given.arguments[name]) for name in ("running_mean", "running_var", "weight", "bias"))
         eps = given.arguments["eps"]
         used = mean is None or var is None or self._uses[id(mean)] > 1 or self._uses[id(var)] > 1
         if used or given.arguments["training"] is not False or not isinstance(eps, float):
             return None
         assert mean is not None and var is not None
-        return Norm(node, mean, var, scale, eps)
+        return Norm(node, mean, var, scale, constant, eps)
 
     def _statistics(self, node: fx.Node) -> Norm | None:
         norm = self.module.get_submodule(str(node.target))
         if isinstance(norm, BatchNormBase) and norm.running_mean is not None and norm.running_var is not None:
-            return Norm(node, norm.running_mean, norm.running_var, norm.weight, norm.eps)
+            return Norm(node, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
         return None
 
-    def _added_to(self, end: fx.Node, node: fx.Node) -> fx.Node | None:
+    def _added_to(self, end: fx.Node, node: fx.Node) -> tuple[fx.Node, fx.Node] | tuple[None, None]:
+        """What ``end`` is added to, if that runs before ``node``, and the addition."""
         reader = _only_reader(end)
         while reader is not None and self._is_idle(reader):
             end, reader = reader, _only_reader(reader)
         if reader is None or reader.target not in _ADD or len(reader.args) != 2 or reader.kwargs:
-            return None
+            return None, None
         others = [one for one in reader.args if one is not end]
         if len(others) != 1 or not isinstance(others[0], fx.Node):
+            return None, None
+        return (others[0], reader) if self.place[others[0]] < self.place[node] else (None, None)
+
+    def _clip_behind(self, end: fx.Node) -> tuple[float, float] | None:
+        reader = _only_reader(end)
+        while reader is not None and self._is_idle(reader):
+            reader = _only_reader(reader)
+        if reader is None:
             return None
-        return others[0] if self.place[others[0]] < self.place[node] else None
+        target = type(self.module.get_submodule(str(reader.target))) if reader.op == "call_module" else reader.target
+        return next((bounds for targets, bounds in _CLIPS if target in targets), None)
 
     def _is_idle(self, node: fx.Node) -> bool:
         return node.op == "call_module" and isinstance(self.module.get_submodule(str(node.target)), _IDLE)

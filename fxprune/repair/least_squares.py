@@ -76,6 +76,12 @@ class Moments:
             found.append(torch.zeros_like(rx) if bad else torch.cholesky_solve(rx.transpose(1, 2), factor).transpose(1, 2))
         return found
 
+    def aimed(self, r: Tensor, rx: Tensor) -> Moments:
+        """The same rows with another aim: ``r`` (groups, outputs), ``rx`` (groups, outputs, features), summed over them."""
+        found = Moments(products=self.products)
+        found.rows, found._sums = self.rows, {**self._sums, "r": r, "rx": rx}
+        return found
+
     def shift(self, change: Tensor | None) -> Tensor:
         """The constant (groups, outputs) by which the mean of r misses what ``change`` predicts."""
         mean = self.mean("r")
@@ -107,6 +113,7 @@ class Fit:
     ``change``: of the weights as matrices, or None. ``shift``: the constant (groups, outputs), or None where it stays as sliced.
     ``ridge``: the strength chosen. ``before``, ``after``: mean squared error on left-out rows, as sliced and as fitted. ``energy``: the
     variance of what is wanted there. ``variances``: by output (groups, outputs), of what the layer then gives and of what is wanted.
+    ``clipped``: whether errors are those behind a ReLU (``fxprune.repair.clipping``).
     """
 
     change: Tensor | None
@@ -116,6 +123,7 @@ class Fit:
     after: float
     energy: float
     variances: tuple[Tensor, Tensor]
+    clipped: bool = False
 
 
 def fitted(folds: Sequence[Moments], weight: Tensor | float, *, takes_shift: bool, refit: bool) -> Fit:

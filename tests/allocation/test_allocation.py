@@ -14,7 +14,7 @@ from fxprune.allocation import trying
 from fxprune.allocation.allocating import Allocator, allocate
 from fxprune.allocation.prices import METRICS, Prices
 from fxprune.allocation.tables import ErrorTable, error_table
-from fxprune.allocation.trying import Trials, tried
+from fxprune.allocation.trying import Near, Trials, tried
 from fxprune.allocation.uniform import Uniform
 from fxprune.allocation.widths import Knapsack
 from fxprune.errors import EvaluationError, InputError, PolicyError, TargetError
@@ -404,10 +404,10 @@ def test_what_is_better_on_inputs_kept_apart_replaces_the_tables_own() -> None:
     graph, trials, uniform, _ = trials_of(seeded(Residual))
     groups = [group for group in graph.groups if group.prunable]
     ruin = {group.name: group.size - 1 for group in groups}
-    judged = tried(trials, uniform, groups, ruin, lambda weights, start: ruin, 4, 0)
+    judged = tried(trials, uniform, groups, ruin, Near(lambda weights, start: ruin, lambda counts, name, wanted: None), 4, 0)
     assert judged[0].name == "uniform" and judged[0].counts == uniform.counts() and judged[0].distance < judged[-1].distance
     mild = {group.name: 0 for group in groups}
-    judged = tried(trials, uniform, groups, mild, lambda weights, start: ruin, 4, 0)
+    judged = tried(trials, uniform, groups, mild, Near(lambda weights, start: ruin, lambda counts, name, wanted: None), 4, 0)
     assert judged[0].name == "table" and judged[0].distance < 1e-6
 
 
@@ -415,6 +415,55 @@ def test_trials_judge_by_inputs_that_repaired_nothing() -> None:
     _, trials, _, _ = trials_of(seeded(Residual))
     fitted = {id(inputs) for inputs in trials.whole.batches}
     assert trials.judge and not fitted & {id(piece.inputs) for piece in trials.judge}
+    few = {id(inputs) for inputs in trials.quick.batches}
+    assert trials.few and not few & {id(piece.inputs) for piece in trials.few}
+
+
+def test_a_step_that_serves_is_taken_again() -> None:
+    graph, trials, uniform, _ = trials_of(seeded(Residual), "none")
+    groups = [group for group in graph.groups if group.prunable]
+    ruin = {group.name: group.size - 1 for group in groups}
+    events: list[tuple[str, int] | float] = []  # steps asked for, and distances of what was tried
+
+    def moved(counts: trying.Counts, name: str, wanted: int) -> trying.Counts | None:
+        events.append((name, wanted - counts[name]))
+        return {**counts, name: wanted} if wanted < counts[name] else None  # bounds do not matter here
+
+    trials.observe = lambda step, trial, seconds: events.append(trial.distance)
+    uniform.bounds = {"macs": 0.0}  # nothing fits: only steps lead away from the table
+    judged = tried(trials, uniform, groups, ruin, Near(lambda weights, start: ruin, moved), trying.TRIALS, 0)
+    assert judged[0].distance < judged[-1].distance and judged[-1].name == "table"
+    assert sum(judged[0].counts.values()) < sum(ruin.values())
+    best, repeated = np.inf, 0
+    for i, event in enumerate(events[:-3]):
+        if isinstance(event, float) and event < best:
+            if best < np.inf and isinstance(events[i + 1], tuple):
+                step, again = events[i - 1], events[i + 1]
+                assert isinstance(step, tuple) and isinstance(again, tuple) and again[0] == step[0] and step[1] <= again[1] <= 0
+                repeated += 1
+            best = event
+    assert repeated > 1
+
+
+@pytest.mark.parametrize("grain", [1, 4])
+def test_a_step_stays_within_the_bounds(grain: int) -> None:
+    graph = fxprune.analyze(seeded(Residual), images()[0])
+    allocator = Allocator(graph, error_table(graph, images()), round_to=grain)
+    bounds = {"macs": 0.6}
+    counts, _ = allocator.met(bounds)
+    moves = 0
+    for group in allocator.groups:
+        for wanted in (0, group.size // 2, group.size - 1):
+            found = allocator.moved(bounds, counts, group.name, wanted)
+            if found is None:
+                continue
+            moves += 1
+            assert found != counts
+            removed = np.array([[found[one.name] for one in allocator.groups]])
+            assert allocator.prices.shares("macs", removed)[0] <= 0.6 + 1e-6
+            if grain == 1 and wanted < counts[group.name]:
+                assert found[group.name] == wanted and sum(found.values()) > sum(counts.values()) - counts[group.name]
+    assert moves > 1
 
 
 def test_dear_networks_are_sorted_by_norms_and_the_best_repaired_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
