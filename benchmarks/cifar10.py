@@ -146,39 +146,16 @@ class Bench:
         return mended(fxprune.compress(candidates.graph, policy), removed, candidates, repairer).eval()
 
     def theirs(self, method: str, seed: int) -> tuple[nn.Module, int]:
-        """Torch-Pruning on the layers that ``--theirs`` names, as much as meets the budget, BatchNorm re-estimated on as many images as
-        our repair reads. Of ResNet-20 these are the convolutions inside the blocks: with the parameter-free shortcuts its result does not
-        run when more goes."""
-        _, kind, scope = method.split("-")
-        low, high = 0.0, 1.0
-        for _ in range(12):
-            middle = (low + high) / 2
-            macs = fxprune.profile(self.pruned(kind, scope, middle, seed), self.example).macs / self.macs
-            low, high = (low, middle) if macs <= self.options.macs else (middle, high)
-        slim = self.pruned(kind, scope, high, seed)
-        recalibrate_batchnorm(slim, self.plain(self.options.repair_images, seed))
-        return slim.eval(), 0
+        """BatchNorm is re-estimated on as many images as our repair reads."""
+        o = self.options
 
-    def pruned(self, kind: str, scope: str, ratio: float, seed: int) -> nn.Module:
-        tp = importlib.import_module("torch_pruning")
-        model = load_model(self.options.model, num_classes=self.data.num_classes, weights=self.options.weights).eval()
-        importance = {
-            "l2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
-            "taylor": tp.importance.GroupTaylorImportance,
-            "bnscale": tp.importance.BNScaleImportance,
-            "lamp": tp.importance.LAMPImportance,
-        }[kind]()
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-        fixed = [m for n, m in layers.items() if isinstance(m, nn.Linear) or not fnmatch.fnmatchcase(n, self.options.theirs)]
-        if kind == "taylor":
-            for images, labels in self.plain(256, seed):
-                nn.functional.cross_entropy(model(images), labels).backward()
-        pruner = tp.pruner.BasePruner(
-            model, self.example, importance, pruning_ratio=ratio, global_pruning=scope == "global", ignored_layers=fixed
-        )
-        pruner.step()
-        model.zero_grad(set_to_none=True)
-        return model.to(memory_format=torch.channels_last)
+        def fresh() -> nn.Module:
+            return load_model(o.model, num_classes=self.data.num_classes, weights=o.weights).eval()
+
+        slim = torch_pruned(fresh, self.example, method, o.macs, o.theirs, self.plain(256, seed))
+        slim.to(memory_format=torch.channels_last)
+        recalibrate_batchnorm(slim, self.plain(o.repair_images, seed))
+        return slim.eval(), 0
 
     def latency(self, model: nn.Module) -> float:
         return fxprune.profile(model, torch.cat([self.example] * 32)).latency(runs=15)
@@ -191,6 +168,45 @@ class Bench:
         slim.to(memory_format=torch.channels_last)
         fxprune.distill(slim, self.teachers[seed], train, config=DistillConfig(epochs=o.epochs, seed=seed, precision=o.precision))
         return evaluate_accuracy(slim.eval(), self.data.batches("test", 64))
+
+
+def torch_pruned(
+    fresh: Callable[[], nn.Module], example: Tensor, method: str, share: float, theirs: str, labelled: Sequence[Any], halvings: int = 12
+) -> nn.Module:
+    """Torch-Pruning on the convolutions that the glob ``theirs`` names, as little as meets the share of the MACs, nothing repaired.
+
+    Of ResNet-20 these are the convolutions inside the blocks: with the parameter-free shortcuts its result does not run when more goes.
+    ``fresh``: makes the network. ``method``: tp-CRITERION-SCOPE, as in ``THEIRS``. ``labelled``: what the Taylor criterion reads.
+    """
+    tp = importlib.import_module("torch_pruning")
+    _, kind, scope = method.split("-")
+    whole = fxprune.profile(fresh(), example).macs
+
+    def pruned(ratio: float) -> nn.Module:
+        model = fresh()
+        importance = {
+            "l2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+            "taylor": tp.importance.GroupTaylorImportance,
+            "bnscale": tp.importance.BNScaleImportance,
+            "lamp": tp.importance.LAMPImportance,
+        }[kind]()
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+        fixed = [m for n, m in layers.items() if isinstance(m, nn.Linear) or not fnmatch.fnmatchcase(n, theirs)]
+        if kind == "taylor":
+            for images, labels in labelled:
+                nn.functional.cross_entropy(model(images), labels).backward()
+        pruner = tp.pruner.BasePruner(
+            model, example, importance, pruning_ratio=ratio, global_pruning=scope == "global", ignored_layers=fixed
+        )
+        pruner.step()
+        model.zero_grad(set_to_none=True)
+        return model
+
+    low, high = 0.0, 1.0
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fxprune.profile(pruned(middle), example).macs <= share * whole else (middle, high)
+    return pruned(high)
 
 
 def page(cells: Sequence[Mapping[str, Any]], original: float, command: str, options: argparse.Namespace) -> str:

@@ -48,7 +48,7 @@ class Near:
 
 
 TRIALS = 12  # networks tried where a trial is dear: the fixed ones and what is drawn around the best
-MOVES, WORTH = 32, 6e11  # steps that follow the fixed ones elsewhere, at most, and the multiply-accumulates of the inputs by which they are repaired
+MOVES, WORTH = 32, 6e11  # steps that follow the fixed ones elsewhere, at most, and multiply-accumulates of what they are repaired by
 FITTED, JUDGED = 384, 768  # samples by which they are repaired and judged
 CHEAP = 4e10  # multiply-accumulates of a trial's inputs; dearer ones are sorted by BatchNorm re-estimated, and the best repaired in full
 DEAR_FITTED, DEAR_JUDGED = 128, 64
