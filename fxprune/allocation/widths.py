@@ -38,7 +38,7 @@ class Knapsack:
         may go. ``start``: removals from which it is improved; left out, it begins with the whole network."""
         begun = np.zeros(len(self.effects), dtype=np.int64)
         if start is not None:
-            begun[:] = [np.searchsorted(allowed, n, side="right") - 1 for allowed, n in zip(self.allowed, start, strict=True)]
+            begun[:] = self._places(start)
         at = self._taken(begun, bounds, frozenset())
         best = self.error(at)
         for _ in range(ROUNDS):
