@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -69,6 +72,81 @@ def test_the_class_stays_and_loads_elsewhere(name: str, tasks: Any, tmp_path: Pa
     )
     told = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True).stdout
     assert told.strip().splitlines()[-1] == str(sum(p.numel() for p in slim.parameters()))
+
+
+SMALL_RTDETR: dict[str, Any] = {
+    "nc": 2,
+    "scales": {"l": [1.0, 1.0, 1024]},
+    "backbone": [
+        [-1, 1, "HGStem", [16, 24]], [-1, 2, "HGBlock", [24, 32, 3]], [-1, 1, "DWConv", [48, 3, 2, 1, False]],
+        [-1, 2, "HGBlock", [24, 48, 3]], [-1, 1, "DWConv", [64, 3, 2, 1, False]], [-1, 2, "HGBlock", [32, 64, 5, True, False]],
+        [-1, 1, "DWConv", [96, 3, 2, 1, False]], [-1, 2, "HGBlock", [48, 96, 5, True, False]],
+    ],
+    "head": [
+        [-1, 1, "Conv", [64, 1, 1, None, 1, 1, False]], [-1, 1, "AIFI", [96, 8]], [-1, 1, "Conv", [64, 1, 1]],
+        [-1, 1, "nn.Upsample", [None, 2, "nearest"]], [5, 1, "Conv", [64, 1, 1, None, 1, 1, False]], [[-2, -1], 1, "Concat", [1]],
+        [-1, 2, "RepC3", [64]], [-1, 1, "Conv", [64, 1, 1]], [-1, 1, "nn.Upsample", [None, 2, "nearest"]],
+        [3, 1, "Conv", [64, 1, 1, None, 1, 1, False]], [[-2, -1], 1, "Concat", [1]], [-1, 2, "RepC3", [64]],
+        [-1, 1, "Conv", [64, 3, 2]], [[-1, 15], 1, "Concat", [1]], [-1, 2, "RepC3", [64]], [-1, 1, "Conv", [64, 3, 2]],
+        [[-1, 10], 1, "Concat", [1]], [-1, 2, "RepC3", [64]], [[19, 22, 25], 1, "RTDETRDecoder", ["nc", 64, 20, 4, 8, 2]],
+    ],
+}  # fmt: skip
+ENCODED = "model.8*"  # what AIFI reads: it computes its position embedding of the number of channels
+
+
+def example() -> Any:
+    path = Path(__file__).resolve().parents[1] / "examples" / "yolo.py"
+    spec = importlib.util.spec_from_file_location("yolo_example", path)
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+def test_rt_detr_in_its_own_trainer(tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle, the class, a step in training, an epoch in RTDETRTrainer, ONNX, and RTDETR("best.pt") without fxprune."""
+    monkeypatch.setenv("FXPRUNE_EXAMPLE_BUDGET", "small")
+    monkeypatch.chdir(tmp_path)
+    given = example()
+    data = given.draw(tmp_path / "data")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    ultralytics = pytest.importorskip("ultralytics")
+    base = importlib.import_module("ultralytics.models.rtdetr.train").RTDETRTrainer
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, 64, 64)
+    model: Any = tasks.RTDETRDetectionModel(SMALL_RTDETR, verbose=False).eval()
+    graph = fxprune.analyze(model, x, attention="heads", ignore=ENCODED)
+    fxprune.compress(graph, 0.25, x, norms="exact", verify=True)
+    slim: Any = fxprune.compress(graph, 0.25, x, keep_class=True, verify=True)
+    assert type(slim) is type(model)
+    record = fxprune.record(slim)
+    assert record.after.params < 0.7 * record.before.params
+    wanted = as_graph(model, x, slim, attention="heads", ignore=ENCODED)
+    assert equal(slim(x)[0], wanted(x)[0])
+    cfg = tmp_path / "rtdetr-small.yaml"
+    cfg.write_text(json.dumps(SMALL_RTDETR))  # yaml reads it
+    more = ultralytics.RTDETR(str(cfg))
+    more.model = slim
+    settings = {"data": str(data), "imgsz": 64, "batch": 16, "workers": 0, "device": "cpu", "verbose": False, "plots": False}
+    more.train(
+        **settings, **given.PLAIN, epochs=1, amp=False, deterministic=False, project=str(tmp_path), name="slim",
+        trainer=given.trainer_of(slim, base),
+    )  # fmt: skip
+    assert sum(p.numel() for p in more.model.parameters()) == record.after.params
+    best = tmp_path / "slim" / "weights" / "best.pt"
+    more.export(format="onnx", imgsz=64, device="cpu", simplify=False)
+    found = onnxruntime.InferenceSession(str(best.with_suffix(".onnx"))).run(None, {"images": x[:1].numpy()})[0]
+    with torch.no_grad():
+        assert torch.allclose(more.model.float().eval()(x[:1])[0], torch.from_numpy(found), atol=1e-4)
+    script = (
+        "import sys; sys.modules['fxprune'] = None\n"
+        "from ultralytics import RTDETR\n"
+        f"print(sum(p.numel() for p in RTDETR({str(best)!r}).model.parameters()))\n"
+    )
+    told = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True).stdout
+    assert told.strip().splitlines()[-1] == str(record.after.params)
 
 
 @pytest.mark.long

@@ -232,6 +232,9 @@ class Attributes:
         changing = {
             site: self.candidates[site] for site in best if site not in parts and any(one.old != one.new for one in self.sites[site])
         } | parts
+        for site in [one for one in changing if one not in parts]:  # eight heads, and each 64 // 8 wide: the number is no attribute's own
+            derived = self._candidates(site, self.sites[site], derived=True)
+            changing[site] = [*changing[site], *(one for one in derived if one not in changing[site])]
         others: dict[Any, None] = {}
         for site, found in changing.items():
             others.update(dict.fromkeys((site[0], found[0], other) for other in found[1:]))

@@ -21,7 +21,7 @@ from fxprune.passes.labels.values import Vector
 from fxprune.passes.rewriting import attributes
 from fxprune.passes.rewriting.agreement import Agreement, Difference
 from fxprune.passes.rewriting.attributes import Attributes, Slot
-from fxprune.passes.rewriting.literal_changes import Literal, even_parts, literals, read_sizes
+from fxprune.passes.rewriting.literal_changes import Literal, attention_widths, even_parts, literals, read_sizes
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.rules import is_known, registry
 from fxprune.passes.tracing.modes import trace
@@ -40,7 +40,7 @@ def uneven(slimmer: Slimmer) -> list[list[Vector]]:
     ties = []
     found: list[Literal] = []
     for mode, graph in slimmer.graph.traced.graphs.items():
-        ties += [*even_parts(slimmer, mode, graph), *read_sizes(slimmer, mode, graph)]
+        ties += [*even_parts(slimmer, mode, graph), *read_sizes(slimmer, mode, graph), *attention_widths(slimmer, mode, graph)]
         found += literals(slimmer, mode, graph, slimmer.copy(mode, graph))
     known = Attributes(slimmer.skeleton.original, [one for one in found if not one.implied])
     for of in known.values(next(known.choices(1))).values():

@@ -11,6 +11,7 @@ from torch import fx
 from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.labels.values import Value, Vector
 from fxprune.passes.rewriting.slimmer import Slimmer
+from fxprune.passes.tracing.decompositions import AS_WIDE_AS
 
 VIEWS = frozenset({"view", "reshape", "_unsafe_view", "expand", "broadcast_to"})
 SPLITS = frozenset({"split", "chunk", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"})
@@ -59,6 +60,8 @@ def literals(slimmer: Slimmer, mode: str, old: fx.Graph, new: fx.Graph) -> Itera
         if node.op not in ("call_function", "call_method") or node not in made:
             continue
         name = target_name(node)
+        if name == "size":  # its number is an axis; the slim graph may read a size of another tensor
+            continue
         if name in SPLITS:
             yield from _parts(slimmer, node, name, known)
             continue
@@ -140,6 +143,18 @@ def read_sizes(slimmer: Slimmer, mode: str, graph: fx.Graph) -> Iterator[list[Ve
             other = source.axes.get(int(leaf.args[1]) % source.ndim)  # type: ignore[arg-type]
             if other is not None and other is not along and len(other) == len(along):
                 yield [along, other]
+
+
+def attention_widths(slimmer: Slimmer, mode: str, graph: fx.Graph) -> Iterator[list[Vector]]:
+    """The labels of the heads side by side and of the query's channels, of which ``F.multi_head_attention_forward`` wants as many."""
+    known, named = slimmer.graph.values[mode], {node.name: node for node in graph.nodes}
+    for node in graph.nodes:
+        query = named.get(node.meta.get(AS_WIDE_AS, ""))
+        values = known.get(node), known.get(query) if query is not None else None
+        if all(isinstance(value, Value) for value in values):
+            axes = [value.axes.get(value.ndim - 1) for value in values if isinstance(value, Value)]
+            if all(axis is not None for axis in axes):
+                yield axes  # type: ignore[misc]
 
 
 def even_parts(slimmer: Slimmer, mode: str, graph: fx.Graph) -> Iterator[list[Vector]]:

@@ -2,8 +2,9 @@
 
 ``torch.nn.functional.multi_head_attention_forward`` (and with it ``nn.MultiheadAttention`` and the Transformer layers) becomes
 projections, views and products whose sizes are ordinary literals of the graph; the insistence of ``nn.MultiheadAttention`` that the
-embedding is heads times head dimension is then gone, and so is the need for a module of its own. Functions that a library wrapped with
-``torch.fx.wrap`` are traced into; where that fails they stay calls.
+embedding is heads times head dimension is then gone, and so is the need for a module of its own. A class that is kept calls torch's
+function, so the node of the heads side by side names the query that it must be as wide as (``AS_WIDE_AS``). Functions that a library
+wrapped with ``torch.fx.wrap`` are traced into; where that fails they stay calls.
 """
 
 from __future__ import annotations
@@ -14,6 +15,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+AS_WIDE_AS = "as_wide_as"  # in a node's meta: the name of a node whose last axis torch wants as long as its own
+
+
+def _width(x: Any) -> int:
+    return int((x.node.meta["val"] if hasattr(x, "node") else x).shape[-1])
 
 
 def _projected(
@@ -69,7 +76,8 @@ def attention_forward(
     is_causal: bool = False,
 ) -> tuple[Any, Any]:
     """What ``F.multi_head_attention_forward`` computes; query (L, N, E), key and value (S, N, E), or without N."""
-    batched = query.dim() == 3
+    assert _width(query) == embed_dim_to_check, f"was expecting embedding dimension of {embed_dim_to_check}, but got {_width(query)}"
+    batched, given = query.dim() == 3, query
     same = (
         query is key or getattr(query, "node", 0) is getattr(key, "node", 1),
         key is value or getattr(key, "node", 0) is getattr(value, "node", 1),
@@ -112,7 +120,10 @@ def attention_forward(
         weights = None
         causal = is_causal and mask is None
         mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
-    out = F.linear(mixed.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
+    mixed = mixed.permute(2, 0, 1, 3).flatten(2)
+    if hasattr(mixed, "node") and hasattr(given, "node"):
+        mixed.node.meta[AS_WIDE_AS] = given.node.name
+    out = F.linear(mixed, out_proj_weight, out_proj_bias)
     if weights is not None and average_attn_weights:
         weights = weights.mean(dim=1)
     if not batched:
