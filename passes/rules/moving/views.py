@@ -40,7 +40,7 @@ def view(ctx: LabelContext, node: fx.Node, input: Value, **named: Any) -> Any:
     else:
         made = ctx.move(node, input, lambda labels: labels.reshape(shape))
     for axis, vector in input.axes.items():
-        if not made.axes or not ctx.is_fixed(node.args[0], axis):
+        if not made.axes or not ctx.is_fixed(_source(node), axis):
             continue
         labels = ctx.labels.find(vector)
         places = [quick[axis]] if quick is not None else [p for p, v in made.axes.items() if np.isin(ctx.labels.find(v), labels).any()]
@@ -54,6 +54,13 @@ def view(ctx: LabelContext, node: fx.Node, input: Value, **named: Any) -> Any:
     return made
 
 
+def _source(node: fx.Node) -> Any:
+    """The node that gives what is seen otherwise."""
+    if node.op == "call_module":  # nn.Flatten, nn.Unflatten
+        return node.all_input_nodes[0]
+    return binding.form_of(node).arguments(node.args, node.kwargs)["input"]
+
+
 def _nothing_beside(x: Value, axis: int, shape: Sequence[int]) -> bool:
     return math.prod(x.shape[axis + 1 :]) == 1 and shape[-1] == x.shape[axis]
 
@@ -63,6 +70,8 @@ def _shifts(ctx: LabelContext, node: fx.Node, x: Value, axis: int, place: int) -
 
     What is counted is how many elements lie between one channel and the next, before and after: a number, or sizes that the input decides.
     """
+    if node.op == "call_module":  # nn.Flatten and nn.Unflatten: their sizes are of the axes that they take
+        return False
     shape = node.meta["val"].shape
     given = binding.form_of(node).arguments(node.args, node.kwargs)
     sizes = given.get("size", given.get("shape", ()))
@@ -72,10 +81,11 @@ def _shifts(ctx: LabelContext, node: fx.Node, x: Value, axis: int, place: int) -
     while before - 1 > axis and after - 1 > place and x.shape[before - 1] == shape[after - 1] > 1:
         before, after = before - 1, after - 1
     own, behind = sizes[place], sizes[place + 1 : after]
-    if all(ctx.is_fixed(node.args[0], a) for a in range(axis + 1, before)):
+    if all(ctx.is_fixed(_source(node), a) for a in range(axis + 1, before)):
         return any(isinstance(size, fx.Node) and not ctx.is_number(size) for size in behind) or _is_given(ctx, own)
     numbers = [size != -1 and ctx.is_number(size) for size in (own, *behind)]
-    return all(numbers[1:]) and (bool(behind) or numbers[0])
+    alone = numbers[0] and shape[place] == x.shape[axis]  # rather than all that lies beside it as well, as a classifier wants it
+    return all(numbers[1:]) and (bool(behind) or alone)
 
 
 def _is_given(ctx: LabelContext, size: Any) -> bool:

@@ -86,6 +86,17 @@ def test_others_are_pruned_and_right_at_other_sizes(how: Callable[[Any], Any], s
             assert gap(reference(other), slim(other)) < 1e-5
 
 
+def test_a_flattened_map_of_a_fixed_size_is_pruned() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), Flat(), nn.Linear(16 * 16, 4))
+    slim = fxprune.compress(model, 0.5, torch.randn(2, 3, 6, 6))
+    assert slim.get_parameter("3.weight").shape == (4, 8 * 16)
+
+
+class Flat(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(-1, 16 * 4 * 4)
+
+
 class Grouped(nn.Module):
     """Grouped queries: keys and values are expanded for their queries, and viewed as heads again."""
 
