@@ -29,7 +29,7 @@ from fxprune.passes.compat import many_compiled, tree_map_only
 Run = Callable[[], Any]
 GRAIN = 8  # channels in multiples of which all of these runtimes keep their fast layouts; see docs/latency.md
 LEAST, ENOUGH, MOST = 5, 0.006, 25  # turns of a measurement at least and at most, and the standard error of the share that ends it
-TURN, CALLS = 0.03, 3  # seconds and calls of a turn at least: what ran before has left the caches
+TURN, CALLS = 0.03, 3  # seconds and calls of a turn at least
 WARM_UP = 2
 
 
@@ -112,7 +112,8 @@ class Subject:
         return cls(model, run, runtime.clock(device), device)
 
     def seconds(self, runs: int = 1) -> float:
-        """Seconds a call, over so many."""
+        """Seconds a call, over so many, after one that brings back to the caches what another network has driven out."""
+        self.run()
         self._wait()
         started = self.clock()
         for _ in range(runs):
