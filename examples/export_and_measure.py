@@ -1,6 +1,6 @@
 """Prune, fold, export to whatever runtime is installed, and measure: does a smaller network run faster there?
 
-    python examples/export_and_measure.py
+python examples/export_and_measure.py
 """
 
 from __future__ import annotations
