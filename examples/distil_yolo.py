@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from yolo import IMAGES, PLAIN, SIZE, draw, drawn, score
+from yolo import IMAGES, PLAIN, SIZE, draw, drawn, score  # type: ignore[import-not-found]
 
 import fxprune
 from fxprune import DistillConfig
@@ -48,7 +48,8 @@ def detection_loss(student: Any) -> Any:
         classes = F.binary_cross_entropy_with_logits(output["scores"], raw["scores"].sigmoid(), reduction="none").sum((1, 2))
         ours, wanted = (one.unflatten(1, (4, bins)) for one in (output["boxes"], raw["boxes"]))
         sides = F.kl_div(ours.log_softmax(2), wanted.log_softmax(2), log_target=True, reduction="none").sum(2)
-        return labelled.sum() / len(batch["img"]) + classes.mean() + (sides * seen).sum((1, 2)).mean()
+        total: Tensor = labelled.sum() / len(batch["img"]) + classes.mean() + (sides * seen).sum((1, 2)).mean()
+        return total
 
     return loss
 
@@ -76,7 +77,8 @@ def main(folder: Path) -> None:
     def f1(network: torch.nn.Module) -> float:
         """Boxes found with the right label at an overlap of 0.5, as F1."""
         with torch.no_grad():
-            return score(network.eval()(images)[0], boxes)
+            found: float = score(network.eval()(images)[0], boxes)
+        return found
 
     slim: Any = fxprune.compress(model, "macs=0.5", torch.rand(1, 3, SIZE, SIZE), round_to=8, keep_class=True)
     record = fxprune.record(slim)

@@ -12,12 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-NEEDS = {
-    "llama": "transformers",
-    "yolo": "ultralytics",
-    "distil_yolo": "ultralytics",
-    "from_onnx": "onnx2torch",
-}  # packages that are no part of the set-up, and whose own warnings are theirs
+# Packages that are no part of the set-up, and whose own warnings are theirs
+NEEDS = {"llama": "transformers", "yolo": "ultralytics", "distil_yolo": "ultralytics", "from_onnx": "onnx2torch"}
 
 
 def test_there_are_examples() -> None:
