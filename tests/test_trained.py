@@ -78,7 +78,7 @@ def test_the_page_says_what_fell_short() -> None:
     one = {"wheel": "torch 2", "licence": "BSD", "cells": cells}
     text = page({"made": Made().network}, {"made": one}, "")
     assert "0 of 1 networks keep 95 %" in text and "Repair left made with a lower score" in text
-    assert "| made | 90.0 | 50.0 | 50.0 | 50.0 | 50.0 | 60.0 | - | no |" in text
+    assert "| made | 90.0 | 50.0 | 50.0 | 50.0 | 50.0 |  | 60.0 | - | no |" in text
     assert "**made**: keeps 56% of its score at half the MACs; 50% of its channels are locked, most because it reaches the output." in text
 
 

@@ -85,7 +85,15 @@ def _shifts(ctx: LabelContext, node: fx.Node, x: Value, axis: int, place: int) -
         return any(isinstance(size, fx.Node) and not ctx.is_number(size) for size in behind) or _is_given(ctx, own)
     numbers = [size != -1 and ctx.is_number(size) for size in (own, *behind)]
     alone = numbers[0] and shape[place] == x.shape[axis]  # rather than all that lies beside it as well, as a classifier wants it
-    return all(numbers[1:]) and (bool(behind) or alone)
+    return all(numbers[1:]) and (bool(behind) or alone) and any(_gives_way(ctx, size) for size in sizes)
+
+
+def _gives_way(ctx: LabelContext, size: Any) -> bool:
+    """Whether a size takes in what is more or less of other axes. Beside numbers and the batch alone, a view fails at other sizes."""
+    if not isinstance(size, fx.Node):
+        return bool(size == -1)
+    read_first = target_name(size) in ("size", "sym_size", "getitem") and len(size.args) == 2 and size.args[1] == 0
+    return not (read_first or target_name(size) == "len" or ctx.is_number(size))
 
 
 def _is_given(ctx: LabelContext, size: Any) -> bool:
