@@ -38,7 +38,7 @@ from fxprune.evaluation.likeness import Likeness
 from fxprune.models.loading import load_model
 from fxprune.repair.repairer import Repairer
 from fxprune.searching.problem import make_problem
-from fxprune.searching.result import mended
+from fxprune.searching.result import repair_result
 
 RESNET = {"data": "cifar10-lossless", "classes": 10, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 DENSENET = {"data": "cifar100", "classes": 100, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
@@ -113,7 +113,7 @@ def slimmed(
         budget = driver.Budget(problem.space, config.points[0])
         (removed,), evaluations = driver.STRATEGIES[strategy](budget, config).ask(), 0
     seconds = time.process_time() - begun
-    slim = mended(
+    slim = repair_result(
         fxprune.compress(graph, candidates.policy(removed, {}, "l2")), removed, candidates, Repairer(graph, drawn, "lstsq")
     ).eval()
     before, after = fxprune.profile(model, data.example()), fxprune.profile(slim, data.example())

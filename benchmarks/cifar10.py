@@ -38,7 +38,7 @@ from fxprune.models.loading import load_model
 from fxprune.repair.repairer import Repairer
 from fxprune.searching.candidates import Candidates
 from fxprune.searching.problem import make_problem
-from fxprune.searching.result import mended
+from fxprune.searching.result import repair_result
 from fxprune.training.config import TrainConfig
 from fxprune.training.distillation import DistillConfig
 from fxprune.training.fitting import train
@@ -143,7 +143,7 @@ class Bench:
     def repaired(self, candidates: Candidates, removed: Any, seed: int) -> nn.Module:
         repairer = Repairer(candidates.graph, self.batches("train", self.options.repair_images, seed), self.options.repair)
         policy = candidates.policy(removed, {}, "l2")
-        return mended(fxprune.compress(candidates.graph, policy), removed, candidates, repairer).eval()
+        return repair_result(fxprune.compress(candidates.graph, policy), removed, candidates, repairer).eval()
 
     def theirs(self, method: str, seed: int) -> tuple[nn.Module, int]:
         """BatchNorm is re-estimated on as many images as our repair reads."""

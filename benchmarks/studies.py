@@ -35,7 +35,7 @@ from fxprune.repair.repairer import Repairer
 from fxprune.searching.candidates import Candidates
 from fxprune.searching.problem import make_problem
 from fxprune.searching.recovery import Recovery
-from fxprune.searching.result import mended
+from fxprune.searching.result import repair_result
 from fxprune.training.config import TrainConfig
 from fxprune.training.fitting import train
 
@@ -104,7 +104,7 @@ class Setting:
             problem = Recovery(candidates, working, lambda slim: self.distil(slim, between)).attached(problem)
         outcome = driver.run(problem, config)
         slim = fxprune.compress(candidates.graph, candidates.policy(outcome.removed, {}, "l2"))
-        return mended(slim, outcome.removed, candidates, repairer).eval(), outcome
+        return repair_result(slim, outcome.removed, candidates, repairer).eval(), outcome
 
     def distil(self, slim: nn.Module, epochs: int) -> None:
         config = fxprune.DistillConfig(epochs, device="cpu", seed=self.seed, replace_teacher=False)
@@ -234,7 +234,7 @@ def score(settings: Sequence[Setting], candidates: int, macs: float) -> None:
             for size in sizes:
                 for name, value in full.first(size)(slim).items():
                     scores.setdefault((name, size), []).append(value)
-            slim = mended(fxprune.compress(made.graph, made.policy(removed, {}, "l2")), removed, made, repairer).eval()
+            slim = repair_result(fxprune.compress(made.graph, made.policy(removed, {}, "l2")), removed, made, repairer).eval()
             before.append(setting.tested(slim))
             setting.distil(slim, 5)
             after.append(setting.tested(slim))

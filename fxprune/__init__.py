@@ -15,7 +15,7 @@ from fxprune.evaluation.synthetic import synthetic_batches
 from fxprune.exporting.folding import fold_batchnorm
 from fxprune.files.applying import apply
 from fxprune.files.slim_file import load, rebuild, save
-from fxprune.importance.criterion import Criterion, register_criterion
+from fxprune.importance.registry import Criterion, register_criterion
 from fxprune.importance.sparse_training import regularize
 from fxprune.passes.rules import LayerSpec, register_layer, register_op
 from fxprune.policies import Policy

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fxprune.exporting.formats import FORMATS
-from fxprune.importance.criterion import CRITERIA
+from fxprune.importance.registry import CRITERIA
 from fxprune.repair.registry import REPAIRS
 
 torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from fxprune.cli import arguments
 from fxprune.cli.arguments import read
 from fxprune.errors import DependencyError, ExportError, InputError, PolicyError
 from fxprune.exporting.formats import Job
-from fxprune.importance.criterion import RankingData
+from fxprune.importance.registry import RankingData
 from fxprune.passes.coupling.graph import CouplingGraph
 
 pytestmark = pytest.mark.usefixtures("registries")

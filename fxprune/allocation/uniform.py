@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fxprune.allocation.prices import output_channels
-from fxprune.importance.criterion import Scores
+from fxprune.importance.registry import Scores
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.planning.cost_model import cost_model
 from fxprune.passes.planning.naming import limits

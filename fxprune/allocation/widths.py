@@ -69,9 +69,7 @@ class Knapsack:
         back[group] = max(0, back[group] - steps)
         return self._taken(back, bounds, frozenset([group]))
 
-    def _taken(
-        self, at: IntArray, bounds: Mapping[str, float], spared: frozenset[int], held: frozenset[int] = frozenset()
-    ) -> IntArray:
+    def _taken(self, at: IntArray, bounds: Mapping[str, float], spared: frozenset[int], held: frozenset[int] = frozenset()) -> IntArray:
         """Take more until the bounds are met, each time where least is broken for what is saved; then give back what need not go.
 
         ``spared``: groups of which no more is taken. ``held``: groups to which nothing is given back.

@@ -15,7 +15,7 @@ from fxprune.driver.config import PRESETS, RUNTIMES
 from fxprune.driver.rewards import REWARDS
 from fxprune.errors import SearchError
 from fxprune.exporting.formats import FORMATS
-from fxprune.importance.criterion import CRITERIA
+from fxprune.importance.registry import CRITERIA
 from fxprune.imports import needed
 from fxprune.repair.registry import REPAIRS
 

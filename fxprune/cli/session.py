@@ -45,7 +45,7 @@ from fxprune.searching.candidates import Candidates
 from fxprune.searching.norms import LR, recover_norms
 from fxprune.searching.problem import make_problem, multiple_for
 from fxprune.searching.recovery import Recovery, read_weights, write_weights
-from fxprune.searching.result import Repairing, SearchResult, mended, result_of
+from fxprune.searching.result import Repairing, SearchResult, repair_result, result_of
 from fxprune.timing.runtimes import Runtime, in_turns
 from fxprune.training.config import Progress, TrainConfig, resolve_device
 from fxprune.training.distillation import DistillConfig, distill
@@ -273,7 +273,7 @@ class Session:
         """The uniform allocation on the same budget as the outcome, from the same weights, with the same ranking of units and repair."""
         removed = outcome.baselines["uniform"].removed
         policy = candidates.policy(removed, {}, "l2")
-        return mended(compress(candidates.graph, policy), removed, candidates, repairer)
+        return repair_result(compress(candidates.graph, policy), removed, candidates, repairer)
 
     def distil(self, name: str, model: nn.Module, teacher: nn.Module, watcher: Watcher) -> None:
         """Distil a slim network in place, or take the weights that an earlier try came to."""

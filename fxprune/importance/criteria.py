@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from fxprune.errors import InputError, PolicyError
-from fxprune.importance.criterion import CRITERIA, Criterion, RankingData, Scores, by_group, checked, register_criterion
 from fxprune.importance.gradients import Loss, gradients
 from fxprune.importance.reconstruction import reconstruction
+from fxprune.importance.registry import CRITERIA, Criterion, RankingData, Scores, by_group, checked, register_criterion
 from fxprune.imports import by_path
 from fxprune.passes.coupling.graph import CouplingGraph, Group
 from fxprune.passes.labels.values import Vector

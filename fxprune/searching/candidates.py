@@ -16,7 +16,7 @@ from fxprune.compression import cut_from
 from fxprune.errors import FAULTS, EvaluationError, in_a_line
 from fxprune.evaluation.running import one_thread
 from fxprune.example_inputs import build
-from fxprune.importance.criterion import Scores
+from fxprune.importance.registry import Scores
 from fxprune.index_lists import ranges
 from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph

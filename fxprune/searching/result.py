@@ -131,7 +131,7 @@ class Repairing(Protocol):
         """Repair ``slim`` in place; returns notes for the record."""
 
 
-def mended(slim: fx.GraphModule, removed: Any, candidates: Candidates, repairer: Repairing) -> fx.GraphModule:
+def repair_result(slim: fx.GraphModule, removed: Any, candidates: Candidates, repairer: Repairing) -> fx.GraphModule:
     """``slim``, what is left without the units ``removed``, repaired in place as its record then says."""
     notes = repairer(slim, candidates.slimmer(removed))
     attach(slim, record(slim).with_repair(repairer.kind, notes, repairer.layers))
@@ -149,5 +149,5 @@ def result_of(outcome: SearchOutcome, candidates: Candidates, config: SearchConf
         "evaluations": outcome.evaluations,
     }
     policy = candidates.policy(outcome.removed, meta, importance_name(config.importance))
-    slim = mended(compress(candidates.graph, policy), outcome.removed, candidates, repairer)
+    slim = repair_result(compress(candidates.graph, policy), outcome.removed, candidates, repairer)
     return SearchResult(policy, slim, outcome.history, outcome.reward, outcome.evaluations, outcome)

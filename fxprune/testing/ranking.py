@@ -12,7 +12,7 @@ from torch import nn
 from fxprune.api import analyze
 from fxprune.errors import FxPruneError
 from fxprune.importance.criteria import Importance, scores
-from fxprune.importance.criterion import Criterion
+from fxprune.importance.registry import Criterion
 
 
 def assert_ranks(

@@ -36,7 +36,7 @@ class Criterion:
     Args:
         name: by which ``importance=`` and ``--importance`` know it, once it is registered with ``fxprune.register_criterion``.
         rank: ``rank(graph, data) -> {group name: scores}``, one finite number for each unit of a prunable group; ``data`` is a
-            ``fxprune.importance.criterion.RankingData``. A group that is left out is ranked by "l2".
+            ``fxprune.importance.registry.RankingData``. A group that is left out is ranked by "l2".
         needs_data: whether it needs calibration batches; without any the user is told so before it is called.
         needs_values: whether it reads the weights, which a model on the meta device does not have.
     """
