@@ -451,7 +451,7 @@ def test_a_layer_called_several_times_is_fitted_as_its_calls_side_by_side_would_
     torch.testing.assert_close(weights[1], weights[0], atol=1e-3, rtol=1e-2)
 
 
-def test_the_parts_of_a_network_whose_root_cannot_be_traced_are_mended() -> None:
+def test_the_parts_of_a_network_whose_root_cannot_be_traced_are_repaired() -> None:
     class Untraceable(nn.Module):
         def __init__(self) -> None:
             super().__init__()
