@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fxprune.atomic import replace_text
@@ -19,6 +18,7 @@ from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.records import LayerRepair
 from fxprune.repair.registry import named
 from fxprune.repair.repairer import Repairer
+from fxprune.searching.kept_tables import add_to
 from fxprune.searching.recovery import read_weights, write_weights
 
 
@@ -59,7 +59,5 @@ class KeptRepairs:
 def _mark(slim: nn.Module) -> str:
     """Tells the weights of one slim network from another's."""
     found = hashlib.sha256()
-    for name, tensor in sorted(slim.state_dict().items()):
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    add_to(found, sorted(slim.state_dict().items()))
     return found.hexdigest()[:16]

@@ -229,6 +229,7 @@ class Session:
             most=config.most,
             loss=config.loss,
             own_costs=config.costs,
+            folder=self.folder,
         )
         if config.recover_every:
             problem = Recovery(candidates, working, lambda slim: self.recover(original, slim, watcher)).attached(problem)

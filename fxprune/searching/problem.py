@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,9 @@ from torch import nn
 from fxprune.allocation.allocating import Allocator
 from fxprune.allocation.leaving_out import block_effects
 from fxprune.allocation.prices import output_channels
-from fxprune.allocation.tables import error_table
+from fxprune.allocation.tables import ErrorTable, error_table
 from fxprune.driver import Problem, SearchConfig
-from fxprune.errors import FAULTS, EvaluationError, FxPruneError, PruningWarning, SearchError, in_a_line
+from fxprune.errors import FAULTS, EvaluationError, FileError, FxPruneError, PruningWarning, SearchError, in_a_line
 from fxprune.evaluation.running import evaluating, one_thread
 from fxprune.importance.criteria import resolved, scores
 from fxprune.imports import by_path
@@ -24,6 +25,7 @@ from fxprune.passes.planning.naming import limits
 from fxprune.repair.registry import named
 from fxprune.repair.repairer import Repairer
 from fxprune.searching.candidates import CandidateCosts, Candidates, Evaluate, Score
+from fxprune.searching.kept_tables import kept_table
 from fxprune.timing.layers import CONVOLUTIONS
 from fxprune.timing.predicting import LatencyModel
 from fxprune.timing.runtimes import GRAIN, Runtime
@@ -106,6 +108,7 @@ def make_problem(
     loss: Any = None,
     own_costs: Mapping[str, Any] | None = None,
     blocks: bool = False,
+    folder: Path | None = None,
 ) -> tuple[Problem, Candidates]:
     """An analysed network as a search problem: costs from the analysis, scores from ``evaluate`` on slim networks.
 
@@ -121,6 +124,7 @@ def make_problem(
     ``most``, ``loss``: as in ``compress``; ``loss`` may be named as module:function. ``own_costs``: costs of the user's own by name:
     ``f(module) -> number``, or module:function.
     ``blocks``: whether whole blocks may be left out too, one entry of a removal vector each, behind those of the groups.
+    ``folder``: where the error table is kept, and read from where it is there already.
     """
     batches = None if calibration is None else list(calibration)
     named(repair)
@@ -137,12 +141,12 @@ def make_problem(
             ranking = scores(graph, "reconstruction" if tied else resolved(importance), batches, seed, function)
         if tabled != "no" and batches:
             try:
-                found = error_table(graph, batches, ranking=ranking, repair=repair, seed=seed)
+                found = _tabled(graph, batches, ranking, repair, seed, folder)
                 effects = list(zip(parts, block_effects(graph, parts, batches, seed=seed), strict=True)) if parts else []
                 table = Allocator(graph, found, round_to=round_to, most=most, costs={"latency": timing.shares}, blocks=effects)
                 ranking = found.ranking
             except FxPruneError as error:
-                if tabled != "may":
+                if tabled != "may" or isinstance(error, FileError):  # what lies in the folder is to be looked at, not passed over
                     raise
                 warnings.warn(f"the search begins without an error table: {error}", PruningWarning, stacklevel=2)
         if ranking is None:
@@ -179,3 +183,15 @@ def make_problem(
         most=np.array([allowed.get(g.name, g.size - 1) for g in groups] + [1 for _ in parts], dtype=np.int64) if allowed else None,
     )
     return problem, candidates
+
+
+def _tabled(
+    graph: CouplingGraph, batches: Sequence[Any], ranking: Mapping[str, Any] | None, repair: Any, seed: int, folder: Path | None
+) -> ErrorTable:
+    """The error table, from ``folder`` where it is there."""
+
+    def made() -> ErrorTable:
+        return error_table(graph, batches, ranking=ranking, repair=repair, seed=seed)
+
+    made_by = {"repair": named(repair)[0], "seed": seed}
+    return made() if folder is None else kept_table(folder, graph, batches, ranking, made_by, made)

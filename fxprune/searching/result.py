@@ -70,7 +70,7 @@ def search(
         rungs: cheaper ``evaluate``s, the cheapest first, each on half the data of the next, the last on half of what ``evaluate`` takes.
             ``rl-pruner`` then draws more candidates, and one in ``config.halving`` of them passes each rung. Rungs save time within a
             round; ``rough`` replaces the score during the whole search. Both may be given: the last rung is then followed by ``rough``.
-        checkpoint_dir: a folder in which the state is kept after every round.
+        checkpoint_dir: a folder in which the error table and, after every round, the state are kept.
         resume: go on from the state in ``checkpoint_dir``.
         on_event: called with a ``fxprune.driver.Progress`` after every round.
 
@@ -105,6 +105,7 @@ def search(
         own_costs=config.costs,
         blocks=config.blocks,
         runtime=Runtime(config.runtime, config.threads, config.latency_batch),
+        folder=None if checkpoint_dir is None else Path(checkpoint_dir),
     )
     outcome = run(problem, config, checkpoint_dir=checkpoint_dir, resume=resume, on_event=on_event)
     assert isinstance(problem.score, Score)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,12 @@ from typing import Any, Literal
 import pytest
 import torch
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.allocation import tables
 from fxprune.cli import command as cli
 from fxprune.cli import session
 from fxprune.cli.arguments import read
@@ -29,6 +32,7 @@ from fxprune.errors import SearchError
 from fxprune.evaluation.likeness import Likeness
 from fxprune.exporting.formats import FORMATS
 from fxprune.models.small import digits_net
+from fxprune.searching import problem
 from fxprune.timing.layers import LayerTable
 from fxprune.timing.runtimes import RUNTIMES, Runtime
 
@@ -337,6 +341,74 @@ def test_norms_are_recovered_between_repair_and_distillation_and_a_resumed_run_r
 
 def interrupted(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.fixture
+def tabled(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run that was cut once it had its error table."""
+    out = tmp_path / "tabled"
+    with monkeypatch.context() as patched:
+        patched.setattr(session.Session, "results", interrupted)
+        assert run("--out", out, *QUICKEST, "--strategy", "table", "--calibration-images", "64", "--repair", "bn").status == 130
+    assert (out / "checkpoint" / "table.safetensors").exists()
+    return out
+
+
+def test_a_resumed_run_reads_its_error_table(run: Run, tabled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tabled, other)
+    (other / "checkpoint" / "search" / "search.json").unlink()  # so that the table is what the allocation comes from
+    made: list[int] = []
+    compute = tables.error_table
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        made.append(1)
+        return compute(*args, **kwargs)
+
+    monkeypatch.setattr(problem, "error_table", counted)
+    assert run("--resume", other).status == 0
+    assert not made
+    policies = []
+    for name in ("tabled", "whole"):
+        folder = tmp_path / name
+        arguments = ["--resume", folder] if name == "tabled" else ["--out", folder, *QUICKEST]
+        more = [] if name == "tabled" else ["--strategy", "table", "--calibration-images", "64", "--repair", "bn"]
+        assert run(*arguments, *more).status == 0
+        policies.append(json.loads((folder / "policy.json").read_text())["options"]["units"])
+    assert made == [1] and policies[0] == policies[1]
+    assert json.loads((other / "policy.json").read_text())["options"]["units"] == policies[0]
+
+
+@pytest.mark.parametrize("what", ["other images", "cut", "shape", "dtype", "too large", "not rising", "not finite", "a group less"])
+def test_an_error_table_is_believed_only_where_it_is_the_runs_own(run: Run, tabled: Path, what: str) -> None:
+    path = tabled / "checkpoint" / "table.safetensors"
+    with safe_open(path, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(path)
+    whole = path.read_bytes()
+    if what == "other images":
+        described = json.loads(metadata["fxprune"])
+        metadata["fxprune"] = json.dumps({**described, "of": "0" * 64})
+    elif what == "shape":
+        tensors["0.ranking"] = tensors["0.ranking"][:-1].clone()
+    elif what == "dtype":
+        tensors["0.effects"] = tensors["0.effects"].float()
+    elif what == "too large":
+        tensors["0.effects"] = torch.zeros(10**4, 10**3, dtype=torch.float64)
+    elif what == "not rising":
+        tensors["0.widths"][-1] = tensors["0.widths"][-2]
+    elif what == "not finite":
+        tensors["0.effects"][0, 0] = float("nan")
+    elif what == "a group less":
+        tensors.pop("0.ranking")
+    save_file(tensors, path, metadata)
+    if what == "cut":
+        path.write_bytes(whole[: len(whole) // 2])
+    done = run("--resume", tabled)
+    if what == "other images":
+        assert done.status == 0 and path.read_bytes() == whole  # computed again
+    else:
+        assert done.status == 2 and f"cannot go on from {path}" in done.err and len(done.err.splitlines()) == 1
 
 
 def test_first_checkpoint_comes_before_any_work(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
