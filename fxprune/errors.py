@@ -58,9 +58,11 @@ class FxPruneError(Exception):
 
 
 class TraceError(FxPruneError):
-    """The model could not be traced. ``module``: the path of the module whose code was at work, where that is known."""
+    """The model could not be traced. ``module``: the path of the module whose code was at work, where that is known. ``needs_training``:
+    what that module does in training must not be left out."""
 
     module = ""
+    needs_training = False
 
 
 class UnsupportedError(FxPruneError):

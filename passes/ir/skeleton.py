@@ -65,12 +65,14 @@ class Skeleton:
 
     ``training_was_read``: whether traced code asked a module that is not kept whole for ``self.training``, or set a module's mode.
     ``held``: for the mode of the whole, "train" or "eval", the modules that the user's code holds in the other one: a name and its flag.
+    ``as_in_evaluation``: the modules whose own code could not be traced in training, and is traced as it runs in evaluation: why.
     """
 
     def __init__(self, model: nn.Module, is_known: Callable[[nn.Module], bool]) -> None:
         self.original = model
         self.training_was_read = False
         self.held: dict[str, dict[str, bool]] = {"eval": {}, "train": {}}
+        self.as_in_evaluation: dict[str, str] = {}
         self.train_is_known = True  # whether ``held`` is all that the user's own ``train()`` does
         self.past: list[Any] | None = None  # what a trace may start from; tracing finds and keeps it here
         self.started: Any = None  # the one of them that the graphs are of
@@ -213,8 +215,12 @@ class Skeleton:
     def set_training(self, mode: bool) -> None:
         for module in self._own:
             module.__dict__["training"] = mode
-        for name, flag in self.held["train" if mode else "eval"].items():
+        for name, flag in self.other_modes(mode).items():
             self._modules[name].__dict__["training"] = flag
+
+    def other_modes(self, mode: bool) -> dict[str, bool]:
+        """The modules that are not traced in the mode of the whole: a name and its flag."""
+        return {**self.held["train"], **dict.fromkeys(self.as_in_evaluation, False)} if mode else self.held["eval"]
 
     @property
     def is_scripted(self) -> bool:

@@ -51,7 +51,8 @@ def trace(
     example = call_form(example_inputs)
 
     def difference(of: TracedModel, mode: str = "eval") -> Difference | None:
-        return Comparison(model, of.graphs[mode], of.constants, example, reach, mode == "train", skeleton.held).difference()
+        others = skeleton.other_modes(mode == "train")
+        return Comparison(model, of.graphs[mode], of.constants, example, reach, mode == "train", others).difference()
 
     if skeleton.has_history:
         if difference(found) is None:
@@ -98,12 +99,16 @@ def add_traced(
     prefix = f"{path}:" if path else ""
 
     def attempt(training: bool, history: History, blocked: dict[str, str]) -> tuple[ShapeTracer, fx.Graph]:
+        outward = _Outward(skeleton, path)
         while True:
             tracer = ShapeTracer(skeleton, is_known, {*traced.opaque, *blocked}, device, has_rule, path)
             try:
                 return tracer, _one(tracer, example, training, history)
             except TraceError as error:
-                culprit = _culprit(error)
+                at_work = _at_work(error)
+                culprit = at_work[-1] if at_work else ""
+                if training and not error.needs_training and outward.next(at_work, str(error)):
+                    continue
                 if strict:
                     error.module = culprit
                     raise
@@ -114,12 +119,15 @@ def add_traced(
 
     def without_history(training: bool) -> tuple[ShapeTracer, fx.Graph]:
         """From before the first call where that can be traced as well as from what earlier calls left."""
+        settled = dict(skeleton.as_in_evaluation)
         for history in histories:
             tried = dict(blocked)
+            skeleton.as_in_evaluation = dict(settled)
             try:
                 found = attempt(training, history, tried)
             except TraceError:
                 if history is histories[-1]:
+                    skeleton.as_in_evaluation = settled
                     raise
                 continue
             if history is histories[-1] or tried.keys() == blocked.keys():
@@ -135,6 +143,7 @@ def add_traced(
     graphs, notes, constants = {"eval": graph}, dict(tracer.notes), dict(tracer.constants)
     traced.read |= tracer.read
     if skeleton.training_was_read:
+        before = set(skeleton.as_in_evaluation)
         try:
             second, graph = without_history(training=True)
             notes.update({note: None for note in second.notes if note.kind is NoteKind.MODE})
@@ -146,6 +155,11 @@ def add_traced(
         except TraceError as error:
             text = f"training mode could not be traced, the slim module computes as in evaluation mode there: {error}"
             notes[Note(NoteKind.MODE, text)] = None
+        for name, why in skeleton.as_in_evaluation.items():
+            if name not in before:
+                own = name or "the network"
+                text = f"in training {own} itself computes as in evaluation, since its code there could not be traced: {why}"
+                notes[Note(NoteKind.MODE, text)] = None
     notes.update(dict.fromkeys(lost(skeleton, path)))
     traced.graphs.update({prefix + mode: g for mode, g in graphs.items()})
     traced.constants.update(constants)
@@ -153,13 +167,40 @@ def add_traced(
     traced.notes = tuple(dict.fromkeys((*traced.notes, *notes)))
 
 
-def _culprit(error: BaseException | None) -> str:
-    """The innermost module or function that was traced into where the error began, or "" for the root's own code."""
+def _at_work(error: BaseException | None) -> tuple[str, ...]:
+    """The modules and functions that were traced into where the error began, outermost first; none for the root's own code."""
     while error is not None:
-        if found := getattr(error, "traced_within", ""):
-            return str(found)
+        if found := getattr(error, "traced_within", ()):
+            return tuple(found)
         error = error.__cause__
-    return ""
+    return ()
+
+
+class _Outward:
+    """Which module's own code is next to be traced in training as it runs in evaluation, where that in training cannot be traced."""
+
+    def __init__(self, skeleton: Skeleton, path: str) -> None:
+        self.skeleton, self.path = skeleton, path
+        self.innermost: str | None = None
+        self.tried: str | None = None
+        self.left: list[str] = []
+
+    def next(self, at_work: tuple[str, ...], why: str) -> bool:
+        """Whether there is one more to try, which the skeleton then holds in evaluation: the innermost of those at work or, where that was
+        no help, the next around it. A module without children that has buffers is kept whole instead: training may be what fills them."""
+        held = self.skeleton.as_in_evaluation
+        chain = [*(name for name in reversed(at_work) if self.skeleton.module_or_none(name) is not None), self.path]
+        if chain[0] != self.innermost:
+            self.innermost = chain[0]
+            module = self.skeleton.module(chain[0])
+            whole = bool(module._buffers) and not module._modules
+            self.left = [] if whole else [name for name in chain if name not in held]
+        elif self.tried is not None:
+            del held[self.tried]
+        self.tried = self.left.pop(0) if self.left else None
+        if self.tried is not None:
+            held[self.tried] = why
+        return self.tried is not None
 
 
 def _one(tracer: ShapeTracer, example: Any, training: bool, history: History) -> fx.Graph:

@@ -100,14 +100,14 @@ class ShapeTracer(fx.Tracer):
 
     @contextlib.contextmanager
     def entered(self, name: str) -> Iterator[None]:
-        """``name``, a module or a function that is traced into, is at work. An error remembers the innermost one that it came from."""
+        """``name``, a module or a function that is traced into, is at work. An error remembers what was where it came from."""
         self.stack.append(name)
         try:
             yield
         except BaseException as error:
             if not hasattr(error, "traced_within"):
                 with contextlib.suppress(AttributeError):  # an exception with slots
-                    error.traced_within = name  # type: ignore[attr-defined]
+                    error.traced_within = tuple(self.stack)  # type: ignore[attr-defined]
             raise
         finally:
             self.stack.pop()
@@ -369,7 +369,9 @@ class ShapeTracer(fx.Tracer):
         name = self.stack[-1] if self.stack else ""
         module = self.skeleton.module_or_none(name)
         if module is not None and not module._modules and module.__dict__["training"] and self.graph_is_training:
-            raise TraceError(f"{self.here()}: it computes in a {what} block, which a graph cannot keep")
+            error = TraceError(f"{self.here()}: it computes in a {what} block, which a graph cannot keep")
+            error.needs_training = True
+            raise error
 
     def _value_by_running(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         try:

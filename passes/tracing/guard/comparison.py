@@ -66,7 +66,7 @@ class _Run(fx.Interpreter):
 
 class Comparison:
     """A model and the graph of it (or of the part at ``path``) on one example. ``constants``: what the graph holds beside the model;
-    ``held``: the modules that are in another mode than the whole, for each mode of that."""
+    ``others``: the modules that are in another mode than the whole, and their flag."""
 
     def __init__(
         self,
@@ -76,10 +76,10 @@ class Comparison:
         example: Call,
         reach: Reach,
         training: bool,
-        held: Mapping[str, Mapping[str, bool]],
+        others: Mapping[str, bool],
     ) -> None:
         self.model, self.graph, self.constants, self.example = model, graph, constants, example
-        self.reach, self.training, self.held = reach, training, held["train" if training else "eval"]
+        self.reach, self.training, self.others = reach, training, others
 
     def difference(self) -> Difference | None:
         """None where the two agree, and where nobody can judge: on meta, where the model fails, where no seed makes it repeat itself."""
@@ -127,7 +127,7 @@ class Comparison:
             return [t.clone() for t in returned_tensors(out)]
 
     def _hold(self) -> None:
-        for name, flag in self.held.items():
+        for name, flag in self.others.items():
             self.model.get_submodule(name).training = flag
 
     def _first(self) -> str:
