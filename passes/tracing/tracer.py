@@ -44,6 +44,7 @@ from fxprune.passes.tracing.meta_execution import execute, hides_structure, run_
 from fxprune.passes.tracing.patching import patched
 from fxprune.passes.tracing.proxies import ShapeProxy, ShapeTuple
 from fxprune.passes.tracing.recorder import Recorder
+from fxprune.passes.tracing.sizes import counted
 from fxprune.passes.tracing.sizes import fixed_sizes as extents
 from fxprune.passes.tracing.sizes.specialisation import Asked
 
@@ -348,7 +349,8 @@ class ShapeTracer(fx.Tracer):
             return self.device
         self.busy = True
         try:
-            return execute(node, args, kwargs, self.skeleton)
+            some = counted.picked(node, args, kwargs)
+            return execute(node, args, kwargs, self.skeleton) if some is None else self._picked(node, *some)
         except TraceError:
             raise
         except Exception as error:  # whatever the operation raises on the example is the user's to see
@@ -363,6 +365,15 @@ class ShapeTracer(fx.Tracer):
             ) from error
         finally:
             self.busy = False
+
+    def _picked(self, node: fx.Node, found: Any, rows: int) -> Any:
+        """What values pick: as many as there can be, or those that there are where no input is among the values."""
+        node.meta["val"] = found
+        known = self.actual(node)
+        if known is not None:
+            return to_meta(known)
+        counted.mark(node, rows)
+        return found
 
     def refuse_block(self, what: str) -> None:
         """A module without children that needs the block in training (a spectral norm's power iteration) is better kept whole."""
@@ -427,6 +438,8 @@ class ShapeTracer(fx.Tracer):
             if all(_isinstance(a, torch.dtype) and (a.is_floating_point or a.is_complex) for a in compared):
                 self.note(NoteKind.DTYPE, f"a branch on the dtype was specialised to {compared[0]}", self.here())
             return
+        if counted.by_values(proxy.node, self.skeleton.module):
+            raise TraceError(f"{self.here()}: {what} is how many elements of a tensor are true, which only its values say")
         if extents.depends(proxy.node, self.skeleton.module) is not None:
             self.asked.add(Note(NoteKind.SIZE, f"{what} was specialised to the example inputs", self.here()), self.source)
 
@@ -438,6 +451,8 @@ class ShapeTracer(fx.Tracer):
 
     def unrolled(self, proxy: ShapeProxy) -> None:
         """Code loops over a tensor, or over the parts of one."""
+        if counted.in_parts_by_values(proxy.node, self.skeleton.module):
+            raise TraceError(f"{self.here()}: a loop goes over what is true in a tensor, and only its values say how much that is")
         count = extents.loop(proxy.node, self.skeleton.module)
         if count is not None:
             self.note(NoteKind.SIZE, f"loop over a dimension of {count} was specialised to the example inputs", self.here())

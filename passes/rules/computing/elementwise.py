@@ -23,7 +23,7 @@ ELEMENTWISE = (
     "isnan", "isinf", "isfinite", "logical_not", "bitwise_not", "threshold", "logit", "digamma", "lgamma", "sinc", "erfinv", "signbit",
     "zero", "fill", "normal", "uniform", "bernoulli", "rsub", "clamp", "clip", "clamp_min", "clamp_max", "copy", "add", "sub",
     "subtract", "maximum", "minimum", "fmax", "fmin", "addcmul", "addcdiv", "lerp", "hypot", "complex", "mul", "multiply", "logical_and",
-    "bitwise_and", "masked_fill", "copysign", "atan2", "polar", "pow", "where", "eq", "ne", "lt", "le", "gt", "ge", "greater", "less",
+    "bitwise_and", "masked_fill", "copysign", "atan2", "polar", "pow", "eq", "ne", "lt", "le", "gt", "ge", "greater", "less",
     "not_equal", "less_equal", "greater_equal", "logical_or", "logical_xor", "bitwise_or", "bitwise_xor", "isclose", "heaviside",
     "xlogy", "logaddexp", "float_power", "angle", "absolute", "arctan", "arctan2", "arcsin", "arcsinh", "arccos", "arccosh", "acosh",
     "arctanh", "fix", "sigmoid_", "rad2deg", "ldexp", "nextafter", "gcd", "lcm", "bitwise_left_shift", "bitwise_right_shift",

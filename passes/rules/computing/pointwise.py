@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.passes.compat import native_functions
+from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value
 from fxprune.passes.rules.computing import zeros
@@ -30,6 +31,14 @@ def cast(ctx: LabelContext, node: fx.Node, input: Value, **_: Any) -> Any:
 @functions(*OPERATORS)
 def elementwise(ctx: LabelContext, node: fx.Node, **arguments: Any) -> Any:
     return zeros.elementwise(ctx, node)
+
+
+@named("where")
+def where(ctx: LabelContext, node: fx.Node, condition: Value, **arguments: Any) -> Any:
+    """Of three tensors, element by element; of a condition alone, the positions where it holds."""
+    if isinstance(node.meta["val"], torch.Tensor):
+        return zeros.elementwise(ctx, node)
+    return ctx.opaque(node, [condition], "positions in it are computed by the graph", ReasonKind.COMPUTED_INDEX)
 
 
 @named(*DIVISIONS)

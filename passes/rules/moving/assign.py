@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxprune.passes.ir.masks import is_mask
 from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, values
 from fxprune.passes.rules import binding
-from fxprune.passes.rules.moving.indexing import entries_of, pin_pairs, renumber_index, resolved, rewrite_getitem
+from fxprune.passes.rules.moving.indexing import entries_of, picked_by_position, pin_pairs, renumber_index, resolved, rewrite_getitem
 from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, named
 
@@ -25,7 +26,7 @@ _COMPUTED = "positions in it are computed by the graph"
 @functions(operator.setitem, rewrite=rewrite_getitem)
 def setitem(ctx: LabelContext, node: fx.Node, target: Value, index: Any, value: Any) -> None:
     """``target[index] = value``: the channels of the part that is written are those of what is written there."""
-    if isinstance(index, Value) and index.shape == target.shape:  # a mask: element by element, as masked_fill
+    if _masks(node.args[1]) and index.shape == target.shape:  # element by element, as masked_fill
         ctx.combine(target.shape, [v for v in (target, index, value) if isinstance(v, Value)])
         ctx.overwritten(node.args[0], target.zero if _is_zero(value) else ())
         return
@@ -48,13 +49,14 @@ def setitem(ctx: LabelContext, node: fx.Node, target: Value, index: Any, value: 
 
 def _place(ctx: LabelContext, node: fx.Node, target: Value, index: Any) -> tuple[Value, dict[int, int]] | None:
     """The part that is written, and for its labelled axes the target's; None where the graph computes which channels those are."""
-    if isinstance(index, Value) and not any(axis < index.ndim for axis in target.axes) and index.shape == target.shape[: index.ndim]:
-        # A mask over axes without channels: how much is written is unknown, which channels is not.
+    given: Any = node.args[1]
+    raw = list(given) if isinstance(given, (tuple, list)) else [given]
+    target = picked_by_position(ctx, node, target, raw, "a part of it is assigned to", ReasonKind.ASSIGNED)
+    if _masks(given):  # over axes without channels: how much is written is unknown, which channels is not
         back = {axis - index.ndim + 1: axis for axis in target.axes}
         shape = (1, *target.shape[index.ndim :])
         return Value(shape, {w: target.axes[a] for w, a in back.items()}, frozenset(), target.why), back
-    given: Any = node.args[1]
-    indexed = resolved(ctx, node, target, index, list(given) if isinstance(given, (tuple, list)) else [given])
+    indexed = resolved(ctx, node, target, index, raw)
     if indexed is None:
         return None
     pin_pairs(ctx, target, indexed)
@@ -63,6 +65,11 @@ def _place(ctx: LabelContext, node: fx.Node, target: Value, index: Any) -> tuple
     if stepped and any(isinstance(e, (list, torch.Tensor)) for e in entries):
         return None  # kept channels of a step are listed, and two lists would be taken together
     return ctx.region(node, target, lambda labels: labels[indexed])
+
+
+def _masks(index: Any) -> bool:
+    """Whether an index in the graph is one mask."""
+    return isinstance(index, fx.Node) and is_mask(index.meta.get("val"))
 
 
 def _is_zero(value: Any) -> bool:

@@ -11,7 +11,9 @@ import torch
 from torch import fx
 
 from fxprune.errors import UnsupportedError
-from fxprune.passes.ir.reasons import ReasonKind
+from fxprune.passes.ir.masks import as_positions, is_mask
+from fxprune.passes.ir.nodes import op_name
+from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, Vector, values
 from fxprune.passes.rules import binding
@@ -19,10 +21,16 @@ from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, named
 
 
+def axes_of(entry: Any) -> int:
+    """How many axes of a tensor one entry of an index stands for: a mask for as many as it has, as a node of the graph too."""
+    mask = entry.meta.get("val") if isinstance(entry, fx.Node) else entry
+    return mask.ndim if is_mask(mask) else int(entry is not None and entry is not Ellipsis)
+
+
 def entries_of(index: Any, ndim: int) -> list[Any]:
-    """The index as a list with the ellipsis written out: one entry per axis of the tensor, and a None per new axis."""
+    """The index as a list with the ellipsis written out: one entry per axis of the tensor, one for all of a mask, a None per new axis."""
     parts = list(index) if isinstance(index, tuple) else [index]
-    used = sum(1 for p in parts if p is not None and p is not Ellipsis)
+    used = sum(map(axes_of, parts))
     spare = [slice(None)] * (ndim - used)
     if any(p is Ellipsis for p in parts):
         at = next(i for i, p in enumerate(parts) if p is Ellipsis)
@@ -35,6 +43,7 @@ def getitem(ctx: LabelContext, node: fx.Node, input: Any, index: Any) -> Any:
     if not isinstance(input, Value):
         return input[index]
     raw = list(node.args[1]) if isinstance(node.args[1], (tuple, list)) and isinstance(index, (tuple, list)) else [node.args[1]]
+    input = picked_by_position(ctx, node, input, raw, "it is indexed by values the graph computes", ReasonKind.COMPUTED_INDEX)
     indexed = resolved(ctx, node, input, index, raw)
     if indexed is None:
         return ctx.opaque(node, [input, *values(index)], "it is indexed by values the graph computes", ReasonKind.COMPUTED_INDEX)
@@ -45,7 +54,7 @@ def getitem(ctx: LabelContext, node: fx.Node, input: Any, index: Any) -> Any:
         if isinstance(owner, torch.nn.Embedding):  # positions beyond the example's are read by longer inputs
             ctx.pin(input.axes.get(0), "a vocabulary is not pruned", ReasonKind.STRUCTURE)
     axis = -1
-    given = entries_of(tuple(raw), input.ndim)
+    given = [source for source in entries_of(tuple(raw), input.ndim) for _ in range(max(axes_of(source), 1))]
     for entry, source in zip(entries_of(indexed, input.ndim), given, strict=True):
         axis += entry is not None
         bounds = (source.start, source.stop, source.step) if isinstance(source, slice) else (source,)
@@ -56,6 +65,21 @@ def getitem(ctx: LabelContext, node: fx.Node, input: Any, index: Any) -> Any:
         if isinstance(entry, slice) and entry.step not in (None, 1) and axis in input.axes and ctx.stays_view(node):
             ctx.pin(input.axes[axis], "every second or so of its channels is written in place", ReasonKind.WRITTEN_IN_PLACE)
     return ctx.move(node, input, lambda labels: _picked(labels, indexed))
+
+
+def picked_by_position(ctx: LabelContext, node: fx.Node, x: Value, raw: Sequence[Any], detail: str, kind: ReasonKind) -> Value:
+    """``x`` without labels along the axes at which the graph computes positions. Those stay, for the reason given; others may go."""
+    axes = dict(x.axes)
+    axis = 0
+    for source in entries_of(tuple(raw), x.ndim):
+        value = source.meta.get("val") if isinstance(source, fx.Node) else None
+        if isinstance(value, torch.Tensor) and (is_mask(value) or ctx.real(source) is None):
+            for taken in range(axis, axis + axes_of(source)):
+                ctx.pin(axes.pop(taken, None), detail, kind)
+        axis += axes_of(source)
+    if len(axes) == len(x.axes):
+        return x
+    return Value(x.shape, axes, x.zero & axes.keys(), Reason(ReasonKind.COMPUTED, f"it comes from {op_name(node, ctx.traced)}"))
 
 
 def pin_pairs(ctx: LabelContext, x: Value, index: Any) -> None:
@@ -93,22 +117,21 @@ def resolved(ctx: LabelContext, node: fx.Node, x: Value, index: Any, raw: Sequen
         raw = [node.args[1]]
     axis = 0
     done: list[Any] = []
-    spread = x.ndim - sum(1 for p in parts if p is not None and p is not Ellipsis)
+    spread = x.ndim - sum(map(axes_of, raw))
     for part, source in zip(parts, raw, strict=True):
         if part is Ellipsis:
             axis += spread
         elif isinstance(part, Value):
             actual = ctx.real(source)
-            if actual is None:
-                if axis in x.axes:
-                    return None
-                actual = torch.zeros(part.shape, dtype=torch.long)
-            if actual.dtype == torch.bool:
-                if actual.ndim != 1 or axis in x.axes:
-                    return None
-                actual = actual.nonzero().flatten()
-            part = actual.cpu()
-            axis += 1
+            taken, mask = axes_of(source), is_mask(source.meta["val"])
+            if (actual is None or mask) and any(a in x.axes for a in range(axis, axis + taken)):
+                return None
+            if mask:
+                done += as_positions(torch.empty(part.shape)) if actual is None else actual.cpu().nonzero(as_tuple=True)
+            else:
+                done.append(torch.zeros(part.shape, dtype=torch.long) if actual is None else actual.cpu())
+            axis += taken
+            continue
         elif part is not None:
             axis += 1
         done.append(part)
@@ -126,9 +149,9 @@ def rewrite_getitem(slim: Rewriter, node: fx.Node) -> None:
     for i, entry in enumerate(entries):
         if entry is None:
             continue
-        axis += 1
+        axis += axes_of(entry)
         kept = slim.kept(x, axis)
-        if kept is None or (isinstance(entry, slice) and entry == slice(None)):
+        if kept is None or axes_of(entry) > 1 or (isinstance(entry, slice) and entry == slice(None)):
             continue
         entries[i] = _kept_entry(slim, node, entry, kept, x.shape[axis])
         if isinstance(entry, slice) and isinstance(entries[i], list) and any(_is_list(e) for e in entries if e is not entries[i]):

@@ -1,0 +1,170 @@
+"""Rows that values pick: mixtures of experts that loop, masks over tokens; what asks how many there are is kept whole, by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.testing import assert_sound
+from tests.passes.helpers import gap, zeroed
+
+EXPERTS, CHOSEN = 4, 2
+Dispatch = Callable[[Tensor, Tensor, Tensor, nn.ModuleList], Tensor]
+
+
+def by_where(x: Tensor, chosen: Tensor, weight: Tensor, experts: nn.ModuleList) -> Tensor:
+    """Each expert's places and tokens, from a table of who chose it (as Mixtral had it)."""
+    out = torch.zeros(x.shape, dtype=x.dtype)
+    table = nn.functional.one_hot(chosen, EXPERTS).permute(2, 1, 0)
+    for i, expert in enumerate(experts):
+        place, token = torch.where(table[i])
+        found = expert(x[None, token].reshape(-1, x.shape[1])) * weight[token, place, None]
+        out.index_add_(0, token, found.to(x.dtype))
+    return out
+
+
+def by_nonzero(x: Tensor, chosen: Tensor, weight: Tensor, experts: nn.ModuleList) -> Tensor:
+    out = torch.zeros_like(x)
+    for i, expert in enumerate(experts):
+        token = (chosen == i).any(-1).nonzero().flatten()
+        out[token] += expert(x[token]) * (weight * (chosen == i)).sum(-1, keepdim=True)[token]
+    return out
+
+
+def by_mask(x: Tensor, chosen: Tensor, weight: Tensor, experts: nn.ModuleList) -> Tensor:
+    """Every token once for each of its experts (as DeepSeek trains)."""
+    flat, again = chosen.view(-1), x.repeat_interleave(CHOSEN, dim=0)
+    out = torch.empty_like(again)
+    for i, expert in enumerate(experts):
+        out[flat == i] = expert(again[flat == i])
+    return (out.view(*weight.shape, -1) * weight.unsqueeze(-1)).sum(1)
+
+
+def by_table(x: Tensor, chosen: Tensor, weight: Tensor, experts: nn.ModuleList) -> Tensor:
+    """A mask of two axes, over copies of the tokens, one for each place."""
+    again = x.unsqueeze(1).expand(-1, CHOSEN, -1)
+    out = torch.zeros_like(again)
+    for i, expert in enumerate(experts):
+        out[chosen == i] = expert(again[chosen == i])
+    return (out * weight.unsqueeze(-1)).sum(1)
+
+
+def asks_how_many(x: Tensor, chosen: Tensor, weight: Tensor, experts: nn.ModuleList) -> Tensor:
+    out = torch.zeros_like(x)
+    for i, expert in enumerate(experts):
+        token = (chosen == i).any(-1).nonzero().flatten()
+        if token.shape[0] > 0:
+            out[token] += expert(x[token])
+    return out
+
+
+def loops_over_them(x: Tensor, chosen: Tensor, weight: Tensor, experts: nn.ModuleList) -> Tensor:
+    out = torch.zeros_like(x)
+    for token in (chosen == 0).any(-1).nonzero():
+        out[token] += experts[0](x[token])
+    return out
+
+
+class Mixture(nn.Module):
+    def __init__(self, dispatch: Dispatch) -> None:
+        super().__init__()
+        self.dispatch = dispatch
+        self.router = nn.Linear(12, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(12, 20), nn.SiLU(), nn.Linear(20, 12)) for _ in range(EXPERTS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        flat = x.view(-1, width)
+        weight, chosen = self.router(flat).softmax(-1).topk(CHOSEN, -1)
+        return self.dispatch(flat, chosen, weight, self.experts).view(batch, tokens, width)
+
+
+class Network(nn.Module):
+    def __init__(self, dispatch: Dispatch) -> None:
+        super().__init__()
+        self.lift, self.mixture, self.head = nn.Linear(6, 12), Mixture(dispatch), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.lift(x)
+        return self.head(y + self.mixture(y))
+
+
+@pytest.mark.parametrize("dispatch", [by_where, by_nonzero, by_mask, by_table])
+def test_looped_experts_lose_stream_and_inner_width(dispatch: Dispatch) -> None:
+    torch.manual_seed(0)
+    model, x = Network(dispatch).eval(), torch.randn(2, 5, 6)
+    removed = ("lift.weight", *(f"mixture.experts.{i}.{j}.weight" for i in range(EXPERTS) for j in (0, 2)))
+    assert_sound(model, x, removes=removed)
+    slim = fxprune.compress(model, 0.5, x)
+    assert not fxprune.record(slim).notes
+    with torch.no_grad():  # other tokens choose other experts, and here some of them none
+        for other in (torch.randn(3, 7, 6), torch.randn(1, 1, 6), 5 * torch.ones(2, 5, 6)):
+            assert gap(zeroed(model, fxprune.record(slim).kept)(other), slim(other)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "why"),
+    [
+        (asks_how_many, r"test_counted.py:\d+: a condition .* how many elements of a tensor are true"),
+        (loops_over_them, r"test_counted.py:\d+: a loop goes over what is true in a tensor"),
+    ],
+)
+def test_code_that_asks_how_many_there_are_is_kept_whole(dispatch: Dispatch, why: str) -> None:
+    model, x = Network(dispatch).eval(), torch.randn(2, 5, 6)
+    graph = fxprune.analyze(model, x)
+    reason = graph.by_name["mixture.router"].reason
+    assert re.search(why, reason), reason
+
+
+class Picked(nn.Module):
+    """``how`` many rows there are stays in the graph, as other sizes do."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.a, self.b = how, nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("table", torch.tensor([[True, False, True], [False, False, True]]))
+        self.table: Tensor
+
+    def forward(self, x: Tensor) -> Any:
+        y = torch.relu(self.a(x))
+        keep = x.sum(-1) > 0
+        if self.how == "mean":
+            return self.b(y[keep].sum(0) / y[keep].shape[0])
+        if self.how == "selected":
+            return self.b(y) + torch.masked_select(x, keep.unsqueeze(-1)).sum()
+        if self.how == "fresh":
+            rows = y[keep]
+            return self.b(torch.cat([rows, torch.zeros(rows.size(0), 8)], 0)).mean(0)
+        place, row = torch.nonzero(self.table, as_tuple=True)  # of constants: as many as there are
+        return self.b(y[:, : len(place)] * (row + 1)[:, None])
+
+
+@pytest.mark.parametrize("how", ["mean", "selected", "fresh", "constant"])
+def test_numbers_of_rows_stay_in_the_graph(how: str) -> None:
+    torch.manual_seed(0)
+    model, x = Picked(how).eval(), torch.randn(2, 5, 6)
+    assert_sound(model, x, removes=("a.weight",))
+    slim = fxprune.compress(model, 0.5, x)
+    with torch.no_grad():
+        for other in (torch.randn(2, 5, 6), torch.randn(3, 9, 6)):
+            assert gap(zeroed(model, fxprune.record(slim).kept)(other), slim(other)) < 1e-5
+
+
+def test_channels_that_a_mask_picks_stay() -> None:
+    class Channels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.a(x)
+            return self.b(y) + y[:, y.mean(0) > 0].sum() + y.nonzero().sum()
+
+    graph = fxprune.analyze(Channels().eval(), torch.randn(4, 6))
+    assert not graph.by_name["a"].prunable
