@@ -122,11 +122,15 @@ def assert_elsewhere(
     if noted:
         part, fewer = pruned(model, graph, {n: p for n, p in policy.items() if n not in noted}, inputs)
         kept = fewer.kept
+    branched = any("a condition" in note for note in rec.notes)  # the user was told that other sizes may go another way
     specialised = rec.notes if any("specialised" in note or "fixed" in note for note in rec.notes) else ()
     with torch.no_grad():
         for name, given in others.items():
             whole = call(model, given)
-            assert [t.shape for t in leaves(call(slim, given))] == [t.shape for t in leaves(whole)], (name, specialised)
+            same = [t.shape for t in leaves(call(slim, given))] == [t.shape for t in leaves(whole)]
+            if branched and not same and name != "batch":
+                continue
+            assert same, (name, specialised)
             found = gap(call(zeroed(model, kept), given), call(part, given))
             assert found < 1e-4, f"relative error {found:.1e} at another {name}; {specialised}"
             fresh = gap(whole, call(copy.deepcopy(model), given))
@@ -161,6 +165,7 @@ def test_sizes_of_one(name: str, batch: int, side: int) -> None:
 FOUND: dict[str, Spec] = {
     "one_index_buffer_on_two_groups": Spec(10, (("permuted", 2, "twice"),), "pool"),
     "one_index_buffer_read_with_getitem": Spec(8, (("conv", 5, "plain"), ("permuted", 1, "twice")), "last"),
+    "odd_at_another_size": Spec(12, (("strided", 3, "concat"), ("by_shape", 1, "input")), "dataclass", "keywords"),
     "rolled_then_permuted_twice": Spec(9, (("moved", 3, "plain"), ("permuted", 5, "twice")), "flatten"),
     "uneven_channel_shuffle": Spec(12, (("shuffle", 4, "residual"),), "pool"),
 }

@@ -23,7 +23,7 @@ from fxprune.passes.rules.registry import functions, named
 
 def axes_of(entry: Any) -> int:
     """How many axes of a tensor one entry of an index stands for: a mask for as many as it has, as a node of the graph too."""
-    mask = entry.meta.get("val") if isinstance(entry, fx.Node) else entry
+    mask: Any = entry.meta.get("val") if isinstance(entry, fx.Node) else entry
     return mask.ndim if is_mask(mask) else int(entry is not None and entry is not Ellipsis)
 
 
