@@ -11,7 +11,7 @@ import torch
 
 from fxprune.allocation.prices import METRICS, FloatArray, IntArray, Prices
 from fxprune.allocation.tables import ErrorTable, error_table
-from fxprune.allocation.trying import Near, Trials, tried
+from fxprune.allocation.trying import TRIALS, Near, Trial, Trials, tried
 from fxprune.allocation.uniform import Uniform
 from fxprune.allocation.widths import Knapsack
 from fxprune.errors import InputError, TargetError
@@ -52,6 +52,7 @@ class Allocator:
     ) -> None:
         self.blocks = list(blocks)
         self.graph, self.table, self.costs = graph, table, dict(costs or {})
+        self.round_to, self.most = round_to, most
         self.groups = [group for group in graph.groups if group.prunable]
         self.limits = limits(graph, most)
         self.kept_whole = tuple(group.name for group in self.groups if not table.effects[group.name].any())
@@ -204,16 +205,40 @@ def allocate(
             raise TargetError(f"{metric}={share} cannot be met: with all that may go, {least:.3g} is left; ask for more")
     meta: dict[str, Any] = {"strategy": "table", "bounds": dict(bounds), "left": left, "kept_whole": list(allocator.kept_whole)}
     if trials > 1:
-        trial = Trials(graph, batches, table.ranking, repair, observe)
-        if trial.possible:
-            uniform = Uniform(graph, table.ranking, bounds, round_to, most)
-            near = Near(lambda *given: allocator.met(bounds, *given)[0], lambda *given: allocator.moved(bounds, *given))
-            judged = tried(trial, uniform, allocator.groups, counts, near, trials, seed)
+        judged = tried_out(allocator, bounds, counts, batches, repair, trials=trials, seed=seed, observe=observe)
+        if judged:
             counts = dict(judged[0].counts)
             rounded = np.array([[counts[group.name] for group in allocator.groups]])
             meta["left"] = {metric: float(allocator.prices.shares(metric, rounded)[0]) for metric in bounds}
             meta |= {"taken": judged[0].name, "distances": {one.name: one.distance for one in judged}}
     return policy_of(graph, keep_counts(graph, counts, table.ranking), round_to, importance, meta)
+
+
+def tried_out(
+    allocator: Allocator,
+    bounds: Mapping[str, float],
+    counts: Mapping[str, int],
+    batches: Sequence[Any],
+    repair: Repair,
+    *,
+    trials: int = TRIALS,
+    seed: int = 0,
+    observe: Observer | None = None,
+) -> list[Trial]:
+    """Allocations tried on inputs that are kept apart, the one to take first; none where there are no inputs to judge by.
+
+    Args:
+        allocator: Gives the allocations, without blocks.
+        bounds: As for ``allocate``; so are the others.
+        counts: What the table comes to as it is, units that each group loses.
+    """
+    graph, ranking = allocator.graph, allocator.table.ranking
+    trial = Trials(graph, batches, ranking, repair, observe)
+    if not trial.possible:
+        return []
+    uniform = Uniform(graph, ranking, bounds, allocator.round_to, allocator.most)
+    near = Near(lambda *given: allocator.met(bounds, *given)[0], lambda *given: allocator.moved(bounds, *given))
+    return tried(trial, uniform, allocator.groups, counts, near, trials, seed)
 
 
 def policy_of(graph: CouplingGraph, keep: Keep, round_to: int, importance: Any, meta: Mapping[str, Any]) -> Policy:

@@ -18,6 +18,8 @@ Metrics = Mapping[str, float]
 Cost = Callable[[IntArray], Metrics]
 Score = Callable[[IntArray], Metrics]
 Rounding = Callable[[IntArray], IntArray]
+Trying = Callable[[Mapping[str, float]], "IntArray | None"]
+"""Shares of metrics that may be left -> the best removal vector of those that were tried out, or None where none can be."""
 
 
 class Allocating(Protocol):
@@ -66,7 +68,8 @@ class Space:
         they are asked for. Only the names that a search needs are looked up, so a mapping may measure on lookup.
     ``unit_scores``: for each group the importance of its units in ascending order, float64, shape ``(units,)``; None if there is none.
     ``rounding``: removal vector -> the one that it comes to, nowhere more, where channels are kept in multiples of ``grain``; None: itself.
-    ``table``: the error table, where there is one. ``rungs``: how many cheaper scores there are.
+    ``table``: the error table, where there is one; ``tried``: tries allocations that it gives beside others, which takes as long as some
+        dozens of scores. ``rungs``: how many cheaper scores there are.
     ``blocks``: how many of the last groups are whole blocks, which lose nothing (0) or are left out (1); they have 2 units.
     ``slack``: by how much of it a cost may be off where that is more than the search's tolerance: costs that are predicted, and measured
         on what was found.
@@ -85,6 +88,7 @@ class Space:
     most: IntArray | None = None
     slack: Mapping[str, float] = field(default_factory=dict)
     blocks: int = 0
+    tried: Trying | None = None
 
     @property
     def room(self) -> IntArray:
@@ -161,6 +165,7 @@ class Problem:
     most: IntArray | None = None
     clock: Clock | None = None
     blocks: int = 0
+    tried: Trying | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(self.names))
@@ -194,4 +199,5 @@ class Problem:
             self.most,
             {} if self.clock is None else {"latency": self.clock.tolerance},
             self.blocks,
+            self.tried,
         )

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fxprune.allocation.allocating import Allocator
+from fxprune.allocation.allocating import Allocator, tried_out
 from fxprune.allocation.leaving_out import block_effects
-from fxprune.allocation.prices import output_channels
+from fxprune.allocation.prices import METRICS, IntArray, output_channels
 from fxprune.allocation.tables import ErrorTable, error_table
 from fxprune.driver import Problem, SearchConfig
 from fxprune.errors import FAULTS, EvaluationError, FileError, FxPruneError, PruningWarning, SearchError, in_a_line
@@ -52,6 +52,20 @@ class _Clock:
 
     def correct(self, points: Sequence[tuple[Any, float]]) -> None:
         self.model.correct([(self.candidates.rounded(removed), share) for removed, share in points])
+
+
+class _Tried:
+    """Tries out allocations of the ``table`` (``fxprune.driver.problem.Trying``), as ``compress`` does with a target."""
+
+    def __init__(self, table: Allocator, batches: Sequence[Any], repair: Any, seed: int) -> None:
+        self.table, self.batches, self.repair, self.seed = table, batches, repair, seed
+
+    def __call__(self, bounds: Mapping[str, float]) -> IntArray | None:
+        table = self.table
+        if table.blocks or any(metric not in METRICS for metric in bounds):
+            return None
+        judged = tried_out(table, bounds, table.met(bounds)[0], self.batches, self.repair, seed=self.seed)
+        return np.array([judged[0].counts[group.name] for group in table.groups], dtype=np.int64) if judged else None
 
 
 def multiple_for(graph: CouplingGraph, config: SearchConfig) -> int:
@@ -178,6 +192,7 @@ def make_problem(
         rounding=candidates.rounded if round_to > 1 else None,
         grain=round_to,
         table=table,
+        tried=None if table is None else _Tried(table, batches or [], repair, seed),
         measured=measured,
         clock=clock,
         most=np.array([allowed.get(g.name, g.size - 1) for g in groups] + [1 for _ in parts], dtype=np.int64) if allowed else None,

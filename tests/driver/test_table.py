@@ -93,6 +93,31 @@ def test_rl_pruner_takes_the_tables_allocation_first() -> None:
     assert run(problem, config).reward >= run(problem, dataclasses.replace(config, strategy="table")).reward
 
 
+def test_rl_pruner_begins_with_the_best_of_what_was_tried() -> None:
+    problem, chain, _ = tabled()
+    wanted = np.round(0.3 * chain.units).astype(np.int64)
+    asked: list[Mapping[str, float]] = []
+
+    def tried(bounds: Mapping[str, float]) -> IntArray:
+        asked.append(bounds)
+        return wanted
+
+    problem = dataclasses.replace(problem, tried=tried)
+    strategy = RLPruner(budget(problem, "macs=0.5"), SearchConfig(targets=("macs=0.5",), evaluations=20))
+    original = strategy.ask()
+    assert not asked  # it takes its time, which a run that is resumed later does not spend
+    strategy.tell([Scored(original[0], 0.95, {"accuracy": 0.95})])
+    best, table, *others = strategy.ask()
+    assert asked == [{"macs": 0.5}] and strategy.budget.met(best)
+    assert np.array_equal(best, strategy.budget.refined(wanted, np.zeros_like(wanted))) and np.abs(best - wanted).max() <= 2
+    assert np.array_equal(table, from_table(strategy.budget))
+    np.testing.assert_allclose(strategy.policy, best / best.sum(), atol=0.01)
+    strategy.tell([Scored(v, 0.5, {"accuracy": 0.5}) for v in (best, table, *others)])
+    again = RLPruner(strategy.budget, strategy.config)
+    again.restore(strategy.state())
+    assert all(np.array_equal(a, b) for a, b in zip(again.ask(), strategy.ask(), strict=True)) and len(asked) == 1
+
+
 def test_even_is_the_papers_start() -> None:
     problem, _, table = tabled()
     assert SearchConfig.preset("paper").first == "even" and SearchConfig.preset("paper").table == "no"

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.allocation.allocating import allocate
+from fxprune.allocation.trying import TRIALS
 from fxprune.errors import EvaluationError, TargetError
 from fxprune.importance.criteria import scores
 from fxprune.repair.repairer import Repairer
@@ -242,3 +244,14 @@ def test_outputs_that_are_no_class_scores_are_recovered_by_their_squared_error()
     assert float(unlike({"logits": torch.eye(3)}, {"logits": torch.eye(3)}, None)) == pytest.approx(0)
     with pytest.raises(fxprune.FxPruneError, match="recover is some; it must be one of none, norms"):
         fxprune.SearchConfig(recover="some")
+
+
+def test_a_search_from_a_table_begins_with_what_compress_comes_to(model: nn.Module) -> None:
+    batches = list(torch.randn(6, 16, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
+    graph = fxprune.analyze(model, INPUTS)
+    policy = allocate(graph, {"macs": 0.5}, batches, trials=TRIALS, seed=0)
+    problem, candidates = make_problem(graph, weight_left, calibration=batches, repair="lstsq", tabled="must")
+    assert problem.tried is not None
+    removed = problem.tried({"macs": 0.5})
+    assert removed is not None and candidates.policy(removed, {}, "auto").sparsity == policy.sparsity
+    assert problem.tried({"latency": 0.5}) is None  # no table bounds that

@@ -47,3 +47,11 @@ def from_table(budget: Budget) -> IntArray:
         if not budget.fits(found):
             found = budget.space.rounded(table.allocate({**bounds, "macs": 0.0}))
     return budget.refined(found, budget.space.zeros())
+
+
+def from_trials(budget: Budget) -> IntArray | None:
+    """The removal vector of the best allocation that was tried out, the table's own among them; None where none could be."""
+    if budget.space.tried is None:
+        return None
+    found = budget.space.tried({target.metric: target.remaining for target in budget.targets})
+    return None if found is None else budget.refined(budget.space.rounded(found), budget.space.zeros())

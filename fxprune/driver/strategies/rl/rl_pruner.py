@@ -21,7 +21,7 @@ from fxprune.driver.strategies.rl.epsilon import epsilon_at
 from fxprune.driver.strategies.rl.qvalue import q_values
 from fxprune.driver.strategies.rl.update import updated
 from fxprune.driver.strategies.rl.value import ValueModel
-from fxprune.driver.strategies.table import from_table
+from fxprune.driver.strategies.table import from_table, from_trials
 
 SHORTEST = 12  # rounds before it is asked whether more pay
 WIDER = 1.25  # what the noise grows by after a round that came to known architectures alone,
@@ -66,6 +66,7 @@ class RLPruner(Strategy):
         if self.budget.fits(self.at):
             return []
         config = self.config
+        begun = self._begun() if self.step == self.round == 0 else []
         self.nodes = sampler.trajectories(
             self.at,
             self.policy,
@@ -79,8 +80,8 @@ class RLPruner(Strategy):
             draws=self.draws if len(self.value) > config.samples else 1,
             choose=self._most_promising,
         )
-        if self.first is not None and self.planned == 1 and self.step == self.round == 0:  # ours: the table's allocation, to the unit
-            self.nodes[0] = sampler.Node(-1, self.policy, self.first)
+        for i, first in enumerate(begun[: config.samples if config.depth == 1 else 1]):
+            self.nodes[i] = sampler.Node(-1, self._towards(first), first)
         return [node.removed for node in self.nodes]
 
     def learn(self, outcomes: Sequence[Scored]) -> None:
@@ -178,12 +179,27 @@ class RLPruner(Strategy):
         """The table's allocation, or proportional to what the groups have left, mixed with the importance ranking's by ``warm_start``."""
         weight, floor = self.config.warm_start, self.config.floor
         if self.first is not None:
-            return on_simplex(np.maximum(self.first - self.at, 0) / max(int(self.first.sum()), 1), floor)
+            return self._towards(self.first)
         even = proportional(np.minimum(self.space.units - self.at, self.space.widths), floor)
         if not weight:
             return even
         ranked = global_ranking(self.budget)
         return on_simplex((1 - weight) * even + weight * ranked / max(int(ranked.sum()), 1), floor)
+
+    def _begun(self) -> list[IntArray]:
+        """The first samples of all, to the unit (ours): the best of some allocations that were tried out, and the table's own. The policy
+        begins with the first of them."""
+        if self.first is None or self.planned > 1:
+            return []
+        best = from_trials(self.budget)
+        if best is None or np.array_equal(best, self.first):
+            return [self.first]
+        self.policy = self._towards(best)
+        return [best, self.first]
+
+    def _towards(self, removed: IntArray) -> FloatArray:
+        """The action that leads to ``removed``."""
+        return on_simplex(np.maximum(removed - self.at, 0) / max(int(removed.sum()), 1), self.config.floor)
 
     def _most_promising(self, drawn: Sequence[IntArray]) -> int:
         """Of the architectures drawn, the one of highest expected reward (ours; the paper scores what it draws), new ones before known."""
