@@ -78,7 +78,25 @@ def _unpack(
     return data.new_empty(*shape, *data.shape[1:]), data.new_empty(sequences, dtype=torch.int64)
 
 
-_PACKING: dict[Any, Any] = {pack_padded: _pack, pad_packed: _unpack}
+def _waves(
+    input: torch.Tensor,
+    n_fft: int,
+    hop_length: int | None = None,
+    win_length: int | None = None,
+    window: torch.Tensor | None = None,
+    center: bool = True,
+    normalized: bool = False,
+    onesided: bool | None = None,
+    length: int | None = None,
+    return_complex: bool = False,
+) -> torch.Tensor:
+    """An inverse short-time Fourier transform, which looks at the values of its window and so has no kernel on meta."""
+    whole = n_fft + (n_fft // 4 if hop_length is None else hop_length) * (input.shape[-1] - 1)
+    found = length if length is not None else whole - 2 * (n_fft // 2) if center else whole
+    return input.new_empty(*input.shape[:-2], found, dtype=input.dtype if return_complex else input.dtype.to_real())
+
+
+_MADE: dict[Any, Any] = {torch.istft: _waves, "istft": _waves, pack_padded: _pack, pad_packed: _unpack}
 
 
 def _rows(a: Any = None, b: Any = None, **named: Any) -> torch.Tensor | None:
@@ -94,8 +112,8 @@ def quick_function(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """What a function or a method (by name) would give, as a meta tensor; None where it has to be run to be known."""
     if target is torch.cat:
         return _joined(args, kwargs)
-    if target in _PACKING:
-        return _PACKING[target](*args)
+    if target in _MADE:
+        return _MADE[target](*args, **kwargs)
     if target in _GROUPED:
         return _rows(*args[:2], **{k: v for k, v in kwargs.items() if k in ("self", "mat_a", "mat2", "mat_b")})
     if not args or not isinstance(args[0], torch.Tensor) or args[0].dtype not in _FLOATS:

@@ -1,4 +1,4 @@
-"""Fourier transforms along other axes than the channels, and the two views between real and complex tensors."""
+"""Fourier transforms along other axes than the channels, short-time ones, and the two views between real and complex tensors."""
 
 from __future__ import annotations
 
@@ -38,6 +38,28 @@ def many(ctx: LabelContext, node: fx.Node, input: Value, s: Any = None, dim: Any
     if dim is None and s is not None:
         dim = range(-len(s), 0)
     return _along(ctx, node, input, range(input.ndim) if dim is None else (dim,) if isinstance(dim, int) else dim)
+
+
+@named("stft", inplace=False)
+def stft(ctx: LabelContext, node: fx.Node, input: Value, window: Any = None, **_: Any) -> Any:
+    """(B, time) to (B, frequency, frame)."""
+    return _framed(ctx, node, input, 1, window)
+
+
+@named("istft", inplace=False)
+def istft(ctx: LabelContext, node: fx.Node, input: Value, window: Any = None, **_: Any) -> Any:
+    """(B, frequency, frame) to (B, time)."""
+    return _framed(ctx, node, input, 2, window)
+
+
+def _framed(ctx: LabelContext, node: fx.Node, x: Value, times: int, window: Any) -> Any:
+    """The last ``times`` axes are mixed; one before them, into which channels may be folded, stays."""
+    for axis in range(x.ndim - times, x.ndim):
+        ctx.pin(x.axes.get(axis), "it is mixed along an axis that is not a channel axis")
+    if isinstance(window, Value):
+        ctx.pin_all(window, "it is the window of a Fourier transform")
+    kept = {axis: vector for axis, vector in x.axes.items() if axis < x.ndim - times}
+    return ctx.make(node, kept, x.zero & kept.keys(), x.why)
 
 
 def _whole(slim: Rewriter, node: fx.Node) -> None:
