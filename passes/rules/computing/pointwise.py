@@ -50,13 +50,6 @@ def quotient(ctx: LabelContext, node: fx.Node, input: Any, other: Any, **argumen
     return zeros.elementwise(ctx, node)
 
 
-@named("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros_like", inplace=False)
-def like(ctx: LabelContext, node: fx.Node, input: Value, **_: Any) -> Any:
-    """The result takes its size from ``input`` when it runs, so its axes are the same channels."""
-    zero = input.axes if getattr(node.target, "__name__", node.target) == "zeros_like" else ()
-    return ctx.make(node, input.axes, zero, input.why)
-
-
 @functions(F.prelu, torch.prelu)
 def prelu(ctx: LabelContext, node: fx.Node, input: Value, weight: Value) -> Value:
     """``weight`` (channels) or (1): one slope for each index of axis 1."""

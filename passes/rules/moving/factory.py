@@ -33,6 +33,24 @@ for _name in ("new_zeros", "new_ones", "new_empty", "new_full"):
     named(_name, rewrite=_factory_sizes, inplace=False)(factory)
 
 
+def _as_large(slim: Rewriter, node: fx.Node) -> None:
+    """Where other channels go than those of the tensor that gives the size, another tensor of the right size gives it."""
+    given = slim.argument(node, "input")
+    source, made = slim.value(given), slim.value(node)
+    sizes = [slim.count(made, a) if slim.count(made, a) != slim.count(source, a) else None for a in range(made.ndim)]
+    if any(size is not None for size in sizes):
+        size = tuple(slim.new.call_method("size", (given, a)) if n is None else n for a, n in enumerate(sizes))
+        slim.set_argument(node, "input", slim.new.call_method("new_empty", (given, size)))
+
+
+@named("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", rewrite=_as_large, inplace=False)
+def like(ctx: LabelContext, node: fx.Node, input: Value, **_: Any) -> Any:
+    """Of ``input`` it has the sizes alone: which channels these are is for what it meets to say. Where channels are folded with other
+    axes, which no factory could size, it has theirs."""
+    axes = {a: ctx.fresh("factory", len(v), soft=True) if ctx.labels.units(v) == len(v) else v for a, v in input.axes.items()}
+    return ctx.make(node, axes, axes if target_name(node) == "zeros_like" else (), input.why)
+
+
 def _picked(slim: Rewriter, node: fx.Node) -> None:
     """The values stand where the original has them; those of removed channels are left out."""
     value = slim.value(node)
