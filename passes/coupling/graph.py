@@ -85,6 +85,7 @@ class CouplingGraph:
         self.blocks: tuple[Block, ...] = ()  # what can be left out, where ``analyze`` was asked for it
         self.templates: dict[str, Any] = {}  # what the rewrites of this graph share, by norms; made by the first
         self.costs: Any = None  # its cost model (passes.cost), made when it is first asked for
+        self.orders: dict[str, tuple[bytes, Vector]] = {}  # group -> scores that it was ranked by last, and its units in their order
         self._functional = output_dims(self.traced)
         pin_unseen(walk)
         self._cover_layers()

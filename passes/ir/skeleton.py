@@ -46,6 +46,7 @@ _HOOKS = frozenset(
 )
 _VALUES = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
 _PLAIN = frozenset({tuple, list, dict, set, OrderedDict})
+_SEQUENCES = frozenset({tuple, list})
 
 
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
@@ -162,10 +163,14 @@ class Skeleton:
     def real(self, name: str) -> torch.Tensor:
         """The user's tensor of that name, as it is now."""
         module, key = self._places[name]
-        found: torch.Tensor | None = dict(module._parameters.items()).get(key)  # those of a scripted module are no dict
-        if found is None:
-            found = dict(module._buffers.items()).get(key)
-        return self._real[name] if found is None else found
+        held: Any
+        for held in (module._parameters, module._buffers):
+            if not isinstance(held, dict):  # those of a scripted module
+                held = dict(held.items())
+            found: torch.Tensor | None = held.get(key)
+            if found is not None:
+                return found
+        return self._real[name]
 
     @property
     def names(self) -> list[str]:
@@ -246,14 +251,17 @@ def _meta_twin(tensor: torch.Tensor) -> torch.Tensor:
 
 def fill(source: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
     """Give ``twin`` the attributes of ``source``: modules and tensors by ``memo`` (id -> twin), the rest copied, hooks left behind."""
-    state = twin.__dict__
-    state.update(source.__dict__)
+    state = source.__dict__.copy()
+    object.__setattr__(twin, "__dict__", state)  # quicker than filling the one that it has
     for key, value in source.__dict__.items():
         kind = type(value)
         if kind in _VALUES:  # most are, and this is asked first for that
             continue
         if kind in _PLAIN and not value:  # most of the others: the hooks that nobody has registered
             state[key] = kind()
+        elif kind in _SEQUENCES and _VALUES.issuperset(map(type, value)):  # the sizes of a layer
+            if kind is list:
+                state[key] = value.copy()
         elif key in _REGISTERED:
             state[key] = {k: None if v is None else memo[id(v)] for k, v in value.items()}
         elif key in _HOOKS:

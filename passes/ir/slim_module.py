@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,12 +34,24 @@ _FX = frozenset(
         "graphs",
         "_compiled",
         "_borrowed",
+        "_numbers",
+        "_filled",
     }
 )
 
 
 MODES = "_held_modes"  # attribute: mode of the whole, "train" or "eval" -> the submodules in another one, by name, and their flag
 FOLLOWING = "_following"  # attribute that names the plain tensors of a module that move with it
+
+
+class Blank:
+    """A number in a shared graph that every module has one of its own for: in its ``_numbers``, at ``place``."""
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+
+    def __repr__(self) -> str:  # as it stands in the code
+        return f"self._numbers[{self.place}]"
 
 
 class SlimModule(fx.GraphModule):
@@ -75,12 +88,17 @@ class SlimModule(fx.GraphModule):
         kind = self.__dict__.get("_stands_for")
         return self if kind is None else self.standing_for(kind)
 
-    def sibling(self, tree: nn.Module) -> SlimModule:
-        """A module with other tensors and the same graphs: these and their code are shared until somebody asks for ``graph``."""
+    def sibling(self, tree: nn.Module, numbers: Sequence[int] | None = None) -> SlimModule:
+        """A module with other tensors and the same graphs: these and their code are shared until somebody asks for ``graph``.
+
+        ``numbers``: what stands in the graphs' blanks, None where they have none.
+        """
         twin: SlimModule = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin.__dict__.update(tree.__dict__)
         twin.__dict__["_borrowed"] = True
+        if numbers is not None:
+            twin.__dict__["_numbers"] = tuple(numbers)
         return twin
 
     def _apply(self, fn: Any, recurse: bool = True) -> SlimModule:
@@ -110,7 +128,28 @@ class SlimModule(fx.GraphModule):
         if self.borrowed:
             del self.__dict__["_borrowed"]
             self.__class__ = type("GraphModuleImpl", (SlimModule,), {})
-            self._adopt({m: _thaw(_freeze(g)) for m, g in self.__dict__["graphs"].items()})
+            graphs = {m: _thaw(g) for m, g in self._frozen().items()}
+            for key in ("_numbers", "_filled"):
+                self.__dict__.pop(key, None)
+            self._adopt(graphs)
+
+    @property
+    def code(self) -> str:
+        self._own_code()
+        return super().code
+
+    def __str__(self) -> str:
+        self._own_code()
+        return str(super().__str__())
+
+    def print_readable(self, *args: Any, **named: Any) -> str:
+        self._own_code()
+        return str(super().print_readable(*args, **named))
+
+    def _own_code(self) -> None:
+        """Shared code is not to be read where it has blanks."""
+        if "_numbers" in self.__dict__:
+            self._own()
 
     @property
     def graphs(self) -> dict[str, fx.Graph]:
@@ -121,8 +160,18 @@ class SlimModule(fx.GraphModule):
     @property
     def eval_graph(self) -> fx.Graph:
         """The graph of evaluation to read, not to edit: it may be shared with siblings."""
-        found: fx.Graph = self.__dict__["graphs"]["eval"]
-        return found
+        return self.to_read["eval"]
+
+    @property
+    def to_read(self) -> dict[str, fx.Graph]:
+        """The graphs of the modes to read, not to edit."""
+        found: dict[str, fx.Graph] = self.__dict__["graphs"]
+        if "_numbers" not in self.__dict__:
+            return found
+        if "_filled" not in self.__dict__:
+            self.__dict__["_filled"] = {m: _thaw(g) for m, g in self._frozen().items()}
+        filled: dict[str, fx.Graph] = self.__dict__["_filled"]
+        return filled
 
     @property
     def graph(self) -> fx.Graph:
@@ -220,7 +269,8 @@ class SlimModule(fx.GraphModule):
         return _restore, (self._state(), self._frozen())
 
     def _frozen(self) -> dict[str, Frozen]:
-        return {m: _freeze(g) for m, g in self.__dict__["graphs"].items()}
+        numbers = self.__dict__.get("_numbers", ())
+        return {m: _freeze(g, numbers) for m, g in self.__dict__["graphs"].items()}
 
 
 class _Ref:
@@ -237,12 +287,13 @@ def _named(node: fx.Node) -> Any:
 Frozen = list[tuple[str, str, Any, Any, Any, dict[str, Any]]]
 
 
-def _freeze(graph: fx.Graph) -> Frozen:
+def _freeze(graph: fx.Graph, numbers: Sequence[int] = ()) -> Frozen:
+    """``numbers``: what stands in the blanks."""
     nodes = []
     for node in graph.nodes:
         args: Any = map_arg(node.args, _named)
         kwargs: Any = map_arg(node.kwargs, _named)
-        nodes.append((node.name, node.op, _target(node.target), _plain(args), _plain(kwargs), dict(node.meta)))
+        nodes.append((node.name, node.op, _target(node.target), _plain(args, numbers), _plain(kwargs, numbers), dict(node.meta)))
     return nodes
 
 
@@ -291,17 +342,19 @@ class _Op:
         return getattr(getattr(getattr(torch.ops, namespace), name), overload)
 
 
-def _plain(value: Any) -> Any:
-    """fx's immutable lists and dicts as ordinary ones (they do not pickle in every torch version)."""
+def _plain(value: Any, numbers: Sequence[int]) -> Any:
+    """fx's immutable lists and dicts as ordinary ones (they do not pickle in every torch version), and blanks filled in."""
+    if isinstance(value, Blank):
+        return numbers[value.place]
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: _plain(v, numbers) for k, v in value.items()}
     if isinstance(value, list):
-        return [_plain(v) for v in value]
+        return [_plain(v, numbers) for v in value]
     if isinstance(value, tuple):
-        made = [_plain(v) for v in value]
+        made = [_plain(v, numbers) for v in value]
         return type(value)(*made) if hasattr(value, "_fields") else tuple(made)
     if isinstance(value, slice):
-        return slice(_plain(value.start), _plain(value.stop), _plain(value.step))
+        return slice(*(_plain(v, numbers) for v in (value.start, value.stop, value.step)))
     return value
 
 

@@ -46,10 +46,19 @@ def keep_counts(graph: CouplingGraph, removed: Mapping[str, int], scores: Mappin
         if count <= 0:
             continue
         group = graph.by_name[name]
-        ranked = np.argsort(np.asarray(scores[name], dtype=np.float64), kind="stable")
-        keep[graph.starts[group.number] + ranked[:count]] = False
+        keep[graph.starts[group.number] + _order(graph, name, scores[name])[:count]] = False
     keep_one_of_each(graph, keep, scores)
     return keep
+
+
+def _order(graph: CouplingGraph, name: str, scores: Any) -> npt.NDArray[np.int64]:
+    """A group's units from the lowest score to the highest; the candidates of a search are chosen by the same scores, ranked once."""
+    given = np.asarray(scores, dtype=np.float64)
+    content = given.tobytes()
+    known = graph.orders.get(name)
+    if known is None or known[0] != content:
+        known = graph.orders[name] = content, np.argsort(given, kind="stable")
+    return known[1]
 
 
 class Rounding:

@@ -11,7 +11,8 @@ from torch import nn
 from fxprune.passes.ir.skeleton import fill
 from fxprune.passes.ir.slim_module import FOLLOWING
 
-_BLANK = nn.Module()
+_BLANK = nn.Module().__dict__
+_OF_ITS_OWN = tuple((key, type(value)) for key, value in _BLANK.items() if isinstance(value, (dict, set)))
 Copies = tuple[tuple[nn.Module, bool], ...]
 
 
@@ -36,13 +37,16 @@ def assemble(modules: Copies, memo: dict[int, Any], constants: Mapping[str, torc
         if keeps_class:
             fill(module, twin, memo)
             continue
-        fill(_BLANK, twin, memo)
-        state = twin.__dict__
+        state = _BLANK.copy()
+        object.__setattr__(twin, "__dict__", state)
+        for key, fresh in _OF_ITS_OWN:
+            state[key] = fresh()
         for kind in ("_parameters", "_buffers", "_modules"):
             held = module.__dict__[kind]
             if held:
                 state[kind] = {k: None if v is None else memo[id(v)] for k, v in held.items()}
-        state["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+        if module._non_persistent_buffers_set:
+            state["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
         state["training"] = module.training
     root: nn.Module = memo[id(modules[0][0])]
     for name, tensor in constants.items():

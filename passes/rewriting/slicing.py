@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,24 +24,36 @@ _madvise: Any = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
 
 def cut(source: torch.Tensor, values: torch.Tensor | None, dims: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """A copy of ``source`` with only the kept indices of each dimension (or with new ``values``); layout and parameter-ness stay."""
-    made = select(source.detach() if values is None else values.to(source.device), dims)
-    return nn.Parameter(made, requires_grad=source.requires_grad) if isinstance(source, nn.Parameter) else made
+    if values is not None:
+        made = select(values.to(source.device), dims)
+    else:
+        made = select(source.detach() if torch.is_grad_enabled() else source, dims)
+    return like(source, made)
+
+
+def like(source: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+    """``made``, as a parameter where ``source`` is one."""
+    kind = type(source)
+    if kind is torch.Tensor or kind is not nn.Parameter and not isinstance(source, nn.Parameter):  # the first are quicker to ask
+        return made
+    return nn.Parameter(made, source.requires_grad)
 
 
 def select(source: torch.Tensor, dims: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """The kept indices of each dimension in new memory; the layout stays."""
-    if source.layout != torch.strided:  # sparse: has neither bytes of its own nor strides
+    if source.layout is not torch.strided:  # sparse: has neither bytes of its own nor strides
         made = source.clone()
         for dim, indices in dims.items():
             made = made.index_select(dim, indices.to(made.device))
         return made
-    if source.is_cpu and source.nbytes >= _LARGE and source.is_contiguous():
+    on_cpu = source.is_cpu
+    if on_cpu and source.nbytes >= _LARGE and source.is_contiguous():
         return _select_large(source, dims)
     if not dims:
         return torch.empty_like(source) if source.is_meta else source.clone()
     made = source
     for dim, indices in dims.items():
-        made = made.index_select(dim, indices if made.is_cpu else indices.to(made.device))
+        made = made.index_select(dim, indices if on_cpu else indices.to(made.device))
     if not source.is_contiguous() and source.ndim == 4 and source.is_contiguous(memory_format=torch.channels_last):
         return made.contiguous(memory_format=torch.channels_last)
     return made
@@ -58,6 +71,16 @@ def _select_large(source: torch.Tensor, dims: Mapping[int, torch.Tensor]) -> tor
             block = block.index_select(dim, indices)
         torch.index_select(block, *inner[-1], out=out[first : first + step])
     return out
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Have the C library keep what a candidate of a search gives back, for the next one, whose time would go to page faults otherwise.
+
+    glibc takes its bounds for that from the largest piece that was freed: one just below the most that it looks at is taken, unused, and
+    freed. Up to 64 MB then stay with the process, as they do in one that has ever freed a tensor of that size.
+    """
+    torch.empty(_LARGE - (1 << 16), dtype=torch.uint8)
 
 
 def room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -10,6 +10,7 @@ import copy
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from fxprune.errors import FAULTS, FxPruneError, UnsupportedError, first_line
+from fxprune.passes.collector import paused_collector
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.dead_code import impure
 from fxprune.passes.ir.nodes import op_name, target_name
@@ -26,7 +28,9 @@ from fxprune.passes.ir.slim_module import MODES, SlimModule
 from fxprune.passes.labels.values import Value, Vector, values
 from fxprune.passes.planning.plan import Keep
 from fxprune.passes.rewriting.assemble import Copies, assemble, copies, replace_module
-from fxprune.passes.rewriting.slicing import cut
+from fxprune.passes.rewriting.blanks import Blanks
+from fxprune.passes.rewriting.lines import Kept, Lines, as_indices
+from fxprune.passes.rewriting.slicing import cut, keep_freed_memory, like
 from fxprune.passes.rewriting.statistics import is_rms, rewrite_exact
 from fxprune.passes.rules import binding, registry
 from fxprune.passes.rules.layer_specs import has_sizes, resize
@@ -41,12 +45,15 @@ _ARITHMETIC = {
 
 @dataclass
 class Template:
-    """What every rewrite of one analysed model shares. ``module``: holds the graphs where no policy changes them, else None."""
+    """What every rewrite of one analysed model shares. ``module``: holds the graphs where no policy changes them, else None; ``blanks``:
+    likewise where policies change numbers alone. Both are made by the second rewrite: one alone has no use for them."""
 
     copies: Copies
-    resized: tuple[tuple[nn.Module, Value, Value, list[Vector]], ...]
+    lines: Lines
+    resized: tuple[tuple[nn.Module, Value, Value, tuple[int, ...]], ...]  # the last: the lines that its sizes follow
     constant: bool
     module: SlimModule | None = None
+    blanks: Blanks | None = None
 
 
 class Slimmer:
@@ -58,8 +65,6 @@ class Slimmer:
         self.skeleton = graph.traced.skeleton
         self._keep = np.append(keep, True)  # unit -1, "belongs to no group", is kept
         self._kept: dict[int, tuple[Vector, Vector | None]] = {}
-        self._dims: dict[str, dict[int, torch.Tensor]] = {}
-        self._by_units: dict[int, torch.Tensor | None] = {}
         self.renumber: dict[str, torch.Tensor] = {}
         self.constants: dict[str, torch.Tensor] = {}
         self.copied: dict[fx.Node, fx.Node] = {}  # node of a rewritten graph -> the original's
@@ -79,8 +84,26 @@ class Slimmer:
         """What the analysis knows of a copied node's tensor (or tensors)."""
         return node.meta["value"]
 
+    @cached_property
+    def _shared(self) -> Template:
+        found: Template | None = self.graph.templates.get(self.norms)
+        if found is None:
+            found = self.graph.templates[self.norms] = self._template()
+        return found
+
+    @cached_property
+    def _kept_lines(self) -> Kept:
+        return self._shared.lines.kept(self._keep)
+
+    @cached_property
+    def _indices(self) -> list[torch.Tensor | None]:
+        return as_indices(self._kept_lines)
+
     def kept_of(self, vector: Vector) -> Vector | None:
         """Positions kept along labels, or None where all are."""
+        line = self._shared.lines.of_labels.get(id(vector))
+        if line is not None:
+            return self._kept_lines[line]
         found = self._kept.get(id(vector))
         if found is None:
             mask = self._keep[self.graph.units_of_labels(vector)]
@@ -203,19 +226,18 @@ class Slimmer:
     # -- the rewrite --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @paused_collector()
     def run(self) -> Any:
         """The slim network: a ``SlimModule``, or where only parts could be traced a copy of the user's module with slim parts in it."""
-        template, parts = self.graph.templates.get(self.norms), self.graph.traced.parts
-        if template is None:
-            template = self.graph.templates[self.norms] = self._template()
-        elif template.constant and template.module is None and not parts:
-            template.module = self._holding(SlimModule(nn.Module(), self._graphs()))
-        graphs = self._graphs() if template.module is None else {}  # before the tree: index buffers are renumbered on the way
+        again, parts = self.norms in self.graph.templates, self.graph.traced.parts
+        template = self._shared
+        shared, numbers = self._shared_module() if again and not parts else (None, None)
+        graphs = self._graphs() if shared is None else {}  # before the tree: index buffers are renumbered on the way
         tree = self._tree(template.copies)
-        if template.module is not None:
-            return template.module.sibling(tree)
+        if shared is not None:
+            return shared.sibling(tree, numbers)
         if not parts:
-            return self._holding(SlimModule(tree, graphs))
+            return self.holding(SlimModule(tree, graphs))
         for path in parts:
             own = {mode: graphs[f"{path}:{mode}"] for mode in ("eval", "train") if f"{path}:{mode}" in graphs}
             for graph in own.values():
@@ -223,10 +245,22 @@ class Slimmer:
                     if node.op in ("call_module", "get_attr"):
                         node.target = self._inside(node, f"{path}.")
             old = tree.get_submodule(path)
-            replace_module(tree, old, self._holding(SlimModule(old, own), f"{path}.").standing_for(type(old)))
+            replace_module(tree, old, self.holding(SlimModule(old, own), f"{path}.").standing_for(type(old)))
         return tree
 
-    def _holding(self, module: SlimModule, prefix: str = "") -> SlimModule:
+    def _shared_module(self) -> tuple[SlimModule | None, list[int] | None]:
+        """The module whose graphs this rewrite's network can share, and the numbers in their blanks; None where it needs its own."""
+        template = self._shared
+        keep_freed_memory()
+        if template.constant:
+            if template.module is None:
+                template.module = self.holding(SlimModule(nn.Module(), self._graphs()))
+            return template.module, None
+        if template.blanks is None:
+            template.blanks = Blanks(self)
+        return template.blanks.filled(self)
+
+    def holding(self, module: SlimModule, prefix: str = "") -> SlimModule:
         """``module`` with what the user's code holds in a mode of its own below ``prefix``."""
         held = {
             mode: {name.removeprefix(prefix): flag for name, flag in named.items() if name.startswith(prefix)}
@@ -247,8 +281,7 @@ class Slimmer:
     @torch.no_grad()
     def tree(self, own_classes: bool = False) -> nn.Module:
         """The module tree alone, once the graphs are copied (index buffers are renumbered on the way); maybe all of the user's classes."""
-        template = self.graph.templates.setdefault(self.norms, self._template())
-        return self._tree(copies(self.skeleton.original, lambda _: True) if own_classes else template.copies, own_classes)
+        return self._tree(copies(self.skeleton.original, lambda _: True) if own_classes else self._shared.copies, own_classes)
 
     def _graphs(self) -> dict[str, fx.Graph]:
         return {mode: self.copy(mode, graph) for mode, graph in self.graph.traced.graphs.items()}
@@ -262,25 +295,28 @@ class Slimmer:
                 if old.op == "call_module" and name not in calls:
                     inputs = values(map_arg((*old.args, *old.kwargs.values()), self.graph.values[mode].get))
                     calls[name] = (inputs, values(self.graph.values[mode][old]))
-        resized = []
+        sized: list[tuple[nn.Module, Value, Value, list[Vector]]] = []
         for name, (inputs, outputs) in calls.items():
             module = self.skeleton.original_module(name)
             if name not in traced.opaque and has_sizes(module):
-                resized.append((module, inputs[0], outputs[0], [v for x in (*inputs, *outputs) for v in x.axes.values()]))
+                sized.append((module, inputs[0], outputs[0], [v for x in (*inputs, *outputs) for v in x.axes.values()]))
+        lines = Lines(self.graph, [v for *_, vectors in sized for v in vectors])
+        resized = tuple((module, x, y, tuple({lines.of_labels[id(v)] for v in vectors})) for module, x, y, vectors in sized)
 
         def keeps_class(path: str) -> bool:
             """Whether the graph calls a module, or it, or one around it, was not looked into. Of a network that was traced in parts all
             do: the code around the parts may ask for their attributes."""
             return bool(traced.parts) or path in calls or any(path == o or path.startswith(f"{o}.") for o in traced.opaque)
 
-        return Template(copies(self.skeleton.original, keeps_class), tuple(resized), self._constant())
+        return Template(copies(self.skeleton.original, keeps_class), lines, resized, self._constant())
 
     def _constant(self) -> bool:
         """Whether the graphs come out the same for every policy: no literal and no read of a size meets channels that may go."""
-        graphs, values = self.graph.traced.graphs, self.graph.values
-        return not any(self._may_change(old, values[mode]) for mode, graph in graphs.items() for old in graph.nodes)
+        return not any(self.may_change(old, mode) for mode, graph in self.graph.traced.graphs.items() for old in graph.nodes)
 
-    def _may_change(self, old: fx.Node, found: Mapping[fx.Node, Any]) -> bool:
+    def may_change(self, old: fx.Node, mode: str) -> bool:
+        """Whether there are policies for which an operation is another in the slim graph."""
+        found = self.graph.values[mode]
         if self._asserts_channels(old, found):
             return True
         if self.exact and old in self.graph.statistics:
@@ -291,6 +327,27 @@ class Slimmer:
             return rule is not None and rule.always
         met = values((found.get(old), map_arg((old.args, old.kwargs), found.get)))
         return any(self.graph.may_lose(v) for value in met for v in value.axes.values())
+
+    def only_arguments(self, old: fx.Node, mode: str) -> bool:
+        """Whether it stays one operation of which nothing but the arguments is rewritten, by its rule."""
+        rule = self._rule_of(old)
+        if rule is None or rule.rewrite is None or rule.always or (old.op == "call_method" and old.target == "size"):
+            return False
+        return not self._asserts_channels(old, self.graph.values[mode]) and not (self.exact and old in self.graph.statistics)
+
+    def rewrite_in(self, graph: fx.Graph, node: fx.Node, mode: str) -> None:
+        """Have its rule rewrite a copied node where this policy asks for that. ``graph``: the node's."""
+        self.new, old, values = graph, node.meta["old"], self.graph.values[mode]
+        rule = self._rule_of(old)
+        if rule is not None and rule.rewrite is not None and self._needs_rewrite(rule, old, values):
+            with graph.inserting_before(node):
+                self._rewrite(rule.rewrite, node)
+
+    def note(self, node: fx.Node, old: fx.Node, mode: str) -> None:
+        """Let a copied node say what rewrites ask of it."""
+        node.meta = {"value": self.graph.values[mode].get(old), "old": old, "where": old.meta.get("where"), "owner": old.meta.get("owner")}
+        if isinstance(old.meta.get("val"), int):
+            node.meta["number"] = old.meta["val"]
 
     def copy(self, mode: str, graph: fx.Graph) -> fx.Graph:
         self.new = fx.Graph()
@@ -305,10 +362,7 @@ class Slimmer:
                 continue
             node = self.new.node_copy(old, made.__getitem__)
             made[old] = node
-            value = values.get(old)
-            node.meta = {"value": value, "old": old, "where": old.meta.get("where"), "owner": old.meta.get("owner")}
-            if isinstance(old.meta.get("val"), int):
-                node.meta["number"] = old.meta["val"]
+            self.note(node, old, mode)
             if self._asserts_channels(old, values):
                 self.new.erase_node(node)
                 continue
@@ -317,17 +371,19 @@ class Slimmer:
                 made[old] = rewrite_exact(self, node, module, shared)
                 if made[old] is not node and not node.users:
                     self.new.erase_node(node)
-                made[old].meta.setdefault("value", value)
+                made[old].meta.setdefault("value", values.get(old))
                 continue
-            rule = self._rule_of(old)
-            if rule is not None and rule.rewrite is not None and self._needs_rewrite(rule, old, values):
-                with self.new.inserting_before(node):
-                    self._rewrite(rule.rewrite, node)
-        self._sweep()
+            self.rewrite_in(self.new, node, mode)
         self.copied.update((node, old) for old, node in made.items() if isinstance(node, fx.Node))
-        for node in self.new.nodes:
+        return self.swept(self.new)
+
+    def swept(self, graph: fx.Graph) -> fx.Graph:
+        """``graph`` without what nobody reads any more, and without what was noted for the rewrite."""
+        self.new = graph
+        self._sweep()
+        for node in graph.nodes:
             node.meta = {key: node.meta[key] for key in ("where", "owner") if node.meta.get(key)}
-        return self.new
+        return graph
 
     def shared_axes(self, old: fx.Node, values: Mapping[fx.Node, Any]) -> list[int]:
         """The pruned axes of a node's first input whose statistic keeps the original's divisor."""
@@ -413,37 +469,39 @@ class Slimmer:
 
     def kept_dims(self, name: str) -> dict[int, torch.Tensor]:
         """Dimension -> LongTensor of kept indices, for the dimensions of a tensor that lose any."""
-        found = self._dims.get(name)
-        if found is None:
-            kept = {dim: self._kept_units(units) for dim, units in self.graph.dims_of.get(name, ())}
-            found = self._dims[name] = {dim: indices for dim, indices in kept.items() if indices is not None}
-        return found
-
-    def _kept_units(self, units: Vector) -> torch.Tensor | None:
-        """Kept positions of a parameter's dimension; dimensions that share one set of units share the answer."""
-        key = id(units)
-        if key not in self._by_units:
-            mask = self._keep[units]
-            self._by_units[key] = None if mask.all() else torch.from_numpy(np.flatnonzero(mask))
-        return self._by_units[key]
+        indices = self._indices
+        return {dim: kept for dim, line in self._shared.lines.of_dims.get(name, ()) if (kept := indices[line]) is not None}
 
     def _sliced(self, name: str, source: torch.Tensor) -> torch.Tensor:
         """A new tensor: the user's, without what went."""
         return cut(source, self.renumber.get(name), self.kept_dims(name))
 
-    def _tree(self, modules: Copies, own_classes: bool = False) -> nn.Module:
-        memo: dict[int, Any] = {}
+    def _all_sliced(self) -> dict[int, Any]:
+        """Id of each of the user's parameters and buffers -> the new tensor."""
+        of_dims, indices, real = self._shared.lines.of_dims, self._indices, self.skeleton.real
+        found: dict[int, Any] = {}
         for name in self.skeleton.names:
-            source = self.skeleton.real(name)
-            memo[id(source)] = self._sliced(name, source)
+            source = real(name)
+            dims = of_dims.get(name)
+            kept = indices[dims[0][1]] if dims and len(dims) == 1 else None
+            # Three in four are vectors on the CPU, and a search makes thousands: this is what ``cut`` does with one.
+            if kept is not None and source.ndim == 1 and source.is_cpu and source.layout is torch.strided and name not in self.renumber:
+                found[id(source)] = like(source, source.index_select(0, kept))
+            else:
+                found[id(source)] = self._sliced(name, source)
+        return found
+
+    def _tree(self, modules: Copies, own_classes: bool = False) -> nn.Module:
+        memo = self._all_sliced()
         added = {name: self._sliced(name, source) for name, source in self.graph.traced.constants.items()} | self.constants
         if own_classes:
             original = self.skeleton.original
             added = {n: t for n, t in added.items() if hasattr(original.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2])}
         tree = assemble(modules, memo, added)
         self._forget(memo)
-        for module, x, y, vectors in self.graph.templates[self.norms].resized:
-            if any(self.kept_of(v) is not None for v in vectors):
+        kept = self._kept_lines
+        for module, x, y, lines in self._shared.resized:
+            if any(kept[line] is not None for line in lines):
                 resize(self, memo[id(module)], x, y)
         return tree
 

@@ -156,9 +156,17 @@ def resize(slim: Rewriter, module: Any, x: Value, y: Value) -> None:
     for attribute, (parameter, dim) in spec.sizes.items():
         tensor = getattr(module, parameter, None)
         if tensor is not None:
-            setattr(module, attribute, tensor.shape[dim])
+            set_size(module, attribute, tensor.shape[dim])
     if spec.resize is not None:
         spec.resize(slim, module, x, y)
+
+
+def set_size(module: nn.Module, attribute: str, size: Any) -> None:
+    """Set an attribute that repeats a size; past ``nn.Module.__setattr__``, which takes long, where it is a plain one."""
+    if attribute in module.__dict__:
+        module.__dict__[attribute] = size
+    else:
+        setattr(module, attribute, size)
 
 
 def called_again(ctx: LabelContext, node: fx.Node, module: nn.Module, inputs: Sequence[Value], outputs: Sequence[Value]) -> None:
@@ -211,7 +219,7 @@ def _normalised_axes(module: Any, x: Value) -> range:
 
 
 def _resize_normalised(slim: Rewriter, module: Any, x: Value, y: Value) -> None:
-    module.normalized_shape = tuple(slim.count(x, a) for a in _normalised_axes(module, x))
+    set_size(module, "normalized_shape", tuple(slim.count(x, a) for a in _normalised_axes(module, x)))
 
 
 # Any module with a ``normalized_shape``: libraries have norms of their own that keep it as torch's do.

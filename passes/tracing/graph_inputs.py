@@ -34,7 +34,7 @@ def graph_of(module: nn.Module) -> fx.Graph | None:
     if not isinstance(module, fx.GraphModule) or "forward" in module.__dict__:
         return None
     if isinstance(module, SlimModule):
-        graphs: dict[str, fx.Graph] = module.__dict__["graphs"]
+        graphs = module.to_read
         return graphs["train" if "train" in graphs and module.training else "eval"]
     graph: fx.Graph = module.graph
     return graph if type(graph._codegen) in (CodeGen, PyTreeCodeGen) else None

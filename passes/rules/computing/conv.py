@@ -13,7 +13,7 @@ from torch import fx, nn
 from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Labels, Value, Vector
-from fxprune.passes.rules.layer_specs import layers
+from fxprune.passes.rules.layer_specs import layers, set_size
 from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, modules
 
@@ -40,11 +40,13 @@ def group_count(inputs: int, outputs: int, per_group: int, transposed: bool) -> 
 
 def _resize(slim: Rewriter, module: Any, x: Value, y: Value) -> None:
     """The channels of a convolution whose weight was sliced, and the groups that are left."""
-    channel = x.ndim - module.weight.ndim + 1
+    weight = module.weight
+    channel = x.ndim - weight.ndim + 1
     inputs, outputs = slim.count(x, channel), slim.count(y, channel)
     if module.groups > 1:
-        module.groups = group_count(inputs, outputs, module.weight.shape[1], module.transposed)
-    module.in_channels, module.out_channels = inputs, outputs
+        set_size(module, "groups", group_count(inputs, outputs, weight.shape[1], module.transposed))
+    set_size(module, "in_channels", inputs)
+    set_size(module, "out_channels", outputs)
 
 
 def _shape(module: Any, args: tuple[Any, ...]) -> torch.Tensor | None:
