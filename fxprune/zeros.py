@@ -86,9 +86,9 @@ def zero_units(graph: _Graph) -> Zeros:
         if layer.is_norm and path not in following:
             loud |= layer.own & ~(layer.silent | layer.centred)
         if layer.reads is not None:
-            before = facts.norm_before(path)
+            before = facts.layers.get(facts.norm_before(path) or "")
             has_reader |= layer.reads
-            read |= layer.reads & ~(layer.unread if before is None else layer.unread | facts.layers[before].silent)
+            read |= layer.reads & ~(layer.unread if before is None else layer.unread | before.own & before.silent)
     dead = graph.prunable_unit & ((has_source & ~sources & ~loud) | (has_reader & ~read))
     places = {}
     for path, layer in facts.layers.items():
@@ -98,6 +98,34 @@ def zero_units(graph: _Graph) -> Zeros:
         if zero.any():
             places[path] = zero
     return Zeros(dead, places)
+
+
+def may_be_dead(graph: _Graph) -> bool:
+    """Whether the first elements of the slices leave room for a dead unit: a quick look, which tells that most networks have none.
+
+    What makes or reads a unit is zero there only where its weight is, and a norm only where it scales to zero.
+    """
+    modules, firsts = dict(graph.model.named_modules(remove_duplicate=False)), []
+    tensors = {**dict(graph.model.named_parameters(remove_duplicate=False)), **dict(graph.model.named_buffers(remove_duplicate=False))}
+    for name, dim in graph.keys:
+        tensor, (path, key) = tensors.get(name), _place(name)
+        if tensor is None or path not in modules:
+            continue
+        module = modules[path]
+        if name != (f"{path}.{key}" if path else key) or tensor.layout is not torch.strided or not tensor.numel():
+            return True  # computed of several tensors, or nothing that has a first element
+        is_norm = isinstance(module, NormBase)
+        if is_norm and getattr(module, "weight", None) is None:
+            return True
+        if key == "weight" if is_norm else tensor.ndim > 1 or graph.is_output((name, dim)):
+            firsts.append(first_elements(tensor, dim))
+    kinds = {(one.dtype, one.device) for one in firsts}
+    return any(bool((torch.cat([one for one in firsts if (one.dtype, one.device) == kind]) == 0).any()) for kind in kinds)
+
+
+def first_elements(tensor: Tensor, dim: int) -> Tensor:
+    """A view of the first element of every slice along ``dim``, shape ``(slices,)``."""
+    return tensor.detach().as_strided((tensor.shape[dim],), (tensor.stride(dim),), tensor.storage_offset())
 
 
 def removable(graph: _Graph) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, str]]:

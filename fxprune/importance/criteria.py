@@ -20,7 +20,7 @@ from fxprune.importance.registry import CRITERIA, Criterion, RankingData, Scores
 from fxprune.imports import by_path
 from fxprune.passes.coupling.graph import CouplingGraph, Group
 from fxprune.passes.labels.values import Vector
-from fxprune.zeros import zero_units
+from fxprune.zeros import first_elements, may_be_dead, zero_units
 
 Importance = str | Criterion | Callable[[Group, nn.Module], Any]
 CALLABLE = "callable:"  # in front of the name of a function of the user's, which no policy can hold
@@ -72,12 +72,11 @@ def _mark(graph: CouplingGraph) -> tuple[list[tuple[int, int]], list[torch.Tenso
     Writes through ``tensor.data`` leave the version as it is; where they change whole channels the elements tell.
     """
     tensors = [t for t in (*graph.model.parameters(), *graph.model.buffers()) if t.layout is torch.strided]  # sparse ones rank nothing
-    with torch.no_grad():
-        firsts = [
-            t.detach().reshape(t.shape[0], -1)[:, 0].clone() for t in tensors if t.layout is torch.strided and t.ndim > 0 and t.numel()
-        ]
-        firsts += [t.detach()[0].reshape(t.shape[1], -1)[:, 0].clone() for t in tensors if t.ndim > 1 and t.numel()]
-    return [(t._version, t.data_ptr()) for t in tensors], firsts
+    firsts: dict[Any, list[torch.Tensor]] = {}
+    for t in tensors:
+        if t.numel():
+            firsts.setdefault((t.dtype, t.device), []).extend(first_elements(t, dim) for dim in range(min(t.ndim, 2)))
+    return [(t._version, t.data_ptr()) for t in tensors], [torch.cat(same) for same in firsts.values() if same]
 
 
 def _same_mark(one: Any, other: Any) -> bool:
@@ -87,7 +86,7 @@ def _same_mark(one: Any, other: Any) -> bool:
 
 def _dead_first(graph: CouplingGraph, found: Scores) -> Scores:
     """The scores with those of dead units below zero and below all others of their group."""
-    if any(p.device.type == "meta" for p in graph.model.parameters()):
+    if any(p.device.type == "meta" for p in graph.model.parameters()) or not may_be_dead(graph):
         return found
     dead = zero_units(graph).dead
     if not dead.any():

@@ -14,7 +14,10 @@ from torch.nn.utils import prune
 import fxprune
 from fxprune.errors import InputError
 from fxprune.importance.criteria import scores
-from fxprune.zeros import zero_units
+from fxprune.models.small import digits_net
+from fxprune.zeros import may_be_dead, zero_units
+from tests.passes.helpers import prime
+from tests.passes.zoo.networks import ZOO
 
 X = torch.randn(2, 3, 8, 8)
 
@@ -285,3 +288,49 @@ def test_masked_channels_go_first_though_their_weights_are_large() -> None:
 def test_without_zeros_the_ranking_is_what_it_was() -> None:
     graph = fxprune.analyze(residual(), X)
     assert not zero_units(graph).dead.any() and min(float(s.min()) for s in scores(graph, "l2").values()) > 0
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_the_quick_look_misses_no_dead_unit(name: str) -> None:
+    torch.manual_seed(0)
+    network = ZOO[name]
+    inputs = network.inputs()
+    model = prime(network.make(), inputs)
+    graph = fxprune.analyze(model, inputs)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for group in [one for one in graph.groups if one.prunable][:3]:
+        before = {key: tensors[key].clone() for key, _, _ in group.members if key in tensors}
+        for produced in (True, False):  # zero where it is made, or where it is read
+            with torch.no_grad():
+                for (key, dim, indices), units in zip(group.members, group.units, strict=True):
+                    tensor = tensors.get(key)
+                    if tensor is None or not tensor.is_floating_point():
+                        continue
+                    if tensor.ndim < 2 or graph.is_output((key, dim)) == produced:
+                        tensor.index_fill_(dim, indices[units == group.size - 1], 0)
+            assert may_be_dead(graph) or not zero_units(graph).dead.any()
+            with torch.no_grad():
+                for key, values in before.items():
+                    tensors[key].copy_(values)
+
+
+def test_the_quick_look_tells_that_an_ordinary_network_has_none() -> None:
+    torch.manual_seed(0)
+    assert not may_be_dead(fxprune.analyze(digits_net(), torch.randn(2, 1, 8, 8)))
+
+
+class Ones(nn.Module):
+    """Channels of ones beside those that a norm gives: no layer makes them, and what reads them has weights for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(nn.functional.pad(self.norm(self.stem(x)), (0, 0, 0, 0, 2, 2), value=1.0))
+
+
+def test_channels_beside_a_norms_are_not_what_it_scales_to_zero() -> None:
+    torch.manual_seed(0)
+    assert not zero_units(fxprune.analyze(Ones(), torch.randn(1, 3, 8, 8))).dead.any()

@@ -72,17 +72,18 @@ def test_every_candidate_is_the_one_rewritten_alone(name: str) -> None:
 
 def test_numbers_alone_do_not_end_the_sharing() -> None:
     graph, x = _pixels()
-    slims = [fxprune.compress(graph, share) for share in (0.5, 0.25, 0.5)]
+    slims: list[Any] = [fxprune.compress(graph, share) for share in (0.5, 0.25, 0.5)]
     assert all(slim.borrowed for slim in slims)
     assert type(slims[0]).forward is type(slims[1]).forward
     for slim, share in zip(slims, (0.5, 0.25, 0.5), strict=True):
-        assert torch.equal(slim(x), fxprune.compress(graph.model, share, x)(x))
+        alone: Any = fxprune.compress(graph.model, share, x)
+        assert torch.equal(slim(x), alone(x))
         fxprune.compress(graph, share, verify=True, example_inputs=x)
 
 
 def test_what_is_read_of_a_candidate_has_no_blanks() -> None:
     graph, x = _pixels()
-    slim = fxprune.compress(graph, 0.5)
+    slim: Any = fxprune.compress(graph, 0.5)
     expected = slim(x)
     assert "_numbers" not in str(slim.eval_graph.python_code("self").src)
     assert slim.borrowed
@@ -91,8 +92,8 @@ def test_what_is_read_of_a_candidate_has_no_blanks() -> None:
     again = fxprune.compress(fxprune.analyze(slim, x), 0.25)
     assert again(x).shape == (2, 5)
     assert torch.equal(slim.detached()(x), expected)
-    for read in (str, lambda one: one.code, lambda one: one.print_readable(print_output=False)):
-        one = fxprune.compress(graph, 0.5)
+    for read in (str, lambda one: str(one.code), lambda one: one.print_readable(print_output=False)):
+        one: Any = fxprune.compress(graph, 0.5)
         assert "_numbers" not in read(one) and "[12]" in read(one)
         assert torch.equal(one(x), expected)
 
