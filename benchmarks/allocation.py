@@ -3,9 +3,10 @@
     python -m benchmarks.allocation --folder ../shared/data --page docs/benchmarks/allocation.md
 
 ``tried`` is what ``compress(net, "macs=0.5", x, calibration=images)`` does: the table's allocation beside others on a part of the images.
-All methods get the same unlabelled training images, repair by least squares and target. A search scores its candidates by how like they
-are to the original on some of these images, repairs them on the others, and its result on all. Torch-Pruning's (``tp-l2-uniform`` and the
-others of ``benchmarks.cifar10``) take channels inside the blocks, and BatchNorm is re-estimated. The test part is read once a cell. Each
+All methods get the same unlabelled training images, target, and repair by least squares, ``joint`` alone, otherwise like ``tried``, the
+repair of its name. A search scores its candidates by how like they are to the original on some of these images, repairs them on the others,
+and its result on all. Torch-Pruning's (``tp-l2-uniform`` and the others of ``benchmarks.cifar10``) take channels inside the blocks, and
+BatchNorm is re-estimated. The test part is read once a cell. Each
 finished cell is one line of ``--out``; started again, the command goes on with those that are missing. Needs the extra `search`, and for
 Torch-Pruning `bench`.
 """
@@ -97,8 +98,8 @@ def slimmed(
     """The slim network, repaired, and what it took. Seconds are those of the processor, without the last repair."""
     strategy, _, count = method.partition(":")
     drawn = list(data.batches("train", batch, limit=options.images, seed=seed))
-    if strategy == "tried":
-        return tried(model, data, drawn, options, seed)
+    if strategy in ("tried", "joint"):
+        return tried(model, data, drawn, options, seed, "joint" if strategy == "joint" else "lstsq")
     begun = time.process_time()
     graph = fxprune.analyze(model, data.example())
     config = SearchConfig(targets=(f"macs={options.macs}",), strategy=strategy, evaluations=int(count or 3), seed=seed)
@@ -127,7 +128,7 @@ def slimmed(
 
 
 def tried(
-    model: torch.nn.Module, data: Data, drawn: list[Any], options: argparse.Namespace, seed: int
+    model: torch.nn.Module, data: Data, drawn: list[Any], options: argparse.Namespace, seed: int, repair: str
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
     """What ``compress`` does with a target: the table's allocation and others tried on a part of the images."""
     trials: list[float] = []
@@ -139,13 +140,14 @@ def tried(
     begun = time.process_time()
     graph = fxprune.analyze(model, data.example())
     bounds = {"macs": options.macs}
-    policy = allocate(graph, bounds, drawn, repair="lstsq", trials=TRIALS, seed=seed, observe=shown)
+    policy = allocate(graph, bounds, drawn, repair=repair, trials=TRIALS, seed=seed, observe=shown)
     seconds = time.process_time() - begun
-    slim = fxprune.compress(graph, policy, calibration=drawn, repair="lstsq").eval()
+    slim = fxprune.compress(graph, policy, calibration=drawn, repair=repair).eval()
+    repairing = time.process_time() - begun - seconds
     before, after = fxprune.profile(model, data.example()), fxprune.profile(slim, data.example())
     shares = {"macs": after.macs / before.macs, "params": after.params / before.params}
     found = {"evaluations": len(trials), "seconds": seconds, "taken": policy.meta.get("taken"), "distances": policy.meta.get("distances")}
-    return slim, {**shares, **found, "sparsity": policy.sparsity}
+    return slim, {**shares, **found, "repair_seconds": repairing, "sparsity": policy.sparsity}
 
 
 def page(cells: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
@@ -181,8 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("../shared/data"), help="where data and weights lie")
     parser.add_argument("--networks", default=",".join(CIFAR))
-    methods = "uniform,magnitude,table,tried,rl-pruner:60"
-    parser.add_argument("--methods", default=methods, help="strategies, or tried; behind rl-pruner its evaluations")
+    methods = "uniform,magnitude,table,tried,joint,rl-pruner:60"
+    parser.add_argument("--methods", default=methods, help="strategies, tried, or joint; behind rl-pruner its evaluations")
     parser.add_argument("--macs", type=float, default=0.5)
     parser.add_argument("--images", type=int, default=2048, help="unlabelled training images for all that is done")
     parser.add_argument("--test-images", type=int, default=None, help="default: all")

@@ -113,7 +113,8 @@ def compress(
         attention: as for ``analyze``.
         repair: what then repairs the slim module on ``calibration`` without training (see ``fxprune.repair``): "bn" estimates BatchNorm
             statistics again, "bias" puts what a layer's output lacks in the mean into its bias, "lstsq" fits the remaining weights again to
-            the original's responses; "none" leaves all as sliced.
+            the original's responses, "joint" then moves all of them together towards the original's outputs, which takes about three
+            times as long; "none" leaves all as sliced.
         verify: run the zeroing oracle.
         keep_class: return an instance of the model's own class with slim submodules, whose other methods work too, in place of a graph
             module. Attributes that hold sizes are set and named in ``record(slim).notes``; halves of a ``chunk`` stay even.

@@ -63,8 +63,8 @@ class PruningRecord:
     ``kept``: parameter or buffer (floating, or a mask) name -> {dimension: LongTensor of kept original indices}, for those that changed.
     ``removed_units``: group name -> LongTensor of removed unit numbers, 0 to the size of the group.
     ``renumbered``: names of index buffers whose values were renumbered, and of lengths of normed weights that were set again.
-    ``repair``: "none", "bn", "bias" or "lstsq": what was done after slicing. After "bias" and "lstsq" parameters are no longer slices of
-        the original's.
+    ``repair``: "none", "bn", "bias", "lstsq" or "joint": what was done after slicing. After the last three parameters are no longer
+        slices of the original's.
     ``repaired``: layer name -> ``LayerRepair``, for the layers that a repair reached.
     ``steps``: where a slim module was pruned again, the record of each pruning in terms of the module it was given; else empty.
     ``keep_class``: whether the slim module is an instance of the original's class. ``folded``: whether its BatchNorms are folded away.

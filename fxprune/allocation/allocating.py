@@ -25,7 +25,7 @@ from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.planning.naming import limits
 from fxprune.passes.planning.plan import Keep, Rounding, keep_counts
 from fxprune.policies import Policy
-from fxprune.repair.registry import Repair, named
+from fxprune.repair.registry import Repair, named, of_candidates
 
 TOLERANCE = 1e-6  # by which a share may be above its bound
 TIGHTENINGS = 12  # times that more is asked for where rounding gave too much back
@@ -186,6 +186,7 @@ def allocate(
         TargetError: The bounds cannot be met.
     """
     named(repair)
+    repair = of_candidates(repair)
     for metric, share in bounds.items():
         if metric not in METRICS:
             raise InputError(f"a table cannot bound {metric!r}, only {', '.join(METRICS)}; search for it with fxprune.search")

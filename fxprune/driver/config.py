@@ -63,7 +63,7 @@ class SearchConfig:
     evaluations: int | None = 400  # scorings at most, all told, shared out among the points of a Pareto run; None: no bound. Paper: none
 
     # Read by fxprune.search, which turns a network into a Problem; the driver does not look at them
-    # auto: reconstruction where repair is lstsq, else taylor; or random, l1, l2, variance, or a callable. Paper: taylor
+    # auto: reconstruction where repair is lstsq or joint, else taylor; or random, l1, l2, variance, or a callable. Paper: taylor
     importance: Any = "auto"
     attention: str = "auto"
     ignore: tuple[str, ...] = ()
@@ -75,7 +75,8 @@ class SearchConfig:
     blocks: bool = False  # whole residual branches may be left out, beside units
     loss: Any = None  # f(output, batch) -> scalar for importances that need gradients, or module:function; None: cross-entropy, where clear
     norms: str = "plain"  # or exact: statistics over channels keep the original's divisor. Paper: plain
-    # repair inside the score and of the result: none, bn, bias, lstsq, a registered one, module:function, or a function. Paper: none
+    # repair inside the score and of the result: none, bn, bias, lstsq, joint (lstsq inside the score), a registered one, module:function,
+    # or a function. Paper: none
     repair: Any = "lstsq"
     recover: str = "none"  # norms: between repair and distillation train the result's scales, shifts and biases alone. Paper: none
     recover_epochs: int = 2  # epochs of that

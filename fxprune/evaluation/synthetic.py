@@ -107,7 +107,7 @@ def without_labels(importance: Any, calibration: Any, repair: Any) -> Any:
     """``importance``; where it is "auto" and ``calibration`` is "none", so that inputs have no labels, one that needs none."""
     if importance != "auto" or not isinstance(calibration, str) or calibration != NONE:
         return importance
-    return "reconstruction" if repair == "lstsq" else "l2"
+    return "reconstruction" if repair in ("lstsq", "joint") else "l2"
 
 
 def _drawn(example: Tensor, size: int, limit: int | None, random: torch.Generator) -> Tensor:

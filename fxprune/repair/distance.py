@@ -29,7 +29,7 @@ def distances(found: Sequence[Any], wanted: Sequence[Any]) -> Tensor:
     Returns:
         (samples,), float64; where outputs have no first axis in common, one number for each batch.
     """
-    pairs = [list(zip(_tensors(a), _tensors(b), strict=True)) for a, b in zip(found, wanted, strict=True)]
+    pairs = [list(zip(outputs_of(a), outputs_of(b), strict=True)) for a, b in zip(found, wanted, strict=True)]
     parts = [_apart([p[i][0] for p in pairs], [p[i][1] for p in pairs]) for i in range(len(pairs[0]))]
     if not parts:
         return torch.zeros(1, dtype=torch.float64)
@@ -38,21 +38,30 @@ def distances(found: Sequence[Any], wanted: Sequence[Any]) -> Tensor:
     return torch.stack(parts).mean(0)
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def outputs_of(output: Any) -> list[Tensor]:
+    """The tensors of an output that can be near or far."""
     return [t for t in tree_leaves(output) if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
 
 
 def _apart(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
     if any(a.shape != b.shape for a, b in zip(found, wanted, strict=True)):
         return torch.zeros(sum(_rows(b) for b in wanted), dtype=torch.float64)  # hidden states that lost channels themselves
-    scores = wanted[0].ndim == 2 and wanted[0].shape[1] > 1 and not wanted[0].is_complex()
-    if not scores:
+    if not _scores(wanted[0]):
         missed = torch.cat([_by_row((a - b).abs().square()) for a, b in zip(found, wanted, strict=True)])
         energy = torch.cat([_by_row(b.abs().square()) for b in wanted])
         return missed / energy.mean().clamp_min(1e-30)
-    a, b = (torch.cat([t - t.mean(1, keepdim=True) for t in each]).float() for each in (found, wanted))
+    a, b = (torch.cat([centred(t) for t in each]).float() for each in (found, wanted))
     missed = _by_row((a - b).square()) / _by_row((b - b.mean(0)).square()).mean().clamp_min(1e-30)
     return (missed + _by_row((a.softmax(1) - b.softmax(1)).abs()) / 2) / 2
+
+
+def centred(tensor: Tensor) -> Tensor:
+    """An output of one batch; of what may be class scores each sample's less their mean."""
+    return tensor - tensor.mean(1, keepdim=True) if _scores(tensor) else tensor
+
+
+def _scores(tensor: Tensor) -> bool:
+    return tensor.ndim == 2 and tensor.shape[1] > 1 and not tensor.is_complex()
 
 
 def _rows(tensor: Tensor) -> int:

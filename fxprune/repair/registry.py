@@ -17,6 +17,12 @@ Repair = str | UserRepair
 Method = Callable[[Any, nn.Module, Slimmer], "tuple[str, ...]"]
 """``method(repairer, slim, slimmer)`` repairs ``slim`` in place and returns notes."""
 REPAIRS: dict[str, Method] = {}
+FITTING = ("lstsq", "joint")  # those that refit the weights that are left
+
+
+def of_candidates(repair: Any) -> Any:
+    """What candidates are repaired by whose result gets ``repair``: "joint" is for what was found alone."""
+    return "lstsq" if isinstance(repair, str) and repair == "joint" else repair
 
 
 def register_repair(name: str, repair: UserRepair) -> None:

@@ -5,6 +5,7 @@
 https://arxiv.org/abs/1707.06168, sec. 3.1; here for any graph). Layers are repaired in the order in which they run, each from what the
 repaired network before it gives, so that later layers correct what earlier ones could not; where a layer's output is added to another
 branch, what that branch lacks is corrected too. The statistics of BatchNorm follow.
+"joint": after that all weights move together (``fxprune.repair.together``).
 
 Both networks run once over the batches, side by side: all batches stand before a layer when it is repaired, and go on from there.
 A part of the batches is not fitted. It decides, for each layer, whether it is fitted, given a constant, or left as sliced, and in the end
@@ -35,10 +36,11 @@ from fxprune.repair.fitting import Folds
 from fxprune.repair.layers import Layer, Norm, Reading
 from fxprune.repair.matrices import Places, choose, grouped, input_axis, input_rows, matrices, output_rows
 from fxprune.repair.recurrent import Sequences, fit_recurrent
-from fxprune.repair.registry import REPAIRS, Repair, named
+from fxprune.repair.registry import FITTING, REPAIRS, Repair, named
 from fxprune.repair.repeated import repair_repeated, repeated
 from fxprune.repair.replay import Call, Playback, Room, calls_of_part, whole_calls
 from fxprune.repair.splitting import JUDGE, Piece, pieces, samples
+from fxprune.repair.together import move_together
 
 ROOM = 512 * 2**20  # bytes of activations that are held in memory; more go to a file
 CACHE = 256 * 2**20  # bytes of the original's responses that are kept between repairs
@@ -72,6 +74,7 @@ class Repairer:
         self.graph, self.given, self.reference, self.progress = graph, kind, reference or graph, progress
         self.thorough = thorough
         self.kind, self._method = named(kind)
+        self.refits = self.kind in FITTING
         self.batches = list(batches)
         if self.kind != "none" and not self.batches:
             raise InputError(f'repair="{self.kind}" needs calibration data: pass calibration=[inputs, ...], the more batches the better')
@@ -101,7 +104,7 @@ class Repairer:
         return self._called_norms()
 
     def by_layer(self, slim: nn.Module, slimmer: Slimmer) -> tuple[str, ...]:
-        """The repairs "bias" and "lstsq"."""
+        """The repairs "bias", "lstsq" and "joint"."""
         if not self.graph.traced.parts and not isinstance(slim, SlimModule):  # the user's class: its code is no graph to go along
             twin = Slimmer(self.graph, slimmer.keep, slimmer.norms).run()
             _carry(slim, twin)
@@ -115,8 +118,10 @@ class Repairer:
             for part in self.graph.traced.parts or [""]:
                 outputs = self._part(slim, part, slimmer, notes)
             notes = [self._summary(), *notes, *self._left(slimmer)]
-            if self.kind == "lstsq":
+            if self.refits:
                 notes += self._judged(slim, sliced, outputs)
+            if self.kind == "joint" and self.thorough:
+                notes += [self._together(slim)]
         return tuple(notes)
 
     # -- what is run --------------------------------------------------------------------------------------------------------
@@ -171,11 +176,11 @@ class Repairer:
         norms = {n.node: n for n in reading.norms() if n.node not in behind and _key(n.node) in reached.norms and _key(n.node) in twins}
         self._inputs.update({f"{part}.{name}" if part else name: input_axis(one.form) for name, one in originals.items()})
         twin_cells = {str(node.target): (node, module) for node, module in first.recurrent().items()}
-        cells = reading.recurrent() if self.kind == "lstsq" else {}
+        cells = reading.recurrent() if self.refits else {}
         cells = {n: m for n, m in cells.items() if str(n.target) in reached.recurrent and str(n.target) in twin_cells}
         here, there = contractions(reading.graph), contractions(first.graph)
         paired = zip(here, there, reached.products, strict=True) if len(here) == len(there) == len(reached.products) else ()
-        products = {one.node: (one, twin, kept) for one, twin, kept in paired if kept is not None and self.kind == "lstsq"}
+        products = {one.node: (one, twin, kept) for one, twin, kept in paired if kept is not None and self.refits}
         order = {name: i for i, name in enumerate(originals)}
         self._repeated(slim, part, slimmer, reading, first)
         with Room(ROOM) as room:
@@ -214,7 +219,7 @@ class Repairer:
                     lambda: self.playback(part, room),
                     [piece.role for piece in self.pieces],
                     lambda layer, piece: self.rows(layer, self.pieces[piece].inputs),
-                    self.kind == "lstsq",
+                    self.refits,
                 )
             self.layers.update({f"{part}.{name}" if part else name: done for name, done in made.items()})
 
@@ -227,7 +232,7 @@ class Repairer:
     def _summary(self) -> str:
         count = {what: sum(one.done == what for one in self.layers.values()) for what in ("fitted", "shifted", "sliced")}
         total = len(self.layers)
-        told = [f"{count['fitted']} fitted" if self.kind == "lstsq" else "", f"{count['shifted']} given a constant alone"]
+        told = [f"{count['fitted']} fitted" if self.refits else "", f"{count['shifted']} given a constant alone"]
         told += [f"{count['sliced']} left as sliced, where that was best on inputs that were not fitted" if count["sliced"] else ""]
         return f"repair {self.kind!r} reached {total} layers: {', '.join(one for one in told if one)}"
 
@@ -264,6 +269,25 @@ class Repairer:
             f"repair fell back to {what}: on inputs that were not fitted the outputs are off by {errors['lstsq']:.3g} after least squares"
             f" and by {errors[best]:.3g} without; give more calibration data"
         ]
+
+    def _together(self, slim: nn.Module) -> str:
+        original = self._whole_original()
+
+        def run(inputs: Any) -> Any:
+            with torch.no_grad():
+                return call(original, to_device(inputs, self.device))
+
+        made = move_together(slim, run, self.pieces, self.device, self.progress)
+        if isinstance(made, str):
+            return f"repair moved no layers together: {made}"
+        if not made.kept:
+            return (
+                "repair moved no layers together: on inputs that were not fitted the outputs came no nearer to the original's beyond chance"
+            )
+        return (
+            f"repair moved all layers together, {made.rounds} rounds: on inputs that were not fitted the outputs are off by"
+            f" {made.after:.3g} after it and by {made.before:.3g} before"
+        )
 
     def _called_norms(self) -> tuple[str, ...]:
         """BatchNorms that are calls, as in an exported graph: their statistics are buffers that no module updates."""
@@ -317,7 +341,7 @@ class _Run:
 
     def layer(self, one: Layer, twin: Layer, number: int, kept: Any) -> LayerRepair:
         """Repair a layer, ``number`` in the original's order; ``kept``: its output channels that are left, or None."""
-        refit = self.repairer.kind == "lstsq"
+        refit = self.repairer.refits
         weights = matrices(one.form, one.weight).float()
         folds = Folds(refit, weights.shape[2])
         for role, x, p, r, _ in self._rows(one, twin, number, kept):
@@ -545,4 +569,4 @@ def _listed(paths: Sequence[str]) -> str:
 
 REPAIRS["none"] = lambda repairer, slim, slimmer: ()
 REPAIRS["bn"] = lambda repairer, slim, slimmer: repairer.norms(slim)
-REPAIRS["bias"] = REPAIRS["lstsq"] = Repairer.by_layer
+REPAIRS["bias"] = REPAIRS["lstsq"] = REPAIRS["joint"] = Repairer.by_layer

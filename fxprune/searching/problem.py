@@ -22,7 +22,7 @@ from fxprune.imports import by_path
 from fxprune.passes.coupling.blocks import finest
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.planning.naming import limits
-from fxprune.repair.registry import named
+from fxprune.repair.registry import named, of_candidates
 from fxprune.repair.repairer import Repairer
 from fxprune.searching.candidates import CandidateCosts, Candidates, Evaluate, Score
 from fxprune.searching.kept_tables import kept_table
@@ -142,6 +142,7 @@ def make_problem(
     """
     batches = None if calibration is None else list(calibration)
     named(repair)
+    repair = of_candidates(repair)
     function = by_path(loss, "loss", SearchError) if isinstance(loss, str) else loss
     tied = importance == "auto" and repair == "lstsq" and bool(batches)  # the choice of units and the repair then aim at the same error
     table: Allocator | None = None

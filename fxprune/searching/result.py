@@ -18,6 +18,8 @@ from fxprune.importance.criteria import importance_name
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.policies import Policy
 from fxprune.records import LayerRepair
+from fxprune.repair.registry import of_candidates
+from fxprune.repair.repairer import Repairer
 from fxprune.searching.candidates import Candidates, Evaluate, Score
 from fxprune.searching.norms import LR, halves, nearness, recover_norms
 from fxprune.searching.problem import make_problem, multiple_for
@@ -110,6 +112,8 @@ def search(
     outcome = run(problem, config, checkpoint_dir=checkpoint_dir, resume=resume, on_event=on_event)
     assert isinstance(problem.score, Score)
     repairer = problem.score.repairer
+    if repairer.batches and of_candidates(config.repair) != config.repair:
+        repairer = Repairer(graph, repairer.batches, config.repair)
     found = result_of(outcome, candidates, config, repairer)
     if config.recover == "norms" and repairer.batches:
         fit, held = halves(repairer.batches)
