@@ -107,18 +107,20 @@ def scatter(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Val
 def index_add(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Value, **rest: Any) -> Any:
     """Slices of the source put, or added, at positions along ``dim``: computed ones, or channels that a constant names."""
     sources = values(rest)
-    if (written := _written_channels(ctx, node, input, dim, sources)) is not None:
-        return written
     filled = "fill" in target_name(node) and not any(_is_zero(v) for v in rest.values())
+    if (written := _written_channels(ctx, node, input, dim, sources, filled)) is not None:
+        return written
     return _along(ctx, node, input, dim, sources, None if filled else sources)
 
 
-def _written_channels(ctx: LabelContext, node: fx.Node, x: Value, dim: int, sources: Sequence[Value]) -> Value | None:
-    """Slices of the one source put or added where a constant says: each goes with the channel that it is written to. None elsewhere."""
+def _written_channels(ctx: LabelContext, node: fx.Node, x: Value, dim: int, sources: Sequence[Value], filled: bool) -> Value | None:
+    """Slices of the one source, or one number, put or added where a constant says: each slice goes with the channel that it is written to.
+    None elsewhere. ``filled``: the number is not zero."""
     axis = dim % x.ndim
     given = binding.form_of(node).arguments(node.args, node.kwargs).get("index")
     actual = ctx.real(given)
-    if axis not in x.axes or actual is None or actual.ndim != 1 or len(sources) != 1 or sources[0].ndim != x.ndim:
+    slices = [v for v in sources if v.ndim]
+    if axis not in x.axes or actual is None or actual.ndim != 1 or len(slices) > 1 or any(v.ndim != x.ndim for v in slices):
         return None
     if _made_with_sizes(given):
         return None
@@ -126,8 +128,8 @@ def _written_channels(ctx: LabelContext, node: fx.Node, x: Value, dim: int, sour
     region, back = ctx.region(node, x, lambda labels: labels.index_select(axis, places))
     if back.get(axis) != axis:
         return None
-    ctx.combine(region.shape, [region, sources[0]])
-    return ctx.make(node, x.axes, [a for a in x.axes if a in x.zero and a in sources[0].zero], x.why)
+    ctx.combine(region.shape, [region, *slices])
+    return ctx.make(node, x.axes, [a for a in x.axes if not filled and all(a in v.zero for v in (x, *slices))], x.why)
 
 
 def _renumbered(slim: Rewriter, node: fx.Node) -> None:

@@ -46,6 +46,29 @@ def test_writes_at_constant_channels(how: Callable[[Any, Tensor], Tensor]) -> No
     assert slim.get_parameter("first.weight").shape[0] == 8
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda s, y: y.index_fill(1, s.i, 0.0),
+        lambda s, y: y.index_fill(1, s.i, 1.5),
+        lambda s, y: torch.index_fill(y, -1, s.i, torch.tensor(2.0)).tanh(),
+        lambda s, y: filled_below_a_view(s, y) * s.other(s.x),
+    ],
+)
+def test_a_number_at_constant_channels(how: Callable[[Any, Tensor], Tensor]) -> None:
+    model = Net(how, torch.tensor([1, 3, 4, 15])).eval()
+    assert_sound(model, X)
+    slim = fxprune.compress(model, 0.5, X, verify=True)
+    assert slim.get_parameter("first.weight").shape[0] == 8
+
+
+def filled_below_a_view(net: Any, y: Tensor) -> Tensor:
+    z = y.relu()
+    view = z.view(-1, 4, 4)
+    z.index_fill_(1, net.i, 0.5)
+    return view.flatten(1)
+
+
 def test_two_slices_that_are_written_to_one_channel_go_together() -> None:
     model = Net(lambda s, y: s.other(s.x).index_add(1, s.i, y), torch.arange(16) // 2).eval()
     assert_sound(model, X)
