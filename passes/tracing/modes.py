@@ -118,24 +118,27 @@ def add_traced(
                 blocked[culprit] = str(error)
 
     def without_history(training: bool) -> tuple[ShapeTracer, fx.Graph]:
-        """From before the first call where that can be traced as well as from what earlier calls left."""
+        """From before the first call where that can be traced as well as from what earlier calls left: with nothing more kept whole."""
         settled = dict(skeleton.as_in_evaluation)
+        found: list[tuple[History, dict[str, str], dict[str, str], tuple[ShapeTracer, fx.Graph]]] = []
         for history in histories:
-            tried = dict(blocked)
-            skeleton.as_in_evaluation = dict(settled)
+            tried, skeleton.as_in_evaluation = dict(blocked), dict(settled)
             try:
-                found = attempt(training, history, tried)
+                made = attempt(training, history, tried)
             except TraceError:
-                if history is histories[-1]:
+                if history is histories[-1] and not found:
                     skeleton.as_in_evaluation = settled
                     raise
                 continue
-            if history is histories[-1] or tried.keys() == blocked.keys():
-                blocked.update(tried)
-                histories[:] = [history]
-                skeleton.started = history
-                return found
-        raise AssertionError("the last history returns or raises")
+            found.append((history, tried, skeleton.as_in_evaluation, made))
+            if tried.keys() == blocked.keys():
+                break
+        fewest = min(len(tried) for _, tried, _, _ in found)
+        history, tried, skeleton.as_in_evaluation, made = next(one for one in found if len(one[1]) == fewest)
+        blocked.update(tried)
+        histories[:] = [history]
+        skeleton.started = history
+        return made
 
     histories = past(skeleton, forget)
     skeleton.training_was_read = False
