@@ -63,6 +63,12 @@ class SlimModule(fx.GraphModule):
     """
 
     def __init__(self, tree: nn.Module, graphs: dict[str, fx.Graph]) -> None:
+        names = {*tree._modules, *tree._parameters, *tree._buffers}
+        if taken := sorted(names & (_FX | {*dir(SlimModule)}) - {*dir(nn.Module)}):
+            raise UnsupportedError(
+                f"the model calls one of its modules or tensors {taken[0]!r}, which torch.fx.GraphModule has for something of its own;"
+                " rename it, or give keep_class=True"
+            )
         super().__init__(nn.Module(), fx.Graph())
         self.__dict__.update(tree.__dict__)
         self._adopt(graphs)
