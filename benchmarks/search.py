@@ -6,13 +6,22 @@ Scoring a candidate is slicing, repairing and evaluating it. Bare forward time: 
 network, the calibration batches once, on the candidate as it is, nothing else: re-estimating BatchNorm is a forward pass too, and counts on
 both sides. Times are those of the processor on one thread, which other programs change little. Peak memory is that of the process above
 what the data and the model already took (tracemalloc does not see tensors; the operating system's high-water mark does).
+
+``--jobs N`` instead compares one job with N, as a search runs them: the same candidates, the two taking turns, in seconds a candidate, the
+median of the turns. Efficiency is the time of one job over N times that of N jobs, by the clock on the wall and by the processor time of
+the busiest process, which is what the wall would show if every job had a core to itself. Until every worker has the network it takes a
+start, which is given alone, in seconds; *load* is the machine's, of the last minute.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import resource
+import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +31,8 @@ from torch import nn
 import fxprune
 from fxprune.cli.session import Accuracy
 from fxprune.data.datasets import load_data
+from fxprune.driver import SearchConfig
+from fxprune.driver.executors.choice import make
 from fxprune.evaluation.accuracy import evaluate_accuracy
 from fxprune.models.loading import load_model
 from fxprune.searching.candidates import Score
@@ -37,8 +48,8 @@ def forward_seconds(module: nn.Module, batches: list[Any]) -> float:
     return time.process_time() - begun
 
 
-def measured(repair: str, options: argparse.Namespace) -> str:
-    """One line of the table."""
+def task(repair: str, options: argparse.Namespace) -> tuple[Score, Any, list[Any], list[Any], list[Any]]:
+    """The score, the candidates' maker, removal vectors (one more than candidates are asked for), and the batches."""
     data = load_data(options.data, seed=0)
     model = load_model(options.model, num_classes=data.num_classes, weights=options.weights).eval()
     example = data.example()
@@ -50,6 +61,51 @@ def measured(repair: str, options: argparse.Namespace) -> str:
     assert isinstance(score, Score)
     drawn = np.random.default_rng(0)
     vectors = [drawn.integers(0, problem.units // 2 + 1) for _ in range(options.candidates + 1)]
+    return score, candidates, vectors, validation, calibration
+
+
+def in_parallel(repair: str, options: argparse.Namespace) -> str:
+    """One line of the table of jobs."""
+    score, _, vectors, _, _ = task(repair, options)
+    one, several = make(SearchConfig(jobs=1)), make(SearchConfig(jobs=options.jobs))
+    walls: list[tuple[float, float]] = []
+    busy: list[tuple[float, float]] = []
+
+    def seconds(executor: Any, candidates: list[Any]) -> tuple[float, float]:
+        """On the wall, and of the processor in the busiest of the processes that score."""
+        before, begun = processor_seconds(), time.perf_counter()
+        executor.map(score, candidates)
+        wall, after = time.perf_counter() - begun, processor_seconds()
+        return wall, max(after[pid] - before.get(pid, 0.0) for pid in after)
+
+    try:
+        seconds(one, vectors[:1])
+        start, _ = seconds(several, vectors[:1] * options.jobs)
+        for _ in range(options.turns):
+            sides = seconds(one, vectors[1:]), seconds(several, vectors[1:])
+            walls.append((sides[0][0], sides[1][0]))
+            busy.append((sides[0][1], sides[1][1]))
+    finally:
+        several.close()
+    cells = []
+    for turns in (walls, busy):
+        single, shared = (statistics.median(side) / options.candidates for side in zip(*turns, strict=True))
+        cells.append(f"{single:.2f} | {shared:.2f} | {single / (options.jobs * shared):.2f}")
+    return f"| {repair} | {' | '.join(cells)} | {start:.1f} | {os.getloadavg()[0]:.1f} |"
+
+
+def processor_seconds() -> dict[int, float]:
+    """What this process and its workers have used of the processor, by process id (of Linux)."""
+    found = {os.getpid(): time.process_time()}
+    for worker in multiprocessing.active_children():
+        fields = Path(f"/proc/{worker.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        found[int(worker.pid or 0)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return found
+
+
+def measured(repair: str, options: argparse.Namespace) -> str:
+    """One line of the table."""
+    score, candidates, vectors, validation, calibration = task(repair, options)
     score(vectors[0])  # the original's responses, which a search computes once
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     scoring = repairing = bare = 0.0
@@ -79,8 +135,17 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--score-images", type=int, default=1000)
     parser.add_argument("--calibration-images", type=int, default=256)
+    parser.add_argument("--jobs", type=int, default=1, help="compare one job with so many instead")
+    parser.add_argument("--turns", type=int, default=3, help="of one job and of several")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.jobs > 1:
+        sides = f"one job | {options.jobs} jobs | efficiency"
+        print(f"| repair | wall: {sides} | processor: {sides} | start | load |")
+        print(f"|---{'|---' * 8}|")
+        for repair in options.repairs.split(","):
+            print(in_parallel(repair, options), flush=True)
+        return
     print("| repair | seconds a candidate | bare forward | ratio | share of repair | memory grown | accuracy of the last |")
     print("|---|---|---|---|---|---|---|")
     for repair in options.repairs.split(","):
