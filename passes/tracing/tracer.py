@@ -27,12 +27,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx, nn
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import map_arg
 from torch.nn.utils.rnn import PackedSequence
 
 from fxprune import errors
 from fxprune.errors import InputError, TraceError
-from fxprune.passes.compat import OpOverload, assert_true
+from fxprune.passes.compat import OpOverload, assert_true, tree_map
 from fxprune.passes.ir import objects
 from fxprune.passes.ir.constants import evaluate
 from fxprune.passes.ir.notes import Note, NoteKind
@@ -183,6 +183,8 @@ class ShapeTracer(fx.Tracer):
         self.graph, self._shapes, self._attributes = fx.Graph(), {}, {}
 
         def given(value: Any) -> Any:
+            if _isinstance(value, ShapeTuple):
+                return ShapeTuple(map(given, value))
             if not _isinstance(value, ShapeProxy):
                 return value
             made = self.create_proxy("placeholder", f"input_{len(self.graph.nodes)}", (), {})
@@ -190,7 +192,7 @@ class ShapeTracer(fx.Tracer):
             return made
 
         try:
-            self.graph.output(self.create_arg(function(*map_aggregate(args, given))))
+            self.graph.output(self.create_arg(function(*tree_map(given, args))))
             return self.graph
         finally:
             self.graph, self._shapes, self._attributes = outer

@@ -232,8 +232,11 @@ def loop(node: fx.Node, module: Modules) -> int | None:
     name = target_name(node)
     source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     given = listed(node.args[1:])
-    if source is None or name not in ("unbind", "split"):
+    if source is None or name not in ("unbind", "split", "chunk"):
         return None
+    if name == "chunk":
+        asked, dim = arguments(node.args[1:], node, chunks=1, dim=0)
+        return None if len(value) == number(asked) or is_fixed(source, number(dim), module) else len(value)  # type: ignore[arg-type]
     if name == "split" and (len(node.args) < 2 or isinstance(node.args[1], (tuple, list))):
         return None  # the sizes of the parts are listed
     dim = node.kwargs.get("dim", given[0] if name == "unbind" and given else given[1] if len(given) > 1 else 0)

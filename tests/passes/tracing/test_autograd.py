@@ -113,6 +113,41 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+class Reversible(torch.autograd.Function):
+    """As reversible networks have it: layers and their keywords are arguments, and the code writes into these."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: list[nn.Module], keywords: dict[str, Any]) -> Tensor:
+        for layer in layers:
+            keywords["kept"] = True
+            x = x + layer(x) * keywords.pop("scale", 1.0)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        raise NotImplementedError
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layers, self.last = nn.Linear(5, 12), nn.ModuleList([nn.Linear(12, 12), nn.Linear(12, 12)]), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.last(Reversible.apply(self.first(x), list(self.layers), {"scale": x.mean()}))
+        assert isinstance(made, Tensor)
+        return made
+
+
+def test_arguments_that_the_code_writes_into() -> None:
+    torch.manual_seed(0)
+    model, x = Residual().eval(), torch.randn(4, 5)
+    slim = fxprune.compress(model, 0.5, x, verify=True)
+    assert slim.get_parameter("first.weight").shape == (6, 5)
+    (note,) = fxprune.record(slim).notes
+    assert "the forward of Reversible without its backward" in note
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 @pytest.mark.parametrize("middle", [rounded, reversed_, doubled])
 def test_gradients_are_those_of_its_own_backward(middle: Any, sparsity: float) -> None:

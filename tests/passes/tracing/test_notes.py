@@ -138,6 +138,7 @@ def repeated(s: Any, x: Any) -> Any:
 
 
 SPECIALISED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "pieces": (lambda s, x: torch.cat([c * 2 for c in x.chunk(100, 1)], 1), "loop over a dimension of 16"),
     "numpy": (lambda s, x: x / np.cbrt(x.size(1)), "numpy.cbrt() on the value 16"),
     "a function of two": (lambda s, x: x / math.gcd(x.size(1), 6), "an index on the value 16"),
     "counted": (counted, "an index on the value 16"),
