@@ -46,11 +46,6 @@ REAL = frozenset(name for name, make in BLOCKS.items() if make.__module__.endswi
 SEARCH = settings(deadline=None, database=None, derandomize=True, print_blob=False, suppress_health_check=list(HealthCheck))
 
 
-def is_open(spec: Spec) -> bool:
-    """Whether a network is of a kind that is known to be wrong; each leaves with what repairs it."""
-    return 1 in (spec.batch, spec.side)  # folded with channels, an axis of one is written as a literal
-
-
 def check(spec: Spec, seed: int) -> None:
     torch.manual_seed(seed)
     inputs = spec.inputs()
@@ -138,14 +133,14 @@ def assert_elsewhere(
 
 
 @settings(SEARCH, max_examples=400)
-@given(spec=SPECS.filter(lambda spec: not is_open(spec)), seed=st.integers(0, 99))
+@given(spec=SPECS, seed=st.integers(0, 99))
 def test_random_networks(spec: Spec, seed: int) -> None:
     check(spec, seed)
 
 
 @pytest.mark.long
 @settings(SEARCH, max_examples=10_000, derandomize=False)
-@given(spec=SPECS.filter(lambda spec: not is_open(spec)), seed=st.integers(0, 9999))
+@given(spec=SPECS, seed=st.integers(0, 9999))
 def test_many_random_networks(spec: Spec, seed: int) -> None:
     check(spec, seed)
 
@@ -156,7 +151,7 @@ def test_every_block_alone(name: str) -> None:
         check(Spec(12, ((name, variant, "plain"),), "pool", history=HISTORIES[variant % len(HISTORIES)]), variant)
 
 
-@pytest.mark.parametrize("name", sorted(REAL - {"folded"}))
+@pytest.mark.parametrize("name", sorted(REAL))
 @pytest.mark.parametrize(("batch", "side"), [(1, SIDE), (2, 1), (1, 2)])
 def test_sizes_of_one(name: str, batch: int, side: int) -> None:
     check(Spec(12, ((name, 1, "plain"), (name, 4, "residual")), "pool", batch=batch, side=side), 0)

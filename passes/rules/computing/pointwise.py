@@ -202,7 +202,12 @@ def upsample_module(ctx: LabelContext, node: fx.Node, module: nn.Module, input: 
 
 @functions(F.grid_sample, torch.grid_sampler)
 def grid_sample(ctx: LabelContext, node: fx.Node, input: Value, grid: Value, **_: Any) -> Value:
-    ctx.pin_all(grid, "it is used as sampling positions")
+    """Each sample of ``input`` has a grid of its own, so channels that are folded with the batch are those of the grid's first axis."""
+    for axis, vector in grid.axes.items():
+        if axis > 0:
+            ctx.pin(vector, "it is used as sampling positions")
+    folded = [Value(v.shape[:1], {a: x for a, x in v.axes.items() if a == 0}, frozenset(), v.why) for v in (input, grid)]
+    ctx.combine(input.shape[:1], folded)
     return ctx.through(node, input, mixed=range(2, input.ndim))
 
 

@@ -20,6 +20,8 @@ from fxprune.passes.rules import binding
 from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, named
 
+_MOVING = "the size of the input decides which of its channels are taken"
+
 
 def axes_of(entry: Any) -> int:
     """How many axes of a tensor one entry of an index stands for: a mask for as many as it has, as a node of the graph too."""
@@ -60,7 +62,7 @@ def getitem(ctx: LabelContext, node: fx.Node, input: Any, index: Any) -> Any:
         bounds = (source.start, source.stop, source.step) if isinstance(source, slice) else (source,)
         moving = [b for b in bounds if isinstance(b, fx.Node) and isinstance(b.meta.get("val"), int) and not ctx.is_number(b)]
         if moving and axis in input.axes:
-            ctx.pin(input.axes[axis], "the size of the input decides which of its channels are taken", ReasonKind.COMPUTED_INDEX)
+            ctx.pin(input.axes[axis], _MOVING, ReasonKind.COMPUTED_INDEX)
         # What is left of every second channel is listed, and a list copies.
         if isinstance(entry, slice) and entry.step not in (None, 1) and axis in input.axes and ctx.stays_view(node):
             ctx.pin(input.axes[axis], "every second or so of its channels is written in place", ReasonKind.WRITTEN_IN_PLACE)
@@ -80,6 +82,18 @@ def picked_by_position(ctx: LabelContext, node: fx.Node, x: Value, raw: Sequence
     if len(axes) == len(x.axes):
         return x
     return Value(x.shape, axes, x.zero & axes.keys(), Reason(ReasonKind.COMPUTED, f"it comes from {op_name(node, ctx.traced)}"))
+
+
+def _made_for_a_size(ctx: LabelContext, index: fx.Node) -> bool:
+    """Whether the size of the input enters an index of constants: with another size it picks others."""
+    seen, todo = {index}, [index]
+    while todo:
+        new = [n for n in todo.pop().all_input_nodes if n not in seen]
+        if any(isinstance(n.meta.get("val"), int) and not ctx.is_number(n) for n in new):
+            return True
+        seen.update(new)
+        todo += new
+    return False
 
 
 def pin_pairs(ctx: LabelContext, x: Value, index: Any) -> None:
@@ -126,6 +140,8 @@ def resolved(ctx: LabelContext, node: fx.Node, x: Value, index: Any, raw: Sequen
             taken, mask = axes_of(source), is_mask(source.meta["val"])
             if (actual is None or mask) and any(a in x.axes for a in range(axis, axis + taken)):
                 return None
+            if actual is not None and axis in x.axes and _made_for_a_size(ctx, source):
+                ctx.pin(x.axes[axis], _MOVING, ReasonKind.COMPUTED_INDEX)
             if mask:
                 done += as_positions(torch.empty(part.shape)) if actual is None else actual.cpu().nonzero(as_tuple=True)
             else:
@@ -218,7 +234,10 @@ def index_select(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index
     axis = dim % input.ndim
     if axis not in input.axes:
         return ctx.make(node, input.axes, input.zero, input.why)
-    actual = ctx.real(binding.form_of(node).arguments(node.args, node.kwargs)["index"])
+    given = binding.form_of(node).arguments(node.args, node.kwargs)["index"]
+    actual = ctx.real(given)
     if actual is None:
         return ctx.opaque(node, [input, index], "it is indexed by values the graph computes", ReasonKind.COMPUTED_INDEX)
+    if _made_for_a_size(ctx, given):
+        ctx.pin(input.axes[axis], _MOVING, ReasonKind.COMPUTED_INDEX)
     return ctx.move(node, input, lambda labels: labels.index_select(axis, actual.cpu()))
