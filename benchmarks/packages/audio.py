@@ -22,6 +22,7 @@ def vocos() -> nn.Module:
 
 def whisper() -> nn.Module:
     made: nn.Module = found("whisper.model:Whisper")(found("whisper.model:ModelDimensions")(16, 20, 32, 4, 2, 96, 16, 32, 4, 2))
+    torch.nn.init.normal_(made.get_parameter("decoder.positional_embedding"), std=0.02)  # what its class leaves to the memory
     return made
 
 
