@@ -95,6 +95,24 @@ def index_put(ctx: LabelContext, node: fx.Node, input: Value, indices: Sequence[
     return _along(ctx, node, input, picked[0], values(written))
 
 
+@named("masked_scatter")
+def masked_scatter(ctx: LabelContext, node: fx.Node, input: Value, mask: Value, source: Value) -> Any:
+    """Elements of ``source``, in order, where ``mask`` is true: rows of it, where the mask was expanded along the last axis."""
+    last, given = input.ndim - 1, binding.form_of(node).arguments(node.args, node.kwargs)["mask"].meta["val"]
+    by_rows = given.ndim == input.ndim and (given.shape[last] == 1 or given.stride(last) == 0)
+    if not by_rows or source.shape[-1:] != input.shape[-1:]:
+        return ctx.opaque(node, [input, mask, source], "a part of it is assigned to", ReasonKind.ASSIGNED)
+    rows = []
+    for value in (input, mask, source):
+        for axis in value.axes.keys() - {value.ndim - 1}:
+            ctx.pin(value.axes[axis], "a part of it is assigned to", ReasonKind.ASSIGNED)
+        axes = {0: value.axes[value.ndim - 1]} if value.ndim - 1 in value.axes else {}
+        rows.append(Value(value.shape[-1:], axes, frozenset(axes if value.ndim - 1 in value.zero else ()), value.why))
+    found, _ = ctx.combine(input.shape[-1:], rows)
+    zero = [last] if 0 in found and 0 in rows[0].zero and 0 in rows[2].zero else []
+    return ctx.make(node, {last: found[0]} if found else {}, zero, input.why)
+
+
 @named("scatter", "scatter_add", "scatter_reduce")
 def scatter(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Value, **rest: Any) -> Any:
     """``input`` with entries of the source put, or added, at computed positions along ``dim``; the other axes go together."""

@@ -168,3 +168,33 @@ def test_channels_that_a_mask_picks_stay() -> None:
 
     graph = fxprune.analyze(Channels().eval(), torch.randn(4, 6))
     assert not graph.by_name["a"].prunable
+
+
+class Placed(nn.Module):
+    """Pictures' features in place of the tokens that stand for them, as models of vision and language do."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.a, self.c, self.b = how, nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        words, place = self.a(x), x[:, :, 0] > 0
+        pictures = self.c(x[place])
+        if self.how == "expanded":
+            words = words.masked_scatter(place.unsqueeze(-1).expand_as(words), pictures)
+        elif self.how == "in place":
+            words.masked_scatter_(place.unsqueeze(-1), pictures)
+        else:
+            words = words.masked_scatter(words > 0, self.c(x))  # each channel by itself
+        return self.b(words)
+
+
+@pytest.mark.parametrize("how", ["expanded", "in place"])
+def test_rows_put_where_a_mask_says(how: str) -> None:
+    torch.manual_seed(0)
+    assert_sound(Placed(how).eval(), torch.randn(2, 5, 6), removes=("a.weight", "c.weight", "b.weight"))
+
+
+def test_elements_put_where_a_mask_says_stay() -> None:
+    graph = fxprune.analyze(Placed("element by element").eval(), torch.randn(2, 5, 6))
+    assert not graph.by_name["a"].prunable and not graph.by_name["c"].prunable
