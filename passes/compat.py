@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 __all__ = [
+    "CHECKS",
     "WEIGHT_NORMS",
     "BatchNormBase",
     "ConvNd",
@@ -81,6 +82,7 @@ native_functions: Any = torch._C._nn
 assert_true: Any = torch._assert
 pack_padded: Any = torch._VF._pack_padded_sequence
 pad_packed: Any = torch._VF._pad_packed_sequence
+CHECKS = ("_check", "_check_with", "_check_tensor_all", "_check_tensor_all_with", "_check_index", "_check_value", "_check_is_size")
 WEIGHT_NORMS: tuple[Any, ...] = (torch._weight_norm,) if hasattr(torch, "_weight_norm") else ()  # what the old weight_norm calls
 
 

@@ -24,6 +24,7 @@ from fxprune.passes import compat
 from fxprune.passes.ir.factories import FACTORIES, LIKE, RANDOM_FACTORIES
 from fxprune.passes.ir.notes import NoteKind
 from fxprune.passes.ir.skeleton import Skeleton
+from fxprune.passes.tracing import checks
 from fxprune.passes.tracing import decompositions as openers
 from fxprune.passes.tracing.autograd import traced_call
 from fxprune.passes.tracing.proxies import ShapeAttribute, ShapeProxy, ShapeTuple
@@ -166,6 +167,31 @@ def _mapped(tracer: Recorder, original: Any) -> Any:
     return vmap_impl
 
 
+def _checked(tracer: Recorder, original: Any) -> Any:
+    """A check of tensors or sizes is left out, one of anything else is made at once."""
+
+    def check(*args: Any, **kwargs: Any) -> None:
+        if not tracer.recording or compat.find_proxy(args, kwargs) is None:
+            original(*args, **kwargs)
+        else:
+            tracer.note(NoteKind.LOST, checks.NOT_KEPT, tracer.here())
+
+    return check
+
+
+def _asserted(tracer: Recorder, original: Any) -> Any:
+    """``torch._assert`` stays in the graph where it asks for sizes."""
+
+    def check(condition: Any, message: Any = "") -> Any:
+        if not tracer.recording or not _isinstance(condition, ShapeProxy):
+            return original(condition, message)
+        if _isinstance(condition.value, torch.Tensor):
+            return tracer.note(NoteKind.LOST, checks.NOT_KEPT, tracer.here())
+        return tracer.create_proxy("call_function", original, (condition, message), {})
+
+    return check
+
+
 def _block(what: str) -> Callable[[Recorder, Any], Any]:
     def wrap(tracer: Recorder, original: Any) -> Any:
         def enter(context: Any, *args: Any, **kwargs: Any) -> Any:
@@ -228,6 +254,8 @@ PATCHES: tuple[Patch, ...] = (
     *(Patch(torch, name, _factory) for name in FACTORIES + RANDOM_FACTORIES + LIKE),
     *(Patch(torch, name, _limits) for name in ("finfo", "iinfo")),
     *(Patch(math, name, recorded) for name in OF_MATH),
+    *(Patch(torch, name, _checked) for name in compat.CHECKS),
+    Patch(torch, "_assert", _asserted),
     Patch(torch.autograd.Function, "apply", _apply),
     Patch(torch.no_grad, "__enter__", _block("no_grad")),
     Patch(torch.enable_grad, "__enter__", _block("enable_grad")),

@@ -11,9 +11,10 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from torch import nn
+from torch import Tensor, nn
 
 import fxprune
+from fxprune.passes.compat import tree_map_only
 from tests.passes.composing.composed import BLOCKS, ENTRIES, FORMS, HEADS, HISTORIES, SIDE, Composed, Spec
 from tests.passes.helpers import (
     SPARSITIES,
@@ -88,6 +89,10 @@ def elsewhere(spec: Spec) -> dict[str, Any]:
     return larger if fixed else larger | {"side": spec.inputs(side=spec.side + 4), "both": spec.inputs(4, spec.side + 2)}
 
 
+def doubled(given: Any) -> Any:
+    return tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, given)
+
+
 def sound(model: nn.Module, inputs: Any) -> bool:
     """Whether the original takes these inputs: many arrangements have one size alone."""
     try:
@@ -127,6 +132,8 @@ def assert_elsewhere(
                 continue
             assert same, (name, specialised)
             found = gap(call(zeroed(model, kept), given), call(part, given))
+            if found >= 1e-4:  # rounding, where the network is ill-conditioned
+                found = gap(call(zeroed(model, kept).double(), doubled(given)), call(copy.deepcopy(part).double(), doubled(given)))
             assert found < 1e-4, f"relative error {found:.1e} at another {name}; {specialised}"
             fresh = gap(whole, call(copy.deepcopy(model), given))
             assert fresh == 0.0, f"the original differs by {fresh:.1e} at another {name}"

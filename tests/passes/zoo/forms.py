@@ -40,6 +40,17 @@ class OutputsTuple(TwoHeads):
         return self.b(x), [self.c(x), self.c(x).mean()]
 
 
+@add("asserted")
+class Asserted(TwoHeads):
+    """Checks of values and of sizes on its way."""
+
+    def forward(self, x: Tensor) -> Any:
+        assert torch.isfinite(x).all() and x.abs().max() < 1e6, f"not finite: {x.shape}"
+        y = self.a(x)
+        assert y.dim() == 4 and bool((y >= 0).all())
+        return self.b(y), self.c(y)
+
+
 @add("outputs_dict")
 class OutputsDict(TwoHeads):
     def forward(self, x: Tensor) -> Any:

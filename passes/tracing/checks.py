@@ -1,0 +1,53 @@
+"""Conditions that only guard a ``raise`` or an ``assert``: a run that ends goes the other way, and so does its trace."""
+
+from __future__ import annotations
+
+import dis
+import functools
+from types import CodeType, FrameType
+
+NOT_KEPT = "a check of values, which raises an error, cannot be kept in a graph; the slim module computes without it"
+_LONGEST = 100  # instructions that make an error's text, at most
+
+
+def goes_on(frame: FrameType) -> bool | None:
+    """The answer with which ``frame``, which asks a condition, does not raise at once; None where either answer may go on, or neither."""
+    return _answers(frame.f_code).get(frame.f_lasti)
+
+
+@functools.lru_cache(maxsize=1024)
+def _answers(code: CodeType) -> dict[int, bool]:
+    """For every instruction that asks for a truth value before a jump that decides between a raise and going on: the latter's answer."""
+    steps = list(dis.get_instructions(code))
+    at = {step.offset: number for number, step in enumerate(steps)}
+    handled = _handled(code, steps)
+    found = {}
+    for number, step in enumerate(steps):
+        if not step.opname.startswith("POP_JUMP") or not step.opname.endswith(("IF_TRUE", "IF_FALSE")) or step.argval not in at:
+            continue
+        jumps, falls = (_raises(steps, start, handled) for start in (at[step.argval], number + 1))
+        if jumps != falls:
+            answer = step.opname.endswith("IF_TRUE") is not jumps
+            asked = number - 1 if steps[number - 1].opname == "TO_BOOL" else number
+            found[steps[asked].offset] = answer
+            if steps[asked - 1].opname.startswith("CALL"):  # bool(x), x.item()
+                found[steps[asked - 1].offset] = answer
+    return found
+
+
+def _raises(steps: list[dis.Instruction], start: int, handled: set[int]) -> bool:
+    """Whether the code from ``start`` on does nothing but raise, where this code does not catch it."""
+    for step in steps[start : start + _LONGEST]:
+        if step.opname == "RAISE_VARARGS":
+            return step.offset not in handled
+        if "JUMP" in step.opname or step.opname.startswith(("STORE", "DELETE", "RETURN", "YIELD", "FOR_ITER", "SEND", "SETUP")):
+            return False
+    return False
+
+
+def _handled(code: CodeType, steps: list[dis.Instruction]) -> set[int]:
+    """The instructions whose errors this code may catch."""
+    if any(step.opname.startswith("SETUP") for step in steps):  # Python 3.10 has no table of them
+        return {step.offset for step in steps}
+    entries = getattr(dis.Bytecode(code), "exception_entries", ())
+    return {step.offset for step in steps for entry in entries if entry.start <= step.offset < entry.end}

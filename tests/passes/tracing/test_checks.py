@@ -1,0 +1,90 @@
+"""Checks of values that raise are left out of the graph, with a note; conditions that decide anything else stop the trace as ever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.errors import TraceError
+from fxprune.passes.ir.notes import NoteKind
+from fxprune.testing import assert_sound
+
+
+def raises(x: Tensor, y: Tensor) -> Tensor:
+    if torch.isnan(x).any():
+        raise ValueError(f"not a number among {x.shape[0]} samples")
+    return y
+
+
+def raises_otherwise(x: Tensor, y: Tensor) -> Tensor:
+    if not torch.isfinite(x).all():
+        raise ValueError("not a number")
+    elif bool((x > 99).any()) or (x < -99).any():
+        raise ValueError("too large")
+    return y
+
+
+def counts(x: Tensor, y: Tensor) -> Tensor:
+    place = x[:, :, 0] > 0
+    rows = y[place]
+    if rows.shape[0] != place.sum():
+        raise ValueError(f"{rows.shape[0]} rows for {place.sum()} places")
+    return y.masked_scatter(place.unsqueeze(-1), rows * 2)
+
+
+def promises(x: Tensor, y: Tensor) -> Tensor:
+    torch._check_tensor_all(x < 99)
+    torch._check(x.shape[0] > 0, lambda: "no samples")
+    torch._assert((x < 99).all(), "too large")
+    return y
+
+
+def catches(x: Tensor, y: Tensor) -> Tensor:
+    try:
+        if (x > 0).any():
+            raise ValueError("positive")
+    except ValueError:
+        y = y * 2
+    return y
+
+
+def decides(x: Tensor, y: Tensor) -> Tensor:
+    if (x > 0).any():
+        y = y * 2
+    return y
+
+
+def returns_or_decides(x: Tensor, y: Tensor) -> Tensor:
+    if (x > 0).any():
+        return y
+    y = y * 2
+    raise ValueError(f"negative: {y.shape}")
+
+
+class Checked(nn.Module):
+    def __init__(self, check: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.check, self.a, self.b = check, nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.b(self.check(x, self.a(x)))
+
+
+@pytest.mark.parametrize("check", [raises, raises_otherwise, counts, promises])
+def test_checks_of_values_are_left_out(check: Callable[[Tensor, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model, x = Checked(check).eval(), torch.randn(2, 5, 6)
+    graph = assert_sound(model, x, removes=("a.weight",))
+    notes = [note for note in graph.traced.notes if note.kind is NoteKind.LOST]
+    assert notes and all("test_checks.py" in note and "a check of values" in note for note in notes)
+
+
+@pytest.mark.parametrize("check", [catches, decides, returns_or_decides])
+def test_conditions_that_decide_what_is_computed_stop_the_trace(check: Callable[[Tensor, Tensor], Tensor]) -> None:
+    with pytest.raises(TraceError, match=r"test_checks.py:\d+: a condition depends on the values of a tensor"):
+        fxprune.analyze(Checked(check).eval(), torch.randn(2, 5, 6))
