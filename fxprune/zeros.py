@@ -23,6 +23,7 @@ Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 _STEPS = 6  # operations between a layer and the norm before or after it
 _PRUNED, _NORMED = ("_orig", "_mask"), ("_g", "_v")  # what torch.nn.utils.prune and the old weight_norm make of a parameter's name
+_ENDINGS, _COMPUTED = (*_PRUNED, *_NORMED), "parametrizations."
 
 
 class _Graph(Protocol):
@@ -105,15 +106,14 @@ def may_be_dead(graph: _Graph) -> bool:
 
     What makes or reads a unit is zero there only where its weight is, and a norm only where it scales to zero.
     """
-    modules, firsts = dict(graph.model.named_modules(remove_duplicate=False)), []
-    tensors = {**dict(graph.model.named_parameters(remove_duplicate=False)), **dict(graph.model.named_buffers(remove_duplicate=False))}
+    skeleton, firsts = graph.traced.skeleton, []
     for name, dim in graph.keys:
-        tensor, (path, key) = tensors.get(name), _place(name)
-        if tensor is None or path not in modules:
+        if name not in skeleton.aliases:  # a tensor that is a plain attribute
             continue
-        module = modules[path]
-        if name != (f"{path}.{key}" if path else key) or tensor.layout is not torch.strided or not tensor.numel():
+        tensor, (path, _, key) = skeleton.real(name), name.rpartition(".")
+        if _COMPUTED in name or key.endswith(_ENDINGS) or tensor.layout is not torch.strided or not tensor.numel():
             return True  # computed of several tensors, or nothing that has a first element
+        module = skeleton.original_module(path)
         is_norm = isinstance(module, NormBase)
         if is_norm and getattr(module, "weight", None) is None:
             return True
@@ -307,7 +307,7 @@ def _place(name: str) -> tuple[str, str]:
     if ".parametrizations." in f".{path}.":
         head, _, key = f".{path}".rpartition(".parametrizations.")
         return head.removeprefix("."), key
-    for ending in (*_PRUNED, *_NORMED):
+    for ending in _ENDINGS:
         if key.endswith(ending):
             return path, key.removesuffix(ending)
     return path, key

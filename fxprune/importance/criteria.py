@@ -52,7 +52,7 @@ def scores(
     dead already (``fxprune.zeros``) score below all others.
     """
     name = ("l2" if calibration is None else "taylor") if importance == "auto" else importance
-    if not isinstance(name, str) or name not in _OF_WEIGHTS or any(p.device.type == "meta" for p in graph.model.parameters()):
+    if not isinstance(name, str) or name not in _OF_WEIGHTS or _without_values(graph):
         return _dead_first(graph, _scores(graph, importance, calibration, seed, loss))
     known: dict[str, Any] = graph.__dict__.setdefault("_remembered", {})
     now = _mark(graph)
@@ -71,12 +71,19 @@ def _mark(graph: CouplingGraph) -> tuple[list[tuple[int, int]], list[torch.Tenso
 
     Writes through ``tensor.data`` leave the version as it is; where they change whole channels the elements tell.
     """
-    tensors = [t for t in (*graph.model.parameters(), *graph.model.buffers()) if t.layout is torch.strided]  # sparse ones rank nothing
+    skeleton = graph.traced.skeleton
+    tensors = [t for t in map(skeleton.real, skeleton.names) if t.layout is torch.strided]  # sparse ones rank nothing
     firsts: dict[Any, list[torch.Tensor]] = {}
     for t in tensors:
         if t.numel():
             firsts.setdefault((t.dtype, t.device), []).extend(first_elements(t, dim) for dim in range(min(t.ndim, 2)))
     return [(t._version, t.data_ptr()) for t in tensors], [torch.cat(same) for same in firsts.values() if same]
+
+
+def _without_values(graph: CouplingGraph) -> bool:
+    """Whether the model is on the meta device, or part of it."""
+    skeleton = graph.traced.skeleton
+    return any(skeleton.real(name).is_meta for name in skeleton.parameter_names)
 
 
 def _same_mark(one: Any, other: Any) -> bool:
@@ -86,7 +93,7 @@ def _same_mark(one: Any, other: Any) -> bool:
 
 def _dead_first(graph: CouplingGraph, found: Scores) -> Scores:
     """The scores with those of dead units below zero and below all others of their group."""
-    if any(p.device.type == "meta" for p in graph.model.parameters()) or not may_be_dead(graph):
+    if _without_values(graph) or not may_be_dead(graph):
         return found
     dead = zero_units(graph).dead
     if not dead.any():
