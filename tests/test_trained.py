@@ -64,9 +64,20 @@ def test_it_goes_on_where_it_stopped_and_writes_the_page(tmp_path: Path, monkeyp
     cells = json.loads((tmp_path / "results" / "made.json").read_text())["cells"]
     assert made.times == 2 and all("error" not in cell for cell in cells.values())
     assert cells["table 0.5"]["macs"] <= 0.5 * cells["dense"]["macs"] < cells["uniform 0.75"]["macs"] <= 0.75 * cells["dense"]["macs"]
+    assert cells["joint 0.5"]["macs"] == cells["table 0.5"]["macs"] and cells["joint 0.5"]["sliced"] == cells["table 0.5"]["sliced"]
+    assert cells["joint 0.5"]["moved"] is ("moved all layers together" in cells["joint 0.5"]["notes"][-1])
     assert cells["time"]["share"] == pytest.approx(cells["time"]["slim"] / cells["time"]["dense"], rel=0.1)
     command.main(arguments)
     assert made.times == 2, "what is finished is not run again"
+    held = json.loads((tmp_path / "results" / "made.json").read_text())
+    del held["cells"]["joint 0.5"]
+    held["cells"]["table 0.5"]["score"] = held["cells"]["uniform 0.5"]["score"] = -1.0
+    (tmp_path / "results" / "made.json").write_text(json.dumps(held))
+    command.main(arguments)
+    again = json.loads((tmp_path / "results" / "made.json").read_text())["cells"]
+    assert again["uniform 0.5"]["score"] == -1.0, "what it shares nothing with stays"
+    for name in ("table 0.5", "joint 0.5"):
+        assert {**again[name], "seconds": 0} == {**cells[name], "seconds": 0}, "one slim network, whatever an older run allocated"
     text = out.read_text()
     assert "| made | 100.0 |" in text and text.endswith(f"{MARK}\n\nby hand\n") and "absent" not in text
 
@@ -78,8 +89,29 @@ def test_the_page_says_what_fell_short() -> None:
     one = {"wheel": "torch 2", "licence": "BSD", "cells": cells}
     text = page({"made": Made().network}, {"made": one}, "")
     assert "0 of 1 networks keep 95 %" in text and "Repair left made with a lower score" in text
-    assert "| made | 90.0 | 50.0 | 50.0 | 50.0 | 50.0 |  | 60.0 | - | no |" in text
+    assert "| made | 90.0 | 50.0 | 50.0 | 50.0 | 50.0 |  |  | 60.0 | - | no |" in text
     assert "**made**: keeps 56% of its score at half the MACs; 50% of its channels are locked, most because it reaches the output." in text
+
+
+def test_the_page_counts_by_least_squares_and_by_joint() -> None:
+    def one(table: float, joint: float | None, moved: bool = True) -> dict[str, Any]:
+        cells: dict[str, Any] = {"dense": {"score": 0.8, "macs": 100, "params": 10}, "table 0.5": {"score": table, "sliced": 0.1}}
+        if joint is not None:
+            cells["joint 0.5"] = {"score": joint, "sliced": 0.1, "moved": moved}
+        return {"wheel": "torch 2", "licence": "BSD", "cells": cells}
+
+    networks = dict.fromkeys(("a", "b", "c", "d"), Made().network)
+    found = {"a": one(0.72, 0.78), "b": one(0.79, 0.77), "c": one(0.5, 0.5, moved=False), "d": one(0.8, None)}
+    text = page(networks, found, "")
+    assert (
+        "by the error table and least squares alone, 2 of 4 networks keep 95 % of their score; with all weights moved together afterwards "
+        "(*joint*), 2 of 3 measured so far, of which least squares alone holds 1." in text
+    )
+    assert "Joint scores higher than least squares alone on a (+6.0). Joint scores lower than least squares alone on b (-2.0)." in text
+    assert "On c inputs that were not fitted saw no gain by it, and the weights stayed as fitted." in text
+    assert "- **a**: keeps 90% of its score at half the MACs, 98% by joint.\n- **c**: keeps 62% of its score" in text
+    del found["d"]
+    assert "(*joint*), 2 of 3." in page(networks, found, "")
 
 
 def test_a_pickle_of_arrays_is_read_and_no_other(tmp_path: Path) -> None:

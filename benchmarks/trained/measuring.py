@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 import fxprune
 from benchmarks.trained.network import Network, Task
 from benchmarks.trained.peers import PEERS
+from fxprune.allocation.allocating import allocate
+from fxprune.allocation.trying import TRIALS
 from fxprune.errors import FxPruneError, TargetError
 from fxprune.evaluation.running import call
 from fxprune.repair.distance import unlikeness
@@ -27,6 +29,7 @@ from fxprune.repair.distance import unlikeness
 Cell = dict[str, Any]
 SHARES = (0.75, 0.5)  # of the multiply-accumulates that are left
 METHODS = ("uniform", "table")
+TABLE, JOINT = "table 0.5", "joint 0.5"  # one allocation, repaired by least squares, and by that and gradient steps of all weights
 SEARCH = "search 0.5"  # beside them, where it is asked for
 EVALUATIONS = 60  # candidates it scores, without labels: by how far the outputs on half of the calibration inputs are from the dense ones
 RUNS = 15  # timed calls of ONNX Runtime; the median counts
@@ -35,15 +38,21 @@ RUNS = 15  # timed calls of ONNX Runtime; the median counts
 def cells(
     network: Network, folder: Path, done: dict[str, Cell], tools: Sequence[str] = (), shares: Sequence[float] = SHARES, search: bool = False
 ) -> Iterator[tuple[str, Cell]]:
-    """The cells that ``done`` lacks, by name, as they are finished; a cell that raised holds the error, in a line."""
+    """The cells that ``done`` lacks, by name, as they are finished; a cell that raised holds the error, in a line.
+
+    Where "joint" is lacking, the other cells of its allocation are measured again, so that all of them are of one slim network.
+    """
     wanted = [
         "dense",
         *(f"{method} {share}" for share in sorted(shares) for method in METHODS),
+        *([JOINT] if SHARES[-1] in shares else []),
         "time",
         *tools,
         *([SEARCH] if search else []),
     ]
-    lacking = [name for name in wanted if "error" in done.get(name, {"error": ""})]
+    lacking = {name for name in wanted if "error" in done.get(name, {"error": ""})}
+    if JOINT in lacking:
+        lacking |= {TABLE, "time"}
     if not lacking:
         return
     torch.manual_seed(0)
@@ -51,7 +60,7 @@ def cells(
         warnings.simplefilter("ignore")  # what old packages say about torch, and lacking channels, which the shares show
         task = network.make(folder)
         measure = _Measure(task)
-        for name in lacking:
+        for name in [one for one in wanted if one in lacking]:
             yield name, _caught(lambda name=name: measure.cell(name))  # type: ignore[misc]
             gc.collect()
 
@@ -116,14 +125,18 @@ class _Measure:
     def _made(self, method: str, share: float) -> tuple[nn.Module, Any, Cell]:
         note: Cell = {}
         target = f"macs={share}"
+        if method == "table":  # as compress does it with the target; this policy also lists the units
+            policy: Any = allocate(self.graph, {"macs": share}, self.task.calibration, repair="lstsq", trials=TRIALS)
+            return fxprune.compress(self.graph, policy, calibration=self.task.calibration, repair="lstsq"), policy, note
+        if method == "joint":
+            fitted, policy, _ = self.slim("table", share)
+            slim = fxprune.compress(self.graph, policy, calibration=self.task.calibration, repair="joint")
+            return slim, policy, {"moved": not _same(slim, fitted)}
+        if method == "search":
+            found = self.searched(target)
+            return found.model, found.policy, {"evaluations": found.evaluations}
         try:
-            if method == "table":
-                slim = fxprune.compress(self.graph, target, calibration=self.task.calibration, repair="lstsq")
-                return slim, fxprune.record(slim).policy, note
-            if method == "search":
-                found = self.searched(target)
-                return found.model, found.policy, {"evaluations": found.evaluations}
-            policy: Any = fxprune.record(fxprune.compress(self.graph, target)).policy
+            policy = fxprune.record(fxprune.compress(self.graph, target)).policy
         except TargetError as error:  # the rest is locked: the nearest is measured, and the table has its share
             policy, note = error.nearest, {"short": str(error)}
         slim = fxprune.compress(self.graph, policy, calibration=self.task.calibration, importance="l2", repair="lstsq")
@@ -173,6 +186,11 @@ class _Measure:
             samples = [[run.milliseconds() for run in runs] for _ in range(RUNS)]  # by turns: what else runs here slows both
         dense, after = (statistics.median(sample[side] for sample in samples) for side in (0, 1))
         return {"dense": round(dense, 3), "slim": round(after, 3), "share": round(after / dense, 3)}
+
+
+def _same(one: nn.Module, other: nn.Module) -> bool:
+    theirs = other.state_dict()
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in one.state_dict().items())
 
 
 class _Runtime:
