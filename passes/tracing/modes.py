@@ -23,6 +23,7 @@ from fxprune.passes.tracing.guard.plain_code import is_plain
 from fxprune.passes.tracing.module_state import hold_modes, keep_state, lost, written_back
 from fxprune.passes.tracing.side_effects.history import History, past
 from fxprune.passes.tracing.side_effects.isolation import remove_left
+from fxprune.passes.tracing.sizes import fixed_sizes as extents
 from fxprune.passes.tracing.tracer import ShapeTracer, is_skipped
 
 
@@ -225,6 +226,7 @@ def _one(tracer: ShapeTracer, example: Any, training: bool, history: History) ->
     for place in remove_left(tracer.made):
         tracer.note(NoteKind.STATE, f"forward kept what it computed while it was traced in {place}, which was rid of it")
     eliminate(graph)
+    extents.forget(graph)
     return graph
 
 

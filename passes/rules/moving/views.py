@@ -85,7 +85,14 @@ def _shifts(ctx: LabelContext, node: fx.Node, x: Value, axis: int, place: int) -
         return any(isinstance(size, fx.Node) and not ctx.is_number(size) for size in behind) or _is_given(ctx, own)
     numbers = [size != -1 and ctx.is_number(size) for size in (own, *behind)]
     alone = numbers[0] and shape[place] == x.shape[axis]  # rather than all that lies beside it as well, as a classifier wants it
-    return all(numbers[1:]) and (bool(behind) or alone) and any(_gives_way(ctx, size) for size in sizes)
+    return all(numbers[1:]) and (bool(behind) or alone) and any(_gives_way(ctx, size) for size in _taken_over(node, sizes))
+
+
+def _taken_over(node: fx.Node, sizes: Sequence[Any]) -> list[Any]:
+    """The sizes that are not just those of an axis of what is viewed, each axis once: these leave nothing to take in."""
+    source = _source(node)
+    read = [s.args[1] if isinstance(s, fx.Node) and target_name(s) == "size" and s.args[0] is source else None for s in sizes]
+    return [size for size, axis in zip(sizes, read, strict=True) if axis is None or read.count(axis) > 1]
 
 
 def _gives_way(ctx: LabelContext, size: Any) -> bool:

@@ -48,9 +48,18 @@ def is_fixed(node: Any, axis: int, module: Modules) -> bool:
     return -len(known) <= axis < len(known) and known[axis]
 
 
+def forget(graph: fx.Graph) -> None:
+    """What was found while a graph was recorded is found anew: the layers that read an input were not all known."""
+    for node in graph.nodes:
+        if "rows" not in node.meta:
+            node.meta.pop("fixed", None)
+
+
 def _is_fixed(node: fx.Node, value: Any, axis: int, module: Modules) -> bool:
-    if node.op in ("get_attr", "placeholder"):
-        return node.op == "get_attr"
+    if node.op == "get_attr":
+        return True
+    if node.op == "placeholder":
+        return any(user.op == "call_module" and _takes(module(str(user.target)), user, value.ndim) == axis for user in node.users)
     layer = module(str(node.target)) if node.op == "call_module" else None
     name = _name(node, layer)
     source = node.args[0] if node.args else None
@@ -98,6 +107,15 @@ def _is_fixed(node: fx.Node, value: Any, axis: int, module: Modules) -> bool:
         given = [layer.start_dim, layer.end_dim]
     made_of = places(node, name, before.ndim, value.ndim, axis, given)
     return _met(node, value, axis, module) if made_of is None else all(is_fixed(source, place, module) for place in made_of)
+
+
+def _takes(layer: nn.Module, user: fx.Node, ndim: int) -> int | None:
+    """The axis of its input along which a layer takes one size alone: other inputs fail there."""
+    if user.args[:1] != tuple(user.all_input_nodes[:1]):
+        return None
+    if isinstance(layer, nn.Linear):
+        return ndim - 1
+    return 1 if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and ndim == int(_name(user, layer)[4]) + 2 else None
 
 
 def _name(node: fx.Node, layer: nn.Module | None) -> str:
