@@ -205,7 +205,7 @@ def test_what_a_repair_does_wrong_is_said(model: nn.Module) -> None:
     ):
         with pytest.raises(InputError, match=message):
             fxprune.compress(model, 0.5, X, repair=repair, calibration=DATA)
-    with pytest.raises(InputError, match=r"choose one of none, bn, bias, lstsq, or pass a function"):
+    with pytest.raises(InputError, match=r"choose one of none, bn, bias, lstsq, joint, or pass a function"):
         fxprune.compress(model, 0.5, X, repair="nothing", calibration=DATA)
 
 

@@ -30,8 +30,9 @@ def _answers(code: CodeType) -> dict[int, bool]:
             answer = step.opname.endswith("IF_TRUE") is not jumps
             asked = number - 1 if steps[number - 1].opname == "TO_BOOL" else number
             found[steps[asked].offset] = answer
-            if steps[asked - 1].opname.startswith("CALL"):  # bool(x), x.item()
-                found[steps[asked - 1].offset] = answer
+            while steps[asked - 1].opname.startswith(("CALL", "PRECALL")):  # bool(x); which of the two calls depends on how often it ran
+                asked -= 1
+                found[steps[asked].offset] = answer
     return found
 
 
