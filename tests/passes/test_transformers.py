@@ -14,7 +14,7 @@ from torch import nn
 
 import fxprune
 from tests.passes.exporting import assert_exported_sound, exported
-from tests.passes.helpers import call, gap, leaves, prime
+from tests.passes.helpers import call, gap, leaves, prime, zeroed
 
 transformers = pytest.importorskip("transformers", reason="needs the transformers extra")
 
@@ -181,3 +181,33 @@ def test_a_language_model_of_a_real_size_is_analysed_in_half_a_minute() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
     seconds, gigabytes, groups = map(float, done.stdout.split())
     assert seconds < 30 and gigabytes < 2 and groups == 73
+
+
+def llava() -> Any:
+    vision = transformers.CLIPVisionConfig(**SIZES, image_size=28, patch_size=14, projection_dim=32)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=transformers.LlamaConfig(**TEXT, num_key_value_heads=2), image_token_index=7
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def pictures_and_words(length: int) -> dict[str, Any]:
+    ids = torch.randint(8, 50, (2, length))
+    ids[:, 1:5] = 7  # one for each patch of the picture
+    return {"input_ids": ids, "pixel_values": torch.randn(2, 3, 28, 28), "attention_mask": torch.ones_like(ids)}
+
+
+def test_pictures_and_words_are_traced_whole() -> None:
+    torch.manual_seed(0)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the library's own
+        model, example = llava().eval(), pictures_and_words(9)
+        graph = fxprune.analyze(model, example, attention="heads", outputs=["logits"])
+        slim = fxprune.compress(graph, 0.5, example, norms="exact", verify=True)
+        rec = fxprune.record(slim)
+        assert rec.after.params <= 0.45 * rec.before.params
+        for length in (9, 12):
+            other = pictures_and_words(length)
+            assert gap(zeroed(model, rec.kept)(**other).logits, slim(**other)["logits"]) < 1e-5
+        assert any("a check of values" in note for note in rec.notes)
+        assert type(fxprune.compress(graph, 0.5, example, keep_class=True)) is type(model)
