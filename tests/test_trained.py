@@ -90,7 +90,7 @@ def test_the_page_says_what_fell_short() -> None:
     text = page({"made": Made().network}, {"made": one}, "")
     assert "0 of 1 networks keep 95 %" in text and "Repair left made with a lower score" in text
     assert "| made | 90.0 | 50.0 | 50.0 | 50.0 | 50.0 |  |  | 60.0 | - | no |" in text
-    assert "**made**: keeps 56% of its score at half the MACs; 50% of its channels are locked, most because it reaches the output." in text
+    assert "**made**: keeps 55.6% of its score at half the MACs; 50% of its channels are locked, most because it reaches the output" in text
 
 
 def test_the_page_counts_by_least_squares_and_by_joint() -> None:
@@ -109,7 +109,7 @@ def test_the_page_counts_by_least_squares_and_by_joint() -> None:
     )
     assert "Joint scores higher than least squares alone on a (+6.0). Joint scores lower than least squares alone on b (-2.0)." in text
     assert "On c inputs that were not fitted saw no gain by it, and the weights stayed as fitted." in text
-    assert "- **a**: keeps 90% of its score at half the MACs, 98% by joint.\n- **c**: keeps 62% of its score" in text
+    assert "- **a**: keeps 90.0% of its score at half the MACs, 97.5% by joint.\n- **c**: keeps 62.5% of its score" in text
     del found["d"]
     assert "(*joint*), 2 of 3." in page(networks, found, "")
 

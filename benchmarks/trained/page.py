@@ -148,8 +148,8 @@ def shortcomings(shown: Results) -> str:
         cells, reasons = one["cells"], []
         left, moved = kept(cells, TABLE), kept(cells, JOINT)
         if left is not None and min(left, left if moved is None else moved) < ENOUGH:
-            text = "" if moved is None else f", {moved:.0%} by joint"
-            reasons.append(f"keeps {left:.0%} of its score at half the MACs{text}")
+            text = "" if moved is None else f", {moved:.1%} by joint"
+            reasons.append(f"keeps {left:.1%} of its score at half the MACs{text}")
         reasons += [f"{cell}: {found['error']}" for cell, found in cells.items() if "error" in found and cell not in PEERS]
         reasons += [f"{cell}: {found['short']}" for cell, found in cells.items() if "short" in found]
         dense = cells["dense"]
