@@ -12,6 +12,7 @@ from torch.fx.node import map_arg
 
 from fxprune.passes.ir.factories import DETERMINED
 from fxprune.passes.ir.nested import has_tensor
+from fxprune.passes.ir.nodes import computed_from
 from fxprune.passes.ir.writes import is_rewritten, memory, sharing, written
 
 
@@ -86,9 +87,4 @@ def _run(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
 
 def held(node: fx.Node) -> set[str]:
     """The names of the parameters, buffers and constants that a value is computed from."""
-    seen, todo = {node}, [node]
-    while todo:
-        new = [n for n in todo.pop().all_input_nodes if n not in seen]
-        seen.update(new)
-        todo += new
-    return {str(n.target) for n in seen if n.op == "get_attr"}
+    return {str(n.target) for n in computed_from(node) if n.op == "get_attr"}

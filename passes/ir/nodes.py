@@ -49,6 +49,16 @@ def op_name(node: fx.Node, traced: TracedModel) -> str:
     return name[1:] if node.target in AUGMENTED else name  # ``x += y`` is an addition to its readers
 
 
+def computed_from(node: fx.Node) -> set[fx.Node]:
+    """The node and all that it is computed from."""
+    seen, todo = {node}, [node]
+    while todo:
+        new = [n for n in todo.pop().all_input_nodes if n not in seen]
+        seen.update(new)
+        todo += new
+    return seen
+
+
 _ARITHMETIC = frozenset(
     {
         *("add", "sub", "mul", "div", "truediv", "true_divide", "pow", "neg", "abs", "sign", "rsub", "multiply", "subtract", "divide"),

@@ -246,3 +246,17 @@ def _assert_trains(slim: nn.Module, inputs: Any) -> None:
     optimizer.step()
     assert any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in slim.parameters())
     slim.eval()
+
+
+def assert_edits_stay_apart(graph: CouplingGraph, x: Tensor) -> None:
+    """Of two candidates of ``graph``, which has been compressed before, one is edited; the other and the next are as they were."""
+    first, second = fxprune.compress(graph, 0.5), fxprune.compress(graph, 0.5)
+    before = second(x)
+    output = next(n for n in first.graph.nodes if n.op == "output")
+    with first.graph.inserting_before(output):
+        output.args = (first.graph.call_function(torch.neg, (output.args[0],)),)
+    first.recompile()
+    assert torch.equal(first(x), -before)
+    assert torch.equal(second(x), before)
+    assert torch.equal(fxprune.compress(graph, 0.5)(x), before)
+    assert all(n.graph is second.graph for n in second.graph.nodes)

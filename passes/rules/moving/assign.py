@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fxprune.passes.ir.masks import is_mask
-from fxprune.passes.ir.nodes import target_name
+from fxprune.passes.ir.nodes import computed_from, target_name
 from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, values
@@ -57,8 +57,6 @@ def _place(ctx: LabelContext, node: fx.Node, target: Value, index: Any) -> tuple
         shape = (1, *target.shape[index.ndim :])
         return Value(shape, {w: target.axes[a] for w, a in back.items()}, frozenset(), target.why), back
     indexed = resolved(ctx, node, target, index, raw)
-    if indexed is None:
-        return None
     pin_pairs(ctx, target, indexed)
     entries = entries_of(indexed, target.ndim)
     stepped = any(isinstance(e, slice) and e.step not in (None, 1) for e in entries)
@@ -135,7 +133,7 @@ def _written_channels(ctx: LabelContext, node: fx.Node, x: Value, dim: int, sour
     """Slices of the one source, or one number, put or added where a constant says: each slice goes with the channel that it is written to.
     None elsewhere. ``filled``: the number is not zero."""
     axis = dim % x.ndim
-    given = binding.form_of(node).arguments(node.args, node.kwargs).get("index")
+    given: Any = binding.form_of(node).arguments(node.args, node.kwargs).get("index")
     actual = ctx.real(given)
     slices = [v for v in sources if v.ndim]
     if axis not in x.axes or actual is None or actual.ndim != 1 or len(slices) > 1 or any(v.ndim != x.ndim for v in slices):
@@ -179,22 +177,15 @@ def take_along_dim(ctx: LabelContext, node: fx.Node, input: Value, indices: Valu
     return _along(ctx, node, input, dim, [indices], [], broadcast=True)
 
 
-def _made_with_sizes(node: Any) -> bool:
+def _made_with_sizes(node: fx.Node) -> bool:
     """Whether a size of another tensor enters what ``node`` is computed from."""
-    seen, todo = {node}, [node]
-    while todo:
-        new = [n for n in todo.pop().all_input_nodes if n not in seen]
-        if any(n.op == "placeholder" or target_name(n) == "size" for n in new):
-            return True
-        seen.update(new)
-        todo += new
-    return False
+    return any(n.op == "placeholder" or target_name(n) == "size" for n in computed_from(node))
 
 
 def _picked(ctx: LabelContext, node: fx.Node, x: Value, dim: int, index: Value, name: str) -> Any:
     """Channels that a constant picks, the same for all positions beside them; None where that is not so."""
     axis = dim % x.ndim
-    given = binding.form_of(node).arguments(node.args, node.kwargs).get(name)
+    given: Any = binding.form_of(node).arguments(node.args, node.kwargs).get(name)
     actual = ctx.real(given)
     if axis not in x.axes or actual is None or index.ndim != x.ndim:
         return None

@@ -12,10 +12,10 @@ from torch import fx
 
 from fxprune.errors import UnsupportedError
 from fxprune.passes.ir.masks import as_positions, is_mask
-from fxprune.passes.ir.nodes import op_name
+from fxprune.passes.ir.nodes import computed_from, op_name
 from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.labels.context import LabelContext
-from fxprune.passes.labels.values import Value, Vector, values
+from fxprune.passes.labels.values import Value, Vector
 from fxprune.passes.rules import binding
 from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, named
@@ -47,8 +47,6 @@ def getitem(ctx: LabelContext, node: fx.Node, input: Any, index: Any) -> Any:
     raw = list(node.args[1]) if isinstance(node.args[1], (tuple, list)) and isinstance(index, (tuple, list)) else [node.args[1]]
     input = picked_by_position(ctx, node, input, raw, "it is indexed by values the graph computes", ReasonKind.COMPUTED_INDEX)
     indexed = resolved(ctx, node, input, index, raw)
-    if indexed is None:
-        return ctx.opaque(node, [input, *values(index)], "it is indexed by values the graph computes", ReasonKind.COMPUTED_INDEX)
     pin_pairs(ctx, input, indexed)
     table = node.args[0]
     if isinstance(table, fx.Node) and table.op == "get_attr":
@@ -86,14 +84,7 @@ def picked_by_position(ctx: LabelContext, node: fx.Node, x: Value, raw: Sequence
 
 def _made_for_a_size(ctx: LabelContext, index: fx.Node) -> bool:
     """Whether the size of the input enters an index of constants: with another size it picks others."""
-    seen, todo = {index}, [index]
-    while todo:
-        new = [n for n in todo.pop().all_input_nodes if n not in seen]
-        if any(isinstance(n.meta.get("val"), int) and not ctx.is_number(n) for n in new):
-            return True
-        seen.update(new)
-        todo += new
-    return False
+    return any(isinstance(n.meta.get("val"), int) and not ctx.is_number(n) for n in computed_from(index))
 
 
 def pin_pairs(ctx: LabelContext, x: Value, index: Any) -> None:
@@ -121,7 +112,8 @@ def _picked(labels: torch.Tensor, index: Any) -> torch.Tensor:
 
 
 def resolved(ctx: LabelContext, node: fx.Node, x: Value, index: Any, raw: Sequence[Any]) -> Any:
-    """The index with every tensor in it replaced by its actual values, or by zeros where it picks along an axis without labels."""
+    """The index with every tensor in it replaced by its actual values, or by zeros where the graph computes it; ``x`` as
+    ``picked_by_position`` leaves it."""
     parts = (
         list(index)
         if isinstance(index, (tuple, list)) and (isinstance(index, tuple) or any(isinstance(i, (Value, slice)) for i in index))
@@ -138,8 +130,6 @@ def resolved(ctx: LabelContext, node: fx.Node, x: Value, index: Any, raw: Sequen
         elif isinstance(part, Value):
             actual = ctx.real(source)
             taken, mask = axes_of(source), is_mask(source.meta["val"])
-            if (actual is None or mask) and any(a in x.axes for a in range(axis, axis + taken)):
-                return None
             if actual is not None and axis in x.axes and _made_for_a_size(ctx, source):
                 ctx.pin(x.axes[axis], _MOVING, ReasonKind.COMPUTED_INDEX)
             if mask:

@@ -15,7 +15,7 @@ from torch import fx
 from fxprune.passes.ir.masks import as_positions, is_mask, most_rows
 from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.tracing.sizes.axis_origin import arguments, number
-from fxprune.passes.tracing.sizes.fixed_sizes import Modules, is_fixed
+from fxprune.passes.tracing.sizes.fixed_sizes import Modules, from_inputs_on, is_fixed
 
 _POSITIONS = frozenset({"nonzero", "argwhere", "where", "masked_select"})
 _PARTS = frozenset({"unbind", "split", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split"})
@@ -71,14 +71,7 @@ def in_parts_by_values(node: fx.Node, module: Modules) -> bool:
 
 def _counted(node: fx.Node, module: Modules) -> frozenset[int] | None:
     """The axes of a tensor whose sizes may depend on values; None for a number that may, and no axes for one that does not."""
-    todo = [node]
-    while "counted" not in node.meta:  # from the inputs on: a network is deeper than Python may recurse
-        missing = [n for n in todo[-1].all_input_nodes if "counted" not in n.meta]
-        if not missing:
-            found = todo.pop()
-            found.meta["counted"] = _counted_axes(found, module)
-        todo += missing
-    known: frozenset[int] | None = node.meta["counted"]
+    known: frozenset[int] | None = from_inputs_on(node, "counted", lambda found: _counted_axes(found, module))
     return known
 
 

@@ -35,17 +35,26 @@ def is_fixed(node: Any, axis: int, module: Modules) -> bool:
     """Whether the tensor of ``node`` has one size along ``axis`` whatever the input is; False where that is not plain to see."""
     if not isinstance(node, fx.Node):
         return False
+
+    def of_axes(found: fx.Node) -> tuple[bool, ...]:
+        value = found.meta.get("val")
+        return tuple(_is_fixed(found, value, a, module) for a in range(value.ndim if isinstance(value, torch.Tensor) else 0))
+
+    known: tuple[bool, ...] = from_inputs_on(node, "fixed", of_axes)
+    return -len(known) <= axis < len(known) and known[axis]
+
+
+def from_inputs_on(node: fx.Node, key: str, find: Callable[[fx.Node], Any]) -> Any:
+    """What ``find`` says of a node once it is known of all that it is computed from, kept in their ``meta``: a network is deeper than
+    Python may recurse."""
     todo = [node]
-    while "fixed" not in node.meta:  # from the inputs on: a network is deeper than Python may recurse
-        missing = [n for n in todo[-1].all_input_nodes if "fixed" not in n.meta]
+    while key not in node.meta:
+        missing = [n for n in todo[-1].all_input_nodes if key not in n.meta]
         if not missing:
             found = todo.pop()
-            value = found.meta.get("val")
-            axes = value.ndim if isinstance(value, torch.Tensor) else 0
-            found.meta["fixed"] = tuple(_is_fixed(found, value, axis, module) for axis in range(axes))
+            found.meta[key] = find(found)
         todo += missing
-    known: tuple[bool, ...] = node.meta["fixed"]
-    return -len(known) <= axis < len(known) and known[axis]
+    return node.meta[key]
 
 
 def forget(graph: fx.Graph) -> None:

@@ -156,7 +156,16 @@ def test_numbers_of_rows_stay_in_the_graph(how: str) -> None:
             assert gap(zeroed(model, fxprune.record(slim).kept)(other), slim(other)) < 1e-5
 
 
-def test_channels_that_a_mask_picks_stay() -> None:
+PICKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "columns": lambda y: y[:, y.mean(0) > 0].sum(),
+    "elements": lambda y: y[y > 0].sum(),
+    "positions": lambda y: y.nonzero().sum(),
+    "table of channels": lambda y: y.t()[(y[:, 0] > 0).long()].sum(),
+}
+
+
+@pytest.mark.parametrize("how", sorted(PICKS))
+def test_channels_that_values_pick_stay(how: str) -> None:
     class Channels(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -164,10 +173,28 @@ def test_channels_that_a_mask_picks_stay() -> None:
 
         def forward(self, x: Tensor) -> Any:
             y = self.a(x)
-            return self.b(y) + y[:, y.mean(0) > 0].sum() + y.nonzero().sum()
+            return self.b(y) + PICKS[how](y)
 
     graph = fxprune.analyze(Channels().eval(), torch.randn(4, 6))
-    assert not graph.by_name["a"].prunable
+    assert not any(group.prunable for group in graph.groups)
+
+
+def test_as_many_as_there_are_is_no_number_of_channels() -> None:
+    """What is picked from is as long for every input; what is picked is not."""
+
+    class Some(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.a(x)
+            total = y.sum(0)
+            some = torch.masked_select(total, total > 0)
+            return self.b(y) * (2 if some.shape[0] > 3 else 1)
+
+    with pytest.raises(fxprune.errors.TraceError, match=r"test_counted.py:\d+: a condition .* how many elements of a tensor are true"):
+        fxprune.analyze(Some().eval(), torch.randn(4, 6))
 
 
 class Placed(nn.Module):
