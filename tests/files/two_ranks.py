@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fxprune
+from tests.ranks import leave
 
 
 def network() -> nn.Module:
@@ -63,8 +64,8 @@ def main(out: Path) -> None:
         fxprune.save(found, out / "slim.safetensors")
     told = {"refused": refused, "equal": equal, "behind_fsdp": type(fxprune.record(parts)).__name__}
     (out / f"{rank}.json").write_text(json.dumps({"chosen": chosen, "taken": taken, "weights": weights, "record": kind, **told}))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()

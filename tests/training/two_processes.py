@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import fxprune
 from fxprune import DistillConfig, Hint
 from fxprune.training.config import Progress
+from tests.ranks import leave
 
 
 class Net(nn.Module):
@@ -132,8 +133,8 @@ def main(out: Path) -> None:
     cut_and_resumed(out / "cut")
     (out / f"other-{torch.distributed.get_rank()}.txt").write_text(other_batches())
     (out / f"unused-{torch.distributed.get_rank()}.json").write_text(json.dumps(unused()))
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()
