@@ -171,7 +171,7 @@ def compress(
         return slimmed(graph, chosen, wanted, example, choices)
     cut, given = without(graph, gone, example, choices)
     chosen, thinner = carried(graph, cut, chosen, wanted)
-    return renamed(slimmed(cut, chosen, thinner, given, choices), wanted.sparsity, gone)
+    return renamed(slimmed(cut, chosen, thinner, given, choices, graph), wanted.sparsity, gone)
 
 
 def record(slim: nn.Module) -> PruningRecord:

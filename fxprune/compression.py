@@ -160,8 +160,11 @@ def met(graph: CouplingGraph, target: str, choices: Choices) -> Policy:
     )
 
 
-def slimmed(graph: CouplingGraph, policy: Policy, wanted: Wanted, example: Any, choices: Choices) -> fx.GraphModule:
-    """The slim network with its record: planned, rewritten, verified, repaired, and through the user's passes."""
+def slimmed(
+    graph: CouplingGraph, policy: Policy, wanted: Wanted, example: Any, choices: Choices, whole: CouplingGraph | None = None
+) -> fx.GraphModule:
+    """The slim network with its record: planned, rewritten, verified, repaired, and through the user's passes. ``whole``: the network with
+    its blocks, where ``graph`` is without some."""
     options = policy.options
     units = options.get("units") if importance_name(choices.importance) == options.get("importance", "auto") else None
 
@@ -189,7 +192,7 @@ def slimmed(graph: CouplingGraph, policy: Policy, wanted: Wanted, example: Any, 
         zeroing_oracle(graph, keep, slim, *forms.call_form(_with_values(graph, example)), norms)
     if choices.repair != "none":
         name, _ = named_repair(choices.repair)
-        repairer = Repairer(graph, choices.batches or (), choices.repair)
+        repairer = Repairer(whole or graph, choices.batches or (), choices.repair)
         said = repairer(slim, slimmer)
         attach(slim, made.with_repair(name, said, repairer.layers))
     return _passed(slim, choices.passes, choices.observe)
@@ -259,6 +262,7 @@ def cut_from(
     inputs = forms.build(graph.inputs, device="meta")
     norms, kept = str(options.get("norms", "plain")), as_listed(options.get("outputs"))
     cut = analysed(whole, inputs, ignored, str(options["attention"]), observe, norms, outputs=kept)
+    cut.left_out = tuple(blocks)
     before, after = cost_model(graph).profile(), cost_model(cut).profile()
     done = {block.name: "removed" for block in blocks}
     policy = Policy(dict.fromkeys(done, 1.0), graph.inputs, {**options, "blocks": True})

@@ -47,13 +47,14 @@ class LayerRepair:
     ``done``: "fitted" (its weights and constant changed), "shifted" (its constant alone) or "sliced" (nothing, since that was better on
     inputs that were not fitted). ``ridge``: the strength chosen, of the mean variance of its inputs. ``before``, ``after``: mean squared
     distance from the original's responses on inputs that were not fitted, as shares of their variance, as sliced and as repaired; of
-    layers that a ReLU alone reads, behind it.
+    layers that a ReLU alone reads, behind it. ``stands_in``: names of the blocks that were left out and that it was fitted to stand in for.
     """
 
     done: str
     ridge: float | None
     before: float
     after: float
+    stands_in: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class PruningRecord:
     ``repaired``: layer name -> ``LayerRepair``, for the layers that a repair reached.
     ``steps``: where a slim module was pruned again, the record of each pruning in terms of the module it was given; else empty.
     ``keep_class``: whether the slim module is an instance of the original's class. ``folded``: whether its BatchNorms are folded away.
-    ``blocks``: name of a block that was left out -> what became of it.
+    ``blocks``: name of a block that was left out -> what became of it: "removed", and which layers stand in for it.
     ``notes``: sentences a user should know: what tracing specialised, what could not be kept.
     """
 
@@ -91,4 +92,7 @@ class PruningRecord:
 
     def with_repair(self, repair: str, notes: tuple[str, ...] = (), layers: Mapping[str, LayerRepair] | None = None) -> PruningRecord:
         """The same record after a repair; ``notes``: how much was repaired, and what could not be; ``layers``: what was done to each."""
-        return replace(self, repair=repair, notes=tuple(dict.fromkeys((*self.notes, *notes))), repaired=dict(layers or {}))
+        repaired, said = dict(layers or {}), tuple(dict.fromkeys((*self.notes, *notes)))
+        instead = {block: [path for path, one in repaired.items() if block in one.stands_in] for block in self.blocks}
+        blocks = {block: f"removed, {' and '.join(paths)} stands in" if paths else self.blocks[block] for block, paths in instead.items()}
+        return replace(self, repair=repair, notes=said, repaired=repaired, blocks=blocks)

@@ -46,7 +46,7 @@ class KeptRepairs:
         if said.exists():
             kept = read_json(said, f"{self.folder.parent} cannot be resumed")
             read_weights(slim, weights)
-            self.layers = {name: LayerRepair(**one) for name, one in kept["layers"].items()}
+            self.layers = {name: _repair(one) for name, one in kept["layers"].items()}
             return tuple(kept["notes"])
         notes = self.repairer(slim, slimmer)
         self.layers = self.repairer.layers
@@ -54,6 +54,10 @@ class KeptRepairs:
         layers = {name: asdict(one) for name, one in self.layers.items()}
         replace_text(said, json.dumps({"notes": list(notes), "layers": layers}, indent=2) + "\n")
         return notes
+
+
+def _repair(kept: dict[str, Any]) -> LayerRepair:
+    return LayerRepair(**{**kept, "stands_in": tuple(kept.get("stands_in", ()))})
 
 
 def _mark(slim: nn.Module) -> str:

@@ -43,7 +43,7 @@ def encode_record(record: PruningRecord) -> Json:
         "keep_class": record.keep_class,
         "blocks": dict(record.blocks),
         "folded": record.folded,
-        "repaired": {name: [one.done, one.ridge, one.before, one.after] for name, one in record.repaired.items()},
+        "repaired": {name: _encode_repair(one) for name, one in record.repaired.items()},
         "steps": [encode_record(step) for step in record.steps],
     }
 
@@ -107,8 +107,14 @@ def _checked(value: Json, kind: type[Any], what: str) -> Any:
     return value
 
 
-def _layer_repair(done: Json, ridge: Json, before: Json, after: Json) -> LayerRepair:
-    return LayerRepair(_checked(done, str, "repaired"), None if ridge is None else float(ridge), float(before), float(after))
+def _encode_repair(one: LayerRepair) -> Json:
+    return [one.done, one.ridge, one.before, one.after, *([list(one.stands_in)] if one.stands_in else [])]
+
+
+def _layer_repair(done: Json, ridge: Json, before: Json, after: Json, blocks: Json = ()) -> LayerRepair:
+    strength = None if ridge is None else float(ridge)
+    instead = tuple(_checked(name, str, "repaired") for name in blocks)
+    return LayerRepair(_checked(done, str, "repaired"), strength, float(before), float(after), instead)
 
 
 def _encode_profile(profile: Profile) -> Json:

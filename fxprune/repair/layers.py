@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fxprune.errors import FAULTS
+from fxprune.evaluation.running import evaluating
 from fxprune.passes.compat import BatchNormBase
 from fxprune.repair.matrices import Form, convolution, form_of, transposed_convolution
 from fxprune.repair.recurrent import repairable
@@ -107,7 +109,8 @@ class Layer:
 
     ``name``: the weight's qualified name below the graph's module. ``bias``: its own, or None; ``apart``: whether another node adds it.
     ``norm``: the BatchNorm that alone reads the output. ``other``: the node that its output, normalised, is added to, if that one runs
-    first. ``clip``: between which values alone what comes of it is read, where a ReLU follows (behind the addition); None elsewhere.
+    first. ``end``: the node that gives what comes of it: the addition, or the BatchNorm, or what adds the bias, or ``node`` itself.
+    ``clip``: between which values alone that is read, where a ReLU follows; None elsewhere.
     """
 
     name: str
@@ -119,6 +122,7 @@ class Layer:
     apart: bool
     norm: Norm | None
     other: fx.Node | None
+    end: fx.Node
     clip: tuple[float, float] | None = None
 
     @property
@@ -191,7 +195,7 @@ class Reading:
     def _alike(self, calls: list[Layer]) -> list[Layer]:
         norms = {None if one.norm is None else str(one.norm.node.target) for one in calls}
         shared = len(norms) == 1 and self._calls[str(norms.pop())] == len(calls)
-        return calls if shared else [replace(one, norm=None) for one in calls]
+        return calls if shared else [replace(one, norm=None, end=one.node) for one in calls]
 
     def norms(self) -> list[Norm]:
         """The BatchNorms of the graph in its order, each called once."""
@@ -295,7 +299,7 @@ class Reading:
         if reader is not None and (norm := self._norm(reader)) is not None:
             end = reader
         other, added = self._added_to(end, node)
-        return Layer(name, node, source, form, weight, bias, apart, norm, other, self._clip_behind(added or end))
+        return Layer(name, node, source, form, weight, bias, apart, norm, other, added or end, self._clip_behind(added or end))
 
     def _bias_behind(self, node: fx.Node, weight: Tensor, form: Form) -> tuple[Tensor, fx.Node] | None:
         """The parameter that alone is added to the output of a linear layer, and the node that adds it."""
@@ -347,13 +351,18 @@ class Reading:
         reader = _only_reader(end)
         while reader is not None and self._is_idle(reader):
             reader = _only_reader(reader)
-        if reader is None:
-            return None
-        target = type(self.module.get_submodule(str(reader.target))) if reader.op == "call_module" else reader.target
+        return None if reader is None else self._clip(reader)
+
+    def _clip(self, node: fx.Node) -> tuple[float, float] | None:
+        target = type(self.module.get_submodule(str(node.target))) if node.op == "call_module" else node.target
         return next((bounds for targets, bounds in _CLIPS if target in targets), None)
 
+    def passes(self, node: fx.Node) -> bool:
+        """Whether ``node`` gives what it reads, in evaluation, but for what a ReLU cuts off."""
+        return self._is_idle(node) or self._clip(node) is not None
+
     def _is_idle(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and isinstance(self.module.get_submodule(str(node.target)), _IDLE)
+        return node.op == "call_module" and len(node.all_input_nodes) == 1 and _gives_back(self.module.get_submodule(str(node.target)))
 
 
 class _Repeated(Reading):
@@ -367,7 +376,20 @@ class _Repeated(Reading):
             return None
         reader = _only_reader(node)
         norm = self._statistics(reader) if reader is not None and reader.op == "call_module" else None
-        return Layer(name, node, source, form, weight, bias, False, norm, None)
+        return Layer(name, node, source, form, weight, bias, False, norm, None, node if norm is None else norm.node)
+
+
+def _gives_back(module: nn.Module) -> bool:
+    """Whether a module gives in evaluation what it reads, as dropout does, and what drops whole branches in training."""
+    if isinstance(module, _IDLE) or any(True for _ in (*module.parameters(), *module.buffers())):
+        return isinstance(module, _IDLE)
+    probe = torch.tensor([-1e30, -5.0, -0.3, 0.0, 0.3, 5.0, 1e3, 1e30]).reshape(2, 1, 2, 2)
+    given = probe.clone()
+    try:
+        with evaluating(module):
+            return module(given) is given and torch.equal(given, probe)
+    except FAULTS:
+        return False
 
 
 def _own_tensors(layer: Layer) -> list[Tensor]:
@@ -381,6 +403,12 @@ _CALLS: tuple[tuple[tuple[Any, ...], Callable[..., None], Callable[..., Layer | 
     (_PRODUCTS, _product, Reading._product),
     (_ADDMM, _addmm, Reading._added),
 )
+
+
+def key_of(node: fx.Node, part: str = "") -> str:
+    """A name that what a node calls, or the first tensor that it gets, has in any graph of the network, below ``part``; "" without one."""
+    place = node.target if node.op == "call_module" else next((n.target for n in node.all_input_nodes if n.op == "get_attr"), "")
+    return str(place).removeprefix(f"{part}." if part else "")
 
 
 def layers_of(module: nn.Module, graph: fx.Graph) -> list[Layer]:

@@ -4,7 +4,8 @@
 "lstsq": besides, the weights that are left are changed to give the original layer's responses, by ridge least squares (He 2017,
 https://arxiv.org/abs/1707.06168, sec. 3.1; here for any graph). Layers are repaired in the order in which they run, each from what the
 repaired network before it gives, so that later layers correct what earlier ones could not; where a layer's output is added to another
-branch, what that branch lacks is corrected too. The statistics of BatchNorm follow.
+branch, what that branch lacks is corrected too. The statistics of BatchNorm follow. Where blocks were left out the original is the network
+with them (``fxprune.repair.standing_in``).
 "joint": after that all weights move together (``fxprune.repair.together``).
 
 Both networks run once over the batches, side by side: all batches stand before a layer when it is repaired, and go on from there.
@@ -15,6 +16,7 @@ whether the whole is better than BatchNorm re-estimated alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from torch import Tensor, fx, nn
 from fxprune.errors import InputError
 from fxprune.evaluation.accuracy import recalibrate_batchnorm
 from fxprune.evaluation.running import call, device_of, evaluating, to_device
+from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.slim_module import SlimModule
 from fxprune.passes.labels.values import values
@@ -33,13 +36,14 @@ from fxprune.repair.attention import Contraction, Products, by_head, change_quer
 from fxprune.repair.clipping import FAINT, Rows
 from fxprune.repair.distance import unlikeness
 from fxprune.repair.fitting import Folds
-from fxprune.repair.layers import Layer, Norm, Reading
+from fxprune.repair.layers import Layer, Norm, Reading, key_of
 from fxprune.repair.matrices import Places, choose, grouped, input_axis, input_rows, matrices, output_rows
 from fxprune.repair.recurrent import Sequences, fit_recurrent
 from fxprune.repair.registry import FITTING, REPAIRS, Repair, named
 from fxprune.repair.repeated import repair_repeated, repeated
 from fxprune.repair.replay import Call, Playback, Room, calls_of_part, whole_calls
 from fxprune.repair.splitting import JUDGE, Piece, pieces, samples
+from fxprune.repair.standing_in import Aim, LeftOut
 from fxprune.repair.together import move_together
 
 ROOM = 512 * 2**20  # bytes of activations that are held in memory; more go to a file
@@ -54,7 +58,7 @@ Responses = tuple[Places, Tensor, Tensor | None]
 
 
 class Repairer:
-    """Repairs slim networks of one analysed model on one calibration set.
+    """Repairs slim networks of one analysed model, of those with all its blocks and without some, on one calibration set.
 
     ``batches``: (inputs, labels) or inputs alone. ``reference``: the same network with the weights whose responses are aimed at; those of
     ``graph`` itself, if left out. They are copied at the first repair, and the responses are kept between calls as far as they fit.
@@ -90,36 +94,34 @@ class Repairer:
     def __call__(self, slim: nn.Module, slimmer: Slimmer) -> tuple[str, ...]:
         """Repair ``slim``, which ``slimmer`` made, in place. Returns how much was repaired and what could not be, in sentences; what
         was done to each layer is in ``layers``."""
-        if slimmer.graph is not self.graph:  # blocks were left out: what is left is aimed at the network without them
-            other = Repairer(slimmer.graph, self.batches, self.given, progress=self.progress, thorough=self.thorough)
-            notes = other(slim, slimmer)
-            self.layers = other.layers
-            return notes
         self.layers = {}
         return self._method(self, slim, slimmer)
 
-    def norms(self, slim: nn.Module) -> tuple[str, ...]:
+    def norms(self, slim: nn.Module, graph: CouplingGraph) -> tuple[str, ...]:
         """The repair "bn"."""
         recalibrate_batchnorm(slim, self.batches)
-        return self._called_norms()
+        return _called_norms(graph)
 
     def by_layer(self, slim: nn.Module, slimmer: Slimmer) -> tuple[str, ...]:
         """The repairs "bias", "lstsq" and "joint"."""
         if not self.graph.traced.parts and not isinstance(slim, SlimModule):  # the user's class: its code is no graph to go along
-            twin = Slimmer(self.graph, slimmer.keep, slimmer.norms).run()
+            twin = Slimmer(slimmer.graph, slimmer.keep, slimmer.norms).run()
             _carry(slim, twin)
             said = self.by_layer(twin, slimmer)
             _carry(twin, slim)
             return said
         sliced = {name: t.clone() for name, t in slim.state_dict().items()}
         notes: list[str] = []
+        left = None if slimmer.graph is self.graph else LeftOut(self.graph, slimmer.graph.left_out)
         with evaluating(slim):
             outputs = None
             for part in self.graph.traced.parts or [""]:
-                outputs = self._part(slim, part, slimmer, notes)
+                outputs = self._part(slim, part, slimmer, notes, left)
             notes = [self._summary(), *notes, *self._left(slimmer)]
             if self.refits:
                 notes += self._judged(slim, sliced, outputs)
+            if left is not None:
+                notes += self._instead(slimmer.graph.left_out)
             if self.kind == "joint" and self.thorough:
                 notes += [self._together(slim)]
         return tuple(notes)
@@ -136,17 +138,18 @@ class Repairer:
 
     def original(self, part: str) -> tuple[Any, fx.Graph]:
         """The original network, or a traced part of it, as a graph module, and its graph."""
-        module = _part(self._whole_original(), part)
-        return module, module.graphs["eval"]
+        return _graph_of(self._whole_original(), part)
 
     def playback(self, part: str, room: Room) -> Playback:
         """What runs the original, or a part of it, on the pieces."""
-        return Playback(*self.original(part), self._calls(self._whole_original(), part), room)
+        return self._playback(self._whole_original(), part, room)
+
+    def _playback(self, root: nn.Module, part: str, room: Room) -> Playback:
+        return Playback(*_graph_of(root, part), self._calls(root, part), room)
 
     def _whole_original(self) -> nn.Module:
         if self._original is None:
-            everything = np.ones(int(self.reference.starts[-1]), dtype=bool)
-            self._original = Slimmer(self.reference, everything).run().eval()
+            self._original = _unpruned(self.reference)
         return self._original
 
     def _calls(self, root: nn.Module, part: str) -> Callable[[int], list[Call]]:
@@ -164,31 +167,33 @@ class Repairer:
 
     # -- one part -----------------------------------------------------------------------------------------------------------
 
-    def _part(self, slim: nn.Module, part: str, slimmer: Slimmer, notes: list[str]) -> list[tuple[Any, Any]]:
-        """Repair a part; returns what the original and the slim one give on the pieces that judge."""
+    def _part(self, slim: nn.Module, part: str, slimmer: Slimmer, notes: list[str], left: LeftOut | None) -> list[tuple[Any, Any]]:
+        """Repair a part; returns what the original and the slim one give on the pieces that judge. ``left``: where blocks were left out."""
         module = _part(slim, part)
-        reached = _Reached(self.graph, slimmer, part)
+        reached = _Reached(slimmer, part, left)
         reading, first = Reading(module, module.eval_graph), Reading(*self.original(part))
         originals = {one.name: one for one in first.layers()}
         layers = {one.node: one for one in reading.layers() if one.name in reached.layers and one.name in originals}
         behind = {one.norm.node for one in layers.values() if one.norm is not None}
-        twins = {_key(norm.node): norm for norm in first.norms()}
-        norms = {n.node: n for n in reading.norms() if n.node not in behind and _key(n.node) in reached.norms and _key(n.node) in twins}
+        twins = {key_of(norm.node): norm for norm in first.norms()}
+        norms = {n.node: n for n in reading.norms() if n.node not in behind and key_of(n.node) in reached.norms and key_of(n.node) in twins}
         self._inputs.update({f"{part}.{name}" if part else name: input_axis(one.form) for name, one in originals.items()})
         twin_cells = {str(node.target): (node, module) for node, module in first.recurrent().items()}
         cells = reading.recurrent() if self.refits else {}
         cells = {n: m for n, m in cells.items() if str(n.target) in reached.recurrent and str(n.target) in twin_cells}
-        here, there = contractions(reading.graph), contractions(first.graph)
+        here = contractions(reading.graph)
+        there = [one for one in contractions(first.graph) if left is None or one.node.name not in left.gone]
         paired = zip(here, there, reached.products, strict=True) if len(here) == len(there) == len(reached.products) else ()
         products = {one.node: (one, twin, kept) for one, twin, kept in paired if kept is not None and self.refits}
         order = {name: i for i, name in enumerate(originals)}
-        self._repeated(slim, part, slimmer, reading, first)
+        self._repeated(slim, part, slimmer, reading)
         with Room(ROOM) as room:
-            run = _Run(self, part, Playback(module, reading.graph, self._calls(slim, part), room), self.playback(part, room))
+            mine = Playback(module, reading.graph, self._calls(slim, part), room)
+            run = _Run(self, part, mine, self.playback(part, room), _aims(left, first.graph))
             stops = [node for node in reading.graph.nodes if node in layers or node in norms or node in cells or node in products]
             for done, node in enumerate(stops):
                 if node in norms:
-                    run.norm(norms[node], twins[_key(node)], reached.norms[_key(node)])
+                    run.norm(norms[node], twins[key_of(node)], reached.norms[key_of(node)])
                 elif node in products:
                     self.layers.update(run.products(*products[node], {one.node: one for one in reading.layers()}))
                 elif node in cells:
@@ -207,16 +212,20 @@ class Repairer:
             notes += self._bare(layers.values())
             return [] if part else run.outputs()
 
-    def _repeated(self, slim: nn.Module, part: str, slimmer: Slimmer, reading: Reading, first: Reading) -> None:
-        """Repair the layers that are called several times."""
-        mode, traced = f"{part}:eval" if part else "eval", self.graph.traced
-        analysed = Reading(traced.skeleton.original, traced.graphs[mode])
-        found = repeated(reading, first, analysed, self.graph.values[mode], slimmer)
+    def _repeated(self, slim: nn.Module, part: str, slimmer: Slimmer, reading: Reading) -> None:
+        """Repair the layers that are called several times; where blocks were left out, towards what is left: it has the same calls."""
+        if not reading.repeated():
+            return
+        mode, graph = f"{part}:eval" if part else "eval", slimmer.graph
+        root = self._whole_original() if graph is self.graph else _unpruned(graph)
+        first = Reading(*_graph_of(root, part))
+        analysed = Reading(graph.traced.skeleton.original, graph.traced.graphs[mode])
+        found = repeated(reading, first, analysed, graph.values[mode], slimmer)
         if found:
             with Room(ROOM) as room:
                 made = repair_repeated(
                     found,
-                    lambda: self.playback(part, room),
+                    lambda: self._playback(root, part, room),
                     [piece.role for piece in self.pieces],
                     lambda layer, piece: self.rows(layer, self.pieces[piece].inputs),
                     self.refits,
@@ -237,7 +246,7 @@ class Repairer:
         return f"repair {self.kind!r} reached {total} layers: {', '.join(one for one in told if one)}"
 
     def _left(self, slimmer: Slimmer) -> list[str]:
-        left = _left(self.graph, slimmer, set(self.layers), self._inputs)
+        left = _left(slimmer, set(self.layers), self._inputs)
         why = "no layer whose weight only multiplies, or working across channels"
         return [f"repair left {_listed(left)} as sliced: {why}"] if left else []
 
@@ -289,15 +298,45 @@ class Repairer:
             f" {made.after:.3g} after it and by {made.before:.3g} before"
         )
 
-    def _called_norms(self) -> tuple[str, ...]:
-        """BatchNorms that are calls, as in an exported graph: their statistics are buffers that no module updates."""
-        nodes = (n for g in self.graph.traced.graphs.values() for n in g.nodes if n.op == "call_function")
-        found = [n.meta.get("owner") or n.name for n in nodes if getattr(n.target, "__name__", "") == "batch_norm"]
-        if not found:
-            return ()
-        return (
-            f"repair left the statistics of {_listed(sorted(set(found)))}: batch_norm is called as a function, only modules are repaired",
-        )
+    def _instead(self, gone: Sequence[Block]) -> list[str]:
+        """Which layers stand in for the blocks that were left out."""
+        said = []
+        for block in gone:
+            found = {path: one for path, one in self.layers.items() if block.name in one.stands_in}
+            by = [f"{path} stands in (off by {one.before:.2f} without, {one.after:.2f} with)" for path, one in found.items()]
+            said.append(f"{block.name}: {' and '.join(by) if by else 'nothing stands in'}")
+        return [f"of the blocks that were left out, {'; '.join(said)}"]
+
+
+def _called_norms(graph: CouplingGraph) -> tuple[str, ...]:
+    """BatchNorms that are calls, as in an exported graph: their statistics are buffers that no module updates."""
+    nodes = (n for g in graph.traced.graphs.values() for n in g.nodes if n.op == "call_function")
+    found = [n.meta.get("owner") or n.name for n in nodes if getattr(n.target, "__name__", "") == "batch_norm"]
+    if not found:
+        return ()
+    return (f"repair left the statistics of {_listed(sorted(set(found)))}: batch_norm is called as a function, only modules are repaired",)
+
+
+def _unpruned(graph: CouplingGraph) -> Any:
+    return Slimmer(graph, np.ones(int(graph.starts[-1]), dtype=bool)).run().eval()
+
+
+def _graph_of(root: Any, part: str) -> tuple[Any, fx.Graph]:
+    """A network that the rewrite made, or a traced part of it, and its graph."""
+    module = _part(root, part)
+    return module, module.graphs["eval"]
+
+
+def _aims(left: LeftOut | None, original: fx.Graph) -> dict[str, Aim]:
+    """What layers are fitted to that stand in for blocks, in the graph of the original."""
+    if left is None:
+        return {}
+    twins = {node.name: node for node in original.nodes}
+    return {
+        name: replace(aim, end=twins[aim.end.name], node=twins[aim.node.name])
+        for name, aim in left.aims.items()
+        if aim.end.name in twins and aim.node.name in twins
+    }
 
 
 def _carry(source: nn.Module, target: nn.Module) -> None:
@@ -333,8 +372,8 @@ class _Cache:
 class _Run:
     """The slim and the original network side by side over all pieces, layer by layer."""
 
-    def __init__(self, repairer: Repairer, part: str, slim: Playback, original: Playback) -> None:
-        self.repairer, self.part, self.slim, self.original = repairer, part, slim, original
+    def __init__(self, repairer: Repairer, part: str, slim: Playback, original: Playback, aims: Mapping[str, Aim]) -> None:
+        self.repairer, self.part, self.slim, self.original, self.aims = repairer, part, slim, original, aims
         self.roles = [piece.role for piece in repairer.pieces]
         self._everything: tuple[dict[fx.Node, Any], fx.Interpreter] | None = None
         self._current: tuple[str, dict[int, list[Responses]]] = "", {}  # the last layer's responses, by piece
@@ -347,7 +386,9 @@ class _Run:
         for role, x, p, r, _ in self._rows(one, twin, number, kept):
             folds.add(role, x, p, r)
         again = (lambda: self._rows(one, twin, number, kept)) if self.repairer.thorough else None
-        return folds.repair(one, weights, again)
+        made = folds.repair(one, weights, again)
+        aim = self.aims.get(twin.name)
+        return made if aim is None or made.done == "sliced" else replace(made, stands_in=aim.blocks)
 
     def _rows(self, one: Layer, twin: Layer, number: int, kept: Any) -> Iterator[Rows]:
         """Rows of a layer, piece by piece, and of what its output is added to."""
@@ -420,7 +461,7 @@ class _Run:
     def norm(self, one: Norm, twin: Norm, kept: Any) -> None:
         """Move the statistics of a BatchNorm that no repaired layer feeds alone by what its input has moved."""
         known = self.repairer._norms
-        key = (self.part, _key(twin.node))
+        key = (self.part, key_of(twin.node))
         if key not in known:
             known[key] = _channel_sums(self.original, twin.node, self.roles)
         sums = _channel_sums(self.slim, one.node, self.roles), known[key]
@@ -434,7 +475,8 @@ class _Run:
         return [(self.original.rest(piece)[0], self.slim.rest(piece)[0]) for piece, role in enumerate(self.roles) if role == JUDGE]
 
     def _responses(self, piece: int, twin: Layer, number: int) -> list[Responses]:
-        key = (self.part, twin.name)
+        aim = self.aims.get(twin.name)
+        key = (self.part, twin.name if aim is None else f"{twin.name} at {aim.node}")
         cache = self.repairer._cache
         if self._current[0] != twin.name:
             self._current = twin.name, {}
@@ -454,10 +496,25 @@ class _Run:
             same = isinstance(other, Tensor) and other.shape == output.shape
             rows = output_rows(twin.form, other, places) if same and isinstance(other, Tensor) else None
             found.append((places, output_rows(twin.form, output, places), rows))
+        if aim is not None:
+            found = self._aimed(twin, aim, now, found)
         self.original.leave(piece, now)
         cache.put(piece, key, found)
         self._current[1][piece] = found
         return found
+
+    def _aimed(self, twin: Layer, aim: Aim, now: list[dict[fx.Node, Any]], found: list[Responses]) -> list[Responses]:
+        """Responses with which what comes of them would be what it was once the blocks had added to it."""
+        gain = twin.gain().float()
+
+        def rows(node: fx.Node) -> list[Tensor]:
+            given = zip(self.original.ahead(now, node), found, strict=True)
+            return [output_rows(twin.form, tensor, places) for tensor, (places, _, _) in given]
+
+        ends = [y for _, y, _ in found] if aim.end is twin.node else rows(aim.end)
+        more = [b - a for a, b in zip(ends, rows(aim.node), strict=True)]
+        added = [torch.where(gain.abs() > FAINT, one / gain, 0.0) for one in more]
+        return [(places, y + one, other) for (places, y, other), one in zip(found, added, strict=True)]
 
 
 def _channel_sums(play: Playback, node: fx.Node, roles: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -482,9 +539,9 @@ class _Reached:
     Not those that removed channels reach along another axis: their rows cannot be compared with the original's.
     """
 
-    def __init__(self, graph: CouplingGraph, slimmer: Slimmer, part: str) -> None:
+    def __init__(self, slimmer: Slimmer, part: str, left: LeftOut | None) -> None:
         mode = f"{part}:eval" if part else "eval"
-        env, traced = graph.values[mode], graph.traced
+        env, traced = slimmer.graph.values[mode], slimmer.graph.traced
         self.layers: dict[str, Any] = {}
         self.norms: dict[str, Any] = {}
         self.recurrent: set[str] = set()
@@ -495,8 +552,10 @@ class _Reached:
         norms = {one.node for one in reading.norms()}
         self.products += [_factors(one, env, slimmer) for one in contractions(traced.graphs[mode])]
         reached: set[fx.Node] = set()
+        moved = left.moved if left is not None else set()
         for node in nodes:
-            if any(one in reached or (one.op != "get_attr" and slimmer.touched(env.get(one))) for one in node.all_input_nodes):
+            inputs = [one for one in node.all_input_nodes if one.op != "get_attr"]
+            if key_of(node) in moved or any(one in reached or slimmer.touched(env.get(one)) for one in inputs):
                 reached.add(node)
             output = next(iter(values(env.get(node))), None)
             if node.op == "call_module" and (node in reached or slimmer.touched(env.get(node))):
@@ -509,7 +568,7 @@ class _Reached:
                 if all(slimmer.kept(output, other) is None for other in output.axes if other != axis):
                     self.layers[layers[node].name.removeprefix(f"{part}." if part else "")] = slimmer.kept(output, axis)
             elif node in norms and all(slimmer.kept(output, other) is None for other in output.axes if other != 1):
-                self.norms[_key(node, part)] = slimmer.kept(output, 1)
+                self.norms[key_of(node, part)] = slimmer.kept(output, 1)
 
 
 def _factors(one: Contraction, env: Mapping[fx.Node, Any], slimmer: Slimmer) -> tuple[Any, Any] | None:
@@ -526,12 +585,6 @@ def _factors(one: Contraction, env: Mapping[fx.Node, Any], slimmer: Slimmer) -> 
     return found[0], found[1]
 
 
-def _key(node: fx.Node, part: str = "") -> str:
-    """A name that a BatchNorm has in the original's graph and in the slim one's."""
-    place: Any = node.target if node.op == "call_module" else next(n.target for n in node.all_input_nodes if n.op == "get_attr")
-    return str(place).removeprefix(f"{part}." if part else "")
-
-
 def _part(root: Any, part: str) -> Any:
     return root.get_submodule(part) if part else root
 
@@ -545,9 +598,9 @@ def _cut(rows: Tensor, kept: Any) -> Tensor:
     return rows if kept is None else rows.index_select(1, torch.from_numpy(kept).to(rows.device))
 
 
-def _left(graph: CouplingGraph, slimmer: Slimmer, repaired: set[str], axes: Mapping[str, int]) -> list[str]:
+def _left(slimmer: Slimmer, repaired: set[str], axes: Mapping[str, int]) -> list[str]:
     """Owners of weights that lost inputs and were not repaired: cut along the axis of their inputs, or where unknown any but the first."""
-    skeleton = graph.traced.skeleton
+    graph, skeleton = slimmer.graph, slimmer.graph.traced.skeleton
     cut = {name for name in skeleton.parameter_names if any(dim == axes.get(name, dim or -1) for dim in slimmer.kept_dims(name))}
     left = {name for name in cut if not {name, name.removesuffix(".weight"), name.rpartition(".")[0]} & repaired}
     owners = {name.rpartition(".")[0] or name for name in left}
@@ -568,5 +621,5 @@ def _listed(paths: Sequence[str]) -> str:
 
 
 REPAIRS["none"] = lambda repairer, slim, slimmer: ()
-REPAIRS["bn"] = lambda repairer, slim, slimmer: repairer.norms(slim)
+REPAIRS["bn"] = lambda repairer, slim, slimmer: repairer.norms(slim, slimmer.graph)
 REPAIRS["bias"] = REPAIRS["lstsq"] = REPAIRS["joint"] = Repairer.by_layer

@@ -116,6 +116,13 @@ class Playback:
         self._at = at + 1
         return found
 
+    def ahead(self, values: list[dict[fx.Node, Any]], node: fx.Node) -> list[Any]:
+        """What ``node`` gives in each call, everything up to it run; it must have a reader."""
+        start, self._at = self._at, self.place[node] + 1
+        for one in values:
+            self._run(one, start, self._at)
+        return [one[node] for one in values]
+
     def everything(self, batch: int) -> tuple[dict[fx.Node, Any], fx.Interpreter]:
         """The values of all nodes in the first call of a batch, and what runs single nodes on them."""
         values = self._bound(self.calls(batch)[0])

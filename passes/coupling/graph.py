@@ -83,6 +83,7 @@ class CouplingGraph:
         self.model = self.traced.skeleton.original
         self.notes = self.traced.notes
         self.blocks: tuple[Block, ...] = ()  # what can be left out, where ``analyze`` was asked for it
+        self.left_out: tuple[Block, ...] = ()  # those of another graph whose network this is without them
         self.templates: dict[str, Any] = {}  # what the rewrites of this graph share, by norms; made by the first
         self.costs: Any = None  # its cost model (passes.cost), made when it is first asked for
         self.orders: dict[str, tuple[bytes, Vector]] = {}  # group -> scores that it was ranked by last, and its units in their order
