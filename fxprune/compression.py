@@ -141,7 +141,8 @@ def coupled(
     module = module_of(model)
     example = example_of(module, example_inputs, policy.inputs)
     blocks = bool(options.get("blocks"))
-    graph = analysed(module, example, ignored, axis, choices.observe, choices.norms or "plain", blocks, choices.check, kept)
+    parts = options.get("parts") if example_inputs is None else None
+    graph = analysed(module, example, ignored, axis, choices.observe, choices.norms or "plain", blocks, choices.check, kept, parts)
     return graph, example
 
 
@@ -261,7 +262,7 @@ def cut_from(
     ignored = [name for name in options.get("ignore", ()) if any(fnmatch.fnmatchcase(path, name) for path in paths)]
     inputs = forms.build(graph.inputs, device="meta")
     norms, kept = str(options.get("norms", "plain")), as_listed(options.get("outputs"))
-    cut = analysed(whole, inputs, ignored, str(options["attention"]), observe, norms, outputs=kept)
+    cut = analysed(whole, inputs, ignored, str(options["attention"]), observe, norms, outputs=kept, parts=options.get("parts"))
     cut.left_out = tuple(blocks)
     before, after = cost_model(graph).profile(), cost_model(cut).profile()
     done = {block.name: "removed" for block in blocks}

@@ -33,9 +33,9 @@ from fxprune.passes.rewriting.keep_class import kept_class, uneven
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.rules.functional_weights import output_dims
 from fxprune.passes.rules.layer_specs import outputs_of
-from fxprune.passes.tracing.guard.comparison import difference_of_slim
+from fxprune.passes.tracing.guard.comparison import difference_of_slim, on_meta
 from fxprune.passes.tracing.modes import trace
-from fxprune.passes.tracing.partial import trace_parts
+from fxprune.passes.tracing.partial import add_parts, calls_of, trace_parts
 
 NORMS = ("plain", "exact")
 _KEY = "compilation"
@@ -147,6 +147,7 @@ class Couple(GraphPass):
         options: dict[str, Any] = {"attention": self.attention, "ignore": names}
         options |= {"norms": self.norms} if self.norms != "plain" else {}
         options |= {"outputs": list(self.outputs)} if self.outputs is not None else {}
+        options |= {"parts": calls} if (calls := calls_of(traced)) is not None else {}
         graph = CouplingGraph(walk, self.inputs, options)
         graph = _finer(graph, walk, fixed)
         if narrower := graph.narrower_outputs():
@@ -287,8 +288,10 @@ def analysed(
     blocks: bool = False,
     check: bool = True,
     outputs: Outputs | None = None,
+    parts: Mapping[str, Any] | None = None,
 ) -> CouplingGraph:
-    """Trace and couple; the steps every use of a model shares. ``check``: as for ``trace``. ``outputs``: which keep their widths."""
+    """Trace and couple; the steps every use of a model shares. ``check``: as for ``trace``. ``outputs``: which keep their widths.
+    ``parts``: those that an earlier analysis recorded in its options, to be taken again where code cannot be traced."""
     if attention not in ("auto", "heads", "head_dim"):
         raise InputError(f'attention is {attention!r}; it must be "auto", "heads" or "head_dim"')
     if norms not in NORMS:
@@ -299,26 +302,58 @@ def analysed(
     def has_rule(target: Any) -> bool:
         return rules.registry.function_rule(target) is not None
 
-    try:
-        traced = trace(model, example_inputs, rules.is_known, has_rule, check=check)
-    except TraceError as error:
-        # The parts' inputs are known only by running the model, so recorded shapes become values first.
-        values = build(describe(example_inputs), device=device_of(model)) if _on_meta(example_inputs) else example_inputs
-        traced = trace_parts(model, values, rules.is_known, has_rule, error)
-        cause = error
-    if observe is not None:
-        observe("Trace", traced, time.perf_counter() - start)
-    carrier = traced_graph(traced)
-    run_passes(carrier, [Couple(describe(example_inputs), ignore, attention, norms, outputs)], observe)
-    graph = compilation(carrier).coupled()
-    if traced.parts and check and not _on_meta(values):
-        wrong = difference_of_slim(model, Slimmer(graph, keep_counts(graph, {}, {})).run(), call_form(values), traced.parts)
-        if wrong:
+    refused: dict[str, str] = {}
+    while True:
+        traced, values, cause = _traced(model, example_inputs, has_rule, check, refused, parts)
+        if observe is not None:
+            observe("Trace", traced, time.perf_counter() - start)
+        carrier = traced_graph(traced)
+        run_passes(carrier, [Couple(describe(example_inputs), ignore, attention, norms, outputs)], observe)
+        graph = compilation(carrier).coupled()
+        if not traced.parts or not check or values is None or _on_meta(values):
+            break
+        slim = Slimmer(graph, keep_counts(graph, {}, {})).run()
+        wrong, place = difference_of_slim(model, slim, call_form(values), list(traced.parts))
+        if not wrong:
+            break
+        nested = [path for path in traced.parts if traced.within(path)]
+        doubtful = [path for path in nested if path == place] or nested
+        if not doubtful:
             raise TraceError(f"{wrong}; it was traced in parts since {cause}")
+        refused.update(dict.fromkeys(doubtful, f"traced by itself it computes something else ({wrong})"))
+        start = time.perf_counter()
     if blocks:
         graph.blocks = graph.all_blocks
         graph.options["blocks"] = True
     return graph
+
+
+def _traced(
+    model: nn.Module,
+    example: Any,
+    has_rule: Callable[[Any], bool],
+    check: bool,
+    refused: Mapping[str, str],
+    parts: Mapping[str, Any] | None,
+) -> tuple[TracedModel, Any, TraceError | None]:
+    """The traced model; the values that its parts were found with, None where there are no parts or they were recorded; and why the root
+    could not be traced, if it could not."""
+
+    def values() -> Any:
+        # What parts are called with is known only by running the model, so recorded shapes become values first.
+        return build(describe(example), device=device_of(model)) if _on_meta(example) else example
+
+    try:
+        traced = trace(model, example, rules.is_known, has_rule, check=check)
+    except TraceError as error:
+        given = None if parts is not None else values()
+        taken = example if given is None else given
+        return trace_parts(model, taken, rules.is_known, has_rule, error, refused, parts), given, error
+    if not traced.opaque:
+        return traced, None, None
+    given = None if parts is not None or on_meta(model, ((), {})) else values()
+    add_parts(traced, given, rules.is_known, has_rule, refused, parts)
+    return traced, given, None
 
 
 def _on_meta(example: Any) -> bool:

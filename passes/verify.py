@@ -138,7 +138,7 @@ class _Pair:
     def _gap(self, wanted: Any, found: Any) -> float:
         """The difference of two results; what is returned beside the outputs that were asked for is compared as far as it is kept."""
         outputs = self.graph.options.get("outputs")
-        if outputs is None or self.graph.traced.parts:
+        if outputs is None or self.graph.traced.in_parts:
             return difference(wanted, found)
         last = next(iter(reversed(self.graph.traced.graphs["eval"].nodes)))
         known = list(values(map_arg(last.args[0], self.graph.values["eval"].get)))
@@ -176,7 +176,7 @@ class _Pair:
 
         A choice is taken over only where both chose from numbers that agree within the tolerance.
         """
-        if self.graph.traced.parts or not hasattr(self.slim, "graphs"):
+        if self.graph.traced.in_parts or not hasattr(self.slim, "graphs"):
             return float("inf")
         traced = self.graph.traced.graphs["eval"]
         if not any(target_name(node) in CHOOSING | _DRAWING or _drawing_module(self.reference, node) for node in traced.nodes):
@@ -192,7 +192,7 @@ class _Pair:
 
     def report(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], gap: float) -> str:
         """Which node is wrong first: both graphs run node by node, the original's values cut to what is kept."""
-        if self.graph.traced.parts:
+        if self.graph.traced.in_parts:
             return f"the outputs differ from the zeroed original by {gap:.1e}; report it"
         traced = self.graph.traced.graphs["eval"]
         slim: Any = copied(self.slim)

@@ -51,7 +51,7 @@ class Responses:
         self._watching: Seen | None = None
         self._hearing: Seen | None = None
         self.readers: dict[str, Reader] = {}
-        for part in graph.traced.parts or [""]:
+        for part in graph.traced.sections:
             module = self.root.get_submodule(part) if part else self.root
             found = readers_of(module, module.eval_graph, f"{part}." if part else "", wanted)
             self.readers.update((one.name, one) for one in found)

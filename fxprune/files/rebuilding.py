@@ -35,7 +35,7 @@ def rebuilt(model: nn.Module, record: PruningRecord) -> nn.Module:
     example = build(record.policy.inputs, device="meta")
     options = record.policy.options
     norms, outputs = str(options.get("norms", "plain")), as_listed(options.get("outputs"))
-    graph = analysed(model, example, (), str(options.get("attention", "auto")), norms=norms, outputs=outputs)
+    graph = analysed(model, example, (), str(options.get("attention", "auto")), norms=norms, outputs=outputs, parts=options.get("parts"))
     names = {alias: name for name, aliases in graph.traced.skeleton.aliases.items() for alias in aliases}
     if record.blocks:
         return _without(graph, record)

@@ -73,7 +73,7 @@ def collect(graph: CouplingGraph, batches: Iterable[Any], *, widest: int = WIDES
     read = {(name, dim) for group in graph.groups if group.prunable for name, dim, _ in group.members}
     repairer = Repairer(graph, batches, "lstsq")
     found: dict[str, InputMoments] = {}
-    for part in graph.traced.parts or [""]:
+    for part in graph.traced.sections:
         prefix = f"{part}." if part else ""
         module, play_graph = repairer.original(part)
         layers = [

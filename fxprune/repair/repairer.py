@@ -89,6 +89,7 @@ class Repairer:
         self._norms: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}  # what the original's BatchNorms read: mean and variance
         self._original: nn.Module | None = None
         self._pieces: list[Piece] = []
+        self._unshifted: list[str] = []  # layers of this repair that take no constant
 
     @torch.no_grad()
     def __call__(self, slim: nn.Module, slimmer: Slimmer) -> tuple[str, ...]:
@@ -104,20 +105,19 @@ class Repairer:
 
     def by_layer(self, slim: nn.Module, slimmer: Slimmer) -> tuple[str, ...]:
         """The repairs "bias", "lstsq" and "joint"."""
-        if not self.graph.traced.parts and not isinstance(slim, SlimModule):  # the user's class: its code is no graph to go along
+        if not self.graph.traced.in_parts and not isinstance(slim, SlimModule):  # the user's class: its code is no graph to go along
             twin = Slimmer(slimmer.graph, slimmer.keep, slimmer.norms).run()
             _carry(slim, twin)
             said = self.by_layer(twin, slimmer)
             _carry(twin, slim)
             return said
         sliced = {name: t.clone() for name, t in slim.state_dict().items()}
-        notes: list[str] = []
         left = None if slimmer.graph is self.graph else LeftOut(self.graph, slimmer.graph.left_out)
         with evaluating(slim):
             outputs = None
-            for part in self.graph.traced.parts or [""]:
-                outputs = self._part(slim, part, slimmer, notes, left)
-            notes = [self._summary(), *notes, *self._left(slimmer)]
+            for part in [""] if self.graph.traced.of_root else self.graph.traced.inside():
+                outputs = self._part(slim, part, slimmer, left)
+            notes = [self._summary(), *self._bare(), *self._left(slimmer)]
             if self.refits:
                 notes += self._judged(slim, sliced, outputs)
             if left is not None:
@@ -156,7 +156,23 @@ class Repairer:
         def inputs(piece: int) -> Any:
             return to_device(self.pieces[piece].inputs, self.device)
 
-        return calls_of_part(root, root.get_submodule(part), inputs) if part else whole_calls(inputs)
+        if not part:
+            return whole_calls(inputs)
+        # Code that was not traced may call a part on other rows in the slim network (the tokens that an expert gets), or not at all: a part
+        # within it is fitted on what the original gives it.
+        root = self._whole_original() if self.graph.traced.within(part) else root
+        return calls_of_part(root, root.get_submodule(part), inputs)
+
+    def _nested(self, part: str, graph: fx.Graph, slimmer: Slimmer) -> dict[fx.Node, list[str]]:
+        """The nodes of the slim graph of ``part`` that call modules with parts in them, and those."""
+        traced, prefix = slimmer.graph.traced, f"{part}." if part else ""
+        found: dict[fx.Node, list[str]] = {}
+        left = [one for one in traced.inside(part) if traced.within(one)]
+        for node in graph.nodes:
+            if node.op == "call_module" and f"{prefix}{node.target}" in traced.opaque:
+                found[node] = [one for one in left if one.startswith(f"{prefix}{node.target}.")]
+                left = [one for one in left if one not in found[node]]
+        return {node: parts for node, parts in found.items() if parts}
 
     def rows(self, layer: Layer, inputs: Any) -> int:
         """How many rows of ``layer`` to take from a call on ``inputs``: the more, the more features it has and the fewer samples."""
@@ -167,7 +183,7 @@ class Repairer:
 
     # -- one part -----------------------------------------------------------------------------------------------------------
 
-    def _part(self, slim: nn.Module, part: str, slimmer: Slimmer, notes: list[str], left: LeftOut | None) -> list[tuple[Any, Any]]:
+    def _part(self, slim: nn.Module, part: str, slimmer: Slimmer, left: LeftOut | None) -> list[tuple[Any, Any]]:
         """Repair a part; returns what the original and the slim one give on the pieces that judge. ``left``: where blocks were left out."""
         module = _part(slim, part)
         reached = _Reached(slimmer, part, left)
@@ -186,13 +202,17 @@ class Repairer:
         paired = zip(here, there, reached.products, strict=True) if len(here) == len(there) == len(reached.products) else ()
         products = {one.node: (one, twin, kept) for one, twin, kept in paired if kept is not None and self.refits}
         order = {name: i for i, name in enumerate(originals)}
+        inner = self._nested(part, reading.graph, slimmer)
         self._repeated(slim, part, slimmer, reading)
         with Room(ROOM) as room:
             mine = Playback(module, reading.graph, self._calls(slim, part), room)
             run = _Run(self, part, mine, self.playback(part, room), _aims(left, first.graph))
-            stops = [node for node in reading.graph.nodes if node in layers or node in norms or node in cells or node in products]
+            stops = [n for n in reading.graph.nodes if n in layers or n in norms or n in cells or n in products or n in inner]
             for done, node in enumerate(stops):
-                if node in norms:
+                if node in inner:
+                    for each in inner[node]:
+                        self._part(slim, each, slimmer, None)
+                elif node in norms:
                     run.norm(norms[node], twins[key_of(node)], reached.norms[key_of(node)])
                 elif node in products:
                     self.layers.update(run.products(*products[node], {one.node: one for one in reading.layers()}))
@@ -209,7 +229,7 @@ class Repairer:
                     self.layers[f"{part}.{one.path}" if part else one.path] = made
                 if self.progress is not None:
                     self.progress(done + 1, len(stops), str(node))
-            notes += self._bare(layers.values())
+            self._unshifted += [f"{part}.{one.path}" if part else one.path for one in layers.values() if not one.takes_shift]
             return [] if part else run.outputs()
 
     def _repeated(self, slim: nn.Module, part: str, slimmer: Slimmer, reading: Reading) -> None:
@@ -232,8 +252,8 @@ class Repairer:
                 )
             self.layers.update({f"{part}.{name}" if part else name: done for name, done in made.items()})
 
-    def _bare(self, layers: Iterable[Layer]) -> list[str]:
-        bare = [one.path for one in layers if not one.takes_shift]
+    def _bare(self) -> list[str]:
+        bare, self._unshifted = self._unshifted, []
         return [f"repair could add no constant to {_listed(bare)}: no bias, and no BatchNorm that reads nothing else"] if bare else []
 
     # -- what is said -------------------------------------------------------------------------------------------------------

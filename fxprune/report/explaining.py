@@ -161,11 +161,15 @@ def advice(reason: Reason) -> str:
 def _traced(graph: CouplingGraph) -> str:
     traced = graph.traced
     name = type(graph.model).__name__
-    if traced.parts:
-        return f"{name} was traced in {len(traced.parts)} parts: {few(tuple(traced.parts), 4)}; the code between them runs as it is"
-    modes = "in training and evaluation mode" if len(traced.graphs) > 1 else "whole"
+    nested = [path for path in traced.parts if traced.within(path)]
+    own = [path for path in traced.parts if path not in nested]
+    inside = f", and {len(nested)} in modules that could not be traced: {few(nested, 4)}" if nested else ""
+    if traced.in_parts:
+        return f"{name} was traced in {len(own)} parts: {few(own, 4)}{inside}; the code between them runs as it is"
+    modes = "in training and evaluation mode" if len(traced.of_root) > 1 else "whole"
     kept = f", with {few(tuple(sorted(traced.opaque)), 4)} kept as it is" if traced.opaque else ""
-    return f"{name} was traced {modes}{kept}"
+    parts = f", apart from {len(nested)} parts that were traced by themselves: {few(nested, 4)}" if nested else ""
+    return f"{name} was traced {modes}{kept}{parts}"
 
 
 def _line(lock: Lock) -> str:

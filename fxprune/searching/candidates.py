@@ -11,7 +11,6 @@ import torch
 from torch import fx, nn
 
 from fxprune.allocation.prices import Prices
-from fxprune.api import analyze
 from fxprune.compression import cut_from
 from fxprune.errors import FAULTS, EvaluationError, in_a_line
 from fxprune.evaluation.running import one_thread
@@ -20,6 +19,8 @@ from fxprune.importance.registry import Scores
 from fxprune.index_lists import ranges
 from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.passes.ir.outputs import as_listed
+from fxprune.passes.pipeline import analysed
 from fxprune.passes.planning.cost_model import cost_model
 from fxprune.passes.planning.naming import twin_units
 from fxprune.passes.planning.plan import Keep, Rounding, keep_counts
@@ -178,8 +179,8 @@ class Score:
     def _analysed(model: nn.Module, state: dict[str, Any]) -> CouplingGraph:
         options = state["options"]
         example, norms = build(state["inputs"], device="meta"), options.get("norms", "plain")
-        outputs = options.get("outputs")
-        return analyze(model, example, ignore=options["ignore"], attention=options["attention"], norms=norms, outputs=outputs)
+        kept, parts = as_listed(options.get("outputs")), options.get("parts")
+        return analysed(model, example, options["ignore"], options["attention"], norms=norms, outputs=kept, parts=parts)
 
 
 def metrics_of(found: Any) -> Mapping[str, float]:

@@ -62,11 +62,11 @@ def find_blocks(walk: Walk) -> tuple[Block, ...]:
     A branch has to be there in evaluation and in training mode; networks that were traced in parts have no blocks.
     """
     traced = walk.traced
-    if traced.parts:
+    if traced.in_parts:
         return ()
     found: dict[str, dict[str, list[Branch]]] = {}
     refused: dict[str, str] = {}
-    for mode, graph in traced.graphs.items():
+    for mode, graph in traced.of_root.items():
         alone: dict[str, list[tuple[str, Branch]]] = {}
         for node in graph.nodes:
             made = _branch(walk, mode, node)
@@ -228,19 +228,34 @@ def finest(blocks: Iterable[Block]) -> tuple[Block, ...]:
 
 
 def dead_nodes(traced: TracedModel, block: Block) -> dict[str, set[str]]:
-    """By graph, the names of the nodes that are of no use without ``block``."""
-    found = {}
-    for mode, graph in traced.graphs.items():
+    """By graph, the names of the nodes that are of no use without ``block``; all of a part that only such nodes call."""
+    found: dict[str, set[str]] = {}
+    for mode, graph in traced.of_root.items():
         alive = survivors(graph, block.branches.get(mode, ()), traced.skeleton.module)
         found[mode] = {node.name for node in graph.nodes if node not in alive}
+        gone = _called_alone(graph, alive)
+        for part in traced.parts:
+            inner = traced.graphs.get(f"{part}:{mode}")
+            if inner is not None:
+                found[f"{part}:{mode}"] = {node.name for node in inner.nodes if _within(part, gone)}
     return found
+
+
+def _called_alone(graph: fx.Graph, alive: set[fx.Node]) -> set[str]:
+    """The modules that no node of ``alive`` calls, of those that the graph calls."""
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    return {str(node.target) for node in calls} - {str(node.target) for node in calls if node in alive}
+
+
+def _within(path: str, paths: set[str]) -> bool:
+    return any(path.startswith(f"{outer}.") for outer in paths)
 
 
 def lost_tensors(traced: TracedModel, branches: Mapping[str, Iterable[Branch]]) -> dict[str, int]:
     """Names (first ones) and sizes of the tensors that nothing reads any more without ``branches``, given by graph."""
     lost: dict[str, int] = {}
     left: set[str] = set()
-    for mode, graph in traced.graphs.items():
+    for mode, graph in traced.of_root.items():
         alive = survivors(graph, branches.get(mode, ()), traced.skeleton.module)
         lost.update(_parameters(traced.skeleton, [node for node in graph.nodes if node not in alive]))
         left.update(name for name, _ in _parameters(traced.skeleton, alive))
@@ -249,8 +264,8 @@ def lost_tensors(traced: TracedModel, branches: Mapping[str, Iterable[Branch]]) 
 
 def _block(walk: Walk, name: str, branches: Mapping[str, list[Branch]], why: str) -> Block:
     traced = walk.traced
-    if not why and branches.keys() != traced.graphs.keys():
-        missing = next(mode for mode in traced.graphs if mode not in branches)
+    if not why and branches.keys() != traced.of_root.keys():
+        missing = next(mode for mode in traced.of_root if mode not in branches)
         why = f"the graph of {'training' if missing == 'train' else 'evaluation'} has no such branch"
     if not why and len({len(found) for found in branches.values()}) > 1:
         why = "evaluation and training have different numbers of such branches"
@@ -259,6 +274,8 @@ def _block(walk: Walk, name: str, branches: Mapping[str, list[Branch]], why: str
     alive = survivors(traced.graphs[first], branches[first], traced.skeleton.module)
     names = {node.name for node in traced.graphs[first].nodes if node not in alive}
     macs = sum(cost.macs for cost in walk.costs[first] if cost.node in names)
+    gone = _called_alone(traced.graphs[first], alive)
+    macs += sum(cost.macs for part in traced.parts if _within(part, gone) for cost in walk.costs.get(f"{part}:{first}", ()))
     parameters = sum(size for tensor, size in lost.items() if tensor in traced.skeleton.parameter_names)
     kept = {mode: tuple(found) for mode, found in branches.items()}
     return Block(name, macs, parameters, not why, why, tuple(sorted(lost)), kept)

@@ -12,9 +12,10 @@ import torch
 
 from fxprune.passes.coupling.blocks import Block, find_blocks
 from fxprune.passes.coupling.grouping import partition
-from fxprune.passes.coupling.untraced import pin_unseen
+from fxprune.passes.coupling.untraced import pin_unseen, unseen
 from fxprune.passes.coupling.walk import Walk
 from fxprune.passes.ir.reasons import Reason, ReasonKind
+from fxprune.passes.ir.traced import Surroundings
 from fxprune.passes.labels.values import Value, Vector
 from fxprune.passes.rules.functional_weights import output_dims
 from fxprune.passes.rules.layer_specs import is_layer, produced_dim
@@ -96,16 +97,11 @@ class CouplingGraph:
 
     def _cover_layers(self) -> None:
         """Layers the graph never reaches (unused, or inside a module that could not be traced) are locked, and say so."""
-        walk, skeleton = self._walk, self.traced.skeleton
-        unread = (
-            Reason(ReasonKind.UNTRACED, "it is used by code that could not be traced")
-            if walk.traced.parts
-            else Reason(ReasonKind.UNUSED, "no operation reads it")
-        )
+        walk, skeleton, around = self._walk, self.traced.skeleton, Surroundings(self.traced)
         for path, module in skeleton.original.named_modules():
             if not is_layer(module):
                 continue
-            inside = next((o for o in walk.traced.opaque if path == o or path.startswith(f"{o}.")), None)
+            why = unseen(around, path) or Reason(ReasonKind.UNUSED, "no operation reads it")
             for key, _ in module.named_parameters(recurse=False):
                 name = walk.canonical(path, key)
                 if name is None:
@@ -117,11 +113,6 @@ class CouplingGraph:
                         if vector is None or len(vector) != size:  # a bias has the channels of its weight
                             vector = walk.labels.new(size)
                         walk.parameters[name, dim] = vector
-                        why = (
-                            Reason(ReasonKind.UNTRACED, f"it is inside {inside!r}, which could not be traced: {walk.traced.opaque[inside]}")
-                            if inside is not None
-                            else unread
-                        )
                         walk.labels.pin(vector, why)
 
     def _build(self) -> None:

@@ -73,8 +73,9 @@ class Reason(str):
 
     @property
     def general(self) -> str:
-        """The sentence without the place, equal for all groups that are held for the same reason."""
-        return f"{self.detail} ({self.because})" if self.because else self.detail
+        """The sentence without the place and the name of a part, equal for all groups that are held for the same reason."""
+        text = f"{self.detail} ({self.because})" if self.because else self.detail
+        return text.replace(f"of {self.root.part!r}, a part", "of a part") if self.root.part else text
 
     @property
     def root(self) -> Reason:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import types
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,6 +151,11 @@ class Skeleton:
         """All names of the module of that name."""
         module = self._modules[name]
         return [n for n, m in self._modules.items() if m is module]
+
+    def all_names(self, paths: Iterable[str]) -> set[str]:
+        """All names of the modules at ``paths``."""
+        wanted = {self._modules[path] for path in paths}
+        return {name for name, module in self._modules.items() if module in wanted} if wanted else set()
 
     def original_module(self, name: str) -> nn.Module:
         found: nn.Module = self._original_modules[name]

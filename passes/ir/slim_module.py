@@ -82,10 +82,15 @@ class SlimModule(fx.GraphModule):
     def standing_for(self, kind: type) -> SlimModule:
         """This module, which computes what one of class ``kind`` did, as one of that class: code around it may ask for its attributes,
         methods and properties. The attributes come with the tree; where the class allows no heirs there is no more than they."""
+        if issubclass(kind, fx.GraphModule):  # which may stand for another in turn; two such classes would call each other for ever
+            own = (one for one in kind.__mro__ if not issubclass(one, fx.GraphModule) and not issubclass(fx.GraphModule, one))
+            kind = next(own, nn.Module)
         self.__dict__["_stands_for"] = kind
         for hooks in ("_forward_hooks", "_forward_pre_hooks"):  # the graph has what they do
             self.__dict__[hooks] = OrderedDict()
         self.__dict__.pop("forward", None)
+        if kind is nn.Module:
+            return self
         with contextlib.suppress(TypeError):
             self.__class__ = type("GraphModuleImpl", (type(self), kind), {})
         return self
@@ -230,7 +235,9 @@ class SlimModule(fx.GraphModule):
         """A plain ``torch.fx.GraphModule`` that computes the same and needs no fxprune: not to run, to pickle, to load or to script.
 
         It shares no storage with this module and carries no pruning record; it has the one graph of the mode, training or evaluation, that
-        this module is in, and the parameters and buffers that the graph reads. When fx loads such a module from a pickle it traces the
+        this module is in, and the parameters and buffers that the graph reads. Modules that could not be traced stay as they are, of the
+        user's class; their parts that were traced by themselves become plain graph modules too, which have the attributes but not the class
+        of what they were. When fx loads such a module from a pickle it traces the
         module's code again. Calls that this would lose (``torch.zeros(n, 3)`` of a size, ``x[i] = y``, numbers that are drawn, objects
         such as a cache) are calls of plain modules below ``_calls``; a network with such calls pickles, but does not script.
 
@@ -243,6 +250,7 @@ class SlimModule(fx.GraphModule):
         """
         mode = "train" if self.training and "train" in self.__dict__["graphs"] else "eval"
         graph, twin = _thaw(self._frozen()[mode]), copy.deepcopy(self)
+        _detach_parts(twin, {})
         replayable(twin, graph)
         for node in graph.nodes:
             node.meta = {}
@@ -277,6 +285,20 @@ class SlimModule(fx.GraphModule):
     def _frozen(self) -> dict[str, Frozen]:
         numbers = self.__dict__.get("_numbers", ())
         return {m: _freeze(g, numbers) for m, g in self.__dict__["graphs"].items()}
+
+
+def _detach_parts(module: nn.Module, known: dict[nn.Module, nn.Module]) -> None:
+    """Plain graph modules in place of the slim modules within ``module``, with the attributes that code around them may ask for."""
+    for name, child in module._modules.items():
+        if not isinstance(child, SlimModule):
+            if child is not None:
+                _detach_parts(child, known)
+            continue
+        if child not in known:
+            plain = known[child] = child.detached()
+            own = {key: value for key, value in child._state().items() if not key.startswith("_") and key not in plain.__dict__}
+            plain.__dict__.update(own)
+        module._modules[name] = known[child]
 
 
 class _Ref:

@@ -113,6 +113,8 @@ class LabelContext(ParameterLabels):
         self.labels.unite(a, b)
 
     def cost(self, layer: str, macs: int, *along: Vector | None) -> None:
+        call = self.traced.parts.get(self.mode.rpartition(":")[0])
+        macs = macs if call is None else round(macs * call.times)
         self.costs[self.mode].append(
             Cost(layer, macs, tuple(v for v in along if v is not None), self.node.name if self.node is not None else "")
         )

@@ -25,7 +25,7 @@ def class_without_blocks(graph: CouplingGraph, blocks: Sequence[Block]) -> nn.Mo
     would have to be another.
     """
     model = graph.model
-    if isinstance(model, fx.GraphModule) or graph.traced.parts:
+    if isinstance(model, fx.GraphModule) or graph.traced.in_parts:
         kind = type(model).__name__
         raise UnsupportedError(f"keep_class cannot leave out blocks of a {kind}, whose forward is no class's own; {_INSTEAD}")
     made = copied(model)

@@ -18,11 +18,10 @@ Copies = tuple[tuple[nn.Module, bool], ...]
 
 def copies(original: nn.Module, keeps_class: Callable[[str], bool]) -> Copies:
     """Every module of ``original`` once, and whether its copy keeps its class: the others become plain modules that hold parameters."""
-    found: dict[int, tuple[nn.Module, bool]] = {}
-    for path, module in original.named_modules(remove_duplicate=False):
-        if id(module) not in found:
-            found[id(module)] = (module, type(module) is nn.Module or keeps_class(path))
-    return tuple(found.values())
+    found: dict[nn.Module, bool] = {}
+    for path, module in original.named_modules(remove_duplicate=False):  # one name of several may be known to code that is not looked into
+        found[module] = found.get(module, type(module) is nn.Module) or keeps_class(path)
+    return tuple(found.items())
 
 
 def assemble(modules: Copies, memo: dict[int, Any], constants: Mapping[str, torch.Tensor]) -> nn.Module:

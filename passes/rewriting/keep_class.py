@@ -24,7 +24,7 @@ from fxprune.passes.rewriting.attributes import Attributes, Slot
 from fxprune.passes.rewriting.literal_changes import Literal, attention_widths, even_parts, literals, read_sizes
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.rules import is_known, registry
-from fxprune.passes.tracing.modes import trace
+from fxprune.passes.tracing.modes import add_traced, trace
 
 _INSTEAD = "leave keep_class out for a graph module, or pass the layer to ignore="
 _TRIALS = 24  # combinations of attributes that are traced before the first is given up
@@ -35,7 +35,7 @@ def uneven(slimmer: Slimmer) -> list[list[Vector]]:
 
     Each entry holds the labels of axes that had one size; those that still have are left out.
     """
-    if slimmer.graph.traced.parts:
+    if slimmer.graph.traced.in_parts:
         return []
     ties = []
     found: list[Literal] = []
@@ -65,7 +65,7 @@ def kept_class(slimmer: Slimmer) -> nn.Module:
     kind = type(original).__name__
     if isinstance(original, fx.GraphModule):
         raise UnsupportedError(f"keep_class: this model is a {kind} already and has no class of its own to keep; leave keep_class out")
-    if traced.parts:
+    if traced.in_parts:
         raise UnsupportedError(f"keep_class: only parts of {kind} could be traced; it keeps its class without, and {_INSTEAD}")
     rewritten = {mode: slimmer.copy(mode, graph) for mode, graph in traced.graphs.items()}
     if slimmer.constants:
@@ -186,8 +186,11 @@ def _disagreement(
 
 
 def _trace_again(slimmer: Slimmer, made: nn.Module) -> TracedModel:
-    whole = slimmer.graph.traced.opaque
-    return trace(made, build(slimmer.graph.inputs, device="meta"), is_known, registry.FUNCTIONS.__contains__, whole)
+    traced, has_rule = slimmer.graph.traced, registry.FUNCTIONS.__contains__
+    again = trace(made, build(slimmer.graph.inputs, device="meta"), is_known, has_rule, traced.opaque)
+    for path, call in traced.parts.items():  # their interfaces are what they were
+        add_traced(again, path, (call.args, call.kwargs), is_known, has_rule, call.device, strict=True)
+    return again
 
 
 def _sizes_of(slimmer: Slimmer, made: nn.Module, path: str, setting: _Setting) -> dict[Slot, int]:

@@ -25,6 +25,7 @@ from fxprune.passes.ir.dead_code import impure
 from fxprune.passes.ir.nodes import op_name, target_name
 from fxprune.passes.ir.notes import Note
 from fxprune.passes.ir.slim_module import MODES, SlimModule
+from fxprune.passes.ir.traced import Surroundings
 from fxprune.passes.labels.values import Value, Vector, values
 from fxprune.passes.planning.plan import Keep
 from fxprune.passes.rewriting.assemble import Copies, assemble, copies, replace_module
@@ -228,7 +229,10 @@ class Slimmer:
     @torch.no_grad()
     @paused_collector()
     def run(self) -> Any:
-        """The slim network: a ``SlimModule``, or where only parts could be traced a copy of the user's module with slim parts in it."""
+        """The slim network: a ``SlimModule``, or where only parts could be traced a copy of the user's module with slim parts in it.
+
+        Parts of a module that the graph calls as it is are ``SlimModule``s in it.
+        """
         again, parts = self.norms in self.graph.templates, self.graph.traced.parts
         template = self._shared
         shared, numbers = self._shared_module() if again and not parts else (None, None)
@@ -246,7 +250,9 @@ class Slimmer:
                         node.target = self._inside(node, f"{path}.")
             old = tree.get_submodule(path)
             replace_module(tree, old, self.holding(SlimModule(old, own), f"{path}.").standing_for(type(old)))
-        return tree
+        if self.graph.traced.in_parts:
+            return tree
+        return self.holding(SlimModule(tree, {mode: graphs[mode] for mode in self.graph.traced.of_root}))
 
     def _shared_module(self) -> tuple[SlimModule | None, list[int] | None]:
         """The module whose graphs this rewrite's network can share, and the numbers in their blanks; None where it needs its own."""
@@ -306,7 +312,7 @@ class Slimmer:
         def keeps_class(path: str) -> bool:
             """Whether the graph calls a module, or it, or one around it, was not looked into. Of a network that was traced in parts all
             do: the code around the parts may ask for their attributes."""
-            return bool(traced.parts) or path in calls or any(path == o or path.startswith(f"{o}.") for o in traced.opaque)
+            return traced.in_parts or path in calls or any(path == o or path.startswith(f"{o}.") for o in traced.opaque)
 
         return Template(copies(self.skeleton.original, keeps_class), lines, resized, self._constant())
 
@@ -510,13 +516,13 @@ class Slimmer:
         if self.skeleton.started is None:
             return
         originals = {id(twin): module for module, twin in self.skeleton.twins.items()}
-        whole = tuple(self.graph.traced.opaque)
+        around = Surroundings(self.graph.traced)
         for twin, first in self.skeleton.started.first:
             made = memo.get(id(originals.get(id(twin))))
             if not isinstance(made, nn.Module):
                 continue
             path = self.skeleton.module_names.get(twin, "")
-            inside = any(path == o or path.startswith(f"{o}.") for o in whole)  # its code was not seen to do without
+            inside = around.opaque(path) is not None  # its code was not seen to do without
             for name, value in first.items():
                 if value is not ABSENT and has_tensors(value):  # it stands for a value that is not known
                     continue

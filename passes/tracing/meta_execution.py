@@ -103,6 +103,10 @@ def run_for_real(node: fx.Node, args: Any, kwargs: Any, skeleton: Skeleton) -> A
     args, kwargs = tree_map(ones, ones(args)), tree_map(ones, ones(kwargs))
     if node.op == "call_module":
         module = copy.deepcopy(skeleton.original_module(str(node.target))).eval()
+        if any(t.is_meta for t in (*module.parameters(), *module.buffers())):  # a model without values: any will do for shapes
+            module.to_empty(device="cpu")
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor.data.zero_()
         return to_meta(module.forward(*args, **kwargs))
     if node.op == "call_method":
         return to_meta(getattr(args[0], str(node.target))(*args[1:], **kwargs))

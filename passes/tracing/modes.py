@@ -88,11 +88,13 @@ def add_traced(
     device: torch.device | None = None,
     strict: bool = False,
     forget: bool = True,
+    history: History | None = None,
 ) -> None:
     """Trace the module at ``path`` and add its graphs, "eval" and where it differs "train", under ``path:`` for a part of the model.
 
     ``device``: where the inputs are, if the example only stands for them. ``strict``: what cannot be traced raises; the error's ``module``
-    is the path of the module whose code was at work. ``forget``: start from before the model's first call.
+    is the path of the module whose code was at work. ``forget``: start from before the model's first call. ``history``: where to start
+    from, if what is around the module was traced already.
     """
     skeleton = traced.skeleton
     device = device or next((t.device for t in _tensors(example) if t.device.type != "meta"), torch.device("cpu"))
@@ -141,7 +143,7 @@ def add_traced(
         skeleton.started = history
         return made
 
-    histories = past(skeleton, forget)
+    histories = past(skeleton, forget) if history is None else [history]
     skeleton.training_was_read = False
     tracer, graph = without_history(training=False)
     graphs, notes, constants = {"eval": graph}, dict(tracer.notes), dict(tracer.constants)

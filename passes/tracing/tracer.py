@@ -264,7 +264,7 @@ class ShapeTracer(fx.Tracer):
 
     def _owner(self) -> str:
         own = origin(self.source, is_skipped)[1] if self.source is not None else ""
-        return next((n for n in (own, *reversed(self.stack)) if self.skeleton.module_or_none(n) is not None), "")
+        return next((n for n in (own, *reversed(self.stack)) if self.skeleton.module_or_none(n) is not None), self.path)
 
     def _absent(self, name: str, last: bool) -> Any:
         """None, for an input that is. Callers go on passing it, so the graph takes it, and no other value."""
@@ -306,7 +306,7 @@ class ShapeTracer(fx.Tracer):
             else:
                 later = list(bound.arguments).index(param.name) > last
                 made = placeholder(param.name, value) if value is not None else self._absent(param.name, later)
-                if param.kind is param.KEYWORD_ONLY or len(pos) < len(bound.args) and param.name in kwargs:
+                if param.kind is param.KEYWORD_ONLY or param.name in kwargs:
                     named[param.name] = made
                 else:
                     pos.append(made)

@@ -159,8 +159,9 @@ def _keeping(found: dict[Any, list[torch.Tensor]], key: Any) -> Callable[..., No
     return lambda module, args, out: _keep(found, key, out)
 
 
-def difference_of_slim(model: nn.Module, slim: nn.Module, example: Call, parts: Sequence[str]) -> str:
-    """What is wrong in evaluation with a network whose ``parts`` are graphs, nothing of it pruned; empty where nothing is."""
+def difference_of_slim(model: nn.Module, slim: nn.Module, example: Call, parts: Sequence[str]) -> tuple[str, str]:
+    """What is wrong in evaluation with a network whose ``parts`` are graphs, nothing of it pruned, and the first of them that differs;
+    empty where nothing is, and where it is none of them."""
     reach = reachable(dict.fromkeys(model.modules()))
 
     def run(one: nn.Module) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]:
@@ -177,21 +178,21 @@ def difference_of_slim(model: nn.Module, slim: nn.Module, example: Call, parts: 
                 handle.remove()
 
     if on_meta(model, example):
-        return ""
+        return "", ""
     try:
         wanted, inside = run(model)
     except Exception:  # noqa: BLE001 - the user's code: whatever it raises, there is nothing to compare with
-        return ""
+        return "", ""
     try:
         found, slim_inside = run(slim)
     except FAULTS as error:
-        return f"with nothing pruned the slim network fails on the example: {first_line(error)}"
+        return f"with nothing pruned the slim network fails on the example: {first_line(error)}", ""
     gap = _gap(wanted, found)
     if gap == 0 or _gap(wanted, run(model)[0]) > 0:
-        return ""
+        return "", ""
     first = next((path for path in inside if path in slim_inside and _gap(inside[path], slim_inside[path]) > 0), "")
     where = f", first in its part {first!r}" if first else ", in the code around its parts, which knows modules by what they are"
-    return f"with nothing pruned the slim network differs by {gap:.1e} from the model on the example{where}"
+    return f"with nothing pruned the slim network differs by {gap:.1e} from the model on the example{where}", first
 
 
 def on_meta(model: nn.Module, example: Call) -> bool:
