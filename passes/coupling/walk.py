@@ -98,6 +98,8 @@ class Walk(LabelContext):
             return self._ruled(rule, node, module, args, kwargs, inputs)
         if module is None and not has_tensor(value):
             return value  # a number computed from tensors (a dtype, a device): nothing to carry
+        if module is not None and (why := self.traced.opaque.get(str(node.target))) is not None:
+            return self.opaque(node, inputs, f"{self.op_name()} could not be traced: {why}", ReasonKind.UNTRACED)
         return self.opaque(node, inputs)
 
     def _kept_whole(self, node: fx.Node, args: Any) -> Any:

@@ -614,6 +614,7 @@ def test_what_is_no_part_says_why() -> None:
     assert any("; and it was not called on the example" in line and "body.never" in line for line in never)
     assert any("; and code outside of it calls what is in it" in line for line in inner)
     assert any("; and code outside of it reads its weights or sizes" in line for line in number)
+    assert "Operations without a rule" not in text and "body (Reading) could not be traced: " in text
     names = [line for line in text.splitlines() if "of a part traced by itself" in line]
     assert names and len(names) == len(set(names))
 
