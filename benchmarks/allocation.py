@@ -63,7 +63,7 @@ INSIDE = {"densenet_bc100": "dense*conv1"}  # what Torch-Pruning may take from, 
 def cell(name: str, method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """One network by one method, a strategy's name, for rl-pruner with its number of evaluations behind a colon; or "dense"."""
     spec = NETWORKS[name]
-    data = _data(spec["data"], options.folder, spec["mean"], spec["std"])
+    data = data_of(spec["data"], options.folder, spec["mean"], spec["std"])
     weights = None if spec["weights"] is None else options.folder / spec["weights"]
 
     def fresh() -> torch.nn.Module:
@@ -86,7 +86,7 @@ def cell(name: str, method: str, seed: int, options: argparse.Namespace) -> dict
 
 
 @functools.cache
-def _data(name: str, folder: Path, mean: Any, std: Any) -> Data:
+def data_of(name: str, folder: Path, mean: Any, std: Any) -> Data:
     if name == "imagenet500":
         return pictures(folder / name)
     return load_data(name if name == "digits" else f"parquet:{folder / name}", mean=mean, std=std, seed=0)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fxprune
-from benchmarks import allocation, analysis, cifar10, demo, densenet_bc, studies
+from benchmarks import allocation, analysis, blocks, cifar10, demo, densenet_bc, studies
 from benchmarks.coverage import RESULTS, main, read, shown
 from benchmarks.coverage_page import BEGIN, TOOLS, write_page
 from benchmarks.imagenet500 import pictures
@@ -333,3 +333,23 @@ def test_photographs_are_halved_by_the_seed(tmp_path: Path) -> None:
     assert sorted(other.train.labels.tolist()) != labels[0]
     x, y = next(iter(data.batches("test", 3)))
     assert x.shape == (3, 3, 4, 4) and torch.allclose(x[:, 0, 0, 0], (0.4 * y.float() - 127) / 128, atol=1e-5)
+
+
+def test_blocks_of_a_transformer_and_that_the_benchmark_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, page = tmp_path / "blocks.jsonl", tmp_path / "page.md"
+    page.write_text(f"above\n{blocks.BEGIN}old{blocks.END}\nbelow\n")
+    sizes = ["--repairs", "none,lstsq", "--layers", "4", "--steps", "2", "--more", "1", "--calibration", "5", "--test-pieces", "64"]
+    command = ["--parts", "transformer", *sizes, "--out", str(out), "--page", str(page)]
+    blocks.main(command)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["what"], row["repair"], len(row["gone"])) for row in rows] == [
+        ("whole", "none", 0),
+        *(("1 layers of 4", repair, 1) for repair in ("none", "lstsq")),
+        *(("2 halves of 8", repair, 2) for repair in ("none", "lstsq")),
+    ]
+    assert all(math.isfinite(row["before"] + row["after"]) for row in rows) and set(rows[1]["blocks"].values()) == {"removed"}
+    text = page.read_text()
+    assert text.startswith("above") and text.endswith("below\n") and "old" not in text and text.count("| 2 halves of 8 |") == 2
+    capsys.readouterr()
+    blocks.main(command)
+    assert capsys.readouterr().out == "" and page.read_text() == text

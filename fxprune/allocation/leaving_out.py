@@ -15,11 +15,12 @@ from fxprune.evaluation.running import call, device_of, evaluating, to_device
 from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.rewriting.blocks import with_zeroed_blocks
+from fxprune.repair.repairer import Repairer
 from fxprune.repair.splitting import samples as samples_of
 
 
 def block_effects(
-    graph: CouplingGraph, blocks: Sequence[Block], calibration: Iterable[Any], *, samples: int = SAMPLES, seed: int = 0
+    graph: CouplingGraph, blocks: Sequence[Block], calibration: Iterable[Any], *, samples: int = SAMPLES, seed: int = 0, refit: bool = False
 ) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
     """The change of the output that leaving each block out makes, for every sample along the direction that the table draws for it.
 
@@ -30,6 +31,7 @@ def block_effects(
         blocks: each is left out alone.
         calibration: batches of inputs, or of (inputs, labels).
         samples: as many as the table takes. ``seed``: the table's, so that both see the same directions.
+        refit: whether the layer before a block is fitted to stand in for it, as a repair by least squares does.
 
     Returns:
         For each block, (samples,).
@@ -41,7 +43,9 @@ def block_effects(
         batches.append(inputs_of(batch))
         held += samples_of(batches[-1])
     wanted = _along(with_zeroed_blocks(graph, []), batches, seed)
-    return [_along(with_zeroed_blocks(graph, [block]), batches, seed) - wanted for block in blocks]
+    repairer = Repairer(graph, batches, "lstsq", thorough=False)
+    made = (repairer.stood_in([block]) if refit else with_zeroed_blocks(graph, [block]) for block in blocks)
+    return [_along(one, batches, seed) - wanted for one in made]
 
 
 def _along(module: nn.Module, batches: Sequence[Any], seed: int) -> np.ndarray[Any, np.dtype[np.float64]]:

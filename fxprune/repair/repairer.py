@@ -30,6 +30,7 @@ from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.slim_module import SlimModule
 from fxprune.passes.labels.values import values
+from fxprune.passes.rewriting.blocks import without_blocks
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.records import LayerRepair
 from fxprune.repair.attention import Contraction, Products, by_head, change_queries, contractions, maker, picked
@@ -125,6 +126,21 @@ class Repairer:
             if self.kind == "joint" and self.thorough:
                 notes += [self._together(slim)]
         return tuple(notes)
+
+    @torch.no_grad()
+    def stood_in(self, blocks: Sequence[Block]) -> nn.Module:
+        """The network without ``blocks``, all else kept, in which nothing is fitted but the layers that stand in for them."""
+        slim = without_blocks(self.graph, blocks)
+        reading, first = Reading(slim, slim.eval_graph), Reading(*self.original(""))
+        aims = _aims(LeftOut(self.graph, blocks), first.graph)
+        originals = {one.name: (number, one) for number, one in enumerate(first.layers())}
+        with evaluating(slim), Room(ROOM) as room:
+            run = _Run(self, "", Playback(slim, reading.graph, self._calls(slim, ""), room), self.playback("", room), aims)
+            for one in reading.layers():
+                if one.name in aims:
+                    number, twin = originals[one.name]
+                    run.layer(one, twin, number, None)
+        return slim
 
     # -- what is run --------------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from fxprune.imports import by_path
 from fxprune.passes.coupling.blocks import finest
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.planning.naming import limits
-from fxprune.repair.registry import named, of_candidates
+from fxprune.repair.registry import FITTING, named, of_candidates
 from fxprune.repair.repairer import Repairer
 from fxprune.searching.candidates import CandidateCosts, Candidates, Evaluate, Score
 from fxprune.searching.kept_tables import kept_table
@@ -157,8 +157,9 @@ def make_problem(
         if tabled != "no" and batches:
             try:
                 found = _tabled(graph, batches, ranking, repair, seed, folder)
-                effects = list(zip(parts, block_effects(graph, parts, batches, seed=seed), strict=True)) if parts else []
-                table = Allocator(graph, found, round_to=round_to, most=most, costs={"latency": timing.shares}, blocks=effects)
+                effects = block_effects(graph, parts, batches, seed=seed, refit=repair in FITTING) if parts else []
+                left = list(zip(parts, effects, strict=True))
+                table = Allocator(graph, found, round_to=round_to, most=most, costs={"latency": timing.shares}, blocks=left)
                 ranking = found.ranking
             except FxPruneError as error:
                 if tabled != "may" or isinstance(error, FileError):  # what lies in the folder is to be looked at, not passed over

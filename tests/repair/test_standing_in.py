@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.allocation.leaving_out import block_effects
 from fxprune.driver import SearchConfig
 from fxprune.repair.distance import unlikeness
 from fxprune.repair.standing_in import LeftOut
@@ -195,6 +196,16 @@ def test_halves_of_transformer_layers_are_stood_in_for_by_what_adds_before_them(
     assert aims("layers.1") == {"layers.0.mlp.2.weight": ("layers.1", "layers.1")}
     assert aims("layers.1", "layers.2.qkv") == {"layers.0.mlp.2.weight": ("layers.1", "layers.1", "layers.2.qkv")}
     assert aims("layers.0") == {"embed.weight": ("layers.0", "layers.0")}
+
+
+def test_a_block_that_is_stood_in_for_counts_for_little_in_the_table() -> None:
+    model = Pictures()
+    model.train()(PICTURES[0])
+    graph = fxprune.analyze(model.eval(), PICTURES[0])
+    before = copy.deepcopy(model.state_dict())
+    plain, refit = (block_effects(graph, graph.all_blocks, PICTURES, refit=refit) for refit in (False, True))
+    assert len(refit) == 2 and all((b**2).mean() < 1e-2 * (a**2).mean() for a, b in zip(plain, refit, strict=True))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_search_repairs_its_result_towards_the_network_with_its_blocks() -> None:
