@@ -49,6 +49,11 @@ def view(ctx: LabelContext, node: fx.Node, input: Value, **named: Any) -> Any:
                 ctx.note(
                     NoteKind.SIZE, "a map of one pixel was specialised to the example inputs: of larger ones channels would lie elsewhere"
                 )
+            elif _would_mix_samples(ctx, node, input, axis):
+                ctx.note(
+                    NoteKind.SIZE,
+                    "a view by numbers was specialised to the example inputs: of larger ones it would put channels of one sample into others",
+                )
             else:
                 ctx.pin(vector, "the size of the input decides where its channels lie", ReasonKind.FOLDED)
     return made
@@ -63,6 +68,18 @@ def _source(node: fx.Node) -> Any:
 
 def _nothing_beside(x: Value, axis: int, shape: Sequence[int]) -> bool:
     return math.prod(x.shape[axis + 1 :]) == 1 and shape[-1] == x.shape[axis]
+
+
+def _would_mix_samples(ctx: LabelContext, node: fx.Node, x: Value, axis: int) -> bool:
+    """Whether channels stay where they are, in front of positions that are counted by numbers, with -1 for the batch: ``(b, c, n, 1)`` as
+    ``(-1, c, n)``. Of inputs with other numbers of positions a sample would get channels of another, which nobody means."""
+    shape = node.meta["val"].shape
+    given = {} if node.op == "call_module" else binding.form_of(node).arguments(node.args, node.kwargs)
+    sizes = given.get("size", given.get("shape", ()))
+    if axis != 1 or not isinstance(sizes, (tuple, list)) or len(sizes) != len(shape) or len(shape) < 3:
+        return False
+    stays = x.shape[:2] == tuple(shape[:2]) and type(sizes[0]) is int and sizes[0] == -1
+    return stays and all(size != -1 and ctx.is_number(size) for size in sizes[1:])
 
 
 def _shifts(ctx: LabelContext, node: fx.Node, x: Value, axis: int, place: int) -> bool:

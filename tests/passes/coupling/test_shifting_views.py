@@ -128,3 +128,34 @@ def test_heads_beside_dynamic_sizes_are_pruned(attention: str) -> None:
     for other in (x, torch.randn(3, 7, 10), torch.randn(1, 16, 10)):
         with torch.no_grad():
             assert gap(reference(other), slim(other)) < 1e-5
+
+
+BY_NUMBERS: dict[str, Callable[[Any], Any]] = {
+    "positions on one axis": lambda y: y.view(-1, 16, 24).unsqueeze(3),
+    "positions of one beside": lambda y: y.unsqueeze(-1).view(-1, 16, 4, 6),
+    "positions in parts": lambda y: y.reshape(-1, 16, 2, 2, 6).flatten(3),
+}
+
+
+@pytest.mark.parametrize("how", BY_NUMBERS.values(), ids=BY_NUMBERS)
+def test_numbers_of_the_examples_positions_do_not_lock_channels(how: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    model, x = Net(how).eval(), torch.randn(2, 3, 4, 6)
+    slim = fxprune.compress(model, 0.5, x, verify=True)
+    assert slim.get_parameter("first.weight").shape[0] == 8
+    assert any("it would put channels of one sample into others" in note for note in fxprune.record(slim).notes)
+    reference = zeroed(model, fxprune.record(slim).kept)
+    for other in (x, torch.randn(3, 3, 4, 6), torch.randn(1, 3, 6, 4)):
+        with torch.no_grad():
+            assert gap(reference(other), slim(other)) < 1e-5
+    with pytest.raises(RuntimeError):
+        slim(torch.randn(1, 3, 5, 5))
+    with pytest.raises(RuntimeError):
+        model(torch.randn(1, 3, 5, 5))
+
+
+def test_numbers_behind_channels_that_move_lock_them() -> None:
+    moving = (lambda y: y.view(-1, 8, 48).unsqueeze(3).repeat(1, 2, 1, 1), lambda y: y.flatten(2).mT.reshape(-1, 16, 24).unsqueeze(3))
+    for how in moving:
+        graph = fxprune.analyze(Net(how), torch.randn(2, 3, 4, 6))
+        assert not any(g.prunable and not g.notes for g in graph.groups if g.name.startswith("first"))
