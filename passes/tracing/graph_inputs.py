@@ -18,15 +18,17 @@ from torch.fx.graph import CodeGen
 from torch.fx.node import map_arg
 
 from fxprune.errors import TraceError
-from fxprune.passes.compat import HigherOrderOperator, OpOverload, OpOverloadPacket, PyTreeCodeGen, fx_pytree, tree_unflatten
+from fxprune.passes.compat import HigherOrderOperator, OpOverload, OpOverloadPacket, PyTreeCodeGen, find_proxy, fx_pytree, tree_unflatten
 from fxprune.passes.ir.factories import FACTORIES, RANDOM_FACTORIES
 from fxprune.passes.ir.notes import NoteKind
 from fxprune.passes.ir.slim_module import SlimModule
 from fxprune.passes.tracing.recorder import Recorder
+from fxprune.passes.tracing.sizes.arithmetic import RECORDED
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _BLOCKS = {"wrap_with_set_grad_enabled": ("no_grad", 1), "wrap_with_autocast": ("autocast", 4)}
 _FACTORIES = frozenset(getattr(torch, name) for name in FACTORIES + RANDOM_FACTORIES)
+_LIMITS = frozenset((torch.finfo, torch.iinfo))
 
 
 def graph_of(module: nn.Module) -> fx.Graph | None:
@@ -98,6 +100,8 @@ def _run(tracer: Recorder, module: Any, node: fx.Node, args: Any, kwargs: Any) -
         return _block(tracer, target, args)
     if isinstance(target, (OpOverload, OpOverloadPacket)) or target in _FACTORIES:
         return tracer.create_proxy("call_function", target, args, kwargs)
+    if (target in RECORDED and any(map(tracer.moves, args))) or (target in _LIMITS and find_proxy(args, kwargs) is not None):
+        return tracer.create_proxy("call_function", target, args, kwargs)  # called, they would give the numbers of the example
     return target(*args, **kwargs)
 
 

@@ -19,6 +19,7 @@ from fxprune.passes.tracing.side_effects.reachable import codes
 
 OF_MATH = ("sqrt", "isqrt", "log", "log2", "log10", "exp", "pow")
 _OF_MATH = tuple(getattr(math, name) for name in OF_MATH)  # as they are when no trace has replaced them
+RECORDED = frozenset((int, float, max, min, *_OF_MATH))  # what a graph calls of these it was recorded to call
 _CALLS = sys.version_info >= (3, 11)  # since then an opcode says whether a global is called
 _LOAD, _WIDE = dis.opmap["LOAD_GLOBAL"], dis.EXTENDED_ARG
 

@@ -225,11 +225,15 @@ def test_a_graph_module_asks_at_one_place_for_all_its_nodes() -> None:
     size = next(n for n in traced.graph.nodes if n.target == "size")
     product = next(iter(size.users))
     with traced.graph.inserting_after(product):
-        number = traced.graph.call_function(int, (product,))
+        number = traced.graph.call_function(operator.index, (product,))
     product.replace_all_uses_with(number, delete_user_cb=lambda user: user is not number)
     traced.recompile()
     (note,) = fxprune.analyze(traced, torch.randn(5, 6)).notes
-    assert "int() on the value 10 was specialised" in note
+    assert "an index on the value 10 was specialised" in note
+    number.target = int  # which stays a call
+    traced.recompile()
+    slim = fxprune.compress(traced, 0.5, torch.randn(5, 6))
+    assert not fxprune.record(slim).notes and slim(torch.randn(7, 6)).shape == (14, 3)
 
 
 class Deep(nn.Module):
