@@ -66,7 +66,8 @@ class Watched:
 
 
 def watched(model: nn.Module, example_inputs: Any) -> Watched:
-    """Run a copy of ``model``, in evaluation mode. The copy shares the weights, unless the model's code writes into them."""
+    """Run a copy of ``model`` in evaluation mode and then, for what else reads what submodules hold, in training mode. The copy shares the
+    weights, unless the model's code writes into them."""
     guard = Unwritten(model)
     shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters() if type(p) is nn.Parameter}
     try:
@@ -81,6 +82,7 @@ def watched(model: nn.Module, example_inputs: Any) -> Watched:
 
 def _run(twin: nn.Module, example_inputs: Any) -> Watched:
     set_training(twin, False)
+    training = False
     seen, stack = Watched(), list[nn.Module]()
     sizes: dict[str, int] = {}
     totals: dict[str, int] = {}
@@ -94,12 +96,13 @@ def _run(twin: nn.Module, example_inputs: Any) -> Watched:
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         given = tensors((args, kwargs))
         size = sum(t.numel() for t in given)
-        for name in names[module]:
+        for name in names[module] if not training else ():
             totals[name] = totals.get(name, 0) + size
             if name not in sizes or size > sizes[name]:
                 sizes[name] = size
                 made = to_meta((args, kwargs))
                 seen.calls[name] = PartCall(made[0], made[1], next((t.device for t in given), None))
+        for name in names[module]:
             seen.callers.setdefault(name, []).append(running())
         stack.append(module)
 
@@ -114,7 +117,7 @@ def _run(twin: nn.Module, example_inputs: Any) -> Watched:
     for module in names:
         if module is not twin:
             module.register_forward_pre_hook(enter, with_kwargs=True)
-            module.register_forward_hook(leave)
+            module.register_forward_hook(leave, always_call=True)
     held: dict[int, list[str]] = {}
     for name, tensor in _named(twin, ""):
         held.setdefault(id(tensor), []).append(name)
@@ -122,9 +125,14 @@ def _run(twin: nn.Module, example_inputs: Any) -> Watched:
     for name, module in _sized(twin, ""):
         sized.setdefault(id(module), []).append(name)
     seen.aliases = {name: of for of in (*held.values(), *sized.values()) for name in of}
-    args, kwargs = call_form(cloned(example_inputs))
     with ALONE, _sizes_watched(sized, read), _Weights(held, read), same_random_numbers(), torch.no_grad():
+        args, kwargs = call_form(cloned(example_inputs))
         twin(*args, **kwargs)
+        training = True
+        set_training(twin, True)
+        with contextlib.suppress(Exception):  # many models take other inputs in training
+            args, kwargs = call_form(cloned(example_inputs))
+            twin(*args, **kwargs)
     for name, call in seen.calls.items():
         seen.calls[name] = PartCall(call.args, call.kwargs, call.device, totals[name] / max(1, sizes[name]))
     return seen

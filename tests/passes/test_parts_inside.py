@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import subprocess
@@ -242,6 +243,8 @@ class Reading(nn.Module):
         if x.abs().max() > 1e6:
             return x
         y, layer = self.open(x) + self.read(x), self.read.up
+        if self.what == "training":
+            return y * layer.out_features**-0.5 if self.training else y
         if self.what == "weight":
             return y + F.linear(F.linear(x, layer.weight), self.read.down.weight)
         if self.what == "shape":
@@ -261,7 +264,7 @@ def _reading(what: str) -> Callable[[], Made]:
     return lambda: around(Reading(what), "open")
 
 
-for kind in ("weight", "shape", "number", "data", "inner", "parameters", "forward"):
+for kind in ("weight", "shape", "number", "data", "inner", "parameters", "forward", "training"):
     NETWORKS[f"what_a_part_holds_is_read_{kind}"] = _reading(kind)
 
 
@@ -641,6 +644,27 @@ def test_parts_that_change_the_result_are_none() -> None:
     why = next(g.reason for g in graph.groups if g.name == "body.inner.up")
     assert "traced by itself it computes something else" in why
     fxprune.compress(graph, 0.5, x, verify=True)
+
+
+class Trying(nn.Module):
+    """A part that fails is left by an exception, after which code reads what it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.open = Mlp(7, 12), Mlp(8, 12)
+
+    def forward(self, x: Tensor) -> Any:
+        if x.abs().max() > 1e6:
+            return x
+        with contextlib.suppress(RuntimeError):
+            x = self.inner(x)
+        return self.open(self.inner(x[..., :7]).sum(-1, keepdim=True) * self.inner.up.out_features**-0.5 + x)
+
+
+def test_what_is_read_behind_a_part_that_failed_is_seen() -> None:
+    torch.manual_seed(0)
+    graph = fxprune.analyze(Around(Trying()).eval(), torch.randn(3, 6, 5))
+    assert list(graph.traced.parts) == ["body.open"]
 
 
 def test_without_values_nothing_is_seen() -> None:

@@ -50,10 +50,8 @@ def view(ctx: LabelContext, node: fx.Node, input: Value, **named: Any) -> Any:
                     NoteKind.SIZE, "a map of one pixel was specialised to the example inputs: of larger ones channels would lie elsewhere"
                 )
             elif _would_mix_samples(ctx, node, input, axis):
-                ctx.note(
-                    NoteKind.SIZE,
-                    "a view by numbers was specialised to the example inputs: of larger ones it would put channels of one sample into others",
-                )
+                text = "a view by numbers was specialised to the example inputs: larger ones would put channels of one sample into others"
+                ctx.note(NoteKind.SIZE, text)
             else:
                 ctx.pin(vector, "the size of the input decides where its channels lie", ReasonKind.FOLDED)
     return made
