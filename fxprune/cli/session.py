@@ -137,11 +137,13 @@ class Session:
         if self.options.baseline:
             models["uniform"] = self.uniform(outcome, candidates, repairer)
         models |= {name: result.model for name, result in found.items()}
+        repaired = copy.deepcopy(dict(list(models.items())[1:])) if self.trains_slim else {}
         for name in list(models)[1:]:
             self.distil(name, models[name], original, watcher)
         watcher.stage("measuring on the test part")
         latencies = in_turns(list(models.values()), self.example, self.runtime)
-        rows = [self.measured(name, model, latency) for (name, model), latency in zip(models.items(), latencies, strict=True)]
+        timed = zip(models.items(), latencies, strict=True)
+        rows = [self.measured(name, model, latency, repaired.get(name)) for (name, model), latency in timed]
         exports = self.exported(found, watcher)
         return outputs.write(self.options, self.command, outcome, candidates, found, rows, unmet, self.data.num_classes, exports)
 
@@ -290,6 +292,12 @@ class Session:
         self._forget(f"distilling-{name}")
         model.eval()
 
+    @property
+    def trains_slim(self) -> bool:
+        """Whether the networks are trained after their repair."""
+        config = self.options.search
+        return bool(self.options.distillation_epochs or (config.recover == "norms" and config.recover_epochs))
+
     def recover_norms(self, name: str, model: nn.Module, teacher: nn.Module, watcher: Watcher) -> None:
         """Train the norms of a repaired network in place, where that is asked for, or take the weights that an earlier try came to."""
         config = self.options.search
@@ -341,11 +349,13 @@ class Session:
         )
         distill(student, teacher, self.training, config=config)
 
-    def measured(self, name: str, model: nn.Module, latency: float) -> Row:
-        """A network's figures; the only place where the test part is used."""
-        accuracy = evaluate_accuracy(model, self.data.batches("test", self.options.batch_size, device=self.device))
+    def measured(self, name: str, model: nn.Module, latency: float, repaired: nn.Module | None) -> Row:
+        """A network's figures, with those of what it was before training; the only place where the test part is used."""
+        test = self.data.batches("test", self.options.batch_size, device=self.device)
+        accuracy = evaluate_accuracy(model, test)
+        untrained = None if repaired is None else evaluate_accuracy(repaired, test)
         counts = profile(model, self.example)
-        return Row(name, accuracy, counts.macs, counts.params, latency, outputs.size_on_disk(model, self.folder))
+        return Row(name, accuracy, counts.macs, counts.params, latency, outputs.size_on_disk(model, self.folder), untrained)
 
     def exported(self, found: dict[str, SearchResult], watcher: Watcher) -> list[dict[str, Any]]:
         """The networks in the formats asked for. A format that fails is told of and costs neither the others nor the result."""

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Row:
-    """One network in the result table: accuracy on the test part as a share, costs per image, median latency in seconds, file size."""
+    """One network in the result table: accuracy on the test part as a share, costs per image, median latency in seconds, file size.
+
+    ``untrained`` is the accuracy of the repaired network before it was trained; None where nothing was trained after pruning.
+    """
 
     name: str
     accuracy: float
@@ -15,6 +18,7 @@ class Row:
     params: int
     latency: float
     bytes: int
+    untrained: float | None = None
 
 
 def count_text(value: float) -> str:

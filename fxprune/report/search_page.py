@@ -36,10 +36,17 @@ def _before_after(page: Page, rows: Sequence[Row]) -> str:
     def share(value: float, whole: float, row: Row) -> str:
         return "" if row is first or not whole else f" ({100 * value / whole:.1f} %)"
 
+    def accuracy(value: float | None, row: Row) -> str:
+        if value is None:
+            return ""
+        return f"{100 * value:.2f} %" + ("" if row is first else f" ({100 * (value - first.accuracy):+.2f})")
+
+    trained = any(row.untrained is not None for row in rows)
     lines = [
         [
             row.name,
-            f"{100 * row.accuracy:.2f} %" + ("" if row is first else f" ({100 * (row.accuracy - first.accuracy):+.2f})"),
+            accuracy(row.accuracy, row),
+            *([accuracy(row.untrained, row)] if trained else []),
             count_text(row.macs) + share(row.macs, first.macs, row),
             count_text(row.params) + share(row.params, first.params, row),
             latency_text(row.latency) + share(row.latency, first.latency, row),
@@ -47,7 +54,8 @@ def _before_after(page: Page, rows: Sequence[Row]) -> str:
         ]
         for row in rows
     ]
-    shown = table(["network", "test accuracy", "MACs", "parameters", "latency", "size on disk"], lines, kind="plain")
+    heads = ["network", "test accuracy", *(["before training"] if trained else []), "MACs", "parameters", "latency", "size on disk"]
+    shown = table(heads, lines, kind="plain")
     drawn = "" if page.reason else figures.before_after(rows)
     return shown + ("" if page.reason or len(rows) < 2 else page.figure("before-after", "What is left of each cost", drawn, ""))
 

@@ -100,7 +100,9 @@ def result_table(rows: Sequence[Row], title: str = "") -> Table:
     first = rows[0]
     # Three networks fit into 80 columns with figure and share on one line; of more, the shares go below.
     apart = " " if len(rows) <= 3 else "\n"
-    table.add_row("test accuracy", *(_accuracy(row, first, apart) for row in rows))
+    table.add_row("test accuracy", *(_accuracy(row.accuracy, row, first, apart) for row in rows))
+    if any(row.untrained is not None for row in rows):
+        table.add_row("before training", *("" if row.untrained is None else _accuracy(row.untrained, row, first, apart) for row in rows))
     lines: tuple[tuple[str, str, Callable[[float], str]], ...] = (
         ("MACs", "macs", count_text),
         ("parameters", "params", count_text),
@@ -114,9 +116,9 @@ def result_table(rows: Sequence[Row], title: str = "") -> Table:
     return table
 
 
-def _accuracy(row: Row, first: Row, apart: str) -> str:
-    difference = 100 * (row.accuracy - first.accuracy)
-    return f"{100 * row.accuracy:.2f} %" + ("" if row is first else f"{apart}({difference:+.2f})")
+def _accuracy(accuracy: float, row: Row, first: Row, apart: str) -> str:
+    difference = 100 * (accuracy - first.accuracy)
+    return f"{100 * accuracy:.2f} %" + ("" if row is first else f"{apart}({difference:+.2f})")
 
 
 def _share(value: float, whole: float, is_whole: bool, apart: str) -> str:

@@ -27,8 +27,10 @@ from fxprune.allocation import tables
 from fxprune.cli import command as cli
 from fxprune.cli import session
 from fxprune.cli.arguments import read
+from fxprune.data.datasets import load_data
 from fxprune.driver.config import PRESETS
 from fxprune.errors import SearchError
+from fxprune.evaluation.accuracy import evaluate_accuracy
 from fxprune.evaluation.likeness import Likeness
 from fxprune.exporting.formats import FORMATS
 from fxprune.models.small import digits_net
@@ -336,7 +338,12 @@ def test_norms_are_recovered_between_repair_and_distillation_and_a_resumed_run_r
         patched.setattr(session, "Repairer", again)
         patched.setattr(session, "recover_norms", again)
         assert run("--resume", tmp_path).status == 0
-    assert fxprune.record(fxprune.load(tmp_path / "slim.safetensors", digits_net())).repaired
+    slim = fxprune.load(tmp_path / "slim.safetensors", digits_net())
+    assert fxprune.record(slim).repaired
+    slim.load_state_dict(weights[0])
+    original, found = json.loads((folder / "result.json").read_text())["rows"]
+    assert original["untrained"] is None
+    assert found["untrained"] == pytest.approx(evaluate_accuracy(slim.eval(), load_data("digits").batches("test", 100)))
 
 
 def interrupted(*_: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from fxprune.report.formatting import Row
@@ -54,7 +55,7 @@ def result(*targets: str) -> dict[str, Any]:
         "summary": "It went <well>.",
         "command": "fxprune-search --model 'my.module:<net>'",
         "load": "import fxprune",
-        "rows": [vars(row) for row in ROWS],
+        "rows": [asdict(row) for row in ROWS],
         "groups": [{"name": "stem.0[0:8]", "units": 24, "removed": 6, "uniform": 7}],
         "coupling": coupling(),
         "layers": [{"name": "stem.0", "macs": [4000, 2500], "params": [240, 180]}, {"name": "head", "macs": [80, 80], "params": [90, 90]}],

@@ -77,6 +77,14 @@ def test_page_is_whole_self_contained_and_escaped(targets: list[str]) -> None:
         assert expected in outline.text
 
 
+def test_the_table_says_what_training_brought() -> None:
+    assert "before training" not in Outline(search_page(result(), history())).text
+    found = result()
+    found["rows"][-1]["untrained"] = 0.9752
+    text = Outline(search_page(found, history())).text
+    assert "before training" in text and "97.52 % (-1.37)" in text
+
+
 def test_figures_hold_what_was_found() -> None:
     pytest.importorskip("plotly", reason="the search extra is not installed")
     drawn = json.loads(Outline(search_page(result(), history())).data["figures"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,6 +93,16 @@ def test_result_table_of_several_networks_breaks_no_figure() -> None:
     for expected in ("875.57 k │", "(70.0 %)", "(-0.28)", "113.1 kB", "slim-params=0.3"):
         assert expected in text
     assert all(line.count("(") == line.count(")") for line in lines)
+
+
+def test_result_table_says_what_training_brought() -> None:
+    original, slim = ROWS
+    uniform = replace(slim, name="uniform", untrained=0.9102)
+    lines = printed(result_table([original, uniform, replace(slim, untrained=0.9352)]), 80)
+    assert max(map(len, lines)) <= 80
+    (line,) = [line for line in lines if "before training" in line]
+    assert "91.02 % (-7.87)" in line and "93.52 % (-5.37)" in line and line.count("%") == 2  # the original has none
+    assert not any("before training" in line for line in printed(result_table(ROWS), 80))
 
 
 def test_figures_as_text() -> None:
