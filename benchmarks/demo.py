@@ -86,8 +86,11 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
         )
     lines.append("")
     for name in ("uniform", "magnitude"):
-        before, after = (_gain([100 * (cell["slim"][key] - cell[name][key]) for cell in cells]) for key in ("untrained", "accuracy"))
-        lines.append(f"Search minus {name}: {before} before training, {after} after it, {len(cells)} seeds.")
+        kinds = [("accuracy", "in the end")]
+        if all(cell["slim"]["untrained"] is not None for cell in cells):
+            kinds.insert(0, ("untrained", "before training"))
+        gains = (f"{_gain([100 * (cell['slim'][key] - cell[name][key]) for cell in cells])} {when}" for key, when in kinds)
+        lines.append(f"Search minus {name}: {', '.join(gains)}; {len(cells)} seeds.")
     return "\n".join(lines)
 
 

@@ -298,14 +298,18 @@ def test_torch_pruning_takes_what_the_budget_asks_for() -> None:
 
 def test_the_demo_is_measured_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert demo.demo_options()[:2] == ["--data", "warped-digits"]
-    quick = ["--train-epochs", "1", "--distill-epochs", "0", "--evaluations", "3", "--score-images", "60", "--calibration-images", "64"]
+    quick = ["--train-epochs", "1", "--distill-epochs", "1", "--evaluations", "3", "--score-images", "60", "--calibration-images", "64"]
     monkeypatch.setattr(demo, "demo_options", lambda: [*quick, "--repair-images", "64"])
     page, out = tmp_path / "demo.md", tmp_path / "demo.jsonl"
     demo.main(["--seeds", "0,1", "--out", str(out), "--page", str(page)])
     text = page.read_text()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "%" in line]
     assert [row[0].strip("| ") for row in rows] == ["original", "uniform", "magnitude", "search"]
-    assert all(45 < float(row[2].rstrip(" %")) < 50.6 for row in rows[1:]) and "points above uniform (standard error" in text
+    assert all(45 < float(row[3].rstrip(" %")) < 50.6 for row in rows[1:])
+    assert not rows[0][1] and all(row[1].count("%") == 1 for row in rows[1:])
+    for name in ("uniform", "magnitude"):
+        (gain,) = [line for line in text.splitlines() if line.startswith(f"Search minus {name}: ")]
+        assert gain.count("(standard error") == 2 and "before training, " in gain and gain.endswith("in the end; 2 seeds.")
     written = out.read_text()
     demo.main(["--seeds", "0,1", "--out", str(out)])  # nothing is left to do
     assert out.read_text() == written
