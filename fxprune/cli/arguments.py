@@ -29,7 +29,7 @@ HELP = {
     "train_epochs": "epochs of ordinary training before the search; default: enough for digits, else none",
     "distill_epochs": "epochs of distillation after the search; default: 20 for digits, else 2",
     "distill_lr": "highest learning rate of the distillation",
-    "baseline": "distil and test the uniform allocation too, for comparison",
+    "baseline": "distil the uniform allocation and the one halfway to it too, test the former, and keep the best",
     "score_images": "held-out training images that a candidate is scored on",
     "rough_images": "of these, how many judge all but the finalists, where --finalists says how many",
     "calibration": "data: training images; none: inputs made from what BatchNorm layers remember, for importance and repair",

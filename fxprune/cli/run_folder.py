@@ -93,7 +93,7 @@ def write(
         "unmet": unmet,
         "command": command,
         "load": _snippet(options, classes),
-        "summary": _summary(rows, outcome, unmet),
+        "summary": _summary(rows, outcome, unmet, found["slim"].policy.meta.get("allocation")),
         "rows": [asdict(row) for row in rows],
         "exports": list(exports),
         "groups": _groups(found["slim"], candidates),
@@ -172,12 +172,15 @@ def _snippet(options: Options, classes: int) -> str:
     )
 
 
-def _summary(rows: Sequence[Row], outcome: SearchOutcome, unmet: str) -> str:
+def _summary(rows: Sequence[Row], outcome: SearchOutcome, unmet: str, instead: str | None) -> str:
     first, last = rows[0], rows[-1]
     said = (
         f"Test accuracy {100 * last.accuracy:.2f} % after {100 * first.accuracy:.2f} %, with {100 * last.macs / first.macs:.1f} % of the "
         f"MACs and {100 * last.params / first.params:.1f} % of the parameters; {outcome.evaluations} networks were scored."
     )
+    if instead is not None:
+        kept = "the uniform allocation" if instead == "uniform" else "the allocation halfway between it and the uniform one"
+        said += f" After training, what the search found was not the best on held-out images; kept is {kept}."
     recoveries = [step["recover_seconds"] for step in outcome.history if "recover_seconds" in step]
     if recoveries:
         said += f" {len(recoveries)} recoveries between steps took {duration_text(sum(recoveries))}."

@@ -10,13 +10,14 @@ import shutil
 import zlib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
-from torch import fx, nn
+from torch import nn
 
 from fxprune import driver
 from fxprune.api import analyze, compress, record
@@ -36,6 +37,7 @@ from fxprune.evaluation.running import call, evaluating, one_thread
 from fxprune.evaluation.synthetic import NONE, synthetic_batches, without_labels
 from fxprune.exporting.exporter import export
 from fxprune.exporting.formats import FORMATS, require
+from fxprune.importance.criteria import importance_name
 from fxprune.models.loading import load_model
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.planning.cost_model import cost_model
@@ -133,17 +135,24 @@ class Session:
         for note in next((record(result.model).notes for result in found.values()), ()):
             if note.startswith("repair"):
                 watcher.stage(note)
+        rivals = self.rivals(outcome, found["slim"], candidates, repairer) if self.options.baseline else {}
+        slim = {name: result.model for name, result in {**rivals, **found}.items()}
+        repaired: dict[nn.Module, nn.Module] = {model: copy.deepcopy(model) for model in slim.values()} if self.trains_slim else {}
+        for name, model in slim.items():
+            self.distil(name, model, original, watcher)
         models: dict[str, nn.Module] = {"original": original}
-        if self.options.baseline:
-            models["uniform"] = self.uniform(outcome, candidates, repairer)
+        if rivals:
+            models["uniform"] = rivals["uniform"].model
+            searched = found["slim"]
+            if self.trains_slim and not unmet:
+                found["slim"] = self.best_trained(outcome, searched, rivals, watcher)
+            if found["slim"] is not searched:
+                models["searched"] = searched.model
         models |= {name: result.model for name, result in found.items()}
-        repaired = copy.deepcopy(dict(list(models.items())[1:])) if self.trains_slim else {}
-        for name in list(models)[1:]:
-            self.distil(name, models[name], original, watcher)
         watcher.stage("measuring on the test part")
         latencies = in_turns(list(models.values()), self.example, self.runtime)
         timed = zip(models.items(), latencies, strict=True)
-        rows = [self.measured(name, model, latency, repaired.get(name)) for (name, model), latency in timed]
+        rows = [self.measured(name, model, latency, repaired.get(model)) for (name, model), latency in timed]
         exports = self.exported(found, watcher)
         return outputs.write(self.options, self.command, outcome, candidates, found, rows, unmet, self.data.num_classes, exports)
 
@@ -272,11 +281,43 @@ class Session:
         stems = [f"slim-{'-'.join(point.targets)}" for point in points[:-1]] + ["slim"]
         return {stem: result_of(point, candidates, self.options.search, repairer) for stem, point in zip(stems, points, strict=True)}
 
-    def uniform(self, outcome: driver.SearchOutcome, candidates: Candidates, repairer: Repairing) -> fx.GraphModule:
-        """The uniform allocation on the same budget as the outcome, from the same weights, with the same ranking of units and repair."""
-        removed = outcome.baselines["uniform"].removed
-        policy = candidates.policy(removed, {}, "l2")
-        return repair_result(compress(candidates.graph, policy), removed, candidates, repairer)
+    def rivals(
+        self, outcome: driver.SearchOutcome, found: SearchResult, candidates: Candidates, repairer: Repairing
+    ) -> dict[str, SearchResult]:
+        """What a search has to be better than: the uniform allocation and, where networks are trained after their repair, the one halfway
+        to it. On the same budget, from the same weights, with the same repair. A score before training says little of allocations that
+        leave some layers next to nothing, and training makes them alike or worse."""
+        even, halfway = outcome.baselines["uniform"].removed, outcome.halfway
+        made = {"uniform": self.beside(found, "uniform", even, "l2", candidates, repairer)}
+        if halfway is not None and self.trains_slim:
+            importance = importance_name(self.options.search.importance)
+            made["halfway"] = self.beside(found, "halfway", halfway, importance, candidates, repairer)
+        return made
+
+    def beside(
+        self, found: SearchResult, name: str, removed: Any, importance: str, candidates: Candidates, repairer: Repairing
+    ) -> SearchResult:
+        """Another allocation on the budget of ``found``, repaired."""
+        meta = {key: value for key, value in found.policy.meta.items() if key not in ("reward", "metrics")}
+        policy = candidates.policy(removed, {**meta, "allocation": name}, importance)
+        model = repair_result(compress(candidates.graph, policy), removed, candidates, repairer)
+        return replace(found, policy=policy, model=model)
+
+    def best_trained(
+        self, outcome: driver.SearchOutcome, found: SearchResult, rivals: dict[str, SearchResult], watcher: Watcher
+    ) -> SearchResult:
+        """The best on the held-out images of what the search found and of its rivals that meet the target, all of them trained alike; of
+        equals the first. A latency is known of what the search measured alone."""
+        even = outcome.baselines["uniform"]
+        known = even.met and not self.options.search.timed and not np.array_equal(even.removed, outcome.removed)
+        trained = {"search": found, **{name: one for name, one in rivals.items() if name != "uniform" or known}}
+        if len(trained) == 1:
+            return found
+        scores = {name: self.validation(one.model) for name, one in trained.items()}
+        best = max(scores, key=lambda name: scores[name])
+        said = ", ".join(f"{name} {100 * score:.2f} %" for name, score in scores.items())
+        watcher.stage(f"after training, on held-out images: {said}; kept: {best}")
+        return trained[best]
 
     def distil(self, name: str, model: nn.Module, teacher: nn.Module, watcher: Watcher) -> None:
         """Distil a slim network in place, or take the weights that an earlier try came to."""

@@ -266,7 +266,18 @@ class _Search:
     def outcome(self, budget: Budget, chosen: Scored) -> SearchOutcome:
         targets = tuple(str(target) for target in budget.targets)
         records = tuple(self.history.records)
-        return SearchOutcome(chosen.removed, chosen.reward, chosen.metrics, records, self.evaluator.count, dict(self.baselines), targets)
+        found = (chosen.removed, chosen.reward, chosen.metrics, records, self.evaluator.count, dict(self.baselines), targets)
+        return SearchOutcome(*found, self.halfway(budget, chosen.removed))
+
+    def halfway(self, budget: Budget, removed: IntArray) -> IntArray | None:
+        """The allocation on the budget between ``removed`` and the uniform one, if it is another than these and known to be on target."""
+        if any(target.metric == LATENCY for target in budget.targets) or not budget.met(removed):
+            return None
+        even = self.baselines["uniform"].removed
+        widths = budget.space.widths > 0  # blocks cannot go by halves: those of ``removed`` do
+        found = budget.fitted(np.where(widths, (removed + even + 1) // 2, removed))
+        known = any(np.array_equal(found, one) for one in (removed, even))
+        return found if budget.met(found) and not known else None
 
     def unmet(self, budget: Budget, chosen: Scored, why: str, more: str = "") -> TargetError:
         nearest = _joined([*self.points, self.outcome(budget, chosen)])

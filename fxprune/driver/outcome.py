@@ -38,6 +38,8 @@ class SearchOutcome:
     ``evaluations``: scorings made, baselines included.
     ``baselines``: "original" and "uniform", the latter on the same budget.
     ``targets``: the targets as written.
+    ``halfway``: like ``removed``, on the same budget, halfway between it and the uniform allocation; not scored. None where no such
+    allocation is another than these two or is known to meet the target (a latency is only known once it is measured).
     ``pareto``: the outcomes of all points of a Pareto run, the mildest target first; empty in an ordinary run.
     """
 
@@ -48,6 +50,7 @@ class SearchOutcome:
     evaluations: int
     baselines: Mapping[str, Allocation]
     targets: tuple[str, ...]
+    halfway: IntArray | None = None
     pareto: tuple[SearchOutcome, ...] = field(default=(), repr=False)
 
     def state(self) -> dict[str, Any]:
@@ -60,6 +63,7 @@ class SearchOutcome:
             "evaluations": self.evaluations,
             "baselines": {name: allocation.state() for name, allocation in self.baselines.items()},
             "targets": list(self.targets),
+            "halfway": None if self.halfway is None else self.halfway.tolist(),
         }
 
     @classmethod
@@ -73,6 +77,7 @@ class SearchOutcome:
             state["evaluations"],
             {name: Allocation.of(item) for name, item in state["baselines"].items()},
             tuple(state["targets"]),
+            None if state.get("halfway") is None else np.array(state["halfway"], dtype=np.int64),
         )
 
 

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fxprune
 from fxprune.allocation import tables
@@ -344,6 +344,30 @@ def test_norms_are_recovered_between_repair_and_distillation_and_a_resumed_run_r
     original, found = json.loads((folder / "result.json").read_text())["rows"]
     assert original["untrained"] is None
     assert found["untrained"] == pytest.approx(evaluate_accuracy(slim.eval(), load_data("digits").batches("test", 100)))
+
+
+@pytest.mark.parametrize("best", ["halfway", "uniform", "search"])
+def test_what_is_best_after_training_is_kept(best: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def judged(module: nn.Module) -> float:
+        pruned = isinstance(module, fx.GraphModule)  # the original is none
+        return float(pruned and fxprune.record(module).policy.meta.get("allocation", "search") == best)
+
+    monkeypatch.setattr(session.Session, "validation", property(lambda _: judged))
+    ended = run("--out", tmp_path, *QUICK, "--target", "macs=0.4")
+    assert ended.status == 0 and f"kept: {best}" in ended.out
+    rows = {row["name"]: row for row in json.loads((tmp_path / "checkpoint" / "result.json").read_text())["rows"]}
+    policy = fxprune.Policy.load(tmp_path / "policy.json")
+    slim = fxprune.load(tmp_path / "slim.safetensors", digits_net())
+    removed = {name: len(units) for name, units in fxprune.record(slim).removed_units.items()}
+    sizes = {group.name: group.size for group in fxprune.analyze(digits_net(), torch.randn(1, 1, 8, 8)).groups}
+    assert all(removed.get(name, 0) == round(sparsity * sizes[name]) for name, sparsity in policy.sparsity.items())
+    assert rows["slim"]["macs"] / rows["original"]["macs"] == pytest.approx(0.4, rel=0.011)
+    if best == "search":
+        assert list(rows) == ["original", "uniform", "slim"] and "allocation" not in policy.meta
+        return
+    assert list(rows) == ["original", "uniform", "searched", "slim"] and policy.meta["allocation"] == best
+    assert "was not the best on held-out images" in (tmp_path / "report.html").read_text()
+    assert ({**rows["slim"], "name": "", "latency": 0} == {**rows["uniform"], "name": "", "latency": 0}) is (best == "uniform")
 
 
 def interrupted(*_: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fxprune.driver import Problem, Progress, SearchConfig, run
+from fxprune.driver.outcome import SearchOutcome
 from fxprune.driver.problem import IntArray
 from fxprune.errors import EvaluationError, SearchError, TargetError
 from fxprune.testing.synthetic import Chain
@@ -40,6 +41,24 @@ def test_outcome_is_the_best_on_target_and_counts_scorings() -> None:
     on_target = [c["reward"] for record in found.history for c in record["candidates"] if c["on_target"]]
     assert found.reward == max([*on_target, found.baselines["uniform"].reward])
     assert found.metrics["accuracy"] == Chain().score(found.removed)["accuracy"]
+
+
+@pytest.mark.parametrize("target", ["macs=0.5", "params=0.3", "sparsity=0.4"])
+def test_what_lies_halfway_to_uniform_is_on_the_budget_and_not_scored(target: str) -> None:
+    chain, metric = Chain(), target.partition("=")[0]
+    found = run(chain.problem(), SearchConfig(targets=target, **SMALL))
+    assert found.halfway is not None and found.evaluations == chain.calls
+    even = found.baselines["uniform"].removed
+    shares = {"sparsity": found.halfway.sum() / chain.problem().space.widths.sum(), **chain.problem().cost(found.halfway)}
+    assert shares[metric] == pytest.approx(float(target.partition("=")[2]), rel=0.011)
+    for end in (found.removed, even):
+        assert np.abs(found.halfway - end).sum() < np.abs(found.removed - even).sum()
+    assert SearchOutcome.of(json.loads(json.dumps(found.state()))).halfway.tolist() == found.halfway.tolist()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("target", "strategy"), [("latency=0.6", "rl-pruner"), ("macs=0.5", "uniform")])
+def test_nothing_lies_halfway_to_itself_and_times_are_not_guessed(target: str, strategy: str) -> None:
+    assert run(Chain().problem(), SearchConfig(targets=target, strategy=strategy, **SMALL)).halfway is None
 
 
 def test_history_is_json_with_one_record_a_step() -> None:
