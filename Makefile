@@ -4,7 +4,7 @@
 # All need Python 3.10 or later and a package index; PYTHON=python3.12 chooses one.
 
 PYTHON ?= python3
-DEMO := --data warped-digits --model fxprune.models:warped_digits_net --train-epochs 5 --distill-epochs 2 --target macs=0.12
+DEMO := --data warped-digits --model fxprune.models:warped_digits_net --train-epochs 5 --distill-epochs 2 --target macs=0.1
 VENV ?= .venv
 BIN := $(VENV)/bin
 

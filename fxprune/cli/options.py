@@ -21,7 +21,8 @@ class Options:
 
     ``train_epochs``: epochs of ordinary training before the search; None: enough for digits where there are no weights, else none.
     ``distill_epochs``: epochs of distillation after it; None: by the size of the data. ``baseline``: whether the uniform allocation is
-    tested too and, where the result is distilled, that one and the one halfway to it as well, of which the best is kept. ``score_images``, ``calibration_images``: held-out images a candidate is scored on; training images for
+    tested too and, where the result is distilled, that one and the one halfway to it as well, of which the best is kept.
+    ``score_images``, ``calibration_images``: held-out images a candidate is scored on; training images for
     importance and for the repair of a candidate before it is scored. ``repair_images``: training images for the repair of the result.
     ``calibration``: "data", or "none": both are made without data then, ``calibration_images`` of them (``fxprune.synthetic_batches``).
     ``rough_images``: as many of the score images judge all but the finalists, where ``search.finalists`` are asked for.
