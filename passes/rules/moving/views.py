@@ -94,6 +94,8 @@ def _shifts(ctx: LabelContext, node: fx.Node, x: Value, axis: int, place: int) -
     if not isinstance(sizes, (tuple, list)) or len(sizes) != after:
         return False
     while before - 1 > axis and after - 1 > place and x.shape[before - 1] == shape[after - 1] > 1:
+        if ctx.is_number(sizes[after - 1]) and sizes[after - 1] != -1 and not ctx.is_fixed(_source(node), before - 1):
+            break  # a number that happens to be the example's size
         before, after = before - 1, after - 1
     own, behind = sizes[place], sizes[place + 1 : after]
     if all(ctx.is_fixed(_source(node), a) for a in range(axis + 1, before)):

@@ -131,6 +131,8 @@ def test_heads_beside_dynamic_sizes_are_pruned(attention: str) -> None:
 
 
 BY_NUMBERS: dict[str, Callable[[Any], Any]] = {
+    "the shape of the example": lambda y: y.view(-1, 16, 4, 6),
+    "positions flat as in the example": lambda y: y.flatten(2).view(-1, 16, 24).unsqueeze(3),
     "positions on one axis": lambda y: y.view(-1, 16, 24).unsqueeze(3),
     "positions of one beside": lambda y: y.unsqueeze(-1).view(-1, 16, 4, 6),
     "positions in parts": lambda y: y.reshape(-1, 16, 2, 2, 6).flatten(3),
