@@ -41,6 +41,7 @@ _FX = frozenset(
 
 
 MODES = "_held_modes"  # attribute: mode of the whole, "train" or "eval" -> the submodules in another one, by name, and their flag
+_COPIED = "_user_preserved_attributes"  # where torch.fx looks for the attributes that a copy of a graph module has
 FOLLOWING = "_following"  # attribute that names the plain tensors of a module that move with it
 
 
@@ -298,6 +299,7 @@ def _detach_parts(module: nn.Module, known: dict[nn.Module, nn.Module]) -> None:
             plain = known[child] = child.detached()
             own = {key: value for key, value in child._state().items() if not key.startswith("_") and key not in plain.__dict__}
             plain.__dict__.update(own)
+            plain.meta[_COPIED] = own  # else a copy of it would be without
         module._modules[name] = known[child]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxprune.passes.ir.skeleton import fill
 from fxprune.passes.ir.slim_module import FOLLOWING
@@ -58,9 +58,16 @@ def assemble(modules: Copies, memo: dict[int, Any], constants: Mapping[str, torc
     return root
 
 
-def replace_module(tree: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever ``old`` is registered."""
-    for module in tree.modules():
-        for name, child in module._modules.items():
-            if child is old:
-                module._modules[name] = new
+def replace_module(tree: nn.Module, old: nn.Module, new: fx.GraphModule) -> None:
+    """Put ``new`` wherever ``old`` is: code may also hold it in a list or under a name of its own, so ``old`` becomes ``new`` if it can."""
+    try:
+        old.__class__ = type(new)
+    except TypeError:  # a class with slots
+        for module in tree.modules():
+            for name, child in module._modules.items():
+                if child is old:
+                    module._modules[name] = new
+        return
+    object.__setattr__(old, "__dict__", new.__dict__)
+    for graph in new.__dict__["graphs"].values():
+        graph.owning_module = old

@@ -7,6 +7,7 @@ with the new values and must give the slim graph.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 import types
@@ -111,6 +112,27 @@ def integers(holder: Any, depth: int = _DEPTH) -> Iterator[tuple[Keys, int]]:
                 yield (key, *keys), found
 
 
+def names_reached(module: nn.Module) -> frozenset[str]:
+    """Names in the code of a module's class, of functions that it holds, and of those that these name: what it may read of others."""
+    kinds = [base for base in type(module).__mro__ if base not in (nn.Module, object)]
+    todo = [function for holder in (*kinds, module) for function in holder.__dict__.values()]
+    seen: set[types.CodeType] = set()
+    names: set[str] = set()
+    while todo:
+        function = _function(todo.pop())
+        code = getattr(function, "__code__", None)
+        if code is None or code in seen or str(function.__module__).startswith("torch."):
+            continue
+        seen.add(code)
+        own = _names_of_code(code) if function.__name__ != "__init__" else set()
+        names |= own
+        todo += [function.__globals__[name] for name in own if isinstance(function.__globals__.get(name), types.FunctionType)]
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):  # an empty one
+                todo.append(cell.cell_contents)
+    return frozenset(names)
+
+
 @cache
 def names_of_class(kind: Any) -> frozenset[str]:
     names: set[str] = set()
@@ -122,10 +144,13 @@ def names_of_class(kind: Any) -> frozenset[str]:
 
 
 def _names(function: Any) -> set[str]:
-    function = getattr(function, "__wrapped__", function)
-    function = function.fget if isinstance(function, property) else getattr(function, "__func__", function)
-    code = getattr(function, "__code__", None)
+    code = getattr(_function(function), "__code__", None)
     return set() if code is None else _names_of_code(code)
+
+
+def _function(function: Any) -> Any:
+    function = getattr(function, "__wrapped__", function)
+    return function.fget if isinstance(function, property) else getattr(function, "__func__", function)
 
 
 def _names_of_code(code: types.CodeType) -> set[str]:

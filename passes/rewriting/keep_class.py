@@ -16,7 +16,7 @@ from torch import fx, nn
 from fxprune.errors import TraceError, UnsupportedError
 from fxprune.example_inputs import build
 from fxprune.passes.ir.notes import Note, NoteKind
-from fxprune.passes.ir.traced import TracedModel
+from fxprune.passes.ir.traced import Surroundings, TracedModel
 from fxprune.passes.labels.values import Vector
 from fxprune.passes.rewriting import attributes
 from fxprune.passes.rewriting.agreement import Agreement, Difference
@@ -83,6 +83,7 @@ def kept_class(slimmer: Slimmer) -> nn.Module:
         setting = _Setting(original, made, {slot: _value(of) for slot, of in slots.items()})
         error = _disagreement(slimmer, rewritten, made, setting, known, choice)
         if error is None:
+            _refuse_read(traced, made, setting)
             slimmer.settings = setting.notes()
             return made
         setting.undo()
@@ -214,6 +215,21 @@ def _sizes_of(slimmer: Slimmer, made: nn.Module, path: str, setting: _Setting) -
         if slot not in setting.done and name in names and len(sizes) == 1 and value not in sizes:
             found[slot] = next(iter(sizes))
     return found
+
+
+def _refuse_read(traced: TracedModel, made: nn.Module, setting: _Setting) -> None:
+    """Raise where an attribute was set that code which is not traced may read too: nobody saw what it does with the number."""
+    around = Surroundings(traced)
+    running = {path: module for path, module in made.named_modules(remove_duplicate=False) if around.opaque(path) is not None}
+    for slot, (old, new) in setting.done.items():
+        reach = [o for o in traced.opaque if slot.path.startswith(f"{o}.") or len(slot.keys) > 1]  # in a part of it, or in a shared object
+        for path, module in running.items():
+            if any(path == o or path.startswith(f"{o}.") for o in reach) and slot.keys[-1] in attributes.names_reached(module):
+                reader, kind = f"{path!r} ({type(module).__name__})", type(made).__name__
+                raise UnsupportedError(
+                    f"keep_class: {slot} becomes {new} from {old}, and code of {reader}, which could not be traced, names "
+                    f"{slot.keys[-1]!r} too, so {kind} cannot stay; {_INSTEAD}"
+                )
 
 
 def _unanswered(known: Attributes, choice: Mapping[Any, Any]) -> Iterable[Literal]:

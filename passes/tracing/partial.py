@@ -91,13 +91,13 @@ def add_parts(
 
 
 def calls_of(traced: TracedModel) -> dict[str, Json] | None:
-    """The parts of a traced model as JSON: what each is called with on the example, and how often. None where there are none, or where
-    JSON cannot say it."""
+    """The parts of a traced model as JSON: what each is called with on the example, and how often. None where nothing could be
+    one, or where JSON cannot say it."""
     try:
         found = {path: {"call": describe((call.args, call.kwargs)), "times": call.times} for path, call in traced.parts.items()}
     except InputError:
         return None
-    return found or None
+    return found if found or traced.no_parts else None  # none: they are not looked for again, where there may be no values to judge them by
 
 
 def _recorded(calls: Mapping[str, Json]) -> Watched:

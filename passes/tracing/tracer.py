@@ -81,6 +81,7 @@ class ShapeTracer(fx.Tracer):
         )
         self.notes: dict[Note, None] = {}
         self.asked = Asked(self.notes)
+        self.flags: set[fx.Node] = set()  # those that the graph holds to what they are on the example
         self.read: set[str] = set()
         self.graph_is_training = False
         self.busy = False  # running an operation for its shape: nothing is recorded meanwhile
@@ -440,10 +441,26 @@ class ShapeTracer(fx.Tracer):
             if all(_isinstance(a, torch.dtype) and (a.is_floating_point or a.is_complex) for a in compared):
                 self.note(NoteKind.DTYPE, f"a branch on the dtype was specialised to {compared[0]}", self.here())
             return
+        if self.path and self.recording and _is_flag(proxy.node):
+            self._held(proxy.node, what)
+            return
         if counted.by_values(proxy.node, self.skeleton.module):
             raise TraceError(f"{self.here()}: {what} is how many elements of a tensor are true, which only its values say")
         if extents.depends(proxy.node, self.skeleton.module) is not None:
             self.asked.add(Note(NoteKind.SIZE, f"{what} was specialised to the example inputs", self.here()), self.source)
+
+    def _held(self, node: fx.Node, what: str) -> None:
+        """Code that is not traced may give a part other flags than on the example: the graph takes those that it was traced with alone."""
+        if node in self.flags:
+            return
+        self.flags.add(node)
+        value = node.meta["val"]
+        same = self.graph.call_function(operator.eq, (node, value))
+        check = self.graph.call_function(
+            assert_true, (same, f"{self.here()}: the part {self.path!r} was traced with {what} and takes no other")
+        )
+        for made, found in ((same, True), (check, None)):
+            made.meta.update(val=found, where=self.here(), owner=self._owner())
 
     def moves(self, value: Any) -> bool:
         """Whether ``value`` is the proxy of a number that a size of the input enters, or that is an input."""
@@ -494,3 +511,15 @@ def _failure(kind: Any) -> type[TraceError]:
     if caught is None or issubclass(kind, NotImplementedError):  # which says that there is no kernel without values
         return TraceError
     return type("TraceError", (TraceError, caught), {"__module__": TraceError.__module__})
+
+
+def _is_flag(node: fx.Node) -> bool:
+    """Whether a number, text or condition is made of such inputs alone, none of a tensor's."""
+    todo, seen = [node], {node}
+    while todo:
+        one = todo.pop()
+        if type(one.meta.get("val")) not in (bool, int, float, str) or one.op in ("get_attr", "call_module"):
+            return False
+        todo += [n for n in one.all_input_nodes if n not in seen]
+        seen.update(one.all_input_nodes)
+    return True

@@ -40,12 +40,14 @@ _SAFE: frozenset[Any] = frozenset(
 @dataclass
 class Watched:
     """``calls``: submodule -> the largest of its calls, if it was called. ``callers``: submodule -> for every call which modules ran.
-    ``readers``: parameter, buffer, or layer with sizes -> for every read of it which modules ran."""
+    ``readers``: parameter, buffer, or layer with sizes -> for every read of it which modules ran. ``aliases``: each of these -> all of its
+    names. ``swapped``: modules that were called with other parameters than their own (``torch.func.functional_call``)."""
 
     calls: dict[str, PartCall] = field(default_factory=dict)
     callers: dict[str, list[Stack]] = field(default_factory=dict)
     readers: dict[str, set[Stack]] = field(default_factory=dict)
     aliases: dict[str, list[str]] = field(default_factory=dict)
+    swapped: set[str] = field(default_factory=set)
 
     def unfit(self, path: str, module: nn.Module) -> str:
         """Why the submodule at ``path`` cannot be a part; empty where it can."""
@@ -57,6 +59,8 @@ class Watched:
         held = [name for name, _ in (*_named(module, path), *_sized(module, path))]
         if any(self._foreign(path, name) for name in held):
             return "code outside of it reads its weights or sizes"
+        if any(name == path or name.startswith(f"{path}.") for name in self.swapped):
+            return "code calls it with other parameters in place of its own"
         return ""
 
     def _foreign(self, path: str, name: str) -> bool:
@@ -91,19 +95,21 @@ def _run(twin: nn.Module, example_inputs: Any) -> Watched:
         names.setdefault(module, []).append(name)
 
     def running() -> Stack:
-        return frozenset(name for outer in stack for name in names[outer])
+        return frozenset(name for outer in stack for name in names.get(outer, ()))  # code may copy modules, and call the copies
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         given = tensors((args, kwargs))
         size = sum(t.numel() for t in given)
-        for name in names[module] if not training else ():
+        of = names.get(module, [])
+        for name in of if not training else ():
             totals[name] = totals.get(name, 0) + size
             if name not in sizes or size > sizes[name]:
                 sizes[name] = size
                 made = to_meta((args, kwargs))
                 seen.calls[name] = PartCall(made[0], made[1], next((t.device for t in given), None))
-        for name in names[module]:
+        for name in of:
             seen.callers.setdefault(name, []).append(running())
+            seen.swapped.update(name for one in module._parameters.values() if one is not None and id(one) not in held)
         stack.append(module)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import fxprune
+from fxprune.errors import UnsupportedError
 from fxprune.passes.ir.slim_module import SlimModule
-from tests.passes.helpers import assert_sound, prime
+from tests.passes.helpers import assert_sound, gap, prime, zeroed
 
 Made = tuple[nn.Module, Any, set[str]]
 NETWORKS: dict[str, Callable[[], Made]] = {}
@@ -665,6 +666,121 @@ def test_what_is_read_behind_a_part_that_failed_is_seen() -> None:
     torch.manual_seed(0)
     graph = fxprune.analyze(Around(Trying()).eval(), torch.randn(3, 6, 5))
     assert list(graph.traced.parts) == ["body.open"]
+
+
+class Guarded(nn.Module):
+    """``run(x, inner, other)`` where values say so."""
+
+    def __init__(self, run: Callable[..., Any], inner: nn.Module, other: nn.Module | None = None) -> None:
+        super().__init__()
+        self.run, self.inner, self.other = run, inner, other or Mlp(8, 12)
+        self.table = {"inner": self.inner}
+
+    def forward(self, x: Tensor) -> Any:
+        return self.other(self.run(self, x)) if x.abs().max() < 1e6 else x
+
+
+def guarded(run: Callable[..., Any], inner: nn.Module) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return Around(Guarded(run, inner)).eval(), torch.randn(3, 6, 5)
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.width = nn.Linear(8, 12), nn.Linear(12, 8), 12
+
+    def forward(self, x: Tensor) -> Any:
+        return self.down(self.up(x).view(*x.shape[:-1], 2, self.width // 2).relu().flatten(-2))
+
+
+class Rank(Mlp):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) * (2 if x.dim() == 2 else 1)
+
+
+def test_a_part_that_was_none_is_none_where_a_file_is_loaded(tmp_path: Path) -> None:
+    model, x = guarded(lambda body, x: body.inner(x) + body.inner(x[:, 0])[:, None], Rank(8, 12))
+    slim: Any = fxprune.compress(model, 0.5, x, verify=True)
+    fxprune.save(slim, tmp_path / "slim.safetensors")
+    for fresh in (copy.deepcopy(model), copy.deepcopy(model).to("meta")):
+        for parameter in fresh.parameters():
+            parameter.detach().zero_()  # with which no part computes something else
+        assert gap(slim(x), fxprune.load(tmp_path / "slim.safetensors", fresh).eval()(x)) == 0
+
+
+def _helper(module: Any) -> int:
+    return int(module.width)
+
+
+@pytest.mark.parametrize("read", [lambda body: body.inner.width, lambda body: _helper(body.inner)], ids=["itself", "in a function"])
+def test_a_class_is_not_kept_where_untraced_code_reads_a_number_that_changes(read: Callable[[Any], int]) -> None:
+    model, x = guarded(lambda body, x: body.inner(x) / read(body), Heads())
+    with pytest.raises(UnsupportedError, match="body.inner.width becomes 6 from 12, and code of 'body'"):
+        fxprune.compress(model, 0.5, x, keep_class=True)
+    slim: Any = fxprune.compress(model, 0.5, x, verify=True)
+    plain = slim.detached()
+    assert gap(plain(x), copy.deepcopy(plain)(x)) == 0  # which has the number too
+
+
+def test_a_part_under_a_name_of_the_code_around_is_the_same_part() -> None:
+    model, x = guarded(lambda body, x: body.table["inner"](x), Heads())
+    slim: Any = fxprune.compress(model, 0.5, x, verify=True, repair="lstsq", calibration=[x, x])
+    assert slim.body.table["inner"] is slim.body.inner and isinstance(slim.body.inner, SlimModule)
+    assert "body.inner.down" in fxprune.record(slim).repaired
+    assert copy.deepcopy(slim).body.table["inner"](torch.randn(2, 4, 8)).shape == (2, 4, 8)
+
+
+def test_a_part_that_no_calibration_input_reaches_stays_as_sliced() -> None:
+    model, x = guarded(lambda body, x: body.inner(x) if x.mean() < 100 else x, Conv1())
+    slim = fxprune.compress(model, 0.5, x, repair="lstsq", calibration=[x + 1e4, x + 2e4])
+    assert fxprune.record(slim).before.params > fxprune.record(slim).after.params
+
+
+class Conv1(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.cell, self.b = nn.Linear(8, 12), nn.BatchNorm1d(6), nn.LSTM(12, 10, batch_first=True), nn.Linear(10, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.b(self.cell(self.norm(self.a(x)))[0])
+
+
+class Flags(Mlp):
+    def forward(self, x: Tensor, gain: float = 1.0, way: str = "a", twice: bool = False) -> Any:
+        y = super().forward(x) * gain
+        return (y + 1 if way == "b" else y) * (2 if twice else 1)
+
+
+FLAGS: dict[str, Callable[[bool], dict[str, Any]]] = {"text": lambda up: {"way": "ab"[up]}, "flag": lambda up: {"twice": up}}
+
+
+@pytest.mark.parametrize("kind", FLAGS)
+def test_a_flag_that_the_example_does_not_give_is_an_error(kind: str) -> None:
+    model, x = guarded(lambda body, x: body.inner(x, x.mean().item(), **FLAGS[kind](bool(x.mean() > 100))), Flags(8, 12))
+    slim = fxprune.compress(model, 0.5, x, verify=True)
+    assert gap(zeroed(model, fxprune.record(slim).kept)(x * 2), slim(x * 2)) < 1e-5  # other numbers are taken
+    with pytest.raises(AssertionError, match="the part 'body.inner' was traced with a condition on the value False and takes no other"):
+        with torch.no_grad():
+            slim.get_parameter("first.bias").fill_(1000.0)
+        slim(x)
+
+
+OTHERS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "copied in training": lambda body, x: (
+        body.inner(x) * (copy.deepcopy(body.other)(x).mean() * body.inner.up.out_features if body.training else 1)
+    ),
+    "other parameters": lambda body, x: body.inner(x) + torch.func.functional_call(body.inner, {"up.bias": torch.arange(12.0)}, (x,)),
+}
+
+
+@pytest.mark.parametrize("how", OTHERS)
+def test_code_that_copies_modules_or_swaps_their_parameters_is_seen(how: str) -> None:
+    model, x = guarded(OTHERS[how], Mlp(8, 12))
+    graph = fxprune.analyze(model, x)
+    assert "body.inner" not in graph.traced.parts
+    slim = fxprune.compress(graph, 0.5, x, verify=True)
+    assert gap(zeroed(model, fxprune.record(slim).kept).train()(x), slim.train()(x)) < 1e-5
 
 
 def test_without_values_nothing_is_seen() -> None:
