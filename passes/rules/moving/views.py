@@ -21,6 +21,8 @@ from fxprune.passes.rules.moving.movement import moved
 from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import modules, named
 
+BY_NUMBERS = "a view by numbers was specialised to the example inputs: larger ones would put channels of one sample into others"
+
 
 def _view_sizes(slim: Rewriter, node: fx.Node) -> None:
     for name in ("size", "shape"):
@@ -40,18 +42,20 @@ def view(ctx: LabelContext, node: fx.Node, input: Value, **named: Any) -> Any:
     else:
         made = ctx.move(node, input, lambda labels: labels.reshape(shape))
     for axis, vector in input.axes.items():
-        if not made.axes or not ctx.is_fixed(_source(node), axis):
+        if not made.axes:
             continue
         labels = ctx.labels.find(vector)
         places = [quick[axis]] if quick is not None else [p for p, v in made.axes.items() if np.isin(ctx.labels.find(v), labels).any()]
-        if any(place in made.axes and _shifts(ctx, node, input, axis, place) for place in places):
+        if not ctx.is_fixed(_source(node), axis):
+            if any(_counts_positions(ctx, node, input, axis, place) for place in places):
+                ctx.note(NoteKind.SIZE, BY_NUMBERS)
+        elif any(place in made.axes and _shifts(ctx, node, input, axis, place) for place in places):
             if _nothing_beside(input, axis, shape):  # a map of one pixel: what other sizes give is hardly meant
                 ctx.note(
                     NoteKind.SIZE, "a map of one pixel was specialised to the example inputs: of larger ones channels would lie elsewhere"
                 )
             elif _would_mix_samples(ctx, node, input, axis):
-                text = "a view by numbers was specialised to the example inputs: larger ones would put channels of one sample into others"
-                ctx.note(NoteKind.SIZE, text)
+                ctx.note(NoteKind.SIZE, BY_NUMBERS)
             else:
                 ctx.pin(vector, "the size of the input decides where its channels lie", ReasonKind.FOLDED)
     return made
@@ -78,6 +82,18 @@ def _would_mix_samples(ctx: LabelContext, node: fx.Node, x: Value, axis: int) ->
         return False
     stays = x.shape[:2] == tuple(shape[:2]) and type(sizes[0]) is int and sizes[0] == -1
     return stays and all(size != -1 and ctx.is_number(size) for size in sizes[1:])
+
+
+def _counts_positions(ctx: LabelContext, node: fx.Node, x: Value, axis: int, place: int) -> bool:
+    """Whether a view counts by numbers what lies behind the channels and varies with the input, and takes in what is more of it."""
+    given = {} if node.op == "call_module" else binding.form_of(node).arguments(node.args, node.kwargs)
+    sizes = given.get("size", given.get("shape", ()))
+    if not isinstance(sizes, (tuple, list)) or len(sizes) != len(node.meta["val"].shape):
+        return False
+    behind = sizes[place + 1 :]
+    counted = bool(behind) and all(type(size) is int and size != -1 for size in behind)
+    varies = any(not ctx.is_fixed(_source(node), a) for a in range(axis + 1, x.ndim))
+    return counted and varies and any(_gives_way(ctx, size) for size in _taken_over(node, sizes))
 
 
 def _shifts(ctx: LabelContext, node: fx.Node, x: Value, axis: int, place: int) -> bool:

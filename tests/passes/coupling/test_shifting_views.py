@@ -161,3 +161,24 @@ def test_numbers_behind_channels_that_move_lock_them() -> None:
     for how in moving:
         graph = fxprune.analyze(Net(how), torch.randn(2, 3, 4, 6))
         assert not any(g.prunable and not g.notes for g in graph.groups if g.name.startswith("first"))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda y: torch.cat(y.chunk(2, 0)).view(-1, 8, 64),
+        lambda y: y.unfold(2, 8, 8).reshape(-1, 8, 64),
+        lambda y: torch.nn.functional.unfold(y, 2, stride=2).view(-1, 8, 4, 16).flatten(2),
+    ],
+)
+def test_numbers_behind_channels_of_which_little_is_known_are_said(how: Callable[[Any], Any]) -> None:
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(8, 8, 1), nn.Conv1d(8, 3, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.last(how(self.first(x).relu()))
+
+    graph = fxprune.analyze(Small(), torch.randn(1, 8, 8, 8))
+    assert not any(g.prunable for g in graph.groups) or any("a view by numbers was specialised" in note for note in graph.notes)
