@@ -127,7 +127,12 @@ def assert_elsewhere(
     with torch.no_grad():
         for name, given in others.items():
             whole = call(model, given)
-            same = [t.shape for t in leaves(call(slim, given))] == [t.shape for t in leaves(whole)]
+            try:
+                same = [t.shape for t in leaves(call(slim, given))] == [t.shape for t in leaves(whole)]
+            except RuntimeError:  # the example's way may be none for other sizes
+                if not branched or name == "batch":
+                    raise
+                continue
             if branched and not same and name != "batch":
                 continue
             assert same, (name, specialised)
