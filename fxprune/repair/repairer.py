@@ -28,6 +28,7 @@ from fxprune.evaluation.accuracy import recalibrate_batchnorm
 from fxprune.evaluation.running import call, device_of, evaluating, to_device
 from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.passes.ir.skeleton import below
 from fxprune.passes.ir.slim_module import SlimModule
 from fxprune.passes.labels.values import values
 from fxprune.passes.rewriting.blocks import without_blocks
@@ -186,7 +187,7 @@ class Repairer:
         left = [one for one in traced.inside(part) if traced.within(one)]
         for node in graph.nodes:
             if node.op == "call_module" and f"{prefix}{node.target}" in traced.opaque:
-                found[node] = [one for one in left if one.startswith(f"{prefix}{node.target}.")]
+                found[node] = [one for one in left if below(one, f"{prefix}{node.target}")]
                 left = [one for one in left if one not in found[node]]
         return {node: parts for node, parts in found.items() if parts}
 

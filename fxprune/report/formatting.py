@@ -21,6 +21,13 @@ class Row:
     untrained: float | None = None
 
 
+def accuracy_text(accuracy: float | None, row: Row, first: Row, apart: str = " ") -> str:
+    """An accuracy of ``row`` in percent and, behind ``apart``, its distance in points from that of the ``first`` row; nothing for None."""
+    if accuracy is None:
+        return ""
+    return f"{100 * accuracy:.2f} %" + ("" if row is first else f"{apart}({100 * (accuracy - first.accuracy):+.2f})")
+
+
 def count_text(value: float) -> str:
     """A count in thousands, millions or thousand millions."""
     for factor, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):

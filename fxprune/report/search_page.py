@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from fxprune.report import plots as figures
-from fxprune.report.formatting import Row, bytes_text, count_text, latency_text
+from fxprune.report.formatting import Row, accuracy_text, bytes_text, count_text, latency_text
 from fxprune.report.lane_layout import BOTH, WRITES
 from fxprune.report.page import Line, Page, coupling_section, table
 
@@ -36,17 +36,12 @@ def _before_after(page: Page, rows: Sequence[Row]) -> str:
     def share(value: float, whole: float, row: Row) -> str:
         return "" if row is first or not whole else f" ({100 * value / whole:.1f} %)"
 
-    def accuracy(value: float | None, row: Row) -> str:
-        if value is None:
-            return ""
-        return f"{100 * value:.2f} %" + ("" if row is first else f" ({100 * (value - first.accuracy):+.2f})")
-
     trained = any(row.untrained is not None for row in rows)
     lines = [
         [
             row.name,
-            accuracy(row.accuracy, row),
-            *([accuracy(row.untrained, row)] if trained else []),
+            accuracy_text(row.accuracy, row, first),
+            *([accuracy_text(row.untrained, row, first)] if trained else []),
             count_text(row.macs) + share(row.macs, first.macs, row),
             count_text(row.params) + share(row.params, first.params, row),
             latency_text(row.latency) + share(row.latency, first.latency, row),

@@ -15,7 +15,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from fxprune.errors import few
-from fxprune.report.formatting import Row, bytes_text, count_text, duration_text, latency_text
+from fxprune.report.formatting import Row, accuracy_text, bytes_text, count_text, duration_text, latency_text
 from fxprune.report.layers import Graph, Group, Line, layer_lines
 
 if TYPE_CHECKING:
@@ -100,9 +100,9 @@ def result_table(rows: Sequence[Row], title: str = "") -> Table:
     first = rows[0]
     # Three networks fit into 80 columns with figure and share on one line; of more, the shares go below.
     apart = " " if len(rows) <= 3 else "\n"
-    table.add_row("test accuracy", *(_accuracy(row.accuracy, row, first, apart) for row in rows))
+    table.add_row("test accuracy", *(accuracy_text(row.accuracy, row, first, apart) for row in rows))
     if any(row.untrained is not None for row in rows):
-        table.add_row("before training", *("" if row.untrained is None else _accuracy(row.untrained, row, first, apart) for row in rows))
+        table.add_row("before training", *(accuracy_text(row.untrained, row, first, apart) for row in rows))
     lines: tuple[tuple[str, str, Callable[[float], str]], ...] = (
         ("MACs", "macs", count_text),
         ("parameters", "params", count_text),
@@ -114,11 +114,6 @@ def result_table(rows: Sequence[Row], title: str = "") -> Table:
         values = [getattr(row, figure) for row in rows]
         table.add_row(label, *(as_text(v) + _share(v, whole, i == 0, apart) for i, v in enumerate(values)))
     return table
-
-
-def _accuracy(accuracy: float, row: Row, first: Row, apart: str) -> str:
-    difference = 100 * (accuracy - first.accuracy)
-    return f"{100 * accuracy:.2f} %" + ("" if row is first else f"{apart}({difference:+.2f})")
 
 
 def _share(value: float, whole: float, is_whole: bool, apart: str) -> str:

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from fxprune.passes.coupling.walk import Walk
 from fxprune.passes.ir.nested import has_tensor
-from fxprune.passes.ir.skeleton import Skeleton
+from fxprune.passes.ir.skeleton import Skeleton, below
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.ir.writes import is_rewritten_later, memory, written
 from fxprune.passes.labels.values import Value
@@ -93,7 +93,7 @@ def _together(alone: Mapping[str, list[tuple[str, Branch]]]) -> dict[str, list[t
     """Branches by the module that holds them: where one holds a branch of its own and modules with branches, they are all its halves."""
     found: dict[str, list[tuple[str, Branch]]] = {}
     for home in alone:
-        around = next((h for h in sorted(alone, key=len) if h and home.startswith(f"{h}.")), home)
+        around = next((h for h in sorted(alone, key=len) if h and below(home, h)), home)
         nested = around != home and any(branch.add in outer.nodes for _, outer in alone[around] for _, branch in alone[home])
         for largest, branch in alone[home]:
             found.setdefault(home if nested else around, []).append((home if around != home and not nested else largest, branch))
@@ -237,7 +237,8 @@ def dead_nodes(traced: TracedModel, block: Block) -> dict[str, set[str]]:
         for part in traced.parts:
             inner = traced.graphs.get(f"{part}:{mode}")
             if inner is not None:
-                found[f"{part}:{mode}"] = {node.name for node in inner.nodes if _within(part, gone)}
+                dead = any(below(part, outer) for outer in gone)
+                found[f"{part}:{mode}"] = {node.name for node in inner.nodes} if dead else set()
     return found
 
 
@@ -245,10 +246,6 @@ def _called_alone(graph: fx.Graph, alive: set[fx.Node]) -> set[str]:
     """The modules that no node of ``alive`` calls, of those that the graph calls."""
     calls = [node for node in graph.nodes if node.op == "call_module"]
     return {str(node.target) for node in calls} - {str(node.target) for node in calls if node in alive}
-
-
-def _within(path: str, paths: set[str]) -> bool:
-    return any(path.startswith(f"{outer}.") for outer in paths)
 
 
 def lost_tensors(traced: TracedModel, branches: Mapping[str, Iterable[Branch]]) -> dict[str, int]:
@@ -275,7 +272,7 @@ def _block(walk: Walk, name: str, branches: Mapping[str, list[Branch]], why: str
     names = {node.name for node in traced.graphs[first].nodes if node not in alive}
     macs = sum(cost.macs for cost in walk.costs[first] if cost.node in names)
     gone = _called_alone(traced.graphs[first], alive)
-    macs += sum(cost.macs for part in traced.parts if _within(part, gone) for cost in walk.costs.get(f"{part}:{first}", ()))
+    macs += sum(cost.macs for part in traced.parts if any(below(part, o) for o in gone) for cost in walk.costs.get(f"{part}:{first}", ()))
     parameters = sum(size for tensor, size in lost.items() if tensor in traced.skeleton.parameter_names)
     kept = {mode: tuple(found) for mode, found in branches.items()}
     return Block(name, macs, parameters, not why, why, tuple(sorted(lost)), kept)

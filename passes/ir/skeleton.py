@@ -140,7 +140,7 @@ class Skeleton:
         """The user's modules at ``path`` and below, each once, by its first name."""
         found: dict[nn.Module, str] = {}
         for name, module in self._original_modules.items():
-            if path == "" or name == path or name.startswith(f"{path}."):
+            if path == "" or at_or_below(name, path):
                 found.setdefault(module, name)
         return [(name, module) for module, name in found.items()]
 
@@ -289,3 +289,13 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(value, memo)
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
         return value  # locks, generators, handles: nothing the forward pass's structure depends on
+
+
+def below(path: str, outer: str) -> bool:
+    """Whether ``path`` names something in the module at ``outer``, and not that module itself. The root, "", has nothing below it here."""
+    return path.startswith(f"{outer}.")
+
+
+def at_or_below(path: str, outer: str) -> bool:
+    """Whether ``path`` is ``outer`` or names something in it."""
+    return path == outer or below(path, outer)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxprune.passes.ir.notes import Note
-from fxprune.passes.ir.skeleton import Skeleton
+from fxprune.passes.ir.skeleton import Skeleton, below
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class TracedModel:
 
     def within(self, path: str) -> bool:
         """Whether a part lies in a module that the graph of the root or of another part calls as it is."""
-        return any(path.startswith(f"{outer}.") for outer in self.opaque)
+        return any(below(path, outer) for outer in self.opaque)
 
     def inside(self, section: str = "") -> list[str]:
         """The parts within ``section`` that lie in no other part within it; ``section`` "": those of the whole model."""
-        below = [p for p in self.parts if p != section and (not section or p.startswith(f"{section}."))]
-        return [p for p in below if not any(p.startswith(f"{q}.") for q in below)]
+        found = [p for p in self.parts if p != section and (not section or below(p, section))]
+        return [p for p in found if not any(below(p, q) for q in found)]
 
     @property
     def eval_modes(self) -> list[str]:
@@ -101,7 +101,7 @@ class Surroundings:
         opaque = self.opaque(path)
         if opaque is None:
             return ""
-        alone = next((self.traced.no_parts[p] for p in _upwards(path) if p in self.traced.no_parts and p.startswith(f"{opaque}.")), "")
+        alone = next((self.traced.no_parts[p] for p in _upwards(path) if p in self.traced.no_parts and below(p, opaque)), "")
         why = f"it is inside {opaque!r}, which could not be traced: {self.traced.opaque[opaque]}"
         return f"{why}; and {alone}" if alone else why
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from fxprune.errors import PolicyError
 from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph, Group
+from fxprune.passes.ir.skeleton import at_or_below
 from fxprune.policies import units_removed
 
 _GLOB = frozenset("*?[")
@@ -182,7 +183,7 @@ class _Names:
         if path not in self.modules:
             return []
         for table in (self._produced, self._held):
-            numbers = {n for owner, held in table.items() if owner == path or owner.startswith(f"{path}.") for n in held}
+            numbers = {n for owner, held in table.items() if at_or_below(owner, path) for n in held}
             if numbers:
                 return [self.graph.by_number[n] for n in sorted(numbers)]
         return []

@@ -12,6 +12,7 @@ from fxprune.errors import UnsupportedError
 from fxprune.evaluation.copying import copied
 from fxprune.passes.coupling.blocks import Block, survivors
 from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.passes.ir.skeleton import at_or_below
 from fxprune.passes.ir.writes import memory, written
 
 _RELUS = frozenset({F.relu, torch.relu, torch.relu_, "relu", "relu_"})
@@ -83,8 +84,7 @@ def _home(block: Block) -> str:
 
 def _within(node: fx.Node, path: str) -> bool:
     """Whether the code of a module, or of one in it, makes a node."""
-    owner = str(node.meta.get("owner") or "")
-    return owner == path or owner.startswith(f"{path}.")
+    return at_or_below(str(node.meta.get("owner") or ""), path)
 
 
 def _relu(graph: CouplingGraph, node: fx.Node) -> bool:

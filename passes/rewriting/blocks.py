@@ -12,6 +12,7 @@ from torch import fx, nn
 from fxprune.errors import UnsupportedError
 from fxprune.passes.coupling.blocks import Block, Branch, lost_tensors, survivors
 from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.passes.ir.skeleton import at_or_below
 from fxprune.passes.ir.slim_module import SlimModule
 from fxprune.passes.rewriting.slimmer import Slimmer
 
@@ -96,10 +97,10 @@ def _drop(slim: nn.Module, gone: set[str], called: set[str]) -> None:
             table.pop(key, None)
     touched = {name.rpartition(".")[0] for name in gone}
     for path in sorted(modules, key=lambda p: -p.count(".")):
-        if not path or any(c == path or c.startswith(f"{path}.") for c in called):
+        if not path or any(at_or_below(c, path) for c in called):
             continue
         module = modules[path]
         hollow = not any(True for _ in (*module.parameters(), *module.buffers()))
-        if hollow and any(t == path or t.startswith(f"{path}.") for t in touched):
+        if hollow and any(at_or_below(t, path) for t in touched):
             parent, _, key = path.rpartition(".")
             modules[parent]._modules.pop(key, None)

@@ -16,6 +16,7 @@ from torch import fx, nn
 from fxprune.errors import TraceError, UnsupportedError
 from fxprune.example_inputs import build
 from fxprune.passes.ir.notes import Note, NoteKind
+from fxprune.passes.ir.skeleton import at_or_below, below
 from fxprune.passes.ir.traced import Surroundings, TracedModel
 from fxprune.passes.labels.values import Vector
 from fxprune.passes.rewriting import attributes
@@ -222,9 +223,9 @@ def _refuse_read(traced: TracedModel, made: nn.Module, setting: _Setting) -> Non
     around = Surroundings(traced)
     running = {path: module for path, module in made.named_modules(remove_duplicate=False) if around.opaque(path) is not None}
     for slot, (old, new) in setting.done.items():
-        reach = [o for o in traced.opaque if slot.path.startswith(f"{o}.") or len(slot.keys) > 1]  # in a part of it, or in a shared object
+        reach = [o for o in traced.opaque if below(slot.path, o) or len(slot.keys) > 1]  # in a part of it, or in a shared object
         for path, module in running.items():
-            if any(path == o or path.startswith(f"{o}.") for o in reach) and slot.keys[-1] in attributes.names_reached(module):
+            if any(at_or_below(path, o) for o in reach) and slot.keys[-1] in attributes.names_reached(module):
                 reader, kind = f"{path!r} ({type(module).__name__})", type(made).__name__
                 raise UnsupportedError(
                     f"keep_class: {slot} becomes {new} from {old}, and code of {reader}, which could not be traced, names "

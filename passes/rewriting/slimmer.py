@@ -24,6 +24,7 @@ from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.dead_code import impure
 from fxprune.passes.ir.nodes import op_name, target_name
 from fxprune.passes.ir.notes import Note
+from fxprune.passes.ir.skeleton import at_or_below
 from fxprune.passes.ir.slim_module import MODES, SlimModule
 from fxprune.passes.ir.traced import Surroundings
 from fxprune.passes.labels.values import Value, Vector, values
@@ -312,7 +313,7 @@ class Slimmer:
         def keeps_class(path: str) -> bool:
             """Whether the graph calls a module, or it, or one around it, was not looked into. Of a network that was traced in parts all
             do: the code around the parts may ask for their attributes."""
-            return traced.in_parts or path in calls or any(path == o or path.startswith(f"{o}.") for o in traced.opaque)
+            return traced.in_parts or path in calls or any(at_or_below(path, o) for o in traced.opaque)
 
         return Template(copies(self.skeleton.original, keeps_class), lines, resized, self._constant())
 

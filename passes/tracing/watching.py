@@ -19,6 +19,7 @@ from fxprune.evaluation.repeatable import cloned, same_random_numbers
 from fxprune.evaluation.running import set_training
 from fxprune.example_inputs import call_form
 from fxprune.passes.ir.nested import tensors
+from fxprune.passes.ir.skeleton import at_or_below, below
 from fxprune.passes.ir.traced import PartCall
 from fxprune.passes.rules.layer_specs import has_sizes
 from fxprune.passes.tracing.guard.untouched import Unwritten
@@ -59,13 +60,13 @@ class Watched:
         held = [name for name, _ in (*_named(module, path), *_sized(module, path))]
         if any(self._foreign(path, name) for name in held):
             return "code outside of it reads its weights or sizes"
-        if any(name == path or name.startswith(f"{path}.") for name in self.swapped):
+        if any(at_or_below(name, path) for name in self.swapped):
             return "code calls it with other parameters in place of its own"
         return ""
 
     def _foreign(self, path: str, name: str) -> bool:
         """Whether code reads ``name``, which ``path`` holds, that is neither in ``path`` nor in another module which holds it too."""
-        homes = {one.rpartition(".")[0] for one in self.aliases.get(name, ()) if not one.startswith(f"{path}.")}
+        homes = {one.rpartition(".")[0] for one in self.aliases.get(name, ()) if not below(one, path)}
         return any(path not in stack and not homes & stack and not ("" in homes and not stack) for stack in self.readers.get(name, ()))
 
 

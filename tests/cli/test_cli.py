@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -27,8 +29,10 @@ from fxprune.allocation import tables
 from fxprune.cli import command as cli
 from fxprune.cli import session
 from fxprune.cli.arguments import read
+from fxprune.cli.options import Options
 from fxprune.data.datasets import load_data
-from fxprune.driver.config import PRESETS
+from fxprune.driver.config import PRESETS, SearchConfig
+from fxprune.driver.outcome import Allocation
 from fxprune.errors import SearchError
 from fxprune.evaluation.accuracy import evaluate_accuracy
 from fxprune.evaluation.likeness import Likeness
@@ -368,6 +372,23 @@ def test_what_is_best_after_training_is_kept(best: str, run: Run, tmp_path: Path
     assert list(rows) == ["original", "uniform", "searched", "slim"] and policy.meta["allocation"] == best
     assert "was not the best on held-out images" in (tmp_path / "report.html").read_text()
     assert ({**rows["slim"], "name": "", "latency": 0} == {**rows["uniform"], "name": "", "latency": 0}) is (best == "uniform")
+
+
+@pytest.mark.parametrize(
+    ("target", "met", "removed"),
+    [("latency=0.5", True, [3, 5]), ("macs=0.5", False, [3, 5]), ("macs=0.5", True, [4, 4])],
+    ids=["measured for the search alone", "off the target", "the same"],
+)
+def test_a_uniform_allocation_that_is_no_rival_is_not_judged(
+    target: str, met: bool, removed: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session.Session, "validation", property(lambda _: pytest.fail("it is judged")))
+    run = session.Session(Options(out=str(tmp_path), search=SearchConfig(targets=target)), "")
+    outcome: Any = SimpleNamespace(removed=np.array(removed), baselines={"uniform": Allocation(np.array([4, 4]), 0.0, {}, met)})
+    found: Any = object()
+    rival: Any = object()
+    watcher: Any = None
+    assert run.best_trained(outcome, found, {"uniform": rival}, watcher) is found
 
 
 def interrupted(*_: Any) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import pickle
 import random
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -260,3 +264,22 @@ def assert_edits_stay_apart(graph: CouplingGraph, x: Tensor) -> None:
     assert torch.equal(second(x), before)
     assert torch.equal(fxprune.compress(graph, 0.5)(x), before)
     assert all(n.graph is second.graph for n in second.graph.nodes)
+
+
+def without_fxprune(code: str, *arguments: str, folder: Path) -> str:
+    """What ``code`` prints in a process of its own that cannot import fxprune, but what lies in ``folder``."""
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    command = [sys.executable, "-c", _WITHOUT_FXPRUNE + code, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+_WITHOUT_FXPRUNE = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "fxprune":
+            raise ImportError("fxprune is not installed here")
+sys.meta_path.insert(0, Blocked())
+"""

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from torch import Tensor, fx, nn
 import fxprune
 from fxprune.errors import UnsupportedError
 from fxprune.passes.ir.slim_module import SlimModule
-from tests.passes.helpers import assert_sound, gap, prime, zeroed
+from tests.passes.helpers import assert_sound, gap, prime, without_fxprune, zeroed
 
 Made = tuple[nn.Module, Any, set[str]]
 NETWORKS: dict[str, Callable[[], Made]] = {}
@@ -504,12 +501,6 @@ def test_they_are_kept_applied_and_loaded(name: str, tmp_path: Path) -> None:
 
 
 LOADED = """
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "fxprune":
-            raise ImportError("fxprune is not installed here")
-sys.meta_path.insert(0, Blocked())
 import torch
 found = torch.load(sys.argv[1], weights_only=False)
 x, wanted = torch.load(sys.argv[2])
@@ -538,10 +529,7 @@ def test_detached_from_fxprune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         torch.save((x, slim(x)), tmp_path / "data.pt")
     torch.save(slim.detached(), tmp_path / "plain.pt")
     files = [str(tmp_path / name) for name in ("plain.pt", "data.pt")]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-c", LOADED, *files]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    without_fxprune(LOADED, *files, folder=tmp_path)
 
 
 def _error(model: nn.Module, inputs: Any, **options: Any) -> float:

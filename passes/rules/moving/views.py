@@ -68,6 +68,15 @@ def _source(node: fx.Node) -> Any:
     return binding.form_of(node).arguments(node.args, node.kwargs)["input"]
 
 
+def _sizes(node: fx.Node) -> Sequence[Any] | None:
+    """The sizes that a view is given, one for each axis of what it gives; None where they are not said like that."""
+    if node.op == "call_module":  # nn.Flatten and nn.Unflatten: their sizes are of the axes that they take
+        return None
+    given = binding.form_of(node).arguments(node.args, node.kwargs)
+    sizes = given.get("size", given.get("shape", ()))
+    return sizes if isinstance(sizes, (tuple, list)) and len(sizes) == len(node.meta["val"].shape) else None
+
+
 def _nothing_beside(x: Value, axis: int, shape: Sequence[int]) -> bool:
     return math.prod(x.shape[axis + 1 :]) == 1 and shape[-1] == x.shape[axis]
 
@@ -75,10 +84,8 @@ def _nothing_beside(x: Value, axis: int, shape: Sequence[int]) -> bool:
 def _would_mix_samples(ctx: LabelContext, node: fx.Node, x: Value, axis: int) -> bool:
     """Whether channels stay where they are, in front of positions that are counted by numbers, with -1 for the batch: ``(b, c, n, 1)`` as
     ``(-1, c, n)``. Of inputs with other numbers of positions a sample would get channels of another, which nobody means."""
-    shape = node.meta["val"].shape
-    given = {} if node.op == "call_module" else binding.form_of(node).arguments(node.args, node.kwargs)
-    sizes = given.get("size", given.get("shape", ()))
-    if axis != 1 or not isinstance(sizes, (tuple, list)) or len(sizes) != len(shape) or len(shape) < 3:
+    shape, sizes = node.meta["val"].shape, _sizes(node)
+    if axis != 1 or sizes is None or len(shape) < 3:
         return False
     stays = x.shape[:2] == tuple(shape[:2]) and type(sizes[0]) is int and sizes[0] == -1
     return stays and all(size != -1 and ctx.is_number(size) for size in sizes[1:])
@@ -86,9 +93,8 @@ def _would_mix_samples(ctx: LabelContext, node: fx.Node, x: Value, axis: int) ->
 
 def _counts_positions(ctx: LabelContext, node: fx.Node, x: Value, axis: int, place: int) -> bool:
     """Whether a view counts by numbers what lies behind the channels and varies with the input, and takes in what is more of it."""
-    given = {} if node.op == "call_module" else binding.form_of(node).arguments(node.args, node.kwargs)
-    sizes = given.get("size", given.get("shape", ()))
-    if not isinstance(sizes, (tuple, list)) or len(sizes) != len(node.meta["val"].shape):
+    sizes = _sizes(node)
+    if sizes is None:
         return False
     behind = sizes[place + 1 :]
     counted = bool(behind) and all(type(size) is int and size != -1 for size in behind)
@@ -101,14 +107,10 @@ def _shifts(ctx: LabelContext, node: fx.Node, x: Value, axis: int, place: int) -
 
     What is counted is how many elements lie between one channel and the next, before and after: a number, or sizes that the input decides.
     """
-    if node.op == "call_module":  # nn.Flatten and nn.Unflatten: their sizes are of the axes that they take
+    shape, sizes = node.meta["val"].shape, _sizes(node)
+    if sizes is None:
         return False
-    shape = node.meta["val"].shape
-    given = binding.form_of(node).arguments(node.args, node.kwargs)
-    sizes = given.get("size", given.get("shape", ()))
     before, after = x.ndim, len(shape)
-    if not isinstance(sizes, (tuple, list)) or len(sizes) != after:
-        return False
     while before - 1 > axis and after - 1 > place and x.shape[before - 1] == shape[after - 1] > 1:
         if ctx.is_number(sizes[after - 1]) and sizes[after - 1] != -1 and not ctx.is_fixed(_source(node), before - 1):
             break  # a number that happens to be the example's size
