@@ -184,4 +184,5 @@ def _summary(rows: Sequence[Row], outcome: SearchOutcome, unmet: str, instead: s
     recoveries = [step["recover_seconds"] for step in outcome.history if "recover_seconds" in step]
     if recoveries:
         said += f" {len(recoveries)} recoveries between steps took {duration_text(sum(recoveries))}."
-    return f"{said} {unmet[:1].upper()}{unmet[1:]}." if unmet else said
+    last_word = unmet or outcome.note
+    return f"{said} {last_word[:1].upper()}{last_word[1:]}." if last_word else said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from fxprune.driver.selection import best_of
 from fxprune.driver.strategies.base import Scored, Strategy
 from fxprune.driver.strategies.table import from_table
 from fxprune.driver.targets import Point
-from fxprune.errors import SearchError, TargetError
+from fxprune.errors import PruningWarning, SearchError, TargetError
 
 OnEvent = Callable[[Progress], None]
 FIRST_LOOKS, CORRECTIONS = 2, 12  # networks measured at most before a search for a latency, beside the smallest, and after it
@@ -49,7 +50,8 @@ def run(
     ``checkpoint_dir``: where the state is kept after every round; with ``resume`` the search goes on from what is there, bit for bit.
     ``executor``: scores the candidates; by default what ``config`` names, closed at the end.
     Raises ``TargetError``, whose ``nearest`` is the outcome that comes closest, if no candidate is on target; ``SearchError`` for options
-    that do not fit; ``EvaluationError`` for a score that is not a finite number.
+    that do not fit; ``EvaluationError`` for a score that is not a finite number. Where the nearest that was measured for a latency is
+    faster than asked by more than the tolerance, it is the outcome, with a ``PruningWarning``: a clock moves, and the bound is kept.
     """
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     if resume and folder is None:
@@ -194,8 +196,13 @@ class _Search:
         if not budget.met(chosen.removed):
             grain = budget.space.grain
             coarse = "units are" if grain == 1 else f"channels in multiples of {grain} are"
-            why = f"{coarse} too coarse to come closer; the nearest found:"
-            raise self.unmet(budget, chosen, f"was not met: {'the nearest that was measured:' if self.timed(budget) else why}")
+            if not self.timed(budget):
+                raise self.unmet(budget, chosen, f"was not met: {coarse} too coarse to come closer; the nearest found:")
+            if not budget.fits(chosen.removed):
+                raise self.unmet(budget, chosen, "was not met: the nearest that was measured:")
+            near = f"target {budget}: the nearest that was measured is faster than asked, {budget.shown(chosen.removed)}"
+            warnings.warn(near, PruningWarning, stacklevel=3)
+            return replace(self.outcome(budget, chosen), note=near)
         return self.outcome(budget, chosen)
 
     def final(self, strategy: Strategy) -> Scored:

@@ -40,6 +40,7 @@ class SearchOutcome:
     ``targets``: the targets as written.
     ``halfway``: like ``removed``, on the same budget, halfway between it and the uniform allocation; not scored. None where no such
     allocation is another than these two or is known to meet the target (a latency is only known once it is measured).
+    ``note``: what to know of it, in a line: that a measured cost came out lower than asked.
     ``pareto``: the outcomes of all points of a Pareto run, the mildest target first; empty in an ordinary run.
     """
 
@@ -51,6 +52,7 @@ class SearchOutcome:
     baselines: Mapping[str, Allocation]
     targets: tuple[str, ...]
     halfway: IntArray | None = None
+    note: str = ""
     pareto: tuple[SearchOutcome, ...] = field(default=(), repr=False)
 
     def state(self) -> dict[str, Any]:
@@ -64,6 +66,7 @@ class SearchOutcome:
             "baselines": {name: allocation.state() for name, allocation in self.baselines.items()},
             "targets": list(self.targets),
             "halfway": None if self.halfway is None else self.halfway.tolist(),
+            "note": self.note,
         }
 
     @classmethod
@@ -78,6 +81,7 @@ class SearchOutcome:
             {name: Allocation.of(item) for name, item in state["baselines"].items()},
             tuple(state["targets"]),
             None if state.get("halfway") is None else np.array(state["halfway"], dtype=np.int64),
+            state.get("note", ""),
         )
 
 

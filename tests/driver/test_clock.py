@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fxprune.driver import Problem, SearchConfig, run
+from fxprune.driver import Problem, SearchConfig, SearchOutcome, run
 from fxprune.driver.budget import Budget
 from fxprune.driver.problem import IntArray
-from fxprune.errors import SearchError, TargetError
+from fxprune.errors import PruningWarning, SearchError, TargetError
 from fxprune.testing.synthetic import Chain
 
 
@@ -88,6 +88,29 @@ def test_where_predictions_fail_what_lies_between_two_measured_ones_is_halved(st
     found = run(clock.problem(), SearchConfig(targets="latency=0.5", strategy=strategy, rounds=4))
     assert clock.true(found.removed) == pytest.approx(0.5, rel=0.05)
     assert found.metrics["latency"] == clock.true(found.removed)
+
+
+class Stairs(Clock):
+    """Half the multiply-accumulates take 0.3 of the time, and a little more takes all of it: nothing is near 0.5."""
+
+    high = 1.0
+
+    def true(self, removed: IntArray) -> float:
+        return 0.3 if self.chain.cost(removed)["macs"] < 0.6 else self.high
+
+
+def test_a_latency_that_only_comes_out_lower_than_asked_is_given_and_said() -> None:
+    with pytest.warns(PruningWarning, match=r"target latency=0\.5: the nearest that was measured is faster than asked, latency=0\.3"):
+        found = run(Stairs(Chain(), 0.1).problem(), SearchConfig(targets="latency=0.5", strategy="uniform"))
+    assert found.metrics["latency"] == 0.3 and "faster than asked" in found.note
+    assert SearchOutcome.of(found.state()).note == found.note
+
+
+def test_a_latency_that_only_comes_out_higher_than_asked_is_an_error() -> None:
+    clock = Stairs(Chain(), 0.1)
+    clock.high = 0.56
+    with pytest.raises(TargetError, match=r"target latency=0\.5 was not met: the nearest that was measured: latency=0\.56"):
+        run(clock.problem(), SearchConfig(targets="latency=0.5", strategy="uniform"))
 
 
 def test_what_lies_between_two_vectors() -> None:
