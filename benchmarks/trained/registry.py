@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.trained import bats, faces, language, pictures, pitch, reading, speech
+from benchmarks.trained import bats, faces, language, pictures, pitch, quality, reading, speech
 from benchmarks.trained.network import Network
 
 NETWORKS: dict[str, Network] = {
-    network.name: network for family in (pitch, faces, pictures, language, speech, bats, reading) for network in family.NETWORKS
+    network.name: network for family in (pitch, faces, pictures, language, speech, quality, bats, reading) for network in family.NETWORKS
 }
