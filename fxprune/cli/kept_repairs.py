@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 
 from fxprune.atomic import replace_text
 from fxprune.cli.run_folder import read_json
+from fxprune.files.record_json import decode_repair, encode_repair
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.records import LayerRepair
 from fxprune.repair.registry import named
@@ -46,18 +46,14 @@ class KeptRepairs:
         if said.exists():
             kept = read_json(said, f"{self.folder.parent} cannot be resumed")
             read_weights(slim, weights)
-            self.layers = {name: _repair(one) for name, one in kept["layers"].items()}
+            self.layers = {name: decode_repair(one) for name, one in kept["layers"].items()}
             return tuple(kept["notes"])
         notes = self.repairer(slim, slimmer)
         self.layers = self.repairer.layers
         write_weights(slim, weights)
-        layers = {name: asdict(one) for name, one in self.layers.items()}
+        layers = {name: encode_repair(one) for name, one in self.layers.items()}
         replace_text(said, json.dumps({"notes": list(notes), "layers": layers}, indent=2) + "\n")
         return notes
-
-
-def _repair(kept: dict[str, Any]) -> LayerRepair:
-    return LayerRepair(**{**kept, "stands_in": tuple(kept.get("stands_in", ()))})
 
 
 def _mark(slim: nn.Module) -> str:

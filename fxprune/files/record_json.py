@@ -43,7 +43,7 @@ def encode_record(record: PruningRecord) -> Json:
         "keep_class": record.keep_class,
         "blocks": dict(record.blocks),
         "folded": record.folded,
-        "repaired": {name: _encode_repair(one) for name, one in record.repaired.items()},
+        "repaired": {name: encode_repair(one) for name, one in record.repaired.items()},
         "steps": [encode_record(step) for step in record.steps],
     }
 
@@ -70,7 +70,7 @@ def decode_record(data: Json, *, within: bool = False) -> PruningRecord:
             keep_class=bool(data.get("keep_class", False)),
             blocks={str(name): _checked(text, str, "blocks") for name, text in data.get("blocks", {}).items()},
             folded=bool(data.get("folded", False)),
-            repaired={str(name): _layer_repair(*one) for name, one in data.get("repaired", {}).items()},
+            repaired={str(name): decode_repair(one) for name, one in data.get("repaired", {}).items()},
         )
     except KeyError as error:
         raise FileError(f"its record is damaged: {str(error)[:80]} is missing") from error
@@ -107,13 +107,16 @@ def _checked(value: Json, kind: type[Any], what: str) -> Any:
     return value
 
 
-def _encode_repair(one: LayerRepair) -> Json:
+def encode_repair(one: LayerRepair) -> Json:
+    """What was done to one layer as what ``json.dumps`` takes."""
     return [one.done, one.ridge, one.before, one.after, *([list(one.stands_in)] if one.stands_in else [])]
 
 
-def _layer_repair(done: Json, ridge: Json, before: Json, after: Json, blocks: Json = ()) -> LayerRepair:
+def decode_repair(data: Json) -> LayerRepair:
+    """What ``encode_repair`` wrote. Raises ``FileError``, ``TypeError`` or ``ValueError`` where it is damaged."""
+    done, ridge, before, after, *blocks = _checked(data, list, "repaired")
     strength = None if ridge is None else float(ridge)
-    instead = tuple(_checked(name, str, "repaired") for name in blocks)
+    instead = tuple(_checked(name, str, "repaired") for name in (blocks[0] if blocks else ()))
     return LayerRepair(_checked(done, str, "repaired"), strength, float(before), float(after), instead)
 
 
