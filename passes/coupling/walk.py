@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fxprune.errors import FAULTS, FxPruneError, first_line
 from fxprune.passes.ir.nested import has_tensor, packed, tensors
+from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.ir.objects import made_object
 from fxprune.passes.ir.outputs import Outputs, chosen, left_out
 from fxprune.passes.ir.reasons import Reason, ReasonKind
@@ -29,7 +30,9 @@ from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, lift, values
 from fxprune.passes.rules import binding, registry
 from fxprune.passes.rules.layer_specs import called_again, channel_dims
+from fxprune.passes.tracing.sizes.axis_origin import same_axis
 from fxprune.passes.tracing.sizes.fixed_sizes import is_fixed
+from fxprune.passes.tracing.sizes.other_sizes import Shapes, shapes_at_other_sizes
 
 
 class Walk(LabelContext):
@@ -66,6 +69,19 @@ class Walk(LabelContext):
 
     def is_fixed(self, node: Any, axis: int) -> bool:
         return is_fixed(node, axis, self.traced.skeleton.module)
+
+    def is_size_of(self, size: fx.Node, node: fx.Node, axis: int) -> bool:
+        if super().is_size_of(size, node, axis):
+            return True
+        if target_name(size) != "size" or size.meta["val"] != node.meta["val"].shape[axis]:
+            return False
+        read: Any = size.args[0]
+        other: Any = size.args[1]
+        module = self.traced.skeleton.module
+        return same_axis(read, other % read.meta["val"].ndim, module) == same_axis(node, axis, module)
+
+    def other_shapes(self, node: fx.Node) -> tuple[Shapes, ...] | None:
+        return shapes_at_other_sizes(node.graph, self.traced) if node.graph is self.traced.graphs[self.mode] else None
 
     def _step(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         value = node.meta.get("val")

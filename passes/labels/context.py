@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.passes.ir.constants import evaluate
-from fxprune.passes.ir.nodes import op_name
+from fxprune.passes.ir.nodes import op_name, target_name
 from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.ir.traced import TracedModel
@@ -284,6 +284,14 @@ class LabelContext(ParameterLabels):
     def is_fixed(self, node: Any, axis: int) -> bool:
         """Whether a node's tensor has one size along ``axis`` whatever the input; False where that is not plain to see."""
         return False
+
+    def is_size_of(self, size: fx.Node, node: fx.Node, axis: int) -> bool:
+        """Whether a number is the size of a node's tensor along ``axis``, be it read of that tensor or of one that gave it its size."""
+        return target_name(size) == "size" and size.args[0] is node and bool(size.args[1] % node.meta["val"].ndim == axis)
+
+    def other_shapes(self, node: fx.Node) -> Sequence[Mapping[fx.Node, Sequence[int]]] | None:
+        """The shapes of the graph's tensors at every other size of the inputs that was tried and that it takes; None where none was."""
+        return None
 
     def is_number(self, size: Any) -> bool:
         """Whether a number is the same for every input: a literal, or computed of channel counts and sizes that are fixed."""

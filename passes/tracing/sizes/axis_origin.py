@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 _SWAPS = frozenset({"transpose", "swapaxes", "swapdims"})
 _TURNED = frozenset({"mT", "mH", "T", "H", "t", "adjoint"})
+_VIEWS = frozenset({"view", "reshape", "_unsafe_view"})
+_AS_IT_IS = frozenset(
+    {"contiguous", "clone", "detach", "relu", "relu_", "gelu", "silu", "sigmoid", "tanh", "softmax", "float", "half", "to"}
+)
+_LAYERS = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.ReLU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Identity,
+    nn.Dropout,
+)
 _REDUCED = frozenset({"mean", "sum", "amax", "amin", "std", "var"})
 
 
@@ -37,6 +54,36 @@ def places(node: fx.Node, name: str, before: int, after: int, axis: int, given: 
         left = [a for a in range(before) if a not in gone]
         return [left[axis]] if after == len(left) else [a for a in left if a == axis]
     return None
+
+
+def same_axis(node: fx.Node, axis: int, layer: Callable[[str], nn.Module]) -> tuple[fx.Node, int]:
+    """The first tensor, and its axis, that gave an axis its size: through layers, views by sizes that are read, and what moves axes."""
+    while node.all_input_nodes:
+        source, value = node.all_input_nodes[0], node.meta["val"]
+        before = source.meta.get("val")
+        if not isinstance(before, torch.Tensor) or not isinstance(value, torch.Tensor):
+            break
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        given = listed(node.args[1:])
+        found: Sequence[int] | None = None
+        if node.op == "call_module":
+            kept = isinstance(layer(str(node.target)), _LAYERS) and (axis == 0 or before.shape == value.shape)
+            found = [axis] if kept and len(node.all_input_nodes) == 1 else None
+        elif name in _VIEWS and len(given) == value.ndim:
+            read = given[axis]
+            if not (isinstance(read, fx.Node) and read.op == "call_method" and read.target == "size"):
+                break
+            node, axis = read.args  # type: ignore[assignment]
+            axis %= node.meta["val"].ndim
+            continue
+        elif name in _AS_IT_IS:
+            found = [axis]
+        else:
+            found = places(node, name, before.ndim, value.ndim, axis, given)
+        if found is None or len(found) != 1:
+            break
+        node, axis = source, found[0]
+    return node, axis
 
 
 def arguments(given: Sequence[Any], node: fx.Node, **defaults: Any) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -182,3 +182,80 @@ def test_numbers_behind_channels_of_which_little_is_known_are_said(how: Callable
 
     graph = fxprune.analyze(Small(), torch.randn(1, 8, 8, 8))
     assert not any(g.prunable for g in graph.groups) or any("a view by numbers was specialised" in note for note in graph.notes)
+
+
+def gaps_and_notes(
+    how: Callable[[Any], Any], size: tuple[int, ...], others: Sequence[tuple[int, ...]], last: nn.Module
+) -> tuple[float, Any]:
+    """How far a slim network is from the zeroed original where the latter runs; nothing where a note says that other sizes differ."""
+    model = Net(how).eval()
+    model.first, model.last = nn.Conv2d(3, 16, 3, padding=1), last  # type: ignore[assignment]
+    x = torch.randn(size)
+    slim = fxprune.compress(model, 0.5, x, verify=True)
+    reference, worst = zeroed(model, fxprune.record(slim).kept), 0.0
+    said = any("by numbers was specialised" in note for note in fxprune.record(slim).notes)
+    for other in [x] if said else [x, *map(torch.randn, others)]:
+        with torch.no_grad():
+            try:
+                wanted = reference(other)
+            except RuntimeError:
+                continue
+            worst = max(worst, gap(wanted, slim(other)))
+    return worst, slim.get_parameter("first.weight").shape[0]
+
+
+class OverLast(nn.Module):
+    """A layer and a mean over what it gives, as ``Net`` wants it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer(x).flatten(2)[..., None]
+
+
+OTHERS = [(3, 3, 8, 8), (1, 3, 8, 8), (1, 3, 8, 16), (2, 3, 16, 8), (2, 3, 4, 4), (1, 3, 16, 16), (2, 3, 12, 12)]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("how", "channels"),
+    [
+        (lambda y: y.view(-1, 8, y.shape[2] * 8), 8),
+        (lambda y: y.view(-1, 16, y.shape[3] * 8), 16),
+        (lambda y: y.transpose(2, 3).reshape(-1, 16, 8 * y.shape[2]), 16),
+        (lambda y: y.view(1, 16, -1), 16),
+        (lambda y: y.view(y.shape[0] // len(y), y.shape[1], -1), 16),
+        (lambda y: y.view(-1, 16 * 8, y.shape[3]), 128),
+        (lambda y: y.view(-1, y.shape[1] * 8, y.shape[3]), 128),
+        (lambda y: y.view(-1, 16, y.numel() // 16), 16),
+        (lambda y: y.flatten(1).view(-1, 16, 64), 16),
+        (lambda y: y.flatten().view(-1, 16, y.shape[2] * 8), 16),
+        (lambda y: y.reshape(-1, 2, 8, 8 * y.shape[2]).mean(1), 8),
+        (lambda y: y.view(16, -1, 64).transpose(0, 1), 16),
+        (lambda y: y.flatten(0, 1).unflatten(0, (-1, 16)).flatten(2), 16),
+    ],
+)
+def test_numbers_that_mix_batch_channels_and_positions(how: Callable[[Any], Any], channels: int, batch: int) -> None:
+    torch.manual_seed(0)
+    worst, _ = gaps_and_notes(how, (batch, 3, 8, 8), OTHERS, OverLast(nn.Conv1d(channels, 4, 1)))
+    assert worst < 1e-5
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda y: y.view(y.shape[0], 16, 8, -1),
+        lambda y: y.view(y.shape[0], -1, 8, 8),
+        lambda y: y.view(y.shape[0], y.shape[1], 8, -1),
+        lambda y: y.view(-1, 16, y.numel() // 16 // len(y)),
+        lambda y: y.flatten(1).unflatten(1, (-1, 64)),
+        lambda y: y.permute(0, 2, 3, 1).reshape(1, -1, 16).mT,
+    ],
+)
+def test_numbers_that_hold_at_every_size_that_the_model_takes_lock_nothing(how: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    last = nn.Conv2d(16, 4, 1) if how(torch.zeros(2, 16, 8, 8)).ndim == 4 else nn.Conv1d(16, 4, 1)
+    worst, left = gaps_and_notes(how, (2, 3, 8, 8), OTHERS, OverLast(last))
+    assert worst < 1e-5 and left == 8
