@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from fxprune.errors import InputError
+from fxprune.passes.ir.compiled import BOUND, class_of_copy, is_compiled
 from fxprune.passes.ir.contents import CachedFunction, Contents, hooks_back, hooks_of
 
 _SHARED = (
@@ -110,7 +111,7 @@ class Skeleton:
         originals = list(dict.fromkeys(self._original_modules.values()))
         scripted = [module for module in originals if isinstance(module, torch.jit.ScriptModule)]
         for module in originals:
-            memo[id(module)] = module if module in scripted else object.__new__(type(module))
+            memo[id(module)] = module if module in scripted else object.__new__(class_of_copy(module))
         for module in originals:
             if module in scripted:  # it stays a call, and nothing of it is looked at
                 continue
@@ -258,7 +259,10 @@ def fill(source: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
     """Give ``twin`` the attributes of ``source``: modules and tensors by ``memo`` (id -> twin), the rest copied, hooks left behind."""
     state = source.__dict__.copy()
     object.__setattr__(twin, "__dict__", state)  # quicker than filling the one that it has
-    for key, value in source.__dict__.items():
+    if is_compiled(source) or state.get("_compiled_call_impl") is not None:
+        for key in BOUND & state.keys():
+            del state[key]
+    for key, value in list(state.items()):
         kind = type(value)
         if kind in _VALUES:  # most are, and this is asked first for that
             continue

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxprune.passes.ir.compiled import class_of_copy
 from fxprune.passes.ir.skeleton import fill
 from fxprune.passes.ir.slim_module import FOLLOWING
 
@@ -30,7 +31,7 @@ def assemble(modules: Copies, memo: dict[int, Any], constants: Mapping[str, torc
     The new modules are added to ``memo`` (id of the original module -> new module). ``constants``: tensors to hold at other paths.
     """
     for module, keeps_class in modules:
-        memo[id(module)] = object.__new__(type(module) if keeps_class else nn.Module)
+        memo[id(module)] = object.__new__(class_of_copy(module) if keeps_class else nn.Module)
     for module, keeps_class in modules:
         twin = memo[id(module)]
         if keeps_class:

@@ -118,22 +118,14 @@ def _block(tracer: Recorder, target: Any, args: tuple[Any, ...]) -> Any:
         raise TraceError(f"{tracer.here()}: the exported operation {name} holds graphs of its own and cannot be pruned through")
     what, place = _BLOCKS[name]
     body, inner = args[place], args[place + 1 :]
-    off = not args[0] if what == "no_grad" else not args[2]
-    if what == "autocast" or (off and any(_learned(tracer, a) for a in inner)):
+    if what == "autocast":
         tracer.note(NoteKind.LOST, f"a {what} block cannot be kept in a graph; the slim module computes without it", tracer.here())
-    return body(*inner)
-
-
-def _learned(tracer: Recorder, value: Any) -> bool:
-    """Whether a gradient would flow into ``value``: it was computed from a parameter."""
-    todo, seen = [value.node] if isinstance(value, fx.Proxy) else [], set()
-    while todo:
-        node = todo.pop()
-        if node.op == "get_attr" and str(node.target) in tracer.skeleton.parameter_names:
-            return True
-        todo += [n for n in node.all_input_nodes if n not in seen]
-        seen.update(node.all_input_nodes)
-    return False
+        return body(*inner)
+    before, tracer.gradients = tracer.gradients, bool(args[0])
+    try:
+        return body(*inner)
+    finally:
+        tracer.gradients = before
 
 
 def origin(node: fx.Node, skip: Callable[[str], bool]) -> tuple[str, str]:

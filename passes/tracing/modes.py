@@ -21,6 +21,7 @@ from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.tracing.guard.comparison import Comparison, Difference, on_meta
 from fxprune.passes.tracing.guard.plain_code import is_plain
 from fxprune.passes.tracing.module_state import hold_modes, keep_state, lost, written_back
+from fxprune.passes.tracing.side_effects.gradients import detach
 from fxprune.passes.tracing.side_effects.history import History, past
 from fxprune.passes.tracing.side_effects.isolation import remove_left
 from fxprune.passes.tracing.sizes import fixed_sizes as extents
@@ -152,10 +153,9 @@ def add_traced(
         before = set(skeleton.as_in_evaluation)
         try:
             second, graph = without_history(training=True)
-            notes.update({note: None for note in second.notes if note.kind is NoteKind.MODE})
+            notes.update(second.notes)  # of equal graphs too: of two that are drawn at random, training may have got evaluation's
             if not _same(graphs["eval"], graph):
                 graphs["train"] = graph
-                notes.update(second.notes)
                 traced.read |= second.read
                 constants.update(second.constants)
         except TraceError as error:
@@ -227,6 +227,7 @@ def _one(tracer: ShapeTracer, example: Any, training: bool, history: History) ->
         written_back(tracer, plain)
     for place in remove_left(tracer.made):
         tracer.note(NoteKind.STATE, f"forward kept what it computed while it was traced in {place}, which was rid of it")
+    detach(tracer, graph)
     eliminate(graph)
     extents.forget(graph)
     return graph

@@ -37,6 +37,9 @@ _tracing = False  # guarded by ALONE: whether the thread that holds it is within
 _ABSENT = object()
 
 
+_BEFORE = "_fxprune_gradients"
+
+
 @dataclass(frozen=True)
 class Patch:
     """``owner.name`` becomes ``wrap(tracer, original)`` for the time of a trace; ``original`` is what the owner itself holds, or None."""
@@ -56,6 +59,7 @@ def patched(tracer: Recorder) -> Iterator[None]:
     # Torch imports parts of itself on their first use. One that is imported within the block would keep the patched functions for
     # good, and torch.compile and exporters would later not know them.
     importlib.import_module("torch._dynamo")
+    dynamo: Any = importlib.import_module("torch._dynamo.config")
     global _tracing
     with ALONE, contextlib.ExitStack() as stack:
         if _tracing:
@@ -64,6 +68,8 @@ def patched(tracer: Recorder) -> Iterator[None]:
         stack.callback(_not_tracing)
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(setattr, dynamo, "error_on_nested_fx_trace", dynamo.error_on_nested_fx_trace)
+        dynamo.error_on_nested_fx_trace = False  # a function of torch.compile is then traced through
         for patch in PATCHES:
             held = vars(patch.owner).get(patch.name, _ABSENT)
             stack.callback(_put_back, patch.owner, patch.name, held)
@@ -195,7 +201,7 @@ def _asserted(tracer: Recorder, original: Any) -> Any:
 def _block(what: str) -> Callable[[Recorder, Any], Any]:
     def wrap(tracer: Recorder, original: Any) -> Any:
         def enter(context: Any, *args: Any, **kwargs: Any) -> Any:
-            if tracer.recording and not _within_no_grad(sys._getframe(1)):
+            if tracer.recording:
                 tracer.refuse_block(what)
                 text = f"a {what} block cannot be kept in a graph; the slim module computes without it"
                 tracer.note(NoteKind.LOST, text, tracer.here())
@@ -204,6 +210,41 @@ def _block(what: str) -> Callable[[Recorder, Any], Any]:
         return enter
 
     return wrap
+
+
+def _gradients(what: str) -> Callable[[Recorder, Any], Any]:
+    """A block with or without gradients begins: what is recorded in it is marked."""
+
+    def wrap(tracer: Recorder, original: Any) -> Any:
+        def enter(context: Any, *args: Any, **kwargs: Any) -> Any:
+            if tracer.recording and not _within_no_grad(sys._getframe(1)):
+                tracer.refuse_block(what)
+                context.__dict__[_BEFORE] = tracer.gradients
+                given = args[0] if args else kwargs.get("mode", True)
+                on = {"no_grad": False, "enable_grad": True}.get(
+                    what, given if what == "set_grad_enabled" else not context.__dict__.get("mode")
+                )
+                if on and tracer.gradients and what == "enable_grad":  # it matters where the slim module is called without gradients
+                    text = f"a {what} block cannot be kept in a graph; the slim module computes without it"
+                    tracer.note(NoteKind.LOST, text, tracer.here())
+                tracer.gradients = tracer.gradients and on if what == "inference_mode" else bool(on)
+            return original(context, *args, **kwargs)
+
+        return enter
+
+    return wrap
+
+
+def _gradients_again(tracer: Recorder, original: Any) -> Any:
+    """A block with or without gradients ends."""
+
+    def leave(context: Any, *args: Any, **kwargs: Any) -> Any:
+        before = context.__dict__.pop(_BEFORE, None)
+        if before is not None and tracer.recording:
+            tracer.gradients = before
+        return original(context, *args, **kwargs)
+
+    return leave
 
 
 def _within_no_grad(frame: Any) -> bool:
@@ -257,10 +298,11 @@ PATCHES: tuple[Patch, ...] = (
     *(Patch(torch, name, _checked) for name in compat.CHECKS),
     Patch(torch, "_assert", _asserted),
     Patch(torch.autograd.Function, "apply", _apply),
-    Patch(torch.no_grad, "__enter__", _block("no_grad")),
-    Patch(torch.enable_grad, "__enter__", _block("enable_grad")),
-    Patch(torch.set_grad_enabled, "__init__", _block("set_grad_enabled")),
-    Patch(torch.inference_mode, "__enter__", _block("inference_mode")),
+    Patch(torch.no_grad, "__enter__", _gradients("no_grad")),
+    Patch(torch.enable_grad, "__enter__", _gradients("enable_grad")),
+    Patch(torch.set_grad_enabled, "__init__", _gradients("set_grad_enabled")),
+    Patch(torch.inference_mode, "__enter__", _gradients("inference_mode")),
+    *(Patch(b, "__exit__", _gradients_again) for b in (torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode)),
     Patch(torch.autocast, "__enter__", _block("autocast")),
     Patch(compat.fx_tracing, "_create_wrapped_func", _hidden),
     Patch(compat.vmap_home, "vmap_impl", _mapped),

@@ -18,7 +18,8 @@ class Recorder(Protocol):
 
     ``graph``: what is being recorded. ``read``: names of tensors whose values
     Python code has read. ``constants``: attribute name -> tensor that the graph holds beside parameters and buffers. ``busy``: an
-    operation runs for its shape, and nothing is recorded meanwhile. ``source``: the node being traced, where the module is a graph already.
+    operation runs for its shape, and nothing is recorded meanwhile. ``gradients``: whether the code at work is in no block without them.
+    ``source``: the node being traced, where the module is a graph already.
     """
 
     graph: fx.Graph
@@ -27,6 +28,7 @@ class Recorder(Protocol):
     constants: dict[str, torch.Tensor]
     asked: Asked
     busy: bool
+    gradients: bool
     source: fx.Node | None
     device: torch.device
 

@@ -44,6 +44,7 @@ from fxprune.passes.tracing.meta_execution import execute, hides_structure, run_
 from fxprune.passes.tracing.patching import patched
 from fxprune.passes.tracing.proxies import ShapeProxy, ShapeTuple
 from fxprune.passes.tracing.recorder import Recorder
+from fxprune.passes.tracing.side_effects import gradients
 from fxprune.passes.tracing.sizes import counted
 from fxprune.passes.tracing.sizes import fixed_sizes as extents
 from fxprune.passes.tracing.sizes.specialisation import Asked
@@ -85,6 +86,7 @@ class ShapeTracer(fx.Tracer):
         self.read: set[str] = set()
         self.graph_is_training = False
         self.busy = False  # running an operation for its shape: nothing is recorded meanwhile
+        self.gradients = True  # the code at work is in no block without them
         self.returning = False  # forward is through: what is recorded now is its result
         self.thread = threading.get_ident()
         self.stack: list[str] = []  # names of the modules and functions at work, outermost first
@@ -255,6 +257,8 @@ class ShapeTracer(fx.Tracer):
         node = self.graph.create_node(kind, target, args, kwargs, name, None)
         node.meta["where"] = self.here()
         node.meta["owner"] = self._owner()
+        if not self.gradients and kind != "get_attr" and target is not getattr:  # these are recorded when they are first read
+            node.meta[gradients.MARK] = True
         if kind not in ("placeholder", "output"):
             try:
                 node.meta["val"] = self._value(node)

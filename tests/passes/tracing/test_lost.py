@@ -35,13 +35,8 @@ class Net(nn.Module):
         return made
 
 
-def in_set_grad(_: Any, y: Tensor) -> Tensor:
-    with torch.set_grad_enabled(False):
-        return y * 2
-
-
-def in_inference_mode(_: Any, y: Tensor) -> Tensor:
-    with torch.inference_mode():
+def with_gradients(_: Any, y: Tensor) -> Tensor:
+    with torch.enable_grad():
         return y * 2
 
 
@@ -64,8 +59,7 @@ def by_dtype_in(_: Any, y: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        (in_set_grad, "a set_grad_enabled block cannot be kept"),
-        (in_inference_mode, "a inference_mode block cannot be kept"),
+        (with_gradients, "a enable_grad block cannot be kept"),
         (by_python, "forward draws from random;"),
         (by_numpy, "forward draws from numpy.random;"),
         (by_dtype, "a branch on the dtype was specialised"),
@@ -81,6 +75,16 @@ def test_it_is_said(how: Callable[[Any, Tensor], Tensor], said: str) -> None:
     assert after[:2] == before[:2] and torch.equal(after[2], before[2]), "the user's generators do not move"
 
 
+def skipped_in_training(net: Any, y: Tensor) -> Tensor:
+    return y if net.training and np.random.rand() < 0.5 else y.relu()  # noqa: NPY002
+
+
+def test_what_is_drawn_in_training_is_said_though_evaluation_computes_the_same() -> None:
+    with_training = fxprune.analyze(Net(skipped_in_training), X)
+    assert list(with_training.traced.graphs) == ["eval"], "the first number that is drawn skips nothing"
+    assert any("forward draws from numpy.random;" in note for note in with_training.notes)
+
+
 def no_grad_only(_: Any, y: Tensor) -> Tensor:
     with torch.no_grad():
         return y * 2
@@ -92,8 +96,7 @@ def by_mask(_: Any, y: Tensor) -> Tensor:
 
 
 def test_it_is_not_said_without_need() -> None:
-    notes = fxprune.analyze(Net(no_grad_only), X).notes
-    assert len(notes) == 1 and "no_grad" in notes[0], "no_grad is made of set_grad_enabled"
+    assert not fxprune.analyze(Net(no_grad_only), X).notes, "what is computed there is detached"
     assert not fxprune.analyze(Net(by_mask), X).notes, "half() changes no mask"
 
 
