@@ -153,6 +153,8 @@ def _space(target: Any) -> int:
         for n in (1, 2, 3)
         if hasattr(torch, f"{kind}_pool{n}d")
     ),
+    *(getattr(F, f"{kind}_pool{n}d_with_indices") for kind in ("max", "adaptive_max") for n in (1, 2, 3)),
+    *(getattr(F, f"fractional_max_pool{n}d{more}") for n in (2, 3) for more in ("", "_with_indices")),
     torch.avg_pool1d,
     torch.adaptive_max_pool1d,
     *(

@@ -157,8 +157,16 @@ def _renumbered(slim: Rewriter, node: fx.Node) -> None:
         return
     axis = slim.number(dim) % x.ndim
     kept = slim.kept(x, axis)
-    if kept is not None:
-        slim.set_argument(node, name, slim.renumbered(node, slim.argument(node, name), kept, x.shape[axis]))
+    if kept is None:
+        return
+    given = slim.argument(node, name)
+    base = _before_expansion(given, axis)
+    index = slim.renumbered(node, base, kept, x.shape[axis])
+    if base is not given:
+        sizes = _sizes_of(given)
+        found = [slim.new.call_method("size", s) if isinstance(s, tuple) else s for s in sizes]
+        index = slim.new.call_method("expand", (index, *(-1 if a == axis else s for a, s in enumerate(found))))
+    slim.set_argument(node, name, index)
 
 
 @named("gather", rewrite=_renumbered, inplace=False)
@@ -177,6 +185,25 @@ def take_along_dim(ctx: LabelContext, node: fx.Node, input: Value, indices: Valu
     return _along(ctx, node, input, dim, [indices], [], broadcast=True)
 
 
+def _before_expansion(index: Any, axis: int) -> Any:
+    """What ``index`` is an expansion of, along other axes than ``axis``: to sizes that may be the input's."""
+    if not isinstance(index, fx.Node) or target_name(index) not in ("expand", "broadcast_to", "expand_as"):
+        return index
+    base: Any = index.args[0] if index.args else None
+    if base is None:
+        return index
+    before, after = (node.meta.get("old", node).meta["val"].shape for node in (base, index))
+    return base if len(before) == len(after) == len(_sizes_of(index)) and before[axis] == after[axis] else index
+
+
+def _sizes_of(expansion: fx.Node) -> list[Any]:
+    """The sizes that a tensor is expanded to; one of another tensor as that and its axis."""
+    given = expansion.args[1:] or tuple(expansion.kwargs.values())
+    if target_name(expansion) == "expand_as":
+        return [(given[0], a) for a in range(expansion.meta.get("old", expansion).meta["val"].ndim)]
+    return list(given[0]) if len(given) == 1 and isinstance(given[0], (tuple, list)) else list(given)
+
+
 def _made_with_sizes(node: fx.Node) -> bool:
     """Whether a size of another tensor enters what ``node`` is computed from."""
     return any(n.op == "placeholder" or target_name(n) == "size" for n in computed_from(node))
@@ -186,6 +213,8 @@ def _picked(ctx: LabelContext, node: fx.Node, x: Value, dim: int, index: Value, 
     """Channels that a constant picks, the same for all positions beside them; None where that is not so."""
     axis = dim % x.ndim
     given: Any = binding.form_of(node).arguments(node.args, node.kwargs).get(name)
+    full = given.meta["val"].shape
+    given = _before_expansion(given, axis)
     actual = ctx.real(given)
     if axis not in x.axes or actual is None or index.ndim != x.ndim:
         return None
@@ -194,7 +223,7 @@ def _picked(ctx: LabelContext, node: fx.Node, x: Value, dim: int, index: Value, 
     row = actual.movedim(axis, 0).reshape(actual.shape[axis], -1)
     if not bool((row == row[:, :1]).all()) or set(x.axes) != {axis}:
         return None
-    if any(n not in (1, m) for a, (n, m) in enumerate(zip(actual.shape, x.shape, strict=True)) if a != axis):
+    if any(n not in (1, m) for a, (n, m) in enumerate(zip(full, x.shape, strict=True)) if a != axis):
         return None
     chosen = x.axes[axis][row[:, 0].cpu().numpy()]
     return ctx.make(node, {axis: chosen}, {axis} & x.zero, x.why)

@@ -65,7 +65,7 @@ def move(ctx: LabelContext, node: fx.Node, input: Value, **named: Any) -> Any:
 
 
 @named("diagonal")
-def diagonal(ctx: LabelContext, node: fx.Node, input: Value, offset: int = 0, dim1: int | None = None, dim2: int | None = None) -> Any:
+def diagonal_of(ctx: LabelContext, node: fx.Node, input: Value, offset: int = 0, dim1: int | None = None, dim2: int | None = None) -> Any:
     """Channels that meet on the diagonal go together; where only one axis has any, or it is not the main one, they stay."""
     usual = (-2, -1) if node.target is torch.linalg.diagonal else (0, 1)
     first, second = ((default if d is None else d) % input.ndim for d, default in zip((dim1, dim2), usual, strict=True))
@@ -78,6 +78,33 @@ def diagonal(ctx: LabelContext, node: fx.Node, input: Value, offset: int = 0, di
     ctx.unite(rows[:shorter], columns[:shorter])
     alone = Value(input.shape, {a: v for a, v in input.axes.items() if a != second}, input.zero, input.why)
     return ctx.move(node, alone, lambda labels: labels.diagonal(offset, first, second))
+
+
+@functions(torch.atleast_1d, torch.atleast_2d, torch.atleast_3d)
+def at_least(ctx: LabelContext, node: fx.Node, tensors: Any) -> Any:
+    given = values(tensors)
+    if len(given) != 1 or not isinstance(node.meta["val"], torch.Tensor):
+        return ctx.opaque(node, given, "axes of one are added to several tensors at once")
+    return ctx.move(node, given[0], node.target)  # type: ignore[arg-type]
+
+
+@named("diag")
+def diag(ctx: LabelContext, node: fx.Node, input: Value, diagonal: int = 0) -> Any:
+    return diag_embed(ctx, node, input, diagonal) if input.ndim == 1 else diagonal_of(ctx, node, input, diagonal)
+
+
+@named("diag_embed")
+def diag_embed(ctx: LabelContext, node: fx.Node, input: Value, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Any:
+    """The last axis becomes rows and columns of a matrix that is zero elsewhere: both have its channels, unless they are shifted."""
+    ndim, last = input.ndim + 1, input.ndim - 1
+    pair = dim1 % ndim, dim2 % ndim
+    if offset:
+        ctx.pin(input.axes.get(last), "it is put beside a diagonal")
+    places = [a for a in range(ndim) if a not in pair]
+    axes = {places[a]: v for a, v in input.axes.items() if a != last}
+    if not offset and last in input.axes:
+        axes.update(dict.fromkeys(pair, input.axes[last]))
+    return ctx.make(node, axes, [a for a in axes if a in pair or places.index(a) in input.zero], input.why)
 
 
 def _others(x: Value, first: int, second: int) -> dict[int, Vector]:
