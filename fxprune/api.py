@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from fxprune.attached import record_of
-from fxprune.compression import Choices, Given, carried, coupled, example_of, met, module_of, renamed, slimmed, understood, without
+from fxprune.compression import (
+    Choices,
+    Given,
+    by_names,
+    carried,
+    coupled,
+    example_of,
+    met,
+    module_of,
+    renamed,
+    slimmed,
+    understood,
+    without,
+)
 from fxprune.errors import FxPruneError
 from fxprune.evaluation.wrappers import unwrapped
 from fxprune.importance.criteria import Importance
@@ -97,10 +110,10 @@ def compress(
     Args:
         model: as for ``analyze``; or a ``CouplingGraph``: then nothing is traced again and the weights its model holds now are sliced.
         policy: how much goes, in one of these forms. A number: the sparsity of every group (0 keeps all). A mapping to sparsities from
-            names of groups, names of modules (every group that the module's layers produce) and globs over both. A ``Policy``, or the path
-            of a policy file. A target, "macs=0.5" (or params, memory: what is left of the original; sparsity: the share of output
-            channels that goes), met without a search: by error tables and a dozen trials (``fxprune.allocation.trying``) where there is
-            ``calibration``, else by the same share of every group.
+            names of groups, modules or their names (every group that the module's layers produce), classes of modules, and globs over
+            names. A ``Policy``, or the path of a policy file. A target, "macs=0.5" (or params, memory: what is left of the original;
+            sparsity: the share of output channels that goes), met without a search: by error tables and a dozen trials
+            (``fxprune.allocation.trying``) where there is ``calibration``, else by the same share of every group.
             An entry with the name of a block (``analyze(..., blocks=True)``) and sparsity 1 leaves the block out.
         example_inputs: as for ``analyze``; may be left out where the policy records them.
         ignore: as for ``analyze``.
@@ -145,6 +158,7 @@ def compress(
     Warns:
         PruningWarning: nothing was removed, or less than half of what was asked because the rest is locked.
     """
+    policy, most = by_names(policy, model), by_names(most, model)
     chosen, target = understood(policy)
     choices = Choices.of(
         chosen.options,

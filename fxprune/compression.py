@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from torch import fx, nn
 from fxprune import example_inputs as forms
 from fxprune.allocation.target_policies import allocated, is_target
 from fxprune.attached import Sources, attach, record_of, sources_of
-from fxprune.errors import FAULTS, FxPruneError, InputError, PruningWarning, UnsupportedError, in_a_line
+from fxprune.errors import FAULTS, FxPruneError, InputError, PolicyError, PruningWarning, UnsupportedError, in_a_line
 from fxprune.evaluation.running import device_of
-from fxprune.evaluation.synthetic import calibration_batches, without_labels
+from fxprune.evaluation.synthetic import calibration_batches, listed_batches, without_labels
 from fxprune.evaluation.wrappers import sliceable, unwrapped
 from fxprune.importance.criteria import Importance, importance_name, scores
 from fxprune.importance.criteria import resolved as resolved_importance
@@ -83,7 +84,9 @@ class Choices:
         **as_given: Any,
     ) -> Choices:
         """The arguments of ``compress`` with the ``options`` that a policy recorded. Raises ``InputError`` where one is out of range."""
-        multiple = round_to if round_to is not None else int(options.get("round_to") or 1)
+        multiple: Any = round_to if round_to is not None else int(options.get("round_to") or 1)
+        if isinstance(multiple, bool) or not isinstance(multiple, Integral):
+            raise InputError(f"round_to is {multiple!r}; it must be a whole number, 1 or more")
         if multiple < 1:
             raise InputError(f"round_to is {multiple}; it must be 1 or more")
         ranked_by = resolved_importance(importance)
@@ -93,8 +96,10 @@ class Choices:
         if wanted is not None and wanted not in NORMS:
             raise InputError(f"norms is {wanted!r}; it must be {' or '.join(map(repr, NORMS))}")
         named_repair(repair)
-        batches = calibration if calibration is None or isinstance(calibration, str) else list(calibration)
-        return cls(importance, ranked_by, batches, multiple, repair, norms=wanted, **as_given)
+        if as_given["loss"] is not None and not callable(as_given["loss"]):
+            raise InputError(f"loss is a {type(as_given['loss']).__name__}; pass a function f(output, batch) -> scalar tensor")
+        batches = calibration if isinstance(calibration, str) else listed_batches(calibration)
+        return cls(importance, ranked_by, batches, int(multiple), repair, norms=wanted, **as_given)
 
     @property
     def batches(self) -> list[Any] | None:
@@ -111,6 +116,27 @@ class Choices:
         if ranked == self.importance or target is not None:
             return made
         return replace(made, importance=ranked, ranked_by=resolved_importance(ranked))
+
+
+def by_names(given: Any, model: Any) -> Any:
+    """A policy, or ``most``, with names where its keys are modules or classes of modules; a number of NumPy's as one of Python's.
+
+    Raises:
+        PolicyError: a key is no module of ``model``, and no name.
+    """
+    if isinstance(given, np.floating):
+        return float(given)
+    if not isinstance(given, Mapping) or all(isinstance(key, str) for key in given):
+        return given
+    module = model.model if isinstance(model, CouplingGraph) else module_of(model)
+    found: dict[str, Any] = {}
+    for key, share in given.items():
+        paths = [key] if isinstance(key, str) else module_names(module, [key]) if isinstance(key, (nn.Module, type)) else []
+        if not paths:
+            what = f"the class {key.__name__}" if isinstance(key, type) else f"a {type(key).__name__}"
+            raise PolicyError(f"a key of the policy is {what}, which is no module of this model; keys are modules, their classes and names")
+        found.update((path or "*", share) for path in paths)
+    return found
 
 
 def understood(policy: Given) -> tuple[Policy, str | None]:
@@ -327,7 +353,12 @@ def _recorded(graph: CouplingGraph, wanted: Any, units: Any) -> Mapping[str, Any
 def module_of(model: Any) -> nn.Module:
     """``model``, or the module of a ``torch.export.ExportedProgram``, a new one at each call that shares the program's parameters."""
     if isinstance(model, nn.Module):
-        return sliceable(unwrapped(model))
+        module = sliceable(unwrapped(model))
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedError(
+                f"the model is a {type(module).__name__}, compiled by torch.jit, and cannot be traced; pass the module it was made of"
+            )
+        return module
     if type(model).__name__ != "ExportedProgram":  # by name: torch imports torch.export when it is asked for
         raise InputError(f"model is a {type(model).__name__}; pass a torch.nn.Module or a torch.export.ExportedProgram")
     found: nn.Module = model.module()

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,9 +47,9 @@ def units_removed(sparsity: float, units: int) -> int:
 
 def checked_sparsity(value: Any, where: str) -> float:
     """Return ``value`` as a float in [0, 1]; raise ``PolicyError`` naming ``where`` otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise PolicyError(f"sparsity of {where} is {value!r}; it must be a number from 0 (keep all) to 1")
-    if not 0 <= value <= 1:
+    if not 0 <= float(value) <= 1:
         raise PolicyError(f"sparsity of {where} is {value}; it must lie from 0 (keep all) to 1 (all but one unit)")
     return float(value)
 
@@ -97,7 +98,7 @@ class Policy:
             (``partly_zero``: group -> layer -> units that are zero there and stay) and why dead units stay (``kept``: group -> reason).
 
         Raises:
-            InputError: the model is on the meta device and has no values.
+            InputError: ``graph`` is none, or its model is on the meta device and has no values.
         """
         gone, partly, why = removable(graph)
         sizes = {g.name: g.size for g in graph.groups}

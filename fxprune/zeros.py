@@ -53,7 +53,7 @@ class Zeros:
     """Which units are zero, one boolean for each unit of the graph.
 
     ``dead``: nothing but zeros comes out of the layers that produce the unit, or nothing that reads it has another weight than zero.
-    ``places``: layer -> units that are zero there.
+    ``places``: layer -> units that are zero there; likewise ``layer.weight``, where a bias is all that is left of them.
     """
 
     dead: Bools
@@ -98,6 +98,8 @@ def zero_units(graph: _Graph) -> Zeros:
             zero = zero | (layer.reads & layer.unread)
         if zero.any():
             places[path] = zero
+        if layer.makes is not None and (biased := layer.makes & layer.weightless & ~layer.silent).any():
+            places[f"{path}.weight"] = biased
     return Zeros(dead, places)
 
 
@@ -141,6 +143,8 @@ def removable(graph: _Graph) -> tuple[dict[str, Tensor], dict[str, dict[str, Ten
     Raises:
         InputError: the model is on the meta device and has no values.
     """
+    if not hasattr(graph, "groups"):
+        raise InputError(f"zeros are looked for in what fxprune.analyze(model, inputs) returns, and this is a {type(graph).__name__}")
     if any(p.device.type == "meta" for p in graph.model.parameters()):
         raise InputError("the model is on the meta device and has no values to find zeros among; load its weights first")
     found = zero_units(graph)
@@ -182,12 +186,13 @@ class _Layer:
     """What one module holds of the units, each an array over all units, or None where it has no such role.
 
     ``own``: those of its output channels. ``makes``, ``reads``: those it produces, and those among its inputs. ``silent``: output channels
-    that are zero whatever comes in (true elsewhere). ``unread``: inputs with no weight but zero (true elsewhere). ``centred``: of a
-    BatchNorm, those whose zero stays zero (true elsewhere).
+    that are zero whatever comes in (true elsewhere). ``weightless``: those with no weight but zero (true elsewhere). ``unread``: inputs
+    with no weight but zero (true elsewhere). ``centred``: of a BatchNorm, those whose zero stays zero (true elsewhere).
     """
 
     own: Bools
     silent: Bools
+    weightless: Bools
     unread: Bools
     centred: Bools
     makes: Bools | None = None
@@ -215,7 +220,7 @@ class _Facts:
 
     def _blank(self, path: str, count: int) -> _Layer:
         true = np.ones(count, dtype=bool)
-        return _Layer(~true, true.copy(), true.copy(), true.copy(), is_norm=isinstance(self.modules[path], NormBase))
+        return _Layer(~true, true.copy(), true.copy(), true.copy(), true.copy(), is_norm=isinstance(self.modules[path], NormBase))
 
     def _add(self, layer: _Layer, module: nn.Module, name: str, key: str, dim: int, units: Ints, tensors: Mapping[str, Tensor]) -> None:
         owner = name.rpartition(".")[0]
@@ -233,7 +238,7 @@ class _Facts:
         if self.graph.is_output((name, dim)) or computed:
             layer.makes = np.zeros(len(layer.own), dtype=bool) if layer.makes is None else layer.makes
             layer.makes[units] = layer.own[units] = True
-            layer.silent[nonzero] = False
+            layer.silent[nonzero] = layer.weightless[nonzero] = False
         elif tensors[name].ndim == 1:
             layer.own[units] = True
             layer.silent[nonzero] = False

@@ -158,7 +158,11 @@ class Couple(GraphPass):
 
 def listed(ignore: Any) -> tuple[Any, ...]:
     """What ``ignore`` names, as a tuple: one module, name, glob or class may stand alone."""
-    return (ignore,) if isinstance(ignore, (str, nn.Module, type)) else tuple(ignore)
+    if ignore is None or isinstance(ignore, (str, nn.Module, type)):
+        return () if ignore is None else (ignore,)
+    if not isinstance(ignore, Iterable):
+        raise InputError(f"ignore is a {type(ignore).__name__}; it takes modules, classes of modules, names and globs")
+    return tuple(ignore)
 
 
 def module_names(model: nn.Module, ignore: Iterable[Any]) -> list[str]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.errors import InputError, PolicyError, SearchError
+from fxprune.errors import InputError, PolicyError, SearchError, UnsupportedError
 from fxprune.evaluation.wrappers import unwrapped
 
 
@@ -313,3 +315,57 @@ def test_what_was_left_alone_on_purpose_does_not_warn() -> None:
     removed(net(), 0.9, most=0.1)
     model = copy.deepcopy(net())
     fxprune.compress(fxprune.analyze(model, X), {})
+
+
+# -- what is no name, no number, no list ---------------------------------------------------------------------------------------
+
+
+def test_modules_and_their_classes_are_keys_as_their_names_are() -> None:
+    model = net()
+    assert removed(model, {model.blocks[0]: 0.5}) == removed(model, {"blocks.0": 0.5})
+    assert removed(model, {model.blocks[1].up: 0.5}) == {"blocks.1.up": 10}
+    assert removed(model, {Block: 0.5}) == removed(model, {"blocks.0": 0.5, "blocks.1": 0.5})
+    assert removed(model, {"blocks.0.up": 0.5, model.stem: 0.25}) == {"stem": 3, "blocks.0.up": 8}
+    assert removed(model, 0.5, most={model.blocks[1]: 0.25}) == removed(model, 0.5, most={"blocks.1": 0.25})
+    with pytest.raises(PolicyError, match="is a Linear, which is no module of this model"):
+        removed(model, {nn.Linear(3, 3): 0.5})
+    with pytest.raises(PolicyError, match="is the class GRU, which is no module of this model"):
+        removed(model, {nn.GRU: 0.5})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert removed(net(), np.float32(0.5)) == removed(net(), 0.5) == removed(net(), np.float64(0.5))
+    assert removed(net(), {"stem": np.float32(0.5)}) == {"stem": 6}
+    assert removed(net(), 0.5, round_to=np.int64(8)) == removed(net(), 0.5, round_to=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"ignore": 3}, "ignore is a int; it takes modules, classes of modules, names and globs"),
+        ({"round_to": 7.5}, "round_to is 7.5; it must be a whole number"),
+        ({"calibration": X}, "calibration is a Tensor; pass batches: a list"),
+        ({"calibration": {"x": X}}, "calibration is a dict; pass batches: a list"),
+        ({"calibration": 3}, "calibration is a int; pass batches: a list"),
+        ({"calibration": [X], "loss": 3}, "loss is a int; pass a function"),
+        ({"importance": lambda group, module: None}, "the importance callable gave a NoneType for group 'stem'"),
+        ({"outputs": ["logits"]}, "outputs names 'logits', which the model does not return; it returns one tensor"),
+        ({"outputs": [1]}, "outputs names 1, which the model does not return; it returns one tensor"),
+    ],
+)
+def test_what_is_no_such_thing_is_said_in_one_line(options: dict[str, Any], said: str) -> None:
+    with pytest.raises((InputError, PolicyError), match=re.escape(said)) as raised:
+        removed(net(), 0.5, **options)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_one_tensor_that_is_returned_keeps_its_width_by_its_place() -> None:
+    assert removed(net(), 0.5, outputs=[0]) == removed(net(), 0.5) == removed(net(), 0.5, outputs=-1)
+    assert removed(net(), 0.5, ignore=None) == removed(net(), 0.5)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
+@pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, X)])
+def test_a_scripted_model_is_refused_in_one_line(make: Any) -> None:
+    with pytest.raises(UnsupportedError, match="compiled by torch.jit, and cannot be traced; pass the module it was made of"):
+        fxprune.compress(make(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1))), 0.5, X)

@@ -8,7 +8,7 @@ DeepInversion, https://arxiv.org/abs/1912.08795, sec. 3.2). Each batch is fitted
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -88,6 +88,14 @@ def _in_place_of(example: Any, tensors: list[Tensor]) -> Any:
     return tree_map_only(Tensor, lambda _: next(left), example)
 
 
+def listed_batches(calibration: Iterable[Any] | None) -> list[Any] | None:
+    """The batches as a list. Raises ``InputError`` where one batch, or no iterable, was given instead."""
+    if isinstance(calibration, (Tensor, Mapping)) or not (calibration is None or isinstance(calibration, Iterable)):
+        kind = type(calibration).__name__
+        raise InputError(f"calibration is a {kind}; pass batches: a list or a loader of what the model takes, calibration=[inputs, ...]")
+    return None if calibration is None else list(calibration)
+
+
 def calibration_batches(
     calibration: Iterable[Any] | str | None, model: nn.Module, example_inputs: Any, *, seed: int = 0
 ) -> list[Any] | None:
@@ -96,7 +104,7 @@ def calibration_batches(
     Raises ``InputError`` for any other string.
     """
     if not isinstance(calibration, str):
-        return None if calibration is None else list(calibration)
+        return listed_batches(calibration)
     if calibration != NONE:
         raise InputError(f'calibration is {calibration!r}; pass batches, or "{NONE}" for inputs that are made without data')
     whole = all(not (isinstance(leaf, Tensor) and leaf.is_meta) for leaf in tree_leaves(example_inputs))

@@ -92,7 +92,11 @@ def register_criterion(criterion: Criterion) -> Criterion:
 
 def checked(given: Any, group: Group, who: str) -> npt.NDArray[np.float64]:
     """Scores of one group as an array (units); raises ``PolicyError`` naming ``who`` gave others than one finite number for each unit."""
-    found = np.asarray(torch.as_tensor(given).detach().cpu(), dtype=np.float64).reshape(-1)
+    try:
+        found = np.asarray(torch.as_tensor(given).detach().cpu(), dtype=np.float64).reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        what = f"a {type(given).__name__} for group {group.name!r}"
+        raise PolicyError(f"{who} gave {what}; it must give {group.size} finite numbers") from error
     if len(found) != group.size or not np.isfinite(found).all():
         raise PolicyError(f"{who} gave {len(found)} scores for group {group.name!r}; it must give {group.size} finite numbers")
     return found

@@ -43,7 +43,7 @@ def named(nested: Any) -> list[tuple[str, Any]]:
         return list(zip(nested._fields, nested, strict=True))
     if isinstance(nested, (tuple, list)):
         return [(str(i), v) for i, v in enumerate(nested)]
-    if is_dataclass(nested) and not isinstance(nested, type):
+    if is_dataclass(nested) and not isinstance(nested, type) and not getattr(nested, "is_tensor", False):
         return [(f.name, getattr(nested, f.name)) for f in fields(nested)]
     return [("0", nested)]
 
@@ -62,7 +62,8 @@ def left_out(nested: Any, wanted: Outputs) -> list[tuple[str, Any]]:
     parts = named(nested)
     for one in wanted:
         if not any(is_wanted(name, i, len(parts), [one]) for i, (name, _) in enumerate(parts)):
-            raise InputError(f"outputs names {one!r}, which the model does not return; it returns {', '.join(n for n, _ in parts)}")
+            what = "one tensor" if nested is parts[0][1] else ", ".join(n for n, _ in parts)
+            raise InputError(f"outputs names {one!r}, which the model does not return; it returns {what}")
     return [(name, value) for i, (name, value) in enumerate(parts) if not is_wanted(name, i, len(parts), wanted)]
 
 

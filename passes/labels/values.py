@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -82,6 +82,7 @@ class Value:
     ``why``: why the axes without labels have a fixed size.
     """
 
+    is_tensor: ClassVar[bool] = True  # one part of what a network returns, whatever its fields
     shape: tuple[int, ...]
     axes: dict[int, Vector]
     zero: frozenset[int]

@@ -334,3 +334,15 @@ class Ones(nn.Module):
 def test_channels_beside_a_norms_are_not_what_it_scales_to_zero() -> None:
     torch.manual_seed(0)
     assert not zero_units(fxprune.analyze(Ones(), torch.randn(1, 3, 8, 8))).dead.any()
+
+
+def test_weights_of_zero_beside_a_bias_are_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    prune.ln_structured(model[0], "weight", 0.5, n=2, dim=0)
+    found = fxprune.Policy.from_zeros(fxprune.analyze(model, X))
+    assert not found.sparsity and list(found.meta["partly_zero"]["0"]) == ["0.weight"], "its channels are constants and not zero"
+
+
+def test_zeros_are_looked_for_in_a_graph() -> None:
+    with pytest.raises(InputError, match="zeros are looked for in what fxprune.analyze"):
+        fxprune.Policy.from_zeros(nn.Linear(3, 3))
