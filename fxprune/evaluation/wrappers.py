@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from fxprune.errors import UnsupportedError
@@ -46,3 +48,33 @@ def sliceable(model: nn.Module) -> nn.Module:
         if kind.__module__.startswith(_PACKED) or type(tensor).__module__.startswith(_PACKED) or tensor.is_quantized:
             raise UnsupportedError(f"{name} is a quantised {kind.__name__}: {_FIRST}")
     return model
+
+
+_INNER = "_orig_mod"
+# What runs compiled code, bound to the weights of the user: ``torch.compile(module)`` makes the first ones, ``module.compile()`` the last.
+BOUND = frozenset({"dynamo_ctx", "forward", "_forward", "_torchdynamo_orig_callable", "get_compiler_config", "_compiled_call_impl"})
+
+
+class Uncompiled(nn.Module):
+    """In a copy, in the place of what ``torch.compile`` made of a module: it calls that module, whose parameters keep their names."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._modules[_INNER](*args, **kwargs)  # type: ignore[misc]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_modules"][_INNER], name)
+
+    def __len__(self) -> int:
+        return len(self._modules[_INNER])  # type: ignore[arg-type]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" and _INNER in module._modules
+
+
+def class_of_copy(module: nn.Module) -> type[nn.Module]:
+    """The class that a copy of ``module`` has."""
+    return Uncompiled if is_compiled(module) else type(module)

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from fxprune.errors import InputError
-from fxprune.passes.ir.compiled import BOUND, class_of_copy, is_compiled
+from fxprune.evaluation.wrappers import BOUND, class_of_copy, is_compiled
 from fxprune.passes.ir.contents import CachedFunction, Contents, hooks_back, hooks_of
 
 _SHARED = (

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.passes.ir.compiled import class_of_copy
+from fxprune.evaluation.wrappers import class_of_copy
 from fxprune.passes.ir.skeleton import fill
 from fxprune.passes.ir.slim_module import FOLLOWING
 

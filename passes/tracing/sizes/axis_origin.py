@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxprune.passes.compat import ConvNd, NormBase
+
 _SWAPS = frozenset({"transpose", "swapaxes", "swapdims"})
 _TURNED = frozenset({"mT", "mH", "T", "H", "t", "adjoint"})
 _VIEWS = frozenset({"view", "reshape", "_unsafe_view"})
@@ -15,9 +17,9 @@ _AS_IT_IS = frozenset(
     {"contiguous", "clone", "detach", "relu", "relu_", "gelu", "silu", "sigmoid", "tanh", "softmax", "float", "half", "to"}
 )
 _LAYERS = (
-    nn.modules.conv._ConvNd,
+    ConvNd,
     nn.Linear,
-    nn.modules.batchnorm._NormBase,
+    NormBase,
     nn.LayerNorm,
     nn.GroupNorm,
     nn.ReLU,
