@@ -24,6 +24,8 @@ class _Group(Protocol):
     def name(self) -> str: ...
     @property
     def prunable(self) -> bool: ...
+    @property
+    def most(self) -> float: ...
 
 
 class _Graph(Protocol):
@@ -77,9 +79,9 @@ class Policy:
 
     @classmethod
     def uniform(cls, graph: _Graph, sparsity: float) -> Policy:
-        """The same ``sparsity`` for every prunable group of ``graph``."""
+        """The same ``sparsity`` for every prunable group of ``graph``; of experts as many stay as are chosen at a time."""
         p = checked_sparsity(sparsity, "a uniform policy")
-        return cls({g.name: p for g in graph.groups if g.prunable}, graph.inputs, dict(graph.options))
+        return cls({g.name: min(p, g.most) for g in graph.groups if g.prunable}, graph.inputs, dict(graph.options))
 
     @classmethod
     def from_zeros(cls, graph: Any) -> Policy:

@@ -22,6 +22,7 @@ from fxprune.passes.base import GraphPass, Observer, run_passes
 from fxprune.passes.collector import paused_collector
 from fxprune.passes.compat import tree_leaves
 from fxprune.passes.coupling.graph import SINGLE, CouplingGraph
+from fxprune.passes.coupling.grouping import NORMS
 from fxprune.passes.coupling.walk import Walk
 from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.outputs import Outputs
@@ -37,7 +38,6 @@ from fxprune.passes.tracing.guard.comparison import difference_of_slim, on_meta
 from fxprune.passes.tracing.modes import trace
 from fxprune.passes.tracing.partial import add_parts, calls_of, trace_parts
 
-NORMS = ("plain", "exact")
 _KEY = "compilation"
 
 

@@ -19,7 +19,8 @@ from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.nodes import CHOOSING, target_name
 from fxprune.passes.ir.notes import NoteKind
 from fxprune.passes.ir.outputs import chosen, returned_tensors
-from fxprune.passes.labels.values import Value, values
+from fxprune.passes.labels.choices import Choice
+from fxprune.passes.labels.values import Value, Vector, values
 from fxprune.passes.planning.plan import Keep
 from fxprune.passes.rewriting.blocks import with_zeroed_blocks
 from fxprune.passes.rewriting.slimmer import Slimmer
@@ -74,8 +75,9 @@ def difference(reference: Any, other: Any) -> float:
 def verify(graph: CouplingGraph, keep: Keep, slim: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], norms: str = "plain") -> float:
     """Run the oracle on the given inputs, on the groups for which it is defined, and return the relative difference.
 
-    Groups whose channels share a statistic (layer norm, softmax or a reduction over channels) are put back for the comparison; the whole
-    slim network is then only run. Everything is run on copies, with the same random numbers: modules, inputs and generators come out as
+    Groups whose channels share a statistic (layer norm or a reduction over channels) are put back for the comparison; the whole slim network
+    is then only run. In a softmax over channels, and where the best of them are chosen (a router's experts), those that went are minus
+    infinity in the original: nobody chooses them, and they have no share. Everything is run on copies, with the same random numbers: modules, inputs and generators come out as
     they were. Where the numbers differ because of scores that are next to equal before a choice among them (top-k, sorting, thresholds), or
     because fewer channels draw fewer random numbers, the slim network is run again with the choices and draws of the original. Where the
     original also takes another batch size, or another resolution or length, these are compared as well, unless a note already says that
@@ -87,14 +89,17 @@ def verify(graph: CouplingGraph, keep: Keep, slim: Any, args: tuple[Any, ...], k
     with torch.no_grad():
         _run(copied(slim).eval(), args, kwargs)
         defined = keep.copy()
+        masks = [choice for choice in graph.choices if norms in choice.norms and choice.mode in graph.traced.eval_modes]
+        unseen = {g for choice in masks if choice.mode != "eval" or graph.traced.in_parts for g in graph.groups_along(choice.vector)}
         for group in graph.groups:
-            if group.undefined if norms == "exact" else group.notes:
+            if norms not in group.proved or group.number in unseen:
                 defined[graph.starts[group.number] : graph.starts[group.number + 1]] = True
         slimmer = Slimmer(graph, defined, norms)
         names = graph.traced.skeleton
         kept = {alias: dims for n in names.names if (dims := slimmer.kept_dims(n)) for alias in names.aliases[n]}
         part = copied(slim).eval() if (defined == keep).all() else Slimmer(graph, defined, norms).run().eval()
-        pair = _Pair(graph, slimmer, zeroed(graph.model, kept), part)
+        masks = [choice for choice in masks if slimmer.kept_of(choice.vector) is not None]
+        pair = _Pair(graph, slimmer, zeroed(graph.model, kept), part, masks)
         gap = pair.difference(args, kwargs)
         if not gap < TOLERANCE:
             raw, gap = gap, pair.same_choices(args, kwargs)
@@ -129,8 +134,8 @@ def _run(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 class _Pair:
     """The zeroed original and the slim network. Each question runs copies of both, since what ran once may keep something of it."""
 
-    def __init__(self, graph: CouplingGraph, slimmer: Slimmer, reference: nn.Module, slim: Any) -> None:
-        self.graph, self.slimmer, self.reference, self.slim = graph, slimmer, reference, slim
+    def __init__(self, graph: CouplingGraph, slimmer: Slimmer, reference: nn.Module, slim: Any, masks: Sequence[Choice] = ()) -> None:
+        self.graph, self.slimmer, self.reference, self.slim, self.masks = graph, slimmer, reference, slim, masks
 
     def difference(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
         return self._gap(self._wanted(args, kwargs), _run(copied(self.slim), args, kwargs))
@@ -150,6 +155,9 @@ class _Pair:
 
     def _wanted(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the zeroed original computes: tables that know the user's modules know those of the copy meanwhile."""
+        if self.masks:
+            with same_random_numbers():
+                return self._original().run(*cloned([*args, *kwargs.values()]))
         model, twin = self.graph.model, copied(self.reference)
         with standing_in(past(self.graph.traced.skeleton, True)[-1].reach, dict(zip(model.modules(), twin.modules(), strict=True))):
             return _run(twin, args, kwargs)
@@ -182,7 +190,7 @@ class _Pair:
         if not any(target_name(node) in CHOOSING | _DRAWING or _drawing_module(self.reference, node) for node in traced.nodes):
             return float("inf")
         slim: Any = copied(self.slim)
-        first = _Recorder(self._with_constants(), traced)
+        first = self._original()
         second = _Follower(slim, slim.graphs["eval"], self.graph, self.slimmer, first.seen, traced)
         flat = [*args, *kwargs.values()]
         with same_random_numbers():
@@ -197,7 +205,7 @@ class _Pair:
         traced = self.graph.traced.graphs["eval"]
         slim: Any = copied(self.slim)
         flat = [*args, *kwargs.values()]
-        first, second = _Recorder(self._with_constants(), traced), _Recorder(slim, slim.graphs["eval"])
+        first, second = self._original(), _Recorder(slim, slim.graphs["eval"])
         with same_random_numbers():
             first.run(*cloned(flat))
         with same_random_numbers():
@@ -211,6 +219,11 @@ class _Pair:
                 what = f"node {node.name!r} differs from the zeroed original by {found:.1e} (outputs by {gap:.1e})"
                 return f"{node.meta.get('where', '')}: {what}; report it, and pass its layer to ignore= meanwhile"
         return f"the outputs differ from the zeroed original by {gap:.1e}, no single node does; report it"
+
+    def _original(self) -> _Recorder:
+        """Runs the graph of the zeroed original, with what went at minus infinity where the best are chosen."""
+        masks = {choice.node: (choice.axis, kept) for choice in self.masks if (kept := self.slimmer.kept_of(choice.vector)) is not None}
+        return _Recorder(self._with_constants(), self.graph.traced.graphs["eval"], masks)
 
     def _with_constants(self) -> nn.Module:
         """A copy of the zeroed original that has the constants of the traced graph as well."""
@@ -266,19 +279,38 @@ def _cut(slimmer: Slimmer, value: Value, tensor: torch.Tensor) -> torch.Tensor:
     for axis in value.axes:
         kept = slimmer.kept(value, axis)
         tensor = tensor if kept is None else tensor.index_select(axis, torch.from_numpy(kept).to(tensor.device))
+    left = None if value.picks is None else slimmer.kept_of(value.picks)
+    if left is not None:  # positions among what is left
+        tensor = torch.searchsorted(torch.from_numpy(left).to(tensor.device), tensor.long()).to(tensor.dtype)
     return tensor
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph on a module and keeps what every node gave."""
+    """Runs a graph on a module and keeps what every node gave.
 
-    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+    ``masks``: nodes whose first input is minus infinity but for these positions along an axis.
+    """
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, masks: Mapping[fx.Node, tuple[int, Vector]] | None = None) -> None:
         super().__init__(module, graph=graph)
         self.seen: dict[str, Any] = {}
+        self.masks = masks or {}
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        result = self._masked(n) if n in self.masks else super().run_node(n)
         self.seen[n.name] = tree_map_only(torch.Tensor, torch.clone, result)
+        return result
+
+
+    def _masked(self, n: fx.Node) -> Any:
+        axis, kept = self.masks[n]
+        source: Any = n.args[0] if n.args else n.kwargs["input"]
+        given = self.env[source]
+        masked = torch.full_like(given, float("-inf"))
+        places = torch.from_numpy(kept).to(given.device)
+        self.env[source] = masked.index_copy_(axis, places, given.index_select(axis, places))
+        result = super().run_node(n)
+        self.env[source] = given
         return result
 
 

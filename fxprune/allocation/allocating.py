@@ -130,7 +130,7 @@ class Allocator:
         group = self.groups[number]
         if group.name in self.kept_whole:
             return np.zeros(1, dtype=np.int64)
-        most = min(self.limits.get(group.name, group.size - 1), group.size - 1)
+        most = min(self.limits.get(group.name, group.size), group.size - group.least)
         every = np.arange(most + 1, dtype=np.int64)
         if self.rounding is None:
             return every

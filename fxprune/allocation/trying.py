@@ -197,7 +197,7 @@ def _stepped(
         else:
             group, step = again
         again = None
-        counts = near.moved(best.counts, group.name, min(max(best.counts.get(group.name, 0) + step, 0), group.size - 1))
+        counts = near.moved(best.counts, group.name, min(max(best.counts.get(group.name, 0) + step, 0), group.size - group.least))
         trial = None if counts is None else note(f"{group.name} {-step:+d}", counts)
         if trial is None:
             continue

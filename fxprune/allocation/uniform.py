@@ -26,7 +26,7 @@ class Uniform:
         self.graph, self.ranking, self.bounds = graph, ranking, bounds
         self.groups = [group for group in graph.groups if group.prunable]
         allowed = limits(graph, most)
-        self.room = [min(allowed.get(g.name, g.size - 1), g.size - 1) for g in self.groups]
+        self.room = [min(allowed.get(g.name, g.size), g.size - g.least) for g in self.groups]
         self.grain = round_to
         self.rounding: Callable[[Mapping[str, int]], dict[str, int]] = Rounding(graph, round_to) if round_to > 1 else dict
         costs = cost_model(graph)

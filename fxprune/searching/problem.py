@@ -198,7 +198,7 @@ def make_problem(
         tried=None if table is None else _Tried(table, batches or [], repair, seed),
         measured=measured,
         clock=clock,
-        most=np.array([allowed.get(g.name, g.size - 1) for g in groups] + [1 for _ in parts], dtype=np.int64) if allowed else None,
+        most=np.array([allowed.get(g.name, g.size - g.least) for g in groups] + [1 for _ in parts], dtype=np.int64) if allowed else None,
     )
     return problem, candidates
 

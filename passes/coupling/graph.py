@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fxprune.passes.coupling.blocks import Block, find_blocks
-from fxprune.passes.coupling.grouping import partition
+from fxprune.passes.coupling.grouping import NORMS, partition
 from fxprune.passes.coupling.untraced import pin_unseen, unseen
 from fxprune.passes.coupling.walk import Walk
 from fxprune.passes.ir.reasons import Reason, ReasonKind
@@ -35,7 +35,8 @@ class Group:
     ``members``: (parameter or buffer name, dimension, LongTensor of the indices that belong to the group).
     ``prunable``, ``reason``: whether units may go, and if not, why. ``notes``: what pruning it changes besides removing channels
     (a statistic over channels); where there are any, the zeroing oracle is not defined for the group. ``undefined``: those of the notes for
-    which that holds with ``norms="exact"`` as well.
+    which that holds with ``norms="exact"`` as well. ``experts``: whether the units are experts, among which a router
+    chooses. ``least``: the units that have to stay, as many as the choice takes. ``proved``: the norms with which ``verify`` covers the group.
     """
 
     name: str
@@ -46,11 +47,19 @@ class Group:
     undefined: tuple[str, ...]
     number: int = field(repr=False)
     graph: CouplingGraph = field(repr=False, compare=False)
+    least: int = 1
+    experts: bool = False
+    proved: frozenset[str] = frozenset(NORMS)
 
     @property
     def kind(self) -> ReasonKind | None:
         """The kind of ``reason``, None where the group is prunable."""
         return self.reason.kind if isinstance(self.reason, Reason) else None
+
+    @property
+    def most(self) -> float:
+        """The share that a policy may ask for: of experts as many stay as are chosen at a time, of others the planner keeps one."""
+        return (self.size - self.least) / self.size if self.experts else 1.0
 
     @cached_property
     def members(self) -> tuple[Member, ...]:
@@ -70,8 +79,8 @@ class CouplingGraph:
     ``inputs`` and ``options`` are what a policy records. The analysed model is kept by reference: weights are read when it is pruned.
 
     Of the analysis the later stages read ``traced``; ``values``: mode -> node -> the labels of its result; ``statistics``: nodes with a
-    statistic over channels -> the axes along which ``norms="exact"`` counts zeros; ``layer_costs``: mode -> what its layers cost, and along
-    which channels; ``unknown``: operations without a usable rule -> where.
+    statistic over channels -> the axes along which ``norms="exact"`` counts zeros; ``choices``: choices among channels, and softmaxes over
+    them; ``layer_costs``: mode -> what its layers cost, and along which channels; ``unknown``: operations without a usable rule -> where.
     """
 
     def __init__(self, walk: Walk, inputs: Any, options: Mapping[str, Any]) -> None:
@@ -79,6 +88,7 @@ class CouplingGraph:
         self.traced = walk.traced
         self.values = walk.env
         self.statistics = walk.statistics
+        self.choices = tuple(walk.choices_among)
         self.layer_costs = walk.costs
         self.unknown = walk.unknown
         self.model = self.traced.skeleton.original
@@ -133,11 +143,18 @@ class CouplingGraph:
         names = self._names(len(sizes))
         lasting = [why for _, why in walk.labels.inexact if not why.exact]
         groups = []
+        least: dict[int, int] = {}
+        for choice in self.choices:
+            along = len(np.unique(self._unit_of_label[choice.vector]))
+            units = -(-choice.count * along // len(choice.vector))  # of experts in groups, one of each goes together
+            for g in self.groups_along(choice.vector) if choice.count else ():
+                least[g] = max(least.get(g, 1), units)
         for g in np.flatnonzero(made.in_layer).tolist():
             reason = walk.labels.pins[made.reason[g] - 1][1] if made.reason[g] else SINGLE if sizes[g] == 1 else ""
             note = (walk.labels.inexact[made.note[g] - 1][1],) if made.note[g] else ()
             left = (lasting[made.undefined[g] - 1],) if made.undefined[g] else ()
-            groups.append(Group(names[g], int(sizes[g]), not reason, reason, note, left, g, self))
+            proved = frozenset(norms for norms in NORMS if not made.unproven[norms][g])
+            groups.append(Group(names[g], int(sizes[g]), not reason, reason, note, left, g, self, least.get(g, 1), g in least, proved))
         self.groups: tuple[Group, ...] = tuple(groups)
         self.by_name = {group.name: group for group in groups}
         self.by_number = {group.number: group for group in groups}
@@ -246,6 +263,12 @@ class CouplingGraph:
     def units_along(self, value: Value, axis: int) -> Vector:
         """The unit of every index along a labelled axis of a value; -1 where it belongs to none."""
         found: Vector = self._unit_of_label[value.axes[axis]]
+        return found
+
+    def groups_along(self, vector: Vector) -> list[int]:
+        """The numbers of the groups that labels belong to."""
+        units = self._unit_of_label[vector]
+        found: list[int] = np.unique(self.group_of_unit[units[units >= 0]]).tolist()
         return found
 
     def units_of_labels(self, vector: Vector) -> Vector:

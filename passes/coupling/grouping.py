@@ -18,6 +18,7 @@ from fxprune.passes.ir.reasons import Reason
 from fxprune.passes.labels.values import Labels, Vector
 
 Flags = npt.NDArray[np.bool_]
+NORMS = ("plain", "exact")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,8 @@ class Partition:
     ``starts`` (groups + 1,): the units of group g are ``starts[g]`` to ``starts[g + 1]``. ``group_of_unit`` (units,). ``units_of_line``:
     for each line, the unit of every index. ``unit_of_label`` (labels,): -1 for labels on no line. ``lines`` (groups, lines): whether a
     group has units on a line. ``reason``, ``note`` (groups,): 1 + the number of the pin, or of the note, that is given for the group; 0
-    for none. ``in_layer`` (groups,): whether its channels are those of a layer.
+    for none. ``undefined`` (groups,): likewise of the notes that hold with ``norms="exact"`` too. ``unproven``: norms -> groups for which
+    the oracle is not defined, though it masks what went in choices. ``in_layer`` (groups,): whether its channels are those of a layer.
     """
 
     starts: Vector
@@ -54,6 +56,7 @@ class Partition:
     reason: Vector
     note: Vector
     undefined: Vector
+    unproven: dict[str, Flags]
     in_layer: Flags
 
 
@@ -176,6 +179,7 @@ def partition(
     reason, note = reasons_of(classes, pins), reasons_of(classes, notes)
     layer = in_layers(classes, of_layers, weights)
     lasting = reasons_of(classes, [note for note in notes if not note[1].exact])
+    unproven = {norms: reasons_of(classes, [note for note in notes if not _is_proved(note[1], norms)]) > 0 for norms in NORMS}
     group, unit = ordered(kinds_of(classes, len(lines), (reason, note, layer)), classes.first)
     count = int(group.max()) + 1 if len(group) else 0
     group_of_unit = np.empty(len(group), dtype=np.int64)
@@ -187,6 +191,7 @@ def partition(
         of_group[group] = fact
     undefined = np.zeros(count, dtype=np.int64)
     np.maximum.at(undefined, group, lasting)
+    open_groups = {norms: np.isin(np.arange(count), group[found]) for norms, found in unproven.items()}
     bounds = np.concatenate([[0], np.cumsum([len(line) for line in lines])]).astype(np.int64)
     of_index = unit[classes.of_index]
     return Partition(
@@ -198,5 +203,11 @@ def partition(
         facts[0],
         facts[1],
         undefined,
+        open_groups,
         facts[2],
     )
+
+
+def _is_proved(note: Reason, norms: str) -> bool:
+    """Whether the oracle covers what the note says, with these norms."""
+    return norms in note.masked or (norms == "exact" and note.exact)

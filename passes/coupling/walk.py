@@ -10,6 +10,7 @@ axis (a view into heads and head dimension, a channel shuffle), ``rectangles`` p
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.fx.node import map_arg
 from torch.nn.utils.rnn import PackedSequence
 
 from fxprune.errors import FAULTS, FxPruneError, first_line
+from fxprune.passes.coupling.choices import settle_choices
 from fxprune.passes.ir.nested import has_tensor, packed, tensors
 from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.ir.objects import made_object
@@ -26,6 +28,7 @@ from fxprune.passes.ir.outputs import Outputs, chosen, left_out
 from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.ir.writes import written
+from fxprune.passes.labels.choices import JOINING, carried, left_behind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, lift, values
 from fxprune.passes.rules import binding, registry
@@ -63,6 +66,7 @@ class Walk(LabelContext):
                 target = written(node, self.traced.skeleton.module)
                 if target is not None and isinstance(result, Value):
                     self.overwritten(target, result.zero)
+        settle_choices(self)
         self.node = None
         self._real.clear()  # masks and tables; the few that a rewrite asks for are made again
         return self
@@ -97,6 +101,9 @@ class Walk(LabelContext):
             for found in values(self._kept_whole(node, args)):
                 for vector in found.axes.values():
                     self.labels.pin(vector, Reason(ReasonKind.OUTPUT, f"it reaches {self._edge('output')}", part=self._part))
+                if found.picks is not None:
+                    text = f"positions of what is chosen among them reach {self._edge('output')}"
+                    self.labels.pin(found.picks, Reason(ReasonKind.CHOICE, text, part=self._part))
             return value
         if "body" in node.meta:
             return self._checked(node, self._body(node, env))
@@ -111,12 +118,33 @@ class Walk(LabelContext):
         else:
             rule = registry.METHODS.get(str(node.target)) if node.op == "call_method" else registry.function_rule(node.target)
         if rule is not None:
-            return self._ruled(rule, node, module, args, kwargs, inputs)
+            self.followed = []
+            return self._positions(node, args, kwargs, inputs, self._ruled(rule, node, module, args, kwargs, inputs))
+        self._positions(node, args, kwargs, inputs, ())
         if module is None and not has_tensor(value):
             return value  # a number computed from tensors (a dtype, a device): nothing to carry
         if module is not None and (why := self.traced.opaque.get(str(node.target))) is not None:
             return self.opaque(node, inputs, f"{self.op_name()} could not be traced: {why}", ReasonKind.UNTRACED)
         return self.opaque(node, inputs)
+
+    def _positions(self, node: fx.Node, args: Any, kwargs: Any, inputs: list[Value], result: Any) -> Any:
+        """``result`` with what it holds of positions among channels; where the operation does not follow them, the channels stay."""
+        if all(v.picks is None for v in inputs):
+            return result
+        first = args[0] if args else kwargs.get("input")
+        if node.target in (operator.getitem, getattr) and not isinstance(first, Value):
+            return result  # one of several results is taken
+        if target_name(node) in JOINING and isinstance(first, (list, tuple)):
+            together = [v.picks for v in first if isinstance(v, Value) and v.picks is not None]
+            if len(together) == len(first) and len({len(vector) for vector in together}) == 1:
+                for vector in together:
+                    self.unite(together[0], vector)
+                    self.followed.append(vector)
+        followed = {id(vector) for vector in self.followed}
+        for value in left_behind(node, first, inputs, result):
+            if id(value.picks) not in followed:
+                self.pin(value.picks, "positions of what is chosen among them are read", ReasonKind.CHOICE)
+        return carried(node, first, result)
 
     def _kept_whole(self, node: fx.Node, args: Any) -> Any:
         """What keeps its width of what a node returns, or makes to be returned: all, or what ``outputs`` names."""
@@ -146,6 +174,7 @@ class Walk(LabelContext):
         except FxPruneError:
             raise
         except FAULTS as error:
+            self.followed = []
             text = f"its rule failed ({type(error).__name__}: {first_line(error) if str(error).strip() else 'no message'})"
             self.unknown.setdefault(f"{self.op_name()}: {text}", self.where())
             return self.opaque(node, inputs, text, ReasonKind.RULE_FAILED)
@@ -163,6 +192,7 @@ class Walk(LabelContext):
     def _into(self, node: fx.Node, out: Any, result: Any) -> Any:
         """``out=``: the result is written into tensors that are there already, so the channels of both are the same."""
         for target, made in zip(values(out), values(result), strict=True):
+            self.pin(made.picks, "positions of what is chosen among them are written", ReasonKind.CHOICE)
             if target.shape != made.shape:
                 self.pin_all(target, "it is resized to hold a result", ReasonKind.ASSIGNED)
                 self.pin_all(made, "it is written into a tensor of another size", ReasonKind.ASSIGNED)

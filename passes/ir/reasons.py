@@ -30,6 +30,7 @@ class ReasonKind(Enum):
     FLAT = "a movement over the flattened tensor"
     FOLDED = "other channels on the same axis"
     STATISTIC = "a statistic over channels"
+    CHOICE = "a choice among channels, or the positions of what was chosen"
 
 
 class Reason(str):
@@ -38,6 +39,8 @@ class Reason(str):
     As a string it is the sentence for people. ``detail``: the sentence without place and cause. ``operation``, ``where``: the operation
     that holds the channels and its line. ``because``: the reason that this one rests on. ``name``: of the input or the parameter it is
     about. ``part``: the part of the model, where only parts could be traced. ``exact``: of a statistic, whether ``norms="exact"`` keeps it.
+    ``masked``: of a statistic, the norms for which it is that of the original where removed channels count as minus infinity (nobody
+    chooses them, and they have no share of a softmax).
     """
 
     kind: ReasonKind
@@ -48,6 +51,7 @@ class Reason(str):
     name: str
     part: str
     exact: bool
+    masked: frozenset[str]
 
     def __new__(
         cls,
@@ -60,15 +64,16 @@ class Reason(str):
         name: str = "",
         part: str = "",
         exact: bool = False,
+        masked: frozenset[str] = frozenset(),
     ) -> Reason:
         place = f" at {operation}" + (f" ({where})" if where else "") if operation else ""
         made = super().__new__(cls, f"{detail} ({because})" + place if because else detail + place)
         made.kind, made.detail, made.operation, made.where, made.because = kind, detail, operation, where, because
-        made.name, made.part, made.exact = name, part, exact
+        made.name, made.part, made.exact, made.masked = name, part, exact, masked
         return made
 
     def __getnewargs_ex__(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        named = {key: getattr(self, key) for key in ("operation", "where", "because", "name", "part", "exact")}
+        named = {key: getattr(self, key) for key in ("operation", "where", "because", "name", "part", "exact", "masked")}
         return (self.kind, self.detail), named
 
     @property

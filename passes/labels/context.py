@@ -15,6 +15,7 @@ from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.ir.writes import is_rewritten_later, memory
+from fxprune.passes.labels.choices import Choice
 from fxprune.passes.labels.ledger import Cost, Meeting
 from fxprune.passes.labels.parameters import ParameterLabels
 from fxprune.passes.labels.rectangles import rectangle
@@ -47,6 +48,8 @@ class LabelContext(ParameterLabels):
         self.whole: set[str] = set()  # grouped convolutions that lose whole groups, where positions within them were possible
         self.statistics: dict[fx.Node, set[int]] = {}  # axes of the first input along which norms="exact" counts zeros
         self.clashes: list[tuple[Vector, Vector]] = []
+        self.choices_among: list[Choice] = []  # top-k over channels, and the softmaxes that the oracle masks
+        self.followed: list[Vector] = []  # the labels whose positions the current node follows
         self.sized: dict[str, list[tuple[Value, int]]] = {}
         self._real: dict[Any, Any] = {}
         self.mode = ""
@@ -85,18 +88,43 @@ class LabelContext(ParameterLabels):
         if vector is not None:
             self.labels.inexact.append((vector, Reason(ReasonKind.STATISTIC, detail, operation=self.op_name())))
 
-    def statistic(self, node: fx.Node, x: Value, axis: int, detail: str) -> None:
+    def statistic(self, node: fx.Node, x: Value, axis: int, detail: str, softmax: bool = False) -> None:
         """The current node computes a statistic over the channels along ``axis`` of its first input, in which their order does not count.
 
         Pruning changes it, unless ``norms="exact"`` counts what is gone as zeros; that is what the zeroed original does where removed
-        slices of ``x`` hold zeros.
+        slices of ``x`` hold zeros. ``softmax``: it is one; with plain norms what is gone has no share of it.
         """
         if axis not in x.axes:
             return
         exact = axis in x.zero
-        self.labels.inexact.append((x.axes[axis], Reason(ReasonKind.STATISTIC, detail, operation=self.op_name(), exact=exact)))
+        if softmax:
+            self.masked_softmax(node, axis, x.axes[axis], detail, frozenset({"plain"}), exact)
+        else:
+            self.labels.inexact.append((x.axes[axis], Reason(ReasonKind.STATISTIC, detail, operation=self.op_name(), exact=exact)))
         if exact:
             self.statistics.setdefault(node, set()).add(axis)
+
+    def choose(self, node: fx.Node, axis: int, vector: Vector, count: int) -> None:
+        """The current node chooses ``count`` of the channels along ``axis`` of its first input. Fewer channels leave it fewer to choose
+        from, as the original has where those that went count as minus infinity; that is what the oracle compares with."""
+        self.choices_among.append(Choice(self.mode, node, axis, vector, count))
+
+    def masked_softmax(
+        self, node: fx.Node, axis: int, vector: Vector, detail: str, norms: frozenset[str], exact: bool = False
+    ) -> None:
+        """The current node is a softmax over channels: with ``norms`` those that went count as minus infinity."""
+        self.choices_among.append(Choice(self.mode, node, axis, vector, 0, norms))
+        reason = Reason(ReasonKind.STATISTIC, detail, operation=self.op_name(), exact=exact, masked=norms)
+        self.labels.inexact.append((vector, reason))
+
+    def follow(self, picks: Vector | None, vector: Vector | None) -> bool:
+        """Positions among the channels ``picks`` pick from those of ``vector``, one for one, so the two go together. False where
+        they cannot; then what is chosen among stays, since nothing follows."""
+        if picks is None or vector is None or len(vector) != len(picks):
+            return False
+        self.unite(vector, picks)
+        self.followed.append(picks)
+        return True
 
     def note(self, kind: NoteKind, detail: str) -> None:
         """Note something at the current node that a user should know, once."""

@@ -79,7 +79,8 @@ class Value:
 
     ``shape``: its sizes on the example. ``axes``: axis -> one label per index, for the axes that carry channels.
     ``zero``: the axes along which a removed slice holds zeros in the zeroed original (the oracle needs that where two activations meet).
-    ``why``: why the axes without labels have a fixed size.
+    ``why``: why the axes without labels have a fixed size. ``picks``: the labels that the numbers in the tensor are positions among, of a
+    choice (the indices of a top-k); None where they are no such positions.
     """
 
     is_tensor: ClassVar[bool] = True  # one part of what a network returns, whatever its fields
@@ -87,6 +88,7 @@ class Value:
     axes: dict[int, Vector]
     zero: frozenset[int]
     why: Reason
+    picks: Vector | None = None
 
     @property
     def ndim(self) -> int:

@@ -39,16 +39,19 @@ def resolved(graph: CouplingGraph, policy: Mapping[str, float] | float) -> Wante
         policy: one share for every group, or a mapping. Its keys are, in the order in which they are tried: names of groups; names of
             modules, for every group that a layer of the module produces (or, where it produces none, that its parameters belong to); globs
             over the names of both. Where several keys name one group the most exact counts: its own name, then the innermost module, then
-            the glob written last.
+            the glob written last. Of experts as many stay as are chosen at a time.
 
     Raises:
-        PolicyError: for a key that names nothing, with the groups and modules that are near; for a locked group named by itself.
+        PolicyError: for a key that names nothing, with the groups and modules that are near; for a locked group named by itself; for
+            experts named by themselves of which fewer would stay than are chosen at a time.
     """
     if isinstance(policy, (int, float)):
         shares = {g.name: float(policy) for g in graph.groups}
     else:
         shares = _by_group(graph, policy)
     by_name = graph.by_name
+    named = () if isinstance(policy, (int, float)) else policy
+    shares = {name: p if name in named else min(p, by_name[name].most) for name, p in shares.items()}
     return Wanted(
         {name: p for name, p in shares.items() if by_name[name].prunable},
         {name: p for name, p in shares.items() if p > 0 and not by_name[name].prunable},
@@ -141,6 +144,11 @@ def _by_group(graph: CouplingGraph, policy: Mapping[str, float]) -> dict[str, fl
         if group is not None:
             if p > 0 and not group.prunable:
                 raise PolicyError(f"group {key!r} cannot be pruned: {group.reason}; set its sparsity to 0 or leave it out")
+            if (left := group.size - units_removed(p, group.size)) < group.least and group.least > 1:
+                raise PolicyError(
+                    f"group {key!r} would keep {left} of {group.size} experts, and {group.least} are chosen for each token; "
+                    f"its sparsity may be {group.most:g} at most"
+                )
             own[key] = p
             continue
         names = names or _Names(graph)

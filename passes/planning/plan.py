@@ -39,7 +39,7 @@ def keep_counts(graph: CouplingGraph, removed: Mapping[str, int], scores: Mappin
     """Like ``plan``, from the number of units to remove of each group. Of what an operation sees alone (a slice) one unit stays, and the
     next of its group goes instead."""
     keep = np.ones(int(graph.starts[-1]) if len(graph.starts) else 0, dtype=bool)
-    counts = {name: min(n, graph.by_name[name].size - 1) for name, n in removed.items()}
+    counts = {name: min(n, graph.by_name[name].size - graph.by_name[name].least) for name, n in removed.items()}
     if round_to > 1:
         counts = Rounding(graph, round_to)(counts)
     for name, count in counts.items():
@@ -62,7 +62,8 @@ def _order(graph: CouplingGraph, name: str, scores: Any) -> npt.NDArray[np.int64
 
 
 class Rounding:
-    """Units to remove by group name -> fewer of them, so that every pruned dimension keeps a multiple of ``multiple`` channels, or all."""
+    """Units to remove by group name -> fewer of them, so that every pruned dimension keeps a multiple of ``multiple`` channels, or all; experts
+    are no channels that hardware would like even."""
 
     def __init__(self, graph: CouplingGraph, multiple: int) -> None:
         self.multiple = multiple
@@ -71,7 +72,7 @@ class Rounding:
             units = graph.unit_of[key]
             numbers, per = np.unique(graph.group_of_unit[units], return_counts=True)
             owners = [(graph.by_number[g], n) for g, n in zip(numbers.tolist(), per.tolist(), strict=True) if g in graph.by_number]
-            inside = tuple((group.name, n // group.size) for group, n in owners if group.prunable)
+            inside = tuple((group.name, n // group.size) for group, n in owners if group.prunable and not group.experts)
             if inside:
                 dims[len(units), inside] = None
         self.dims = list(dims)

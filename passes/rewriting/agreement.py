@@ -20,7 +20,7 @@ from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.rules.moving.indexing import entries_of
 
 # What these compute is said by the shapes of what goes in and of what comes out.
-_BY_SHAPE = VIEWS | SPLITS | FACTORIES | {"unflatten"}
+_BY_SHAPE = VIEWS | SPLITS | FACTORIES | {"unflatten", "squeeze"}
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,10 @@ class Slimmer:
         return scaled
 
     def renumbered(self, node: fx.Node, index: Any, kept: Vector, size: int) -> Any:
-        """An index tensor along a pruned axis: entries of removed channels dropped, the others renumbered."""
+        """An index tensor along a pruned axis: entries of removed channels dropped, the others renumbered. Positions of what the graph
+        chooses are among what is left already."""
+        if isinstance(index, fx.Node) and isinstance(value := index.meta.get("value"), Value) and value.picks is not None:
+            return index
         actual = self.graph.actual(index.meta["old"]) if isinstance(index, fx.Node) else None
         if actual is None:
             raise UnsupportedError(

@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.errors import UnsupportedError
+from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, values
+from fxprune.passes.rules import binding
 from fxprune.passes.rules.computing import zeros
+from fxprune.passes.rules.computing.elementwise import CASTS
 from fxprune.passes.rules.layer_specs import layers
 from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, modules, named
@@ -257,19 +260,34 @@ def _aligned(slim: Rewriter, node: fx.Node) -> None:
 
 
 @named("grouped_mm", "_grouped_mm", inplace=False, rewrite=_aligned)
-def grouped(ctx: LabelContext, node: fx.Node, *given: Any, offs: Any = None, bias: Any = None, **named: Any) -> Any:
+def grouped(ctx: LabelContext, node: fx.Node, *given: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None, **named: Any) -> Any:
     """A mixture's experts: runs of rows of ``input`` (S, K), each times its matrix of ``mat2`` (E, K, N)."""
     input, weight = _operands(given[:2], named, _GROUPED)
-    offs, bias = given[2] if len(given) > 2 else offs, given[3] if len(given) > 3 else bias
     if input.ndim != 2 or weight.ndim != 3 or bias is not None:
         return ctx.opaque(node, list(values((input, weight, offs, bias))), "rows are not the groups")
     if ctx.is_weight(weight):
         ctx.read_as_weight(weight)
-    for one in values(offs):
-        ctx.pin_all(one, "it says where the rows of a group end")
-    ctx.pin(weight.axes.get(0), "each group of rows has a matrix of its own", ReasonKind.STRUCTURE)
-    axes, zero = contract(ctx, [(input, "SK"), (weight, "EKN")], "SN", ctx.owner(node))
+    if isinstance(offs, Value) and 0 in offs.axes and 0 in weight.axes and _end_of_chosen(ctx, node):
+        ctx.unite(weight.axes[0], offs.axes[0])  # a group that went has no rows
+    else:
+        for one in values(offs):
+            ctx.pin_all(one, "it says where the rows of a group end")
+        ctx.pin(weight.axes.get(0), "each group of rows has a matrix of its own", ReasonKind.STRUCTURE)
+    axes, zero = contract(ctx, [(input, "SK"), (weight, "EKN")], "SN")
+    ctx.cost(ctx.owner(node), input.shape[0] * weight.shape[1] * weight.shape[2], input.axes.get(1), axes.get(1))
     return ctx.make(node, axes, zero)
+
+
+def _end_of_chosen(ctx: LabelContext, node: fx.Node) -> bool:
+    """Whether the ends of the groups are running totals of how often each channel was chosen, 0 for one that went."""
+    source: Any = binding.form_of(node).arguments(node.args, node.kwargs).get("offs")
+    while isinstance(source, fx.Node) and target_name(source) in CASTS:
+        source = source.args[0] if source.args else None
+    if not isinstance(source, fx.Node) or target_name(source) != "cumsum":
+        return False
+    arguments = binding.form_of(source).arguments(source.args, source.kwargs)
+    counts = ctx.env[ctx.mode].get(arguments["input"])
+    return isinstance(counts, Value) and counts.ndim == 1 and 0 in counts.zero
 
 
 @functions(torch.einsum, torch.functional.einsum)

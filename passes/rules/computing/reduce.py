@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +11,13 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.passes.ir.nodes import target_name
+from fxprune.passes.labels.choices import BOTH
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, values
+from fxprune.passes.rules import binding
 from fxprune.passes.rules.computing import zeros
+from fxprune.passes.rules.computing.choosing import check_choice, chooses, is_chosen_from
+from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, modules, named
 
 
@@ -103,16 +108,24 @@ def extreme(ctx: LabelContext, node: fx.Node, input: Value, **named: Any) -> Any
     if isinstance(named.get("other"), Value):
         return zeros.elementwise(ctx, node)
     dims = _dims(input, named.get("dim"))
+    if target_name(node) == "max" and len(dims) == 1 and _uses_positions(node) and chooses(ctx, node, input, min(dims), 1):
+        best, place = (_kept_axes(ctx, node, input, dims, bool(named.get("keepdim", False)), i) for i in range(2))
+        return best, replace(place, picks=input.axes[min(dims)])
     _pin_used_index(ctx, node, input, dims)
     return _reduce(ctx, node, input, dims, bool(named.get("keepdim", False)), exact=False, place_free=True)
+
+
+def _uses_positions(node: fx.Node) -> bool:
+    """Whether something reads the second result, the positions of what was chosen."""
+    values_only = ((operator.getitem, 0), (getattr, "values"))
+    return any((user.target, user.args[1] if len(user.args) > 1 else None) not in values_only for user in node.users)
 
 
 def _pin_used_index(ctx: LabelContext, node: fx.Node, x: Value, dims: set[int]) -> None:
     """Where something reads the second result, the position of an extreme, all channels that it was sought among stay."""
     if isinstance(node.meta["val"], torch.Tensor):
         return
-    values_only = ((operator.getitem, 0), (getattr, "values"))
-    if any((user.target, user.args[1] if len(user.args) > 1 else None) not in values_only for user in node.users):
+    if _uses_positions(node):
         for axis in dims:
             ctx.pin(x.axes.get(axis), "the index of a maximum over it is used")
 
@@ -120,12 +133,36 @@ def _pin_used_index(ctx: LabelContext, node: fx.Node, x: Value, dims: set[int]) 
 @named("argmax", "argmin", inplace=False)
 def index_of(ctx: LabelContext, node: fx.Node, input: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> Any:
     dims = _dims(input, dim)
+    if target_name(node) == "argmax" and len(dims) == 1 and chooses(ctx, node, input, min(dims), 1):
+        return replace(_kept_axes(ctx, node, input, dims, keepdim), picks=input.axes[min(dims)])
     for axis in dims:
         ctx.pin(input.axes.get(axis), "the index of a maximum over it is used")
     return _reduce(ctx, node, input, dims, keepdim, exact=False)
 
 
-@named("topk", "sort", "argsort", "msort", inplace=False)
+def _kept_axes(ctx: LabelContext, node: fx.Node, x: Value, dims: set[int], keepdim: bool, index: int | None = None) -> Value:
+    """What is left of ``x`` where the axes ``dims`` go."""
+    axes = {a if keepdim else a - sum(d < a for d in dims): v for a, v in x.axes.items() if a not in dims}
+    return ctx.make(node, axes, (), x.why, index)
+
+
+def _enough(slim: Rewriter, node: fx.Node) -> None:
+    x = slim.value(slim.argument(node, "input"))
+    check_choice(slim, node, slim.number(slim.argument(node, "dim", -1)) % max(x.ndim, 1), slim.number(slim.argument(node, "k")))
+
+
+@named("topk", inplace=False, rewrite=_enough)
+def topk(ctx: LabelContext, node: fx.Node, input: Value, k: Any, dim: int = -1, largest: bool = True, **_: Any) -> Any:
+    """The ``k`` best along ``dim``, and their positions: channels may go as long as ``k`` stay, where what reads the positions follows."""
+    axis = dim % input.ndim if input.ndim else 0
+    if largest is True and ctx.is_number(binding.form_of(node).arguments(node.args, node.kwargs)["k"]) and chooses(ctx, node, input, axis, k):
+        axes = {a: v for a, v in input.axes.items() if a != axis}
+        best, place = (ctx.make(node, axes, (), input.why, i) for i in range(2))
+        return best, replace(place, picks=input.axes[axis])
+    return ordered(ctx, node, input, dim)
+
+
+@named("sort", "argsort", "msort", inplace=False)
 def ordered(ctx: LabelContext, node: fx.Node, input: Value, dim: int | None = None, **_: Any) -> Any:
     dim = (0 if target_name(node) == "msort" else -1) if dim is None else dim
     if isinstance(node.meta["val"], torch.Tensor):
@@ -133,20 +170,24 @@ def ordered(ctx: LabelContext, node: fx.Node, input: Value, dim: int | None = No
     return tuple(ctx.through(node, input, mixed=(dim,), zero=False, index=i) for i in range(len(node.meta["val"])))
 
 
-def _shared(ctx: LabelContext, node: fx.Node, x: Value, dim: int | None, what: str) -> Value:
+def _shared(ctx: LabelContext, node: fx.Node, x: Value, dim: int | None, what: str, plain: bool = False) -> Value:
+    """``plain``: a softmax of which minus infinity gets no share, and with which nothing else is done."""
     axis = (1 if x.ndim > 1 else 0) if dim is None else dim % x.ndim
-    ctx.statistic(node, x, axis, what)
+    if plain and axis in x.axes and is_chosen_from(node):  # nobody chooses what went, so it gets no share, whatever the norms
+        ctx.masked_softmax(node, axis, x.axes[axis], what, BOTH)
+        return ctx.make(node, x.axes, (axis,), x.why)
+    ctx.statistic(node, x, axis, what, plain)
     return ctx.make(node, x.axes, (), x.why)
 
 
 @named("softmax", "log_softmax", "softmin", "gumbel_softmax", "_safe_softmax", inplace=False)
 def softmax(ctx: LabelContext, node: fx.Node, input: Value, dim: int | None = None, **_: Any) -> Value:
-    return _shared(ctx, node, input, dim, "softmax over channels")
+    return _shared(ctx, node, input, dim, "softmax over channels", target_name(node) in ("softmax", "_safe_softmax"))
 
 
 @modules(nn.Softmax, nn.LogSoftmax, nn.Softmin)
 def softmax_module(ctx: LabelContext, node: fx.Node, module: Any, input: Value) -> Value:
-    return _shared(ctx, node, input, module.dim, "softmax over channels")
+    return _shared(ctx, node, input, module.dim, "softmax over channels", type(module) is nn.Softmax)
 
 
 @modules(nn.Softmax2d)
@@ -158,7 +199,8 @@ def softmax2d_module(ctx: LabelContext, node: fx.Node, module: Any, input: Value
 def cumulative(ctx: LabelContext, node: fx.Node, input: Value, dim: int, **_: Any) -> Any:
     axis = dim % input.ndim if input.ndim else 0
     if isinstance(node.meta["val"], torch.Tensor):
-        ctx.inexact(input.axes.get(axis), "a running total over channels")
+        if not (target_name(node) == "cumsum" and axis in input.zero):  # a sum up to each channel that stays, without zeros
+            ctx.inexact(input.axes.get(axis), "a running total over channels")
     else:
         ctx.pin(input.axes.get(axis), "the index of a maximum over it may be used")
     axes = {a: v for a, v in input.axes.items() if isinstance(node.meta["val"], torch.Tensor) or a != axis}

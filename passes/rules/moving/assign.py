@@ -116,7 +116,17 @@ def scatter(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Val
     """``input`` with entries of the source put, or added, at computed positions along ``dim``; the other axes go together."""
     sources = values(rest)
     plain = next((v for v in rest.values() if isinstance(v, (int, float)) and not isinstance(v, bool)), 0)
+    if (axis := _where_chosen(ctx, input, dim, index, sources)) is not None:
+        return ctx.make(node, {axis: input.axes[axis]}, input.zero, input.why)
     return _along(ctx, node, input, dim, [index, *sources], sources if not plain else None)
+
+
+def _where_chosen(ctx: LabelContext, input: Value, dim: int, index: Value, sources: Sequence[Value] = ()) -> int | None:
+    """The axis ``dim`` of ``input``, where entries are put or read at the positions of what was chosen among its channels. None elsewhere."""
+    axis = dim % input.ndim
+    if index.ndim != input.ndim or input.axes.keys() - {axis} or any(v.axes for v in (index, *sources)):
+        return None
+    return axis if ctx.follow(index.picks, input.axes.get(axis)) else None
 
 
 @named("index_add", "index_copy", "index_reduce", "index_fill", rewrite=renumber_index)
@@ -173,6 +183,8 @@ def _renumbered(slim: Rewriter, node: fx.Node) -> None:
 def gather(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Value, **_: Any) -> Any:
     if (picked := _picked(ctx, node, input, dim, index, "index")) is not None:
         return picked
+    if _where_chosen(ctx, input, dim, index) is not None:
+        return ctx.make(node, {}, (), input.why)
     return _along(ctx, node, input, dim, [index], [])
 
 

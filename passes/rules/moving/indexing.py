@@ -45,6 +45,8 @@ def getitem(ctx: LabelContext, node: fx.Node, input: Any, index: Any) -> Any:
     if not isinstance(input, Value):
         return input[index]
     raw = list(node.args[1]) if isinstance(node.args[1], (tuple, list)) and isinstance(index, (tuple, list)) else [node.args[1]]
+    if (chosen := _chosen_slices(ctx, node, input, index)) is not None:
+        return chosen
     input = picked_by_position(ctx, node, input, raw, "it is indexed by values the graph computes", ReasonKind.COMPUTED_INDEX)
     indexed = resolved(ctx, node, input, index, raw)
     pin_pairs(ctx, input, indexed)
@@ -65,6 +67,20 @@ def getitem(ctx: LabelContext, node: fx.Node, input: Any, index: Any) -> Any:
         if isinstance(entry, slice) and entry.step not in (None, 1) and axis in input.axes and ctx.stays_view(node):
             ctx.pin(input.axes[axis], "every second or so of its channels is written in place", ReasonKind.WRITTEN_IN_PLACE)
     return ctx.move(node, input, lambda labels: _picked(labels, indexed))
+
+
+def _chosen_slices(ctx: LabelContext, node: fx.Node, x: Value, index: Any) -> Value | None:
+    """The slices of ``x`` (an expert's matrices) at the positions of what was chosen among channels: those go together. None elsewhere."""
+    parts = list(index) if isinstance(index, (tuple, list)) else [index]
+    at = next((i for i, part in enumerate(parts) if isinstance(part, Value) and part.picks is not None), None)
+    if at is None or any(part is None or (i != at and part is not Ellipsis and part != slice(None)) for i, part in enumerate(parts)):
+        return None
+    axis = x.ndim - (len(parts) - at) if any(part is Ellipsis for part in parts[:at]) else at
+    if parts[at].axes or not ctx.follow(parts[at].picks, x.axes.get(axis)):
+        return None
+    places = {a: a if a < axis else a + parts[at].ndim - 1 for a in x.axes if a != axis}
+    axes = {place: x.axes[a] for a, place in places.items()}
+    return ctx.make(node, axes, [places[a] for a in x.zero if a != axis], f"it comes from {op_name(node, ctx.traced)}")
 
 
 def picked_by_position(ctx: LabelContext, node: fx.Node, x: Value, raw: Sequence[Any], detail: str, kind: ReasonKind) -> Value:
@@ -222,6 +238,9 @@ def renumber_index(slim: Rewriter, node: fx.Node) -> None:
 @named("index_select", rewrite=renumber_index, inplace=False)
 def index_select(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Value) -> Any:
     axis = dim % input.ndim
+    if axis in input.axes and ctx.follow(index.picks, input.axes[axis]):
+        axes = {a: v for a, v in input.axes.items() if a != axis}
+        return ctx.make(node, axes, input.zero, input.why)
     if axis not in input.axes:
         return ctx.make(node, input.axes, input.zero, input.why)
     given = binding.form_of(node).arguments(node.args, node.kwargs)["index"]

@@ -1,0 +1,64 @@
+"""Which choices among channels are among experts: those whose channels are slices of matrices that the positions pick."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from fxprune.passes.ir.nodes import target_name
+from fxprune.passes.ir.reasons import Reason, ReasonKind
+from fxprune.passes.labels.choices import BOTH
+from fxprune.passes.labels.context import LabelContext
+from fxprune.passes.labels.values import Vector
+from fxprune.passes.rules.layer_specs import is_layer
+
+_MIXED, _USED = "it is mixed along an axis that is not a channel axis", "the index of a maximum over it is used"
+
+
+def settle_choices(walk: LabelContext) -> None:
+    """Note what a choice among experts changes; channels that something else is chosen among stay."""
+    choices = [choice for choice in walk.choices_among if choice.count]
+    if not choices:
+        return
+    stacked = _roots(walk, _stacked(walk))
+    for choice in choices:
+        walk.node, walk.mode = choice.node, choice.mode
+        found = walk.labels.find(choice.vector)
+        if len(set(np.unique(found, return_counts=True)[1].tolist())) > 1:
+            walk.pin(choice.vector, "of those that are chosen among, some go together", ReasonKind.CHOICE)
+        elif not np.isin(found, stacked).all():
+            walk.pin(choice.vector, _MIXED if target_name(choice.node) == "topk" else _USED)
+        else:
+            text = f"experts, the best {choice.count} of those that are left are chosen"
+            reason = Reason(ReasonKind.STATISTIC, text, operation=walk.op_name(), masked=BOTH)
+            walk.labels.inexact.insert(0, (choice.vector, reason))  # said first, as it says what they are
+    _without_a_share(walk, _roots(walk, [choice.vector for choice in choices]))
+    walk.node = None
+
+
+def _without_a_share(walk: LabelContext, chosen: Vector) -> None:
+    """Experts that went have no share of any softmax, whatever the norms."""
+    for i, choice in enumerate(walk.choices_among):
+        if choice.count or choice.norms == BOTH or not np.isin(walk.labels.find(choice.vector), chosen).all():
+            continue
+        walk.choices_among[i] = replace(choice, norms=BOTH)
+        walk.statistics.get(choice.node, set()).discard(choice.axis)
+        for place, (vector, reason) in enumerate(walk.labels.inexact):
+            if vector is choice.vector and reason.masked and reason.masked != BOTH:
+                walk.labels.inexact[place] = vector, Reason(reason.kind, reason.detail, operation=reason.operation, masked=BOTH)
+
+
+def _roots(walk: LabelContext, vectors: list[Vector]) -> Vector:
+    return np.unique(walk.labels.find(np.concatenate(vectors))) if vectors else np.zeros(0, dtype=np.int64)
+
+
+def _stacked(walk: LabelContext) -> list[Vector]:
+    """The labels along parameters of several matrices that lie in no layer."""
+    skeleton = walk.traced.skeleton
+    found = []
+    for (name, _), vector in walk.parameters.items():
+        if name in skeleton.parameter_names and skeleton.tensor(name).ndim > 2:
+            if not is_layer(skeleton.original_module(name.rpartition(".")[0])):
+                found.append(vector)
+    return found

@@ -1,0 +1,87 @@
+"""Choices among channels, as a router makes them among experts, and what is computed of the positions of what was chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fxprune.errors import UnsupportedError
+from fxprune.passes.ir.nodes import target_name
+from fxprune.passes.labels.context import LabelContext
+from fxprune.passes.labels.values import Value
+from fxprune.passes.rules.computing.elementwise import CASTS, DIVISIONS, ELEMENTWISE
+from fxprune.passes.rules.protocols import Rewriter
+from fxprune.passes.rules.registry import functions
+
+_CHOOSING = frozenset({"topk", "argmax", "max"})
+_BETWEEN = frozenset({*CASTS, *ELEMENTWISE, *DIVISIONS, "truediv", "itruediv", "iadd", "imul", "view", "reshape"})
+
+
+def chooses(ctx: LabelContext, node: fx.Node, x: Value, axis: int, count: int) -> bool:
+    """Whether ``node`` chooses ``count`` of the channels of ``x`` along ``axis``, and not all of them. It is noted then."""
+    vector = x.axes.get(axis)
+    if vector is None or not 0 < count < len(vector):
+        return False
+    ctx.choose(node, axis, vector, count)
+    return True
+
+
+def is_chosen_from(node: fx.Node) -> bool:
+    """Whether a choice is made from what ``node`` gives, or from what is computed of it element by element."""
+    todo, seen = list(node.users), set()
+    while todo:
+        user = todo.pop()
+        if user in seen:
+            continue
+        seen.add(user)
+        name = target_name(user)
+        if name in _CHOOSING:
+            return True
+        if name in _BETWEEN:
+            todo.extend(user.users)
+    return False
+
+
+def _classes(slim: Rewriter, node: fx.Node) -> None:
+    value = slim.value(node)
+    slim.set_argument(node, "num_classes", slim.count(value, value.ndim - 1))
+
+
+@functions(F.one_hot, rewrite=_classes)
+def one_hot(ctx: LabelContext, node: fx.Node, input: Value, num_classes: Any = -1) -> Any:
+    """A row for each position, with a one there: columns beyond the channels that are chosen among (a sentinel's) stay."""
+    picks, last = input.picks, input.ndim
+    if picks is None or input.axes or not isinstance(num_classes, int) or num_classes < len(picks):
+        return ctx.opaque(node, [input], "it is used as an index")
+    beyond = ctx.fresh("one_hot", num_classes - len(picks))
+    ctx.pin(beyond, "nothing is chosen there")
+    ctx.followed.append(picks)
+    return ctx.make(node, {last: np.concatenate([picks, beyond]) if len(beyond) else picks}, (last,))
+
+
+def _bins(slim: Rewriter, node: fx.Node) -> None:
+    left = slim.size(node, 0)
+    slim.set_argument(node, "bins", left)
+    slim.set_argument(node, "max", left - 1)
+
+
+@functions(torch.histc, rewrite=_bins)
+def histogram(ctx: LabelContext, node: fx.Node, input: Value, bins: Any = 100, min: Any = 0, max: Any = 0) -> Any:
+    """How often each channel was chosen, where a bin is a channel."""
+    picks = input.picks
+    if picks is None or input.axes or (bins, min, max) != (len(picks), 0, len(picks) - 1):
+        return ctx.opaque(node, [input], "its values are counted")
+    ctx.followed.append(picks)
+    return ctx.make(node, {0: picks}, (0,))
+
+
+def check_choice(slim: Rewriter, node: fx.Node, axis: int, count: int) -> None:
+    """Raise ``UnsupportedError`` where fewer channels are left than are chosen."""
+    left = slim.size(slim.argument(node, "input"), axis)
+    if left < count:
+        where = node.meta.get("where", node.name)
+        raise UnsupportedError(f"{where}: {count} are chosen of what {left} would be left of; remove fewer of these experts")
