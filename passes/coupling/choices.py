@@ -23,6 +23,7 @@ def settle_choices(walk: LabelContext) -> None:
         return
     stacked = _roots(walk, _stacked(walk))
     for choice in choices:
+        before = len(walk.labels.pins)
         walk.node, walk.mode = choice.node, choice.mode
         found = walk.labels.find(choice.vector)
         if len(set(np.unique(found, return_counts=True)[1].tolist())) > 1:
@@ -33,7 +34,9 @@ def settle_choices(walk: LabelContext) -> None:
             text = f"experts, the best {choice.count} of those that are left are chosen"
             reason = Reason(ReasonKind.STATISTIC, text, operation=walk.op_name(), masked=BOTH)
             walk.labels.inexact.insert(0, (choice.vector, reason))  # said first, as it says what they are
-    _without_a_share(walk, _roots(walk, [choice.vector for choice in choices]))
+        if len(walk.labels.pins) > before:
+            walk.choices_among.remove(choice)
+    _without_a_share(walk, _roots(walk, [choice.vector for choice in walk.choices_among if choice.count]))
     walk.node = None
 
 

@@ -22,6 +22,7 @@ from fxprune.passes.labels.values import Vector
 from fxprune.passes.rewriting import attributes
 from fxprune.passes.rewriting.agreement import Agreement, Difference
 from fxprune.passes.rewriting.attributes import Attributes, Slot
+from fxprune.passes.rewriting.expert_counts import expert_counts
 from fxprune.passes.rewriting.literal_changes import Literal, attention_widths, even_parts, literals, read_sizes
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.rules import is_known, registry
@@ -85,11 +86,31 @@ def kept_class(slimmer: Slimmer) -> nn.Module:
         error = _disagreement(slimmer, rewritten, made, setting, known, choice)
         if error is None:
             _refuse_read(traced, made, setting)
-            slimmer.settings = setting.notes()
+            slimmer.settings = (*setting.notes(), *_counted(slimmer, rewritten, made, known, choice))
             return made
         setting.undo()
         first = first or error
     raise first or AssertionError("there is always one choice")
+
+
+def _counted(
+    slimmer: Slimmer, rewritten: Mapping[str, fx.Graph], made: nn.Module, known: Attributes, choice: Mapping[Any, Any]
+) -> tuple[Note, ...]:
+    """Attributes that say how many experts there are say how many are left, whether the traced code reads them or not; as long as it
+    computes the same."""
+    values = expert_counts(slimmer, made)
+    if not values:
+        return ()
+    setting = _Setting(slimmer.skeleton.original, made, values)
+    try:
+        error = _disagreement(slimmer, rewritten, made, setting, known, choice)
+        if error is None:
+            _refuse_read(slimmer.graph.traced, made, setting)
+            return setting.notes()
+    except UnsupportedError:
+        pass  # code that was not traced names it: it stays
+    setting.undo()
+    return ()
 
 
 def _value(of: Sequence[tuple[Literal, int]]) -> int:
