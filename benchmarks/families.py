@@ -150,8 +150,9 @@ class Trial:
         return fxprune.compress(self.graph, policy, self.inputs, keep_class=True, importance="l2", **options)
 
     def parts(self, *kinds: str) -> dict[str, float]:
-        """0.5 for the groups of these kinds: heads (with the keys and values they read), feed-forward, hidden size."""
+        """0.5 for the groups of these kinds: heads (with the keys and values they read), feed-forward, hidden size, whole experts."""
         kind = {n: "heads" if re.search(HEADS, n) else "hidden" if re.search(HIDDEN, n) else "feed-forward" for n in self.free}
+        kind |= {g.name: "experts" for g in self.graph.groups if g.experts}
         return {name: 0.5 for name in self.free if kind[name] in kinds}
 
     # -- the checks -----------------------------------------------------------------------------------------------------------
@@ -260,6 +261,7 @@ CHECKS: dict[str, Callable[[Trial], str]] = {
     "int8": Trial.integers,
     "folder: feed-forward": lambda t: t.folder("feed-forward"),
     "heads too": lambda t: t.folder("heads", "feed-forward"),
+    "experts": lambda t: t.folder("experts"),
     "everything": Trial.folder,
     "uneven: feed-forward": lambda t: t.uneven("feed-forward"),
     "uneven: heads": lambda t: t.uneven("heads"),

@@ -21,8 +21,8 @@ from fxprune.passes import rules
 from fxprune.passes.base import GraphPass, Observer, run_passes
 from fxprune.passes.collector import paused_collector
 from fxprune.passes.compat import tree_leaves
+from fxprune.passes.coupling import grouping
 from fxprune.passes.coupling.graph import SINGLE, CouplingGraph
-from fxprune.passes.coupling.grouping import NORMS
 from fxprune.passes.coupling.walk import Walk
 from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.outputs import Outputs
@@ -38,6 +38,7 @@ from fxprune.passes.tracing.guard.comparison import difference_of_slim, on_meta
 from fxprune.passes.tracing.modes import trace
 from fxprune.passes.tracing.partial import add_parts, calls_of, trace_parts
 
+NORMS = grouping.NORMS
 _KEY = "compilation"
 
 

@@ -75,13 +75,13 @@ def difference(reference: Any, other: Any) -> float:
 def verify(graph: CouplingGraph, keep: Keep, slim: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], norms: str = "plain") -> float:
     """Run the oracle on the given inputs, on the groups for which it is defined, and return the relative difference.
 
-    Groups whose channels share a statistic (layer norm or a reduction over channels) are put back for the comparison; the whole slim network
-    is then only run. In a softmax over channels, and where the best of them are chosen (a router's experts), those that went are minus
-    infinity in the original: nobody chooses them, and they have no share. Everything is run on copies, with the same random numbers: modules, inputs and generators come out as
-    they were. Where the numbers differ because of scores that are next to equal before a choice among them (top-k, sorting, thresholds), or
-    because fewer channels draw fewer random numbers, the slim network is run again with the choices and draws of the original. Where the
-    original also takes another batch size, or another resolution or length, these are compared as well, unless a note already says that
-    the network was specialised to the example.
+    Groups whose channels share a statistic (layer norm or a reduction over channels) are put back for the comparison; the whole slim
+    network is then only run. In a softmax over channels, and where the best of them are chosen (a router's experts), those that went are
+    minus infinity in the original: nobody chooses them, and they have no share. Everything is run on copies, with the same random numbers:
+    modules, inputs and generators come out as they were. Where the numbers differ because of scores that are next to equal before a choice
+    among them (top-k, sorting, thresholds), or because fewer channels draw fewer random numbers, the slim network is run again with the
+    choices and draws of the original. Where the original also takes another batch size, or another resolution or length, these are compared
+    as well, unless a note already says that the network was specialised to the example.
 
     Raises:
         VerificationError: names the first node that differs, and its line; or the size at which the slim network fails.
@@ -300,7 +300,6 @@ class _Recorder(fx.Interpreter):
         result = self._masked(n) if n in self.masks else super().run_node(n)
         self.seen[n.name] = tree_map_only(torch.Tensor, torch.clone, result)
         return result
-
 
     def _masked(self, n: fx.Node) -> Any:
         axis, kept = self.masks[n]

@@ -162,3 +162,75 @@ def test_adapters_of_peft() -> None:
     adapted(input_ids=IDS, labels=IDS).loss.backward()
     trained = [name for name, one in adapted.named_parameters() if one.grad is not None]
     assert trained and all("lora" in name for name in trained) and len(generated(adapted)) == 2
+
+
+EXPERTS: dict[str, dict[str, Any]] = {
+    "Mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
+    "Qwen2Moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_key_value_heads": 4},
+    "Qwen3Moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8},
+    "Olmoe": {"num_experts": 6, "num_experts_per_tok": 2},
+    "DeepseekV3": {
+        **{"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 2, "topk_group": 1},
+        **{"first_k_dense_replace": 0, "q_lora_rank": None, "kv_lora_rank": 16, "num_key_value_heads": 8},
+        **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    },
+}
+
+
+class Unchosen(torch.overrides.TorchFunctionMode):
+    """The logits of experts that went are minus infinity, and so is what corrects their scores. ``kept``: by their parameters."""
+
+    def __init__(self, kept: dict[int, Tensor]) -> None:
+        self.kept = kept
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        weight = next((one for one in args[1:] if id(one) in self.kept), None)
+        if func not in (nn.functional.linear, Tensor.add) or weight is None:
+            return made
+        stays = self.kept[id(weight)]
+        return torch.full_like(made, float("-inf")).index_copy(-1, stays, made[..., stays])
+
+
+@pytest.mark.parametrize("kind", [kind if kind == "Mixtral" else pytest.param(kind, marks=pytest.mark.long) for kind in EXPERTS])
+@pytest.mark.parametrize("products", ["grouped_mm", "batched_mm"])
+def test_whole_experts_go(kind: str, products: str, tmp_path: Path) -> None:
+    model = made(kind, **EXPERTS[kind])
+    model.set_experts_implementation(products)
+    graph = fxprune.analyze(model, inputs(kind), attention="heads")
+    groups = [group for group in graph.groups if group.experts]
+    assert [(group.name, group.prunable) for group in groups] == [(f"model.layers.{i}.mlp.gate", True) for i in range(2)]
+    slim: Any = fxprune.compress(graph, {group.name: 0.5 for group in groups}, keep_class=True, verify=True, importance="random")
+    kept = fxprune.record(slim).kept
+    left = 4 if kind == "DeepseekV3" else 3  # one of each group goes
+    assert all(list(dims) == [0] and len(dims[0]) == left for dims in kept.values())
+    assert {name.split("mlp.")[1] for name in kept} >= {"gate.weight", "experts.gate_up_proj", "experts.down_proj"}
+    parameters = dict(model.named_parameters()) | dict(model.named_buffers())
+    with Unchosen({id(parameters[name]): dims[0] for name, dims in kept.items() if "gate." in name}):
+        wanted, tokens = logits(model), generated(model)
+    assert float((logits(slim) - wanted).abs().max()) < 1e-4 * float(wanted.abs().max()) and generated(slim) == tokens
+    counts = {value for key, value in vars(slim.config).items() if key in ("num_experts", "num_local_experts", "n_routed_experts")}
+    assert counts == {left} and counts != {value for key, value in vars(model.config).items() if key.endswith("experts")}
+    done = fxprune.export(slim, tmp_path / "slim", format="transformers")
+    loaded = type(model).from_pretrained(done.path).eval()  # with products of its own choice
+    assert done.difference < 1e-5 and torch.allclose(logits(loaded), logits(slim), atol=1e-3)
+
+
+def test_a_slim_router_is_trained_evenly_and_uneven_ones_are_named(tmp_path: Path) -> None:
+    model = made("Mixtral", **EXPERTS["Mixtral"])
+    slim = slim_of(model, "Mixtral", {"model.layers.*.mlp.gate": 0.5})
+    found = slim(input_ids=IDS, labels=IDS, output_router_logits=True)
+    found.loss.backward()
+    assert float(found.aux_loss) > 0 and found.router_logits[0].shape[-1] == 3 == slim.num_experts and model.num_experts == 6
+    uneven = slim_of(model, "Mixtral", {"model.layers.0.mlp.gate": 0.5, "model.layers.1.mlp.gate": 0.4})
+    assert [layer.mlp.experts.num_experts for layer in uneven.model.layers] == [3, 4] and uneven.config.num_local_experts == 6
+    assert len(generated(uneven)) == 2
+    with pytest.raises(ExportError, match=r"MixtralConfig.num_local_experts is one number .* 3 in model.layers.0.mlp.*4 in model.layers.1"):
+        fxprune.export(uneven, tmp_path / "slim", format="transformers")
+
+
+def test_experts_in_a_loop_over_values_stay() -> None:
+    model = made("Mixtral", **EXPERTS["Mixtral"])
+    model.set_experts_implementation("eager")
+    graph = fxprune.analyze(model, inputs("Mixtral"), attention="heads")
+    assert not any(group.prunable for group in graph.groups if "mlp.gate" in group.name)

@@ -59,9 +59,6 @@ def _roots(walk: LabelContext, vectors: list[Vector]) -> Vector:
 def _stacked(walk: LabelContext) -> list[Vector]:
     """The labels along parameters of several matrices that lie in no layer."""
     skeleton = walk.traced.skeleton
-    found = []
-    for (name, _), vector in walk.parameters.items():
-        if name in skeleton.parameter_names and skeleton.tensor(name).ndim > 2:
-            if not is_layer(skeleton.original_module(name.rpartition(".")[0])):
-                found.append(vector)
-    return found
+    found = [(name, vector) for (name, _), vector in walk.parameters.items() if name in skeleton.parameter_names]
+    stacked = [(name, vector) for name, vector in found if skeleton.tensor(name).ndim > 2]
+    return [vector for name, vector in stacked if not is_layer(skeleton.original_module(name.rpartition(".")[0]))]

@@ -36,7 +36,8 @@ class Group:
     ``prunable``, ``reason``: whether units may go, and if not, why. ``notes``: what pruning it changes besides removing channels
     (a statistic over channels); where there are any, the zeroing oracle is not defined for the group. ``undefined``: those of the notes for
     which that holds with ``norms="exact"`` as well. ``experts``: whether the units are experts, among which a router
-    chooses. ``least``: the units that have to stay, as many as the choice takes. ``proved``: the norms with which ``verify`` covers the group.
+    chooses. ``least``: the units that have to stay, as many as the choice takes. ``proved``: the norms with which ``verify`` covers the
+    group.
     """
 
     name: str

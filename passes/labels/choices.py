@@ -20,7 +20,7 @@ BOTH = frozenset({"plain", "exact"})
 # Operations that give the numbers of their first operand in another form or place; of a sort the first result holds them.
 _PASSING = frozenset(
     {
-        *("view", "reshape", "_unsafe_view", "flatten", "ravel", "unsqueeze", "squeeze", "transpose", "permute", "t", "movedim", "swapaxes"),
+        *("view", "reshape", "_unsafe_view", "flatten", "ravel", "unsqueeze", "squeeze", "transpose", "permute", "t", "movedim"),
         *("expand", "expand_as", "view_as", "reshape_as", "repeat", "repeat_interleave", "clone", "contiguous", "detach", "to", "long"),
         *("int", "float", "double", "type_as", "unbind", "chunk", "split", "select", "narrow", "index_select", "flip", "getattr", "sort"),
         *("getitem", "__getitem__"),

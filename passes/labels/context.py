@@ -109,9 +109,7 @@ class LabelContext(ParameterLabels):
         from, as the original has where those that went count as minus infinity; that is what the oracle compares with."""
         self.choices_among.append(Choice(self.mode, node, axis, vector, count))
 
-    def masked_softmax(
-        self, node: fx.Node, axis: int, vector: Vector, detail: str, norms: frozenset[str], exact: bool = False
-    ) -> None:
+    def masked_softmax(self, node: fx.Node, axis: int, vector: Vector, detail: str, norms: frozenset[str], exact: bool = False) -> None:
         """The current node is a softmax over channels: with ``norms`` those that went count as minus infinity."""
         self.choices_among.append(Choice(self.mode, node, axis, vector, 0, norms))
         reason = Reason(ReasonKind.STATISTIC, detail, operation=self.op_name(), exact=exact, masked=norms)

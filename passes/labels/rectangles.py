@@ -90,6 +90,10 @@ def _units_along(labels: torch.Tensor, axis: int) -> int:
     return trial.units(flat[:, 0])
 
 
+# A layer reads it, or it is chosen among (a router's groups of experts).
+_ENDS = frozenset({"linear", "conv1d", "conv2d", "conv3d", "size", "topk", "argmax"})
+
+
 def feeds_attention(node: fx.Node) -> bool:
     """Whether what ``node`` makes is contracted with another activation before a layer reads it."""
     seen, todo = set(), list(node.users)
@@ -101,6 +105,6 @@ def feeds_attention(node: fx.Node) -> bool:
         name = target_name(user)
         if name in ("matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention", "__matmul__"):
             return True
-        if user.op in ("call_function", "call_method") and name not in ("linear", "conv1d", "conv2d", "conv3d", "size"):
+        if user.op in ("call_function", "call_method") and name not in _ENDS:
             todo.extend(user.users)
     return False

@@ -62,8 +62,10 @@ def _order(graph: CouplingGraph, name: str, scores: Any) -> npt.NDArray[np.int64
 
 
 class Rounding:
-    """Units to remove by group name -> fewer of them, so that every pruned dimension keeps a multiple of ``multiple`` channels, or all; experts
-    are no channels that hardware would like even."""
+    """Units to remove by group name -> fewer of them, so that every pruned dimension keeps a multiple of ``multiple`` channels, or all.
+
+    Experts are no channels that hardware would like even.
+    """
 
     def __init__(self, graph: CouplingGraph, multiple: int) -> None:
         self.multiple = multiple

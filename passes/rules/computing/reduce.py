@@ -155,7 +155,8 @@ def _enough(slim: Rewriter, node: fx.Node) -> None:
 def topk(ctx: LabelContext, node: fx.Node, input: Value, k: Any, dim: int = -1, largest: bool = True, **_: Any) -> Any:
     """The ``k`` best along ``dim``, and their positions: channels may go as long as ``k`` stay, where what reads the positions follows."""
     axis = dim % input.ndim if input.ndim else 0
-    if largest is True and ctx.is_number(binding.form_of(node).arguments(node.args, node.kwargs)["k"]) and chooses(ctx, node, input, axis, k):
+    counted = ctx.is_number(binding.form_of(node).arguments(node.args, node.kwargs)["k"])
+    if largest is True and counted and chooses(ctx, node, input, axis, k):
         axes = {a: v for a, v in input.axes.items() if a != axis}
         best, place = (ctx.make(node, axes, (), input.why, i) for i in range(2))
         return best, replace(place, picks=input.axes[axis])

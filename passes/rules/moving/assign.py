@@ -122,7 +122,7 @@ def scatter(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Val
 
 
 def _where_chosen(ctx: LabelContext, input: Value, dim: int, index: Value, sources: Sequence[Value] = ()) -> int | None:
-    """The axis ``dim`` of ``input``, where entries are put or read at the positions of what was chosen among its channels. None elsewhere."""
+    """The axis ``dim`` of ``input`` where entries are put or read at positions of what was chosen among its channels. None elsewhere."""
     axis = dim % input.ndim
     if index.ndim != input.ndim or input.axes.keys() - {axis} or any(v.axes for v in (index, *sources)):
         return None

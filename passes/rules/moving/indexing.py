@@ -78,6 +78,8 @@ def _chosen_slices(ctx: LabelContext, node: fx.Node, x: Value, index: Any) -> Va
     axis = x.ndim - (len(parts) - at) if any(part is Ellipsis for part in parts[:at]) else at
     if parts[at].axes or not ctx.follow(parts[at].picks, x.axes.get(axis)):
         return None
+    if ctx.is_weight(x) and x.ndim > 2:
+        ctx.read_as_weight(x)
     places = {a: a if a < axis else a + parts[at].ndim - 1 for a in x.axes if a != axis}
     axes = {place: x.axes[a] for a, place in places.items()}
     return ctx.make(node, axes, [places[a] for a in x.zero if a != axis], f"it comes from {op_name(node, ctx.traced)}")
