@@ -63,6 +63,8 @@ def units_kept(graph: CouplingGraph, kept: Mapping[str, Mapping[int, Tensor]], n
     keep = np.ones(int(graph.starts[-1]) if len(graph.starts) else 0, dtype=bool)
     for name, dims in kept.items():
         for dim, indices in dims.items():
+            if not len(indices):  # a tensor of an expert that went: the router says which
+                continue
             units = graph.unit_of.get((names.get(name, name), dim))
             if units is None or (len(indices) and int(indices.max()) >= len(units)):
                 size = "no channels" if units is None else f"{len(units)} channels"

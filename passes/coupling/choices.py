@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from fxprune.passes.coupling.gates import settle_gates
 from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.labels.choices import BOTH
@@ -19,9 +20,10 @@ _MIXED, _USED = "it is mixed along an axis that is not a channel axis", "the ind
 def settle_choices(walk: LabelContext) -> None:
     """Note what a choice among experts changes; channels that something else is chosen among stay."""
     choices = [choice for choice in walk.choices_among if choice.count]
-    if not choices:
-        return
-    stacked = _roots(walk, _stacked(walk))
+    gated = settle_gates(walk)
+    walk.gated = gated
+    modules = np.array(sorted(gated.labels) if gated else [], dtype=np.int64)
+    stacked = np.concatenate([_roots(walk, _stacked(walk)), modules])
     for choice in choices:
         before = len(walk.labels.pins)
         walk.node, walk.mode = choice.node, choice.mode
@@ -36,7 +38,8 @@ def settle_choices(walk: LabelContext) -> None:
             walk.labels.inexact.insert(0, (choice.vector, reason))  # said first, as it says what they are
         if len(walk.labels.pins) > before:
             walk.choices_among.remove(choice)
-    _without_a_share(walk, _roots(walk, [choice.vector for choice in walk.choices_among if choice.count]))
+    chosen = _roots(walk, [choice.vector for choice in walk.choices_among if choice.count])
+    _without_a_share(walk, np.concatenate([chosen, modules]))
     walk.node = None
 
 

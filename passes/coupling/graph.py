@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fxprune.passes.coupling.blocks import Block, find_blocks
+from fxprune.passes.coupling.gates import Gated
 from fxprune.passes.coupling.grouping import NORMS, partition
 from fxprune.passes.coupling.untraced import pin_unseen, unseen
 from fxprune.passes.coupling.walk import Walk
@@ -81,7 +82,7 @@ class CouplingGraph:
 
     Of the analysis the later stages read ``traced``; ``values``: mode -> node -> the labels of its result; ``statistics``: nodes with a
     statistic over channels -> the axes along which ``norms="exact"`` counts zeros; ``choices``: choices among channels, and softmaxes over
-    them; ``layer_costs``: mode -> what its layers cost, and along which channels; ``unknown``: operations without a usable rule -> where.
+    them; ``gated``: experts that are modules; ``layer_costs``: mode -> what its layers cost, and along which channels; ``unknown``: operations without a usable rule -> where.
     """
 
     def __init__(self, walk: Walk, inputs: Any, options: Mapping[str, Any]) -> None:
@@ -90,6 +91,7 @@ class CouplingGraph:
         self.values = walk.env
         self.statistics = walk.statistics
         self.choices = tuple(walk.choices_among)
+        self.gated: Gated | None = walk.gated
         self.layer_costs = walk.costs
         self.unknown = walk.unknown
         self.model = self.traced.skeleton.original
@@ -150,6 +152,8 @@ class CouplingGraph:
             units = -(-choice.count * along // len(choice.vector))  # of experts in groups, one of each goes together
             for g in self.groups_along(choice.vector) if choice.count else ():
                 least[g] = max(least.get(g, 1), units)
+        for g in self.groups_along(np.array(sorted(self.gated.labels), dtype=np.int64)) if self.gated else ():
+            least.setdefault(g, 1)
         for g in np.flatnonzero(made.in_layer).tolist():
             reason = walk.labels.pins[made.reason[g] - 1][1] if made.reason[g] else SINGLE if sizes[g] == 1 else ""
             note = (walk.labels.inexact[made.note[g] - 1][1],) if made.note[g] else ()
@@ -265,6 +269,10 @@ class CouplingGraph:
         """The unit of every index along a labelled axis of a value; -1 where it belongs to none."""
         found: Vector = self._unit_of_label[value.axes[axis]]
         return found
+
+    def unit_of_label(self, label: int) -> int:
+        """The unit of a label, -1 where it belongs to none."""
+        return int(self._unit_of_label[label])
 
     def groups_along(self, vector: Vector) -> list[int]:
         """The numbers of the groups that labels belong to."""

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fxprune.errors import FAULTS, FxPruneError, first_line
 from fxprune.passes.coupling.choices import settle_choices
+from fxprune.passes.coupling.gates import follow_gates, pin_gates
 from fxprune.passes.ir.nested import has_tensor, packed, tensors
 from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.ir.objects import made_object
@@ -101,6 +102,7 @@ class Walk(LabelContext):
             for found in values(self._kept_whole(node, args)):
                 for vector in found.axes.values():
                     self.labels.pin(vector, Reason(ReasonKind.OUTPUT, f"it reaches {self._edge('output')}", part=self._part))
+                pin_gates(self, found.gone)
                 if found.picks is not None:
                     text = f"positions of what is chosen among them reach {self._edge('output')}"
                     self.labels.pin(found.picks, Reason(ReasonKind.CHOICE, text, part=self._part))
@@ -129,6 +131,8 @@ class Walk(LabelContext):
 
     def _positions(self, node: fx.Node, args: Any, kwargs: Any, inputs: list[Value], result: Any) -> Any:
         """``result`` with what it holds of positions among channels; where the operation does not follow them, the channels stay."""
+        if any(v.gone is not None for v in inputs):
+            result = follow_gates(self, node, args, inputs, result)
         if all(v.picks is None for v in inputs):
             return result
         first = args[0] if args else kwargs.get("input")
@@ -193,6 +197,7 @@ class Walk(LabelContext):
         """``out=``: the result is written into tensors that are there already, so the channels of both are the same."""
         for target, made in zip(values(out), values(result), strict=True):
             self.pin(made.picks, "positions of what is chosen among them are written", ReasonKind.CHOICE)
+            pin_gates(self, made.gone)
             if target.shape != made.shape:
                 self.pin_all(target, "it is resized to hold a result", ReasonKind.ASSIGNED)
                 self.pin_all(made, "it is written into a tensor of another size", ReasonKind.ASSIGNED)

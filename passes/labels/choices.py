@@ -49,6 +49,25 @@ class Choice:
     norms: frozenset[str] = BOTH
 
 
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """``node`` of the graph ``mode`` reads what one channel, ``label``, is alone: a router's share for one expert."""
+
+    mode: str
+    node: fx.Node
+    label: int
+
+
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """``node`` of the graph ``mode`` adds, or stacks, tensors of which the one at ``place`` is left out where all of ``labels`` go."""
+
+    mode: str
+    node: fx.Node
+    place: int
+    labels: frozenset[int]
+
+
 def carried(node: fx.Node, first: Any, result: Any) -> Any:
     """``result``, which holds positions where ``node`` hands on those of ``first``, its first operand."""
     if target_name(node) in JOINING and isinstance(result, Value) and isinstance(first, (list, tuple)):

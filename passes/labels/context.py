@@ -15,7 +15,7 @@ from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.ir.writes import is_rewritten_later, memory
-from fxprune.passes.labels.choices import Choice
+from fxprune.passes.labels.choices import Choice, Gate, Sum
 from fxprune.passes.labels.ledger import Cost, Meeting
 from fxprune.passes.labels.parameters import ParameterLabels
 from fxprune.passes.labels.rectangles import rectangle
@@ -49,6 +49,9 @@ class LabelContext(ParameterLabels):
         self.statistics: dict[fx.Node, set[int]] = {}  # axes of the first input along which norms="exact" counts zeros
         self.clashes: list[tuple[Vector, Vector]] = []
         self.choices_among: list[Choice] = []  # top-k over channels, and the softmaxes that the oracle masks
+        self.gates: list[Gate] = []  # the share of one expert, where it is read alone
+        self.gated: Any = None  # the experts that are modules (``coupling.gates.Gated``), once the walk is done
+        self.sums: list[Sum] = []  # what an expert adds, where it adds it
         self.followed: list[Vector] = []  # the labels whose positions the current node follows
         self.sized: dict[str, list[tuple[Value, int]]] = {}
         self._real: dict[Any, Any] = {}

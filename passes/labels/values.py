@@ -81,6 +81,7 @@ class Value:
     ``zero``: the axes along which a removed slice holds zeros in the zeroed original (the oracle needs that where two activations meet).
     ``why``: why the axes without labels have a fixed size. ``picks``: the labels that the numbers in the tensor are positions among, of a
     choice (the indices of a top-k); None where they are no such positions.
+    ``gone``: labels such that the tensor holds zeros alone where all of them go (an expert's share of a token); None where there are none.
     """
 
     is_tensor: ClassVar[bool] = True  # one part of what a network returns, whatever its fields
@@ -89,6 +90,7 @@ class Value:
     zero: frozenset[int]
     why: Reason
     picks: Vector | None = None
+    gone: frozenset[int] | None = None
 
     @property
     def ndim(self) -> int:

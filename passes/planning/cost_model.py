@@ -27,8 +27,9 @@ class CostModel:
         self._vectors: list[Vector] = []
         self._slots: dict[int, int] = {}
         self._hold: list[Any] = []
+        self._labels: dict[int, Vector] = {}
         self._macs = [
-            (c.layer, c.macs, [self._slot(graph.units_of_labels(v), v) for v in c.along])
+            (c.layer, c.macs, [self._slot(graph.units_of_labels(v), v) for v in (*c.along, *self._expert_of(mode, c.node))])
             for mode in graph.traced.eval_modes
             for c in graph.layer_costs[mode]
         ]
@@ -53,7 +54,21 @@ class CostModel:
                 continue
             tensor = skeleton.tensor(name)
             keys = [(name, d) for d in range(tensor.ndim) if (name, d) in self.graph.unit_of]
-            yield name, tensor.numel(), tensor.element_size(), [self._slot(self.graph.unit_of[k], self.graph.unit_of[k]) for k in keys]
+            along = [self.graph.unit_of[k] for k in keys]
+            if self.graph.gated is not None and name in self.graph.gated.tensors:  # it goes whole with an expert
+                along.append(self.graph.units_of_labels(self._alone(self.graph.gated.tensors[name])))
+            yield name, tensor.numel(), tensor.element_size(), [self._slot(units, units) for units in along]
+
+    def _expert_of(self, mode: str, node: str) -> tuple[Vector, ...]:
+        """The label of the expert that a node goes with."""
+        gated = self.graph.gated
+        found = [label for one, label in gated.nodes[mode].items() if one.name == node] if gated is not None else []
+        return tuple(map(self._alone, found[:1]))
+
+    def _alone(self, label: int) -> Vector:
+        if label not in self._labels:
+            self._labels[label] = np.array([label], dtype=np.int64)
+        return self._labels[label]
 
     def _lifetimes(self) -> list[tuple[int, int, int, list[int]]]:
         """For every storage the graphs make: first node, last node that reads it, bytes, and the axes it shrinks along."""

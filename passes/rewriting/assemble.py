@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.evaluation.wrappers import class_of_copy
-from fxprune.passes.ir.skeleton import fill
+from fxprune.passes.ir.skeleton import at_or_below, fill
 from fxprune.passes.ir.slim_module import FOLLOWING
 
 _BLANK = nn.Module().__dict__
@@ -72,3 +72,21 @@ def replace_module(tree: nn.Module, old: nn.Module, new: fx.GraphModule) -> None
     object.__setattr__(old, "__dict__", new.__dict__)
     for graph in new.__dict__["graphs"].values():
         graph.owning_module = old
+
+
+def drop(slim: nn.Module, gone: set[str], called: set[str]) -> None:
+    """Take tensors out of the tree, and the modules that hold nothing any more and that nothing calls."""
+    modules: dict[str, Any] = dict(slim.named_modules(remove_duplicate=False))
+    for name in sorted(gone):
+        path, _, key = name.rpartition(".")
+        for table in (modules[path]._parameters, modules[path]._buffers):
+            table.pop(key, None)
+    touched = {name.rpartition(".")[0] for name in gone}
+    for path in sorted(modules, key=lambda p: -p.count(".")):
+        if not path or any(at_or_below(c, path) for c in called):
+            continue
+        module = modules[path]
+        hollow = not any(True for _ in (*module.parameters(), *module.buffers()))
+        if hollow and any(at_or_below(t, path) for t in touched):
+            parent, _, key = path.rpartition(".")
+            modules[parent]._modules.pop(key, None)

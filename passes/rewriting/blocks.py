@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +11,8 @@ from torch import fx, nn
 from fxprune.errors import UnsupportedError
 from fxprune.passes.coupling.blocks import Block, Branch, lost_tensors, survivors
 from fxprune.passes.coupling.graph import CouplingGraph
-from fxprune.passes.ir.skeleton import at_or_below
 from fxprune.passes.ir.slim_module import SlimModule
+from fxprune.passes.rewriting.assemble import drop
 from fxprune.passes.rewriting.slimmer import Slimmer
 
 
@@ -47,7 +46,7 @@ def without_blocks(graph: CouplingGraph, blocks: Sequence[Block]) -> SlimModule:
     skeleton = graph.traced.skeleton
     lost = lost_tensors(graph.traced, {mode: _branches(blocks, mode) for mode in slim.graphs})
     gone = {alias for name in lost for alias in skeleton.aliases[name]}
-    _drop(slim, gone, alive_calls)
+    drop(slim, gone, alive_calls)
     slim.recompile()
     return slim
 
@@ -86,21 +85,3 @@ def _twins(original: fx.Graph, copied: fx.Graph) -> dict[fx.Node, fx.Node]:
     """The copy of every node that the copied graph still has."""
     by_name = {node.name: node for node in copied.nodes}
     return {node: by_name[node.name] for node in original.nodes if node.name in by_name}
-
-
-def _drop(slim: nn.Module, gone: set[str], called: set[str]) -> None:
-    """Take tensors out of the tree, and the modules that hold nothing any more and that nothing calls."""
-    modules: dict[str, Any] = dict(slim.named_modules(remove_duplicate=False))
-    for name in sorted(gone):
-        path, _, key = name.rpartition(".")
-        for table in (modules[path]._parameters, modules[path]._buffers):
-            table.pop(key, None)
-    touched = {name.rpartition(".")[0] for name in gone}
-    for path in sorted(modules, key=lambda p: -p.count(".")):
-        if not path or any(at_or_below(c, path) for c in called):
-            continue
-        module = modules[path]
-        hollow = not any(True for _ in (*module.parameters(), *module.buffers()))
-        if hollow and any(at_or_below(t, path) for t in touched):
-            parent, _, key = path.rpartition(".")
-            modules[parent]._modules.pop(key, None)

@@ -29,7 +29,7 @@ from fxprune.passes.ir.slim_module import MODES, SlimModule
 from fxprune.passes.ir.traced import Surroundings
 from fxprune.passes.labels.values import Value, Vector, values
 from fxprune.passes.planning.plan import Keep
-from fxprune.passes.rewriting.assemble import Copies, assemble, copies, replace_module
+from fxprune.passes.rewriting.assemble import Copies, assemble, copies, drop, replace_module
 from fxprune.passes.rewriting.blanks import Blanks
 from fxprune.passes.rewriting.lines import Kept, Lines, as_indices
 from fxprune.passes.rewriting.slicing import cut, keep_freed_memory, like
@@ -239,9 +239,12 @@ class Slimmer:
         """
         again, parts = self.norms in self.graph.templates, self.graph.traced.parts
         template = self._shared
-        shared, numbers = self._shared_module() if again and not parts else (None, None)
+        shared, numbers = self._shared_module() if again and not parts and self.graph.gated is None else (None, None)
         graphs = self._graphs() if shared is None else {}  # before the tree: index buffers are renumbered on the way
         tree = self._tree(template.copies)
+        if self.lost:
+            called = {str(node.target) for graph in graphs.values() for node in graph.nodes if node.op == "call_module"}
+            drop(tree, {alias for name in self.lost for alias in self.skeleton.aliases[name]}, called)
         if shared is not None:
             return shared.sibling(tree, numbers)
         if not parts:
@@ -365,7 +368,12 @@ class Slimmer:
         self._prefix = f"{part}." if part else ""
         values = self.graph.values[mode]
         made: dict[fx.Node, Any] = {}
+        dead = self.dead.get(mode, set())
         for old in graph.nodes:
+            if old in dead:
+                continue
+            if self._stands_alone(old, mode, dead, made):
+                continue
             replaced = self._size_read(old, values, made)
             if replaced is not None:
                 made[old] = replaced
@@ -386,6 +394,37 @@ class Slimmer:
             self.rewrite_in(self.new, node, mode)
         self.copied.update((node, old) for old, node in made.items() if isinstance(node, fx.Node))
         return self.swept(self.new)
+
+    @cached_property
+    def dead(self) -> dict[str, set[fx.Node]]:
+        """By graph, the nodes that only compute what experts add that went as modules."""
+        gated = self.graph.gated
+        gone = [label for label in gated.labels if not self._keep[self.graph.unit_of_label(label)]] if gated else []
+        return gated.dead(gone) if gated and gone else {}
+
+    @cached_property
+    def lost(self) -> set[str]:
+        """The tensors of experts that went as modules."""
+        return self.graph.gated.lost(self.dead) if self.graph.gated and self.dead else set()
+
+    def _stands_alone(self, old: fx.Node, mode: str, dead: set[fx.Node], made: dict[fx.Node, Any]) -> bool:
+        """Whether a sum is what is left of it: one of its two operands added what went. A stack is made of what is left here, too."""
+        sums = self.graph.gated.sums.get(mode, ()) if dead and self.graph.gated else ()
+        if not any(one.node is old for one in sums):
+            return False
+        if target_name(old) == "stack":
+            node = self.new.node_copy(old, lambda n: made.get(n))  # type: ignore[arg-type,return-value]
+            held: Any = node.args[0] if node.args else node.kwargs["tensors"]
+            left = [one for one in held if one is not None]
+            node.args, node.kwargs = ((left, *node.args[1:]), node.kwargs) if node.args else ((), {**node.kwargs, "tensors": left})
+            made[old] = node
+            self.note(node, old, mode)
+            return True
+        left = [one for one in old.args if one not in dead]
+        if len(left) == len(old.args):
+            return False
+        made[old] = made[left[0]]  # type: ignore[index]
+        return True
 
     def swept(self, graph: fx.Graph) -> fx.Graph:
         """``graph`` without what nobody reads any more, and without what was noted for the rewrite."""
@@ -465,6 +504,12 @@ class Slimmer:
     def check_class_can_stay(self) -> None:
         """Raise where the user's code, which stays as it is with ``keep_class``, would have to call other operations."""
         traced = self.graph.traced
+        if self.lost:
+            home = min(self.lost).rpartition(".")[0]
+            raise UnsupportedError(
+                f"keep_class cannot take experts out of a list of modules ({home!r} goes, and the code calls it); leave out keep_class, or "
+                "leave these experts whole"
+            )
         for mode, graph in traced.graphs.items():
             for node in graph.nodes:
                 module: Any = self.skeleton.original_module(str(node.target)) if node.op == "call_module" else None
@@ -478,7 +523,9 @@ class Slimmer:
     # -- parameters and modules ---------------------------------------------------------------------------------------------
 
     def kept_dims(self, name: str) -> dict[int, torch.Tensor]:
-        """Dimension -> LongTensor of kept indices, for the dimensions of a tensor that lose any."""
+        """Dimension -> LongTensor of kept indices, for the dimensions of a tensor that lose any; of one that goes whole, none of the first."""
+        if name in self.lost:
+            return {0: torch.zeros(0, dtype=torch.long)} if self.skeleton.tensor(name).ndim else {}
         indices = self._indices
         return {dim: kept for dim, line in self._shared.lines.of_dims.get(name, ()) if (kept := indices[line]) is not None}
 
@@ -493,6 +540,9 @@ class Slimmer:
         for name in self.skeleton.names:
             source = real(name)
             dims = of_dims.get(name)
+            if name in self.lost:
+                found[id(source)] = None
+                continue
             kept = indices[dims[0][1]] if dims and len(dims) == 1 else None
             # Three in four are vectors on the CPU, and a search makes thousands: this is what ``cut`` does with one.
             if kept is not None and source.ndim == 1 and source.is_cpu and source.layout is torch.strided and name not in self.renumber:

@@ -31,7 +31,8 @@ def chooses(ctx: LabelContext, node: fx.Node, x: Value, axis: int, count: int) -
 
 
 def is_chosen_from(node: fx.Node) -> bool:
-    """Whether a choice is made from what ``node`` gives, or from what is computed of it element by element."""
+    """Whether a choice is made from what ``node`` gives, or from what is computed of it element by element, or single channels of that are
+    read (the share of one expert)."""
     todo, seen = list(node.users), set()
     while todo:
         user = todo.pop()
@@ -39,11 +40,20 @@ def is_chosen_from(node: fx.Node) -> bool:
             continue
         seen.add(user)
         name = target_name(user)
-        if name in _CHOOSING:
+        if name in _CHOOSING or (name == "getitem" and _reads_one(user)):
             return True
         if name in _BETWEEN:
             todo.extend(user.users)
     return False
+
+
+def _reads_one(node: fx.Node) -> bool:
+    index: Any = node.args[1]
+    source: Any = node.args[0].meta.get("val")  # type: ignore[union-attr]
+    made: Any = node.meta.get("val")
+    if not isinstance(source, torch.Tensor) or not isinstance(made, torch.Tensor):
+        return False
+    return any(isinstance(i, int) for i in (index if isinstance(index, tuple) else (index,))) or made.shape[-1:] == (1,) != source.shape[-1:]
 
 
 def _classes(slim: Rewriter, node: fx.Node) -> None:

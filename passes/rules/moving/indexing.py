@@ -14,6 +14,7 @@ from fxprune.errors import UnsupportedError
 from fxprune.passes.ir.masks import as_positions, is_mask
 from fxprune.passes.ir.nodes import computed_from, op_name
 from fxprune.passes.ir.reasons import Reason, ReasonKind
+from fxprune.passes.labels.choices import Gate
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, Vector
 from fxprune.passes.rules import binding
@@ -47,6 +48,8 @@ def getitem(ctx: LabelContext, node: fx.Node, input: Any, index: Any) -> Any:
     raw = list(node.args[1]) if isinstance(node.args[1], (tuple, list)) and isinstance(index, (tuple, list)) else [node.args[1]]
     if (chosen := _chosen_slices(ctx, node, input, index)) is not None:
         return chosen
+    if (share := _share_of_one(ctx, node, input)) is not None:
+        return share
     input = picked_by_position(ctx, node, input, raw, "it is indexed by values the graph computes", ReasonKind.COMPUTED_INDEX)
     indexed = resolved(ctx, node, input, index, raw)
     pin_pairs(ctx, input, indexed)
@@ -67,6 +70,32 @@ def getitem(ctx: LabelContext, node: fx.Node, input: Any, index: Any) -> Any:
         if isinstance(entry, slice) and entry.step not in (None, 1) and axis in input.axes and ctx.stays_view(node):
             ctx.pin(input.axes[axis], "every second or so of its channels is written in place", ReasonKind.WRITTEN_IN_PLACE)
     return ctx.move(node, input, lambda labels: _picked(labels, indexed))
+
+
+def _share_of_one(ctx: LabelContext, node: fx.Node, x: Value) -> Value | None:
+    """One position of the only axis with channels, by a number: what is zero where that channel goes. None elsewhere."""
+    index: Any = node.args[1]
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if len(x.axes) != 1 or ":" in ctx.mode or any(isinstance(p, fx.Node) or not isinstance(p, (int, slice, type(None), type(...))) for p in parts):
+        return None
+    (axis, vector), at = next(iter(x.axes.items())), -1
+    if axis not in x.zero:
+        return None
+    for entry in entries_of(tuple(parts), x.ndim):
+        at += entry is not None
+        if entry is None or at != axis:
+            if entry is not None and entry != slice(None):
+                return None
+            continue
+        if isinstance(entry, slice) and any(isinstance(b, fx.Node) for b in (entry.start, entry.stop, entry.step)):
+            return None
+        taken = vector[entry].reshape(-1)
+        if len(taken) != 1:
+            return None
+        label = int(taken[0])
+        ctx.gates.append(Gate(ctx.mode, node, label))
+        return Value(tuple(node.meta["val"].shape), {}, frozenset(), ctx.origin(), None, frozenset({label}))
+    return None
 
 
 def _chosen_slices(ctx: LabelContext, node: fx.Node, x: Value, index: Any) -> Value | None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxprune.passes.ir.nodes import target_name
+from fxprune.passes.labels.choices import Sum
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, Vector
 from fxprune.passes.rules.registry import functions, named
@@ -64,7 +65,37 @@ def stack(ctx: LabelContext, node: fx.Node, tensors: Sequence[Value], dim: int =
         )
         for t in tensors
     ]
-    return _joined(ctx, node, shifted, place)
+    made = _joined(ctx, node, shifted, place)
+    return _of_experts(ctx, node, made, place, tensors)
+
+
+def _of_experts(ctx: LabelContext, node: fx.Node, made: Value, place: int, tensors: Sequence[Value]) -> Value:
+    """What the modules of one list gave, side by side: each may be left out, with its place. Else what it is anyway."""
+    nodes: Any = node.args[0] if node.args else node.kwargs["tensors"]
+    if place in made.axes or len(tensors) < 2 or ":" in ctx.mode or not _siblings(ctx, nodes):
+        return made
+    labels = ctx.fresh("stack", len(tensors), soft=True)
+    for i, label in enumerate(labels.tolist()):
+        ctx.sums.append(Sum(ctx.mode, node, i, frozenset({label})))
+    zero = [place] if all(_is_zeroed(ctx, one) for one in nodes) else []
+    return ctx.make(node, {**made.axes, place: labels}, [*made.zero, *zero], made.why)
+
+
+def _siblings(ctx: LabelContext, nodes: Any) -> bool:
+    """Whether each tensor was made by a module of its own of one ``nn.ModuleList``."""
+    found: list[tuple[str, str]] = []
+    for node in nodes:
+        parts = ctx.owner(node).split(".")
+        places = [i for i in range(1, len(parts)) if isinstance(ctx.traced.skeleton.original_module(".".join(parts[:i])), nn.ModuleList)]
+        if not places:
+            return False
+        found.append((".".join(parts[: places[-1]]), parts[places[-1]]))
+    return len({home for home, _ in found}) == 1 and len({key for _, key in found}) == len(found)
+
+
+def _is_zeroed(ctx: LabelContext, node: fx.Node) -> bool:
+    """Whether a layer made a tensor, which gives zeros once its weight and bias are zeros."""
+    return node.op == "call_module" and isinstance(ctx.traced.skeleton.module(str(node.target)), (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
 _ALONG = {"hstack": 1, "column_stack": 1, "vstack": 0, "row_stack": 0, "dstack": 2}

@@ -1,0 +1,185 @@
+"""Experts that are modules of a list: each is weighed by a share of its own, and goes, code and tensors, where what it adds is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxprune.passes.ir.nodes import target_name
+from fxprune.passes.ir.traced import TracedModel
+from fxprune.passes.ir.writes import memory, written
+from fxprune.passes.labels.choices import Gate, Sum
+from fxprune.passes.labels.context import LabelContext
+from fxprune.passes.labels.values import Value
+
+_MOVES = frozenset(
+    {
+        *("view", "reshape", "unsqueeze", "squeeze", "transpose", "permute", "t", "expand", "expand_as", "contiguous", "clone"),
+        *("detach", "to", "float", "double", "type_as", "getitem", "__getitem__"),
+    }
+)
+_PRODUCTS = frozenset({"mul", "multiply"})
+_SUMS = frozenset({"add", "iadd", "add_"})
+_HELD = "one channel fills a whole tensor"
+
+
+def pin_gates(walk: LabelContext, labels: Iterable[int] | None) -> None:
+    """What single channels weigh is read by something that cannot do without: they stay, as the place says where each is read alone."""
+    wanted = set(labels or ())
+    here = walk.node
+    for gate in walk.gates if wanted else ():
+        if gate.label in wanted:
+            walk.node = gate.node
+            walk.pin(np.array([gate.label], dtype=np.int64), _HELD)
+    walk.node = here
+
+
+def follow_gates(walk: LabelContext, node: fx.Node, args: Any, inputs: Sequence[Value], result: Any) -> Any:
+    """``result`` of an operation on tensors that are zero where channels go: one that is zero too, or a sum that can do without."""
+    name, first = target_name(node), args[0] if args else None
+    weighed = [v for v in inputs if v.gone is not None]
+    if not isinstance(result, Value):
+        for value in weighed if not _asks_form(node, result) else ():
+            pin_gates(walk, value.gone)
+        return result
+    if name in _MOVES and len(weighed) == 1 and weighed[0] is first:
+        return replace(result, gone=weighed[0].gone)
+    if name in _PRODUCTS and len(weighed) == 1 and len(inputs) == 2:
+        return replace(result, gone=weighed[0].gone)
+    if name in _SUMS and len(args) == 2 and not node.kwargs:
+        if len(inputs) == 1 and args[1 if first is weighed[0] else 0] == 0:  # where sum() starts
+            return replace(result, gone=weighed[0].gone)
+        if len(inputs) == 2 and _may_stand_alone(node):
+            for place, value in enumerate(args):
+                if value.gone is not None:
+                    walk.sums.append(Sum(walk.mode, node, place, value.gone))
+            return replace(result, gone=weighed[0].gone | weighed[1].gone) if len(weighed) == 2 else result
+    for value in weighed:
+        pin_gates(walk, value.gone)
+    return result
+
+
+def _asks_form(node: fx.Node, result: Any) -> bool:
+    return target_name(node) in ("size", "dim", "numel") or (node.target is getattr and not isinstance(result, Value))
+
+
+def _may_stand_alone(node: fx.Node) -> bool:
+    """Whether each operand has the form of the sum."""
+    metas = [one.meta.get("val") for one in (node, *node.args) if isinstance(one, fx.Node)]
+    return len(metas) == 3 and len({(tuple(m.shape), m.dtype) for m in metas if isinstance(m, torch.Tensor)}) == 1
+
+
+@dataclass(frozen=True, eq=False)
+class Gated:
+    """What goes with experts that are modules. ``sums``: where what they add can be left out, by graph. ``nodes``: graph -> node -> the
+    label with which it goes. ``tensors``: name of a tensor -> the label."""
+
+    traced: TracedModel
+    sums: Mapping[str, Sequence[Sum]]
+    nodes: Mapping[str, Mapping[fx.Node, int]]
+    tensors: Mapping[str, int]
+
+    @property
+    def labels(self) -> set[int]:
+        return {label for sums in self.sums.values() for one in sums for label in one.labels}
+
+    def dead(self, gone: Collection[int]) -> dict[str, set[fx.Node]]:
+        """By graph, the nodes that are of no use without what the labels ``gone`` add."""
+        return {mode: _dead(self.traced, mode, sums, gone) for mode, sums in self.sums.items()}
+
+    def lost(self, dead: Mapping[str, set[fx.Node]]) -> set[str]:
+        """The tensors that nothing but nodes of ``dead`` reads."""
+        return _lost(self.traced, dead)
+
+
+def settle_gates(walk: LabelContext) -> Gated | None:
+    """The experts that may go as modules; single channels that are read alone elsewhere stay."""
+    if not walk.gates and not walk.sums:
+        return None
+    find = walk.labels.find
+    root = lambda label: int(find(np.array([label]))[0])  # noqa: E731
+    routed = {r for choice in walk.choices_among for r in find(choice.vector).tolist()}
+    sums = {mode: [replace(one, labels=frozenset(map(root, one.labels))) for one in walk.sums if one.mode == mode] for mode in walk.traced.graphs}
+    gates: dict[int, list[Gate]] = {}
+    for gate in walk.gates:
+        gates.setdefault(root(gate.label), []).append(gate)
+    named = {label for of in sums.values() for one in of for label in one.labels}
+    free: dict[int, tuple[dict[str, set[fx.Node]], set[str]]] = {}
+    for label in sorted(named | set(gates)):
+        dead = {mode: _dead(walk.traced, mode, of, {label}) for mode, of in sums.items()}
+        read_alone = all(gate.node in dead[gate.mode] for gate in gates.get(label, ()))
+        lost = _lost(walk.traced, dead)
+        if label in routed and read_alone and lost and all(dead.values()):
+            free[label] = dead, lost
+    for label in sorted((named | set(gates)) - set(free)):
+        if label in gates:
+            pin_gates(walk, [gate.label for gate in gates[label]])
+        else:
+            walk.pin(np.array([label], dtype=np.int64), "what is stacked is read whole")
+    if not free:
+        return None
+    nodes: dict[str, dict[fx.Node, int]] = {mode: {} for mode in sums}
+    tensors: dict[str, int] = {}
+    for label, (dead, lost) in free.items():
+        for mode, of in dead.items():
+            nodes[mode].update(dict.fromkeys(of, label))
+        tensors.update(dict.fromkeys(lost, label))
+    return Gated(walk.traced, sums, nodes, tensors)
+
+
+def _dead(traced: TracedModel, mode: str, sums: Sequence[Sum], gone: Collection[int]) -> set[fx.Node]:
+    """The nodes of a graph that are of no use where ``gone`` go: nothing that is left reads them, and they write to nothing that is."""
+    graph, module = traced.graphs[mode], traced.skeleton.module
+    cut = {(one.node, one.place) for one in sums if one.labels <= set(gone)}
+    if not cut:
+        return set()
+    cut_nodes = {node for node, _ in cut}
+
+    def reads(node: fx.Node) -> list[fx.Node]:
+        if node not in cut_nodes:
+            return list(node.all_input_nodes)
+        operands = list(node.args[0]) if target_name(node) == "stack" and node.args else list(node.kwargs.get("tensors", node.args))  # type: ignore[arg-type]
+        left = [one for place, one in enumerate(operands) if (node, place) not in cut]
+        return [one for one in left if isinstance(one, fx.Node)]
+
+    def of_use(roots: list[fx.Node]) -> set[fx.Node]:
+        alive: set[fx.Node] = set()
+        while roots:
+            node = roots.pop()
+            if node not in alive:
+                alive.add(node)
+                roots += reads(node)
+        return alive
+
+    ends = [node for node in graph.nodes if node.op in ("placeholder", "output")]
+    writes = [(node, target) for node in graph.nodes if (target := written(node, module)) is not None]
+    checks = [node for node in graph.nodes if target_name(node) in ("_assert", "_assert_async")]
+    before = of_use(ends + checks)
+    inside = {memory(node) for node in graph.nodes if node not in before and node.op != "get_attr"} - {memory(node) for node in before}
+    lasting = [node for node, target in writes if target in before or memory(target) not in inside]
+    alive = of_use(ends + checks + lasting)
+    return {node for node in graph.nodes if node not in alive}
+
+
+def _lost(traced: TracedModel, dead: Mapping[str, set[fx.Node]]) -> set[str]:
+    skeleton = traced.skeleton
+    read: set[str] = set()
+    gone: set[str] = set()
+    for mode, graph in traced.graphs.items():
+        for node in graph.nodes:
+            names = gone if node in dead.get(mode, ()) else read
+            if node.op == "get_attr":
+                names.add(str(node.target))
+            elif node.op == "call_module":
+                module = skeleton.module(str(node.target))
+                for _, tensor in (*module.named_parameters(), *module.named_buffers()):
+                    name = skeleton.tensor_names.get(id(tensor))
+                    if name is not None:
+                        names.add(name)
+    return {name for name in gone - read if name in skeleton.aliases}
+
