@@ -199,10 +199,12 @@ def _sums(graph: CouplingGraph, tensors: Mapping[str, Any], term: Callable[[torc
     with torch.no_grad():
         for name, given in tensors.items():
             weight, gradient = given if isinstance(given, tuple) else (given, None)
-            wanted = _scored_dimensions(graph, name, weight.ndim)
-            if wanted:
-                sums = _sums_along(term(weight.detach().float(), gradient), wanted)
+            wanted, expert = _scored_dimensions(graph, name, weight.ndim), graph.expert_of(name)
+            if wanted or expert is not None:
+                terms = term(weight.detach().float(), gradient)
+                sums = _sums_along(terms, wanted)
                 found.extend((units, sums[dim]) for dim, units in wanted.items())
+                found += [(expert, terms.sum().reshape(1))] if expert is not None else []
     return _added_up(graph, found)
 
 
@@ -215,6 +217,8 @@ def _squares(graph: CouplingGraph, weights: Mapping[str, torch.Tensor]) -> npt.N
             if wanted:
                 sums = _squares_along(weight.detach().float(), wanted)
                 found.extend((units, sums[dim]) for dim, units in wanted.items())
+            if (expert := graph.expert_of(name)) is not None:
+                found.append((expert, weight.detach().float().square().sum().reshape(1)))
     return _added_up(graph, found)
 
 

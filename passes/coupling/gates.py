@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,19 +11,20 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxprune.passes.ir.nodes import target_name
+from fxprune.passes.ir.nodes import computed_from, target_name
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.ir.writes import memory, written
 from fxprune.passes.labels.choices import Gate, Sum
 from fxprune.passes.labels.context import LabelContext
-from fxprune.passes.labels.values import Value
+from fxprune.passes.labels.values import Value, values
 
 _MOVES = frozenset(
     {
         *("view", "reshape", "unsqueeze", "squeeze", "transpose", "permute", "t", "expand", "expand_as", "contiguous", "clone"),
-        *("detach", "to", "float", "double", "type_as", "getitem", "__getitem__"),
+        *("detach", "to", "float", "double", "type_as", "any", "sum", "T", "bool", "int", "long"),
     }
 )
+_PICKS = frozenset({"getitem", "__getitem__"})
 _PRODUCTS = frozenset({"mul", "multiply"})
 _SUMS = frozenset({"add", "iadd", "add_"})
 _HELD = "one channel fills a whole tensor"
@@ -43,13 +45,24 @@ def follow_gates(walk: LabelContext, node: fx.Node, args: Any, inputs: Sequence[
     """``result`` of an operation on tensors that are zero where channels go: one that is zero too, or a sum that can do without."""
     name, first = target_name(node), args[0] if args else None
     weighed = [v for v in inputs if v.gone is not None]
+    if name in ("where", "nonzero") and len(inputs) == 1 and weighed:
+        empty = weighed[0].gone
+        return replace(result, empty=empty) if isinstance(result, Value) else tuple(replace(v, empty=empty) for v in result)
+    if (unwritten := _unwritten(node, args)) is not None:
+        walk.sums.append(Sum(walk.mode, node, -1, unwritten))
+        return result
+    if any(v.empty is not None for v in inputs):  # what they pick is of use to the expert alone: settle_gates checks
+        moved = name in _MOVES | _PICKS and isinstance(first, Value) and isinstance(result, Value)
+        return replace(result, empty=first.empty) if moved else result
+    if name in _PICKS and isinstance(first, Value) and isinstance(result, Value):
+        return replace(result, gone=first.gone)  # maybe by a mask of the tokens that chose the expert: then of use to nothing else
     if not isinstance(result, Value):
         for value in weighed if not _asks_form(node, result) else ():
             pin_gates(walk, value.gone)
         return result
     if name in _MOVES and len(weighed) == 1 and weighed[0] is first:
         return replace(result, gone=weighed[0].gone)
-    if name in _PRODUCTS and len(weighed) == 1 and len(inputs) == 2:
+    if name in _PRODUCTS and len(weighed) == 1 and len(inputs) <= 2:
         return replace(result, gone=weighed[0].gone)
     if name in _SUMS and len(args) == 2 and not node.kwargs:
         if len(inputs) == 1 and args[1 if first is weighed[0] else 0] == 0:  # where sum() starts
@@ -58,10 +71,44 @@ def follow_gates(walk: LabelContext, node: fx.Node, args: Any, inputs: Sequence[
             for place, value in enumerate(args):
                 if value.gone is not None:
                     walk.sums.append(Sum(walk.mode, node, place, value.gone))
-            return replace(result, gone=weighed[0].gone | weighed[1].gone) if len(weighed) == 2 else result
+            labels = [value.gone for value in args if value.gone is not None]
+            return replace(result, gone=labels[0] | labels[1]) if len(labels) == 2 else result
     for value in weighed:
         pin_gates(walk, value.gone)
     return result
+
+
+def overwritten_gates(walk: LabelContext, target: fx.Node) -> None:
+    """Something is written where the share of an expert may lie, which it may no longer be."""
+    for node, value in walk.env[walk.mode].items() if walk.gates else ():
+        if isinstance(value, Value) and value.gone is not None and memory(node) == memory(target):
+            pin_gates(walk, value.gone)
+
+
+def _unwritten(node: fx.Node, args: Any) -> frozenset[int] | None:
+    """The labels without which ``node`` writes nothing into its first operand: it goes by positions, or a mask, of what chose them."""
+    name = target_name(node)
+    if node.target is operator.setitem:
+        index = values(args[1])
+    elif name in ("index_add", "index_add_") and len(args) > 2:
+        index = values(args[2])
+    else:
+        return None
+    found = [v.empty or v.gone for v in index if v.empty is not None or (v.gone is not None and v.picks is None)]
+    return found[0] if found and len(set(found)) == 1 else None
+
+
+def compared(walk: LabelContext, node: fx.Node, args: Any, result: Any) -> Any:
+    """``result`` of a comparison of positions with the number of one expert: true nowhere where that expert goes."""
+    if target_name(node) != "eq" or len(args) != 2 or not isinstance(result, Value) or ":" in walk.mode:
+        return result
+    first, number = args
+    if not isinstance(first, Value) or first.picks is None or type(node.args[1]) is not int or not 0 <= number < len(first.picks):
+        return result
+    label = int(first.picks[number])
+    walk.followed.append(first.picks)
+    walk.gates.append(Gate(walk.mode, node, label))
+    return replace(result, gone=frozenset({label}))
 
 
 def _asks_form(node: fx.Node, result: Any) -> bool:
@@ -102,9 +149,13 @@ def settle_gates(walk: LabelContext) -> Gated | None:
     if not walk.gates and not walk.sums:
         return None
     find = walk.labels.find
-    root = lambda label: int(find(np.array([label]))[0])  # noqa: E731
+
+    def root(label: int) -> int:
+        return int(find(np.array([label]))[0])
+
     routed = {r for choice in walk.choices_among for r in find(choice.vector).tolist()}
-    sums = {mode: [replace(one, labels=frozenset(map(root, one.labels))) for one in walk.sums if one.mode == mode] for mode in walk.traced.graphs}
+    rooted = [replace(one, labels=frozenset(map(root, one.labels))) for one in walk.sums]
+    sums = {mode: [one for one in rooted if one.mode == mode] for mode in walk.traced.graphs}
     gates: dict[int, list[Gate]] = {}
     for gate in walk.gates:
         gates.setdefault(root(gate.label), []).append(gate)
@@ -112,9 +163,9 @@ def settle_gates(walk: LabelContext) -> Gated | None:
     free: dict[int, tuple[dict[str, set[fx.Node]], set[str]]] = {}
     for label in sorted(named | set(gates)):
         dead = {mode: _dead(walk.traced, mode, of, {label}) for mode, of in sums.items()}
-        read_alone = all(gate.node in dead[gate.mode] for gate in gates.get(label, ()))
+        of_shares = all(gate.node in dead[gate.mode] and _is_share(walk, gate) for gate in gates.get(label, ()))
         lost = _lost(walk.traced, dead)
-        if label in routed and read_alone and lost and all(dead.values()):
+        if label in routed and of_shares and lost and all(dead.values()):
             free[label] = dead, lost
     for label in sorted((named | set(gates)) - set(free)):
         if label in gates:
@@ -132,6 +183,12 @@ def settle_gates(walk: LabelContext) -> Gated | None:
     return Gated(walk.traced, sums, nodes, tensors)
 
 
+def _is_share(walk: LabelContext, gate: Gate) -> bool:
+    """Whether what is read alone comes from a softmax or a choice: from a logit it would be minus infinity where the expert goes."""
+    above = computed_from(gate.node)
+    return any(choice.node in above for choice in walk.choices_among if choice.mode == gate.mode)
+
+
 def _dead(traced: TracedModel, mode: str, sums: Sequence[Sum], gone: Collection[int]) -> set[fx.Node]:
     """The nodes of a graph that are of no use where ``gone`` go: nothing that is left reads them, and they write to nothing that is."""
     graph, module = traced.graphs[mode], traced.skeleton.module
@@ -139,10 +196,13 @@ def _dead(traced: TracedModel, mode: str, sums: Sequence[Sum], gone: Collection[
     if not cut:
         return set()
     cut_nodes = {node for node, _ in cut}
+    unwritten = {node for node, place in cut if place < 0}
 
     def reads(node: fx.Node) -> list[fx.Node]:
         if node not in cut_nodes:
             return list(node.all_input_nodes)
+        if node in unwritten:
+            return [node.args[0]]  # type: ignore[list-item]
         operands = list(node.args[0]) if target_name(node) == "stack" and node.args else list(node.kwargs.get("tensors", node.args))  # type: ignore[arg-type]
         left = [one for place, one in enumerate(operands) if (node, place) not in cut]
         return [one for one in left if isinstance(one, fx.Node)]
@@ -157,7 +217,7 @@ def _dead(traced: TracedModel, mode: str, sums: Sequence[Sum], gone: Collection[
         return alive
 
     ends = [node for node in graph.nodes if node.op in ("placeholder", "output")]
-    writes = [(node, target) for node in graph.nodes if (target := written(node, module)) is not None]
+    writes = [(node, target) for node in graph.nodes if node not in unwritten and (target := written(node, module)) is not None]
     checks = [node for node in graph.nodes if target_name(node) in ("_assert", "_assert_async")]
     before = of_use(ends + checks)
     inside = {memory(node) for node in graph.nodes if node not in before and node.op != "get_attr"} - {memory(node) for node in before}
@@ -182,4 +242,3 @@ def _lost(traced: TracedModel, dead: Mapping[str, set[fx.Node]]) -> set[str]:
                     if name is not None:
                         names.add(name)
     return {name for name in gone - read if name in skeleton.aliases}
-

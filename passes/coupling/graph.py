@@ -82,7 +82,8 @@ class CouplingGraph:
 
     Of the analysis the later stages read ``traced``; ``values``: mode -> node -> the labels of its result; ``statistics``: nodes with a
     statistic over channels -> the axes along which ``norms="exact"`` counts zeros; ``choices``: choices among channels, and softmaxes over
-    them; ``gated``: experts that are modules; ``layer_costs``: mode -> what its layers cost, and along which channels; ``unknown``: operations without a usable rule -> where.
+    them; ``gated``: experts that are modules of a list; ``layer_costs``: mode -> what its layers cost, and along which channels;
+    ``unknown``: operations without a usable rule -> where.
     """
 
     def __init__(self, walk: Walk, inputs: Any, options: Mapping[str, Any]) -> None:
@@ -269,6 +270,11 @@ class CouplingGraph:
         """The unit of every index along a labelled axis of a value; -1 where it belongs to none."""
         found: Vector = self._unit_of_label[value.axes[axis]]
         return found
+
+    def expert_of(self, name: str) -> Vector | None:
+        """The unit, shape (1,), of the expert in a list of modules that a tensor goes with; None where it goes with none."""
+        label = self.gated.tensors.get(name) if self.gated is not None else None
+        return None if label is None else self._unit_of_label[[label]]
 
     def unit_of_label(self, label: int) -> int:
         """The unit of a label, -1 where it belongs to none."""

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fxprune.errors import FAULTS, FxPruneError, first_line
 from fxprune.passes.coupling.choices import settle_choices
-from fxprune.passes.coupling.gates import follow_gates, pin_gates
+from fxprune.passes.coupling.gates import compared, follow_gates, overwritten_gates, pin_gates
 from fxprune.passes.ir.nested import has_tensor, packed, tensors
 from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.ir.objects import made_object
@@ -67,6 +67,8 @@ class Walk(LabelContext):
                 target = written(node, self.traced.skeleton.module)
                 if target is not None and isinstance(result, Value):
                     self.overwritten(target, result.zero)
+                if target is not None:
+                    overwritten_gates(self, target)
         settle_choices(self)
         self.node = None
         self._real.clear()  # masks and tables; the few that a rewrite asks for are made again
@@ -122,7 +124,10 @@ class Walk(LabelContext):
         if rule is not None:
             self.followed = []
             return self._positions(node, args, kwargs, inputs, self._ruled(rule, node, module, args, kwargs, inputs))
-        self._positions(node, args, kwargs, inputs, ())
+        return self._positions(node, args, kwargs, inputs, self._unruled(node, module, value, inputs))
+
+    def _unruled(self, node: fx.Node, module: nn.Module | None, value: Any, inputs: Sequence[Value]) -> Any:
+        """What an operation without a rule gives."""
         if module is None and not has_tensor(value):
             return value  # a number computed from tensors (a dtype, a device): nothing to carry
         if module is not None and (why := self.traced.opaque.get(str(node.target))) is not None:
@@ -131,7 +136,7 @@ class Walk(LabelContext):
 
     def _positions(self, node: fx.Node, args: Any, kwargs: Any, inputs: list[Value], result: Any) -> Any:
         """``result`` with what it holds of positions among channels; where the operation does not follow them, the channels stay."""
-        if any(v.gone is not None for v in inputs):
+        if any(v.gone is not None or v.empty is not None for v in inputs):
             result = follow_gates(self, node, args, inputs, result)
         if all(v.picks is None for v in inputs):
             return result
@@ -144,6 +149,7 @@ class Walk(LabelContext):
                 for vector in together:
                     self.unite(together[0], vector)
                     self.followed.append(vector)
+        result = compared(self, node, args, result)
         followed = {id(vector) for vector in self.followed}
         for value in left_behind(node, first, inputs, result):
             if id(value.picks) not in followed:

@@ -60,7 +60,10 @@ class Gate:
 
 @dataclass(frozen=True, eq=False)
 class Sum:
-    """``node`` of the graph ``mode`` adds, or stacks, tensors of which the one at ``place`` is left out where all of ``labels`` go."""
+    """``node`` of the graph ``mode`` adds, or stacks, tensors of which the one at ``place`` is left out where all of ``labels`` go.
+
+    ``place`` -1: it writes into its first operand, and nothing where they go.
+    """
 
     mode: str
     node: fx.Node

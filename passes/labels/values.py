@@ -82,6 +82,7 @@ class Value:
     ``why``: why the axes without labels have a fixed size. ``picks``: the labels that the numbers in the tensor are positions among, of a
     choice (the indices of a top-k); None where they are no such positions.
     ``gone``: labels such that the tensor holds zeros alone where all of them go (an expert's share of a token); None where there are none.
+    ``empty``: likewise, where positions in it are none then (the tokens that chose an expert).
     """
 
     is_tensor: ClassVar[bool] = True  # one part of what a network returns, whatever its fields
@@ -91,6 +92,7 @@ class Value:
     why: Reason
     picks: Vector | None = None
     gone: frozenset[int] | None = None
+    empty: frozenset[int] | None = None
 
     @property
     def ndim(self) -> int:

@@ -55,8 +55,7 @@ class CostModel:
             tensor = skeleton.tensor(name)
             keys = [(name, d) for d in range(tensor.ndim) if (name, d) in self.graph.unit_of]
             along = [self.graph.unit_of[k] for k in keys]
-            if self.graph.gated is not None and name in self.graph.gated.tensors:  # it goes whole with an expert
-                along.append(self.graph.units_of_labels(self._alone(self.graph.gated.tensors[name])))
+            along += [expert] if (expert := self.graph.expert_of(name)) is not None else []
             yield name, tensor.numel(), tensor.element_size(), [self._slot(units, units) for units in along]
 
     def _expert_of(self, mode: str, node: str) -> tuple[Vector, ...]:

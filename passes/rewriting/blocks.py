@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import fx
 
 from fxprune.errors import UnsupportedError
 from fxprune.passes.coupling.blocks import Block, Branch, lost_tensors, survivors

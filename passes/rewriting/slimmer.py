@@ -131,7 +131,10 @@ class Slimmer:
         return self.kept(value, axis) is not None
 
     def touched(self, nested: Any) -> bool:
-        return any(self.kept_of(v) is not None for value in values(nested) for v in value.axes.values())
+        found = values(nested)
+        if any(value.picks is not None and self.kept_of(value.picks) is not None for value in found):
+            return True
+        return any(self.kept_of(v) is not None for value in found for v in value.axes.values())
 
     def argument(self, node: fx.Node, name: str, default: Any = None) -> Any:
         at = self._form(node).places.get(name)
@@ -339,7 +342,8 @@ class Slimmer:
         if not reads and (rule is None or rule.rewrite is None or rule.always):
             return rule is not None and rule.always
         met = values((found.get(old), map_arg((old.args, old.kwargs), found.get)))
-        return any(self.graph.may_lose(v) for value in met for v in value.axes.values())
+        picked = any(value.picks is not None and self.graph.may_lose(value.picks) for value in met)
+        return picked or any(self.graph.may_lose(v) for value in met for v in value.axes.values())
 
     def only_arguments(self, old: fx.Node, mode: str) -> bool:
         """Whether it stays one operation of which nothing but the arguments is rewritten, by its rule."""
@@ -399,7 +403,7 @@ class Slimmer:
     def dead(self) -> dict[str, set[fx.Node]]:
         """By graph, the nodes that only compute what experts add that went as modules."""
         gated = self.graph.gated
-        gone = [label for label in gated.labels if not self._keep[self.graph.unit_of_label(label)]] if gated else []
+        gone = [label for label in gated.labels if self._all_gone(frozenset({label}))] if gated else []
         return gated.dead(gone) if gated and gone else {}
 
     @cached_property
@@ -412,19 +416,26 @@ class Slimmer:
         sums = self.graph.gated.sums.get(mode, ()) if dead and self.graph.gated else ()
         if not any(one.node is old for one in sums):
             return False
+        if any(one.node is old and one.place < 0 and self._all_gone(one.labels) for one in sums):
+            first: Any = old.args[0]
+            made[old] = made[first]
+            return True
         if target_name(old) == "stack":
-            node = self.new.node_copy(old, lambda n: made.get(n))  # type: ignore[arg-type,return-value]
+            node = self.new.node_copy(old, lambda n: made.get(n))
             held: Any = node.args[0] if node.args else node.kwargs["tensors"]
-            left = [one for one in held if one is not None]
-            node.args, node.kwargs = ((left, *node.args[1:]), node.kwargs) if node.args else ((), {**node.kwargs, "tensors": left})
+            others = [one for one in held if one is not None]
+            node.args, node.kwargs = ((others, *node.args[1:]), node.kwargs) if node.args else ((), {**node.kwargs, "tensors": others})
             made[old] = node
             self.note(node, old, mode)
             return True
-        left = [one for one in old.args if one not in dead]
+        left: Any = [one for one in old.args if one not in dead]
         if len(left) == len(old.args):
             return False
-        made[old] = made[left[0]]  # type: ignore[index]
+        made[old] = made[left[0]]
         return True
+
+    def _all_gone(self, labels: frozenset[int]) -> bool:
+        return not any(self._keep[self.graph.unit_of_label(label)] for label in labels)
 
     def swept(self, graph: fx.Graph) -> fx.Graph:
         """``graph`` without what nobody reads any more, and without what was noted for the rewrite."""
@@ -523,7 +534,7 @@ class Slimmer:
     # -- parameters and modules ---------------------------------------------------------------------------------------------
 
     def kept_dims(self, name: str) -> dict[int, torch.Tensor]:
-        """Dimension -> LongTensor of kept indices, for the dimensions of a tensor that lose any; of one that goes whole, none of the first."""
+        """Dimension -> LongTensor of kept indices, for the dimensions of a tensor that lose any; none of the first of one that goes."""
         if name in self.lost:
             return {0: torch.zeros(0, dtype=torch.long)} if self.skeleton.tensor(name).ndim else {}
         indices = self._indices

@@ -25,6 +25,9 @@ class Rewriter(Protocol):
     def value(self, node: Any) -> Any:
         """What the analysis knows of a node's tensor: a ``Value``, or nested ones where the node gives several."""
 
+    def kept_of(self, vector: Vector) -> Vector | None:
+        """The positions along labels that are left; None where all are."""
+
     def kept(self, value: Value, axis: int) -> Vector | None:
         """The positions along ``axis`` that are left, shape ``(kept,)``; None where all are."""
 

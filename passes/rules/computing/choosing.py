@@ -53,7 +53,9 @@ def _reads_one(node: fx.Node) -> bool:
     made: Any = node.meta.get("val")
     if not isinstance(source, torch.Tensor) or not isinstance(made, torch.Tensor):
         return False
-    return any(isinstance(i, int) for i in (index if isinstance(index, tuple) else (index,))) or made.shape[-1:] == (1,) != source.shape[-1:]
+    return (
+        any(isinstance(i, int) for i in (index if isinstance(index, tuple) else (index,))) or made.shape[-1:] == (1,) != source.shape[-1:]
+    )
 
 
 def _classes(slim: Rewriter, node: fx.Node) -> None:

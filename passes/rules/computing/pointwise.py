@@ -18,6 +18,7 @@ from fxprune.passes.labels.values import Value
 from fxprune.passes.rules.computing import zeros
 from fxprune.passes.rules.computing.elementwise import CASTS, DIVISIONS, ELEMENTWISE, OPERATORS
 from fxprune.passes.rules.layer_specs import layers
+from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, modules, named
 
 
@@ -31,6 +32,18 @@ def cast(ctx: LabelContext, node: fx.Node, input: Value, **_: Any) -> Any:
 @functions(*OPERATORS)
 def elementwise(ctx: LabelContext, node: fx.Node, **arguments: Any) -> Any:
     return zeros.elementwise(ctx, node)
+
+
+def _same_expert(slim: Rewriter, node: fx.Node) -> None:
+    """Positions of what was chosen, compared with a number: that of the same channel among those that are left."""
+    value = slim.value(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+    kept = slim.kept_of(value.picks) if isinstance(value, Value) and value.picks is not None else None
+    if kept is not None and type(node.args[1]) is int:
+        node.args = (node.args[0], int((kept < node.args[1]).sum()))
+
+
+named("eq", rewrite=_same_expert)(elementwise)
+functions(operator.eq, rewrite=_same_expert)(elementwise)
 
 
 @named("where")

@@ -76,7 +76,8 @@ def _share_of_one(ctx: LabelContext, node: fx.Node, x: Value) -> Value | None:
     """One position of the only axis with channels, by a number: what is zero where that channel goes. None elsewhere."""
     index: Any = node.args[1]
     parts = list(index) if isinstance(index, tuple) else [index]
-    if len(x.axes) != 1 or ":" in ctx.mode or any(isinstance(p, fx.Node) or not isinstance(p, (int, slice, type(None), type(...))) for p in parts):
+    plain = all(isinstance(p, (int, slice, type(None), type(...))) and not isinstance(p, bool) for p in parts)
+    if len(x.axes) != 1 or ":" in ctx.mode or not plain:
         return None
     (axis, vector), at = next(iter(x.axes.items())), -1
     if axis not in x.zero:

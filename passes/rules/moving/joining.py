@@ -95,7 +95,9 @@ def _siblings(ctx: LabelContext, nodes: Any) -> bool:
 
 def _is_zeroed(ctx: LabelContext, node: fx.Node) -> bool:
     """Whether a layer made a tensor, which gives zeros once its weight and bias are zeros."""
-    return node.op == "call_module" and isinstance(ctx.traced.skeleton.module(str(node.target)), (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return node.op == "call_module" and isinstance(
+        ctx.traced.skeleton.module(str(node.target)), (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    )
 
 
 _ALONG = {"hstack": 1, "column_stack": 1, "vstack": 0, "row_stack": 0, "dstack": 2}
