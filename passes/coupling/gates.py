@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import fx
 
+from fxprune.passes.ir.masks import is_mask
 from fxprune.passes.ir.nodes import computed_from, target_name
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.ir.writes import memory, written
 from fxprune.passes.labels.choices import Gate, Sum
 from fxprune.passes.labels.context import LabelContext
-from fxprune.passes.labels.values import Value, values
+from fxprune.passes.labels.values import Value
 
 _MOVES = frozenset(
     {
@@ -24,6 +25,7 @@ _MOVES = frozenset(
         *("detach", "to", "float", "double", "type_as", "any", "sum", "T", "bool", "int", "long"),
     }
 )
+_TOTALS = frozenset({"any", "sum"})  # zero of zeros, and of none
 _PICKS = frozenset({"getitem", "__getitem__"})
 _PRODUCTS = frozenset({"mul", "multiply"})
 _SUMS = frozenset({"add", "iadd", "add_"})
@@ -52,8 +54,9 @@ def follow_gates(walk: LabelContext, node: fx.Node, args: Any, inputs: Sequence[
         walk.sums.append(Sum(walk.mode, node, -1, unwritten))
         return result
     if any(v.empty is not None for v in inputs):  # what they pick is of use to the expert alone: settle_gates checks
-        moved = name in _MOVES | _PICKS and isinstance(first, Value) and isinstance(result, Value)
-        return replace(result, empty=first.empty) if moved else result
+        if name in _MOVES - _TOTALS | _PICKS and isinstance(first, Value) and isinstance(result, Value):
+            return replace(result, empty=first.empty)
+        return result
     if name in _PICKS and isinstance(first, Value) and isinstance(result, Value):
         return replace(result, gone=first.gone)  # maybe by a mask of the tokens that chose the expert: then of use to nothing else
     if not isinstance(result, Value):
@@ -89,13 +92,19 @@ def _unwritten(node: fx.Node, args: Any) -> frozenset[int] | None:
     """The labels without which ``node`` writes nothing into its first operand: it goes by positions, or a mask, of what chose them."""
     name = target_name(node)
     if node.target is operator.setitem:
-        index = values(args[1])
+        raw = list(node.args[1]) if isinstance(node.args[1], (tuple, list)) else [node.args[1]]
+        given = list(args[1]) if isinstance(args[1], (tuple, list)) else [args[1]]
     elif name in ("index_add", "index_add_") and len(args) > 2:
-        index = values(args[2])
+        raw, given = [node.args[2]], [args[2]]
     else:
         return None
-    found = [v.empty or v.gone for v in index if v.empty is not None or (v.gone is not None and v.picks is None)]
-    return found[0] if found and len(set(found)) == 1 else None
+    found = set()
+    for source, value in zip(raw, given, strict=True):
+        if isinstance(value, Value) and value.empty is not None:
+            found.add(value.empty)
+        elif isinstance(value, Value) and value.gone is not None and isinstance(source, fx.Node) and is_mask(source.meta.get("val")):
+            found.add(value.gone)
+    return found.pop() if len(found) == 1 else None
 
 
 def compared(walk: LabelContext, node: fx.Node, args: Any, result: Any) -> Any:

@@ -27,6 +27,7 @@ from fxprune.passes.ir.notes import Note
 from fxprune.passes.ir.skeleton import at_or_below
 from fxprune.passes.ir.slim_module import MODES, SlimModule
 from fxprune.passes.ir.traced import Surroundings
+from fxprune.passes.ir.writes import is_rewritten_later, written
 from fxprune.passes.labels.values import Value, Vector, values
 from fxprune.passes.planning.plan import Keep
 from fxprune.passes.rewriting.assemble import Copies, assemble, copies, drop, replace_module
@@ -417,8 +418,7 @@ class Slimmer:
         if not any(one.node is old for one in sums):
             return False
         if any(one.node is old and one.place < 0 and self._all_gone(one.labels) for one in sums):
-            first: Any = old.args[0]
-            made[old] = made[first]
+            made[old] = self._alone(old, old.args[0], made)
             return True
         if target_name(old) == "stack":
             node = self.new.node_copy(old, lambda n: made.get(n))
@@ -431,8 +431,17 @@ class Slimmer:
         left: Any = [one for one in old.args if one not in dead]
         if len(left) == len(old.args):
             return False
-        made[old] = made[left[0]]
+        made[old] = self._alone(old, left[0], made)
         return True
+
+    def _alone(self, old: fx.Node, operand: Any, made: Mapping[fx.Node, Any]) -> Any:
+        """The operand in place of a sum; a copy where one of them is written into later and the other would not be."""
+        module = self.skeleton.module
+        if written(old, module) is operand or not (is_rewritten_later(old, module) or is_rewritten_later(operand, module)):
+            return made[operand]
+        copied = self.new.call_method("clone", (made[operand],))
+        copied.meta = dict(made[operand].meta)
+        return copied
 
     def _all_gone(self, labels: frozenset[int]) -> bool:
         return not any(self._keep[self.graph.unit_of_label(label)] for label in labels)
