@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from fxprune.passes.ir.masks import is_mask
-from fxprune.passes.ir.nodes import computed_from, target_name
+from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.ir.writes import memory, written
 from fxprune.passes.labels.choices import Gate, Sum
@@ -83,9 +83,9 @@ def follow_gates(walk: LabelContext, node: fx.Node, args: Any, inputs: Sequence[
 
 def overwritten_gates(walk: LabelContext, target: fx.Node) -> None:
     """Something is written where the share of an expert may lie, which it may no longer be."""
-    for node, value in walk.env[walk.mode].items() if walk.gates else ():
-        if isinstance(value, Value) and value.gone is not None and memory(node) == memory(target):
-            pin_gates(walk, value.gone)
+    for gate in walk.gates:
+        if gate.mode == walk.mode and memory(gate.node) == memory(target):
+            pin_gates(walk, [gate.label])
 
 
 def _unwritten(node: fx.Node, args: Any) -> frozenset[int] | None:
@@ -133,16 +133,13 @@ def _may_stand_alone(node: fx.Node) -> bool:
 @dataclass(frozen=True, eq=False)
 class Gated:
     """What goes with experts that are modules. ``sums``: where what they add can be left out, by graph. ``nodes``: graph -> node -> the
-    label with which it goes. ``tensors``: name of a tensor -> the label."""
+    label with which it goes. ``tensors``: name of a tensor -> the label. ``labels``: all of them."""
 
     traced: TracedModel
     sums: Mapping[str, Sequence[Sum]]
     nodes: Mapping[str, Mapping[fx.Node, int]]
     tensors: Mapping[str, int]
-
-    @property
-    def labels(self) -> set[int]:
-        return {label for sums in self.sums.values() for one in sums for label in one.labels}
+    labels: frozenset[int]
 
     def dead(self, gone: Collection[int]) -> dict[str, set[fx.Node]]:
         """By graph, the nodes that are of no use without what the labels ``gone`` add."""
@@ -169,12 +166,16 @@ def settle_gates(walk: LabelContext) -> Gated | None:
     for gate in walk.gates:
         gates.setdefault(root(gate.label), []).append(gate)
     named = {label for of in sums.values() for one in of for label in one.labels}
+    regions = {mode: _Regions(walk.traced, mode, of) for mode, of in sums.items()} if routed & named else {}
     free: dict[int, tuple[dict[str, set[fx.Node]], set[str]]] = {}
-    for label in sorted(named | set(gates)):
-        dead = {mode: _dead(walk.traced, mode, of, {label}) for mode, of in sums.items()}
-        of_shares = all(gate.node in dead[gate.mode] and _is_share(walk, gate) for gate in gates.get(label, ()))
-        lost = _lost(walk.traced, dead)
-        if label in routed and of_shares and lost and all(dead.values()):
+    for label in sorted(routed & named):
+        dead = {mode: one.of(label) for mode, one in regions.items()}
+        if not all(dead.values()) or any(gate.node not in dead[gate.mode] for gate in gates.get(label, ())):
+            continue
+        lost = {name for mode, one in regions.items() for name in one.read(dead[mode]) if name in walk.traced.skeleton.aliases}
+        lost = {name for name in lost if all(one.readers.get(name, set()) <= dead[mode] for mode, one in regions.items())}
+        shares = {choice.node for choice in walk.choices_among if label in find(choice.vector)}
+        if lost and all(_comes_from(gate.node, shares) for gate in gates.get(label, ())):
             free[label] = dead, lost
     for label in sorted((named | set(gates)) - set(free)):
         if label in gates:
@@ -189,13 +190,97 @@ def settle_gates(walk: LabelContext) -> Gated | None:
         for mode, of in dead.items():
             nodes[mode].update(dict.fromkeys(of, label))
         tensors.update(dict.fromkeys(lost, label))
-    return Gated(walk.traced, sums, nodes, tensors)
+    return Gated(walk.traced, sums, nodes, tensors, frozenset(free))
 
 
-def _is_share(walk: LabelContext, gate: Gate) -> bool:
-    """Whether what is read alone comes from a softmax or a choice: from a logit it would be minus infinity where the expert goes."""
-    above = computed_from(gate.node)
-    return any(choice.node in above for choice in walk.choices_among if choice.mode == gate.mode)
+def _comes_from(node: fx.Node, sources: Collection[fx.Node]) -> bool:
+    """Whether a node is computed from one of ``sources``: what is read of a logit would be minus infinity where the expert goes."""
+    todo, seen = [node], {node}
+    for one in todo:  # it grows
+        if one in sources:
+            return True
+        new = [above for above in one.all_input_nodes if above not in seen]
+        seen.update(new)
+        todo += new
+    return False
+
+
+class _Regions:
+    """For each label of one graph, the nodes that are of no use without it, found from the sums that can be cut on."""
+
+    def __init__(self, traced: TracedModel, mode: str, sums: Sequence[Sum]) -> None:
+        self._skeleton, self._sums = traced.skeleton, sums
+        self._by_label: dict[int, list[Sum]] = {}
+        for one in sums:
+            if len(one.labels) == 1:  # what several add goes with all of them, which the sums behind it say
+                self._by_label.setdefault(next(iter(one.labels)), []).append(one)
+        self._sharing: dict[int | None, set[fx.Node]] = {}
+        self._target: dict[fx.Node, fx.Node] = {}
+        self.readers: dict[str, set[fx.Node]] = {}
+        for node in traced.graphs[mode].nodes:
+            self._sharing.setdefault(memory(node), set()).add(node)
+            if (target := written(node, traced.skeleton.module)) is not None:
+                self._target[node] = target
+            for name in _tensors_of(traced, node):
+                self.readers.setdefault(name, set()).add(node)
+        self._names: dict[fx.Node, list[str]] = {}
+        for name, nodes in self.readers.items():
+            for node in nodes:
+                self._names.setdefault(node, []).append(name)
+
+    def read(self, nodes: Collection[fx.Node]) -> set[str]:
+        """The tensors that nodes read."""
+        return {name for node in nodes for name in self._names.get(node, ())}
+
+    def of(self, label: int) -> set[fx.Node]:
+        """The nodes that are of no use without ``label``; none where what they write may be read elsewhere."""
+        cut: dict[fx.Node, set[fx.Node]] = {}
+        for one in self._by_label.get(label, ()):
+            operands = _operands(one.node)
+            cut.setdefault(one.node, set()).update([operands[one.place]] if one.place >= 0 else one.node.all_input_nodes[1:])
+            if one.place >= 0 and sum(other is operands[one.place] for other in operands) > 1:
+                return set()
+        dead: set[fx.Node] = set()
+        todo = [node for nodes in cut.values() for node in nodes]
+        while todo:
+            node = todo.pop()
+            if node in dead or node.op in ("placeholder", "output"):
+                continue
+            if all(user in dead or node in cut.get(user, ()) or self._only_writes(user, node) for user in node.users):
+                written_to = [user for user in node.users if self._only_writes(user, node)]
+                dead.add(node)
+                dead.update(written_to)
+                todo += [above for one in (node, *written_to) for above in one.all_input_nodes]
+        for node in dead:
+            target = self._target.get(node)
+            shared = set() if target is None else {one for one in self._sharing.get(memory(target), ()) if memory(target) is not None}
+            if not shared <= dead or (target is not None and (target not in dead or memory(target) is None)):
+                return set()
+        return dead
+
+    def _only_writes(self, user: fx.Node, node: fx.Node) -> bool:
+        """Whether a node writes into another, and nobody reads what it gives."""
+        return not user.users and user.op != "output" and self._target.get(user) is node
+
+
+def _operands(node: fx.Node) -> list[Any]:
+    """What a sum adds, or a stack stacks."""
+    if target_name(node) == "stack":
+        held: Any = node.args[0] if node.args else node.kwargs["tensors"]
+        return list(held)
+    return list(node.args)
+
+
+def _tensors_of(traced: TracedModel, node: fx.Node) -> list[str]:
+    """The names of the tensors that a node reads, itself or through the module that it calls."""
+    skeleton = traced.skeleton
+    if node.op == "get_attr":
+        return [str(node.target)]
+    if node.op != "call_module":
+        return []
+    module = skeleton.module(str(node.target))
+    held = [tensor for _, tensor in (*module.named_parameters(), *module.named_buffers())]
+    return [name for tensor in held if (name := skeleton.tensor_names.get(id(tensor))) is not None]
 
 
 def _dead(traced: TracedModel, mode: str, sums: Sequence[Sum], gone: Collection[int]) -> set[fx.Node]:
@@ -212,7 +297,7 @@ def _dead(traced: TracedModel, mode: str, sums: Sequence[Sum], gone: Collection[
             return list(node.all_input_nodes)
         if node in unwritten:
             return [node.args[0]]  # type: ignore[list-item]
-        operands = list(node.args[0]) if target_name(node) == "stack" and node.args else list(node.kwargs.get("tensors", node.args))  # type: ignore[arg-type]
+        operands = _operands(node)
         left = [one for place, one in enumerate(operands) if (node, place) not in cut]
         return [one for one in left if isinstance(one, fx.Node)]
 
@@ -236,18 +321,9 @@ def _dead(traced: TracedModel, mode: str, sums: Sequence[Sum], gone: Collection[
 
 
 def _lost(traced: TracedModel, dead: Mapping[str, set[fx.Node]]) -> set[str]:
-    skeleton = traced.skeleton
     read: set[str] = set()
     gone: set[str] = set()
     for mode, graph in traced.graphs.items():
         for node in graph.nodes:
-            names = gone if node in dead.get(mode, ()) else read
-            if node.op == "get_attr":
-                names.add(str(node.target))
-            elif node.op == "call_module":
-                module = skeleton.module(str(node.target))
-                for _, tensor in (*module.named_parameters(), *module.named_buffers()):
-                    name = skeleton.tensor_names.get(id(tensor))
-                    if name is not None:
-                        names.add(name)
-    return {name for name in gone - read if name in skeleton.aliases}
+            (gone if node in dead.get(mode, ()) else read).update(_tensors_of(traced, node))
+    return {name for name in gone - read if name in traced.skeleton.aliases}
