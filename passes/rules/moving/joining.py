@@ -84,6 +84,8 @@ def _of_experts(ctx: LabelContext, node: fx.Node, made: Value, place: int, tenso
 def _siblings(ctx: LabelContext, nodes: Any) -> bool:
     """Whether each tensor was made by a module of its own of one ``nn.ModuleList``."""
     found: list[tuple[str, str]] = []
+    if isinstance(nodes, fx.Node):  # the parts of a split
+        return False
     for node in nodes:
         parts = ctx.owner(node).split(".")
         places = [i for i in range(1, len(parts)) if isinstance(ctx.traced.skeleton.original_module(".".join(parts[:i])), nn.ModuleList)]
