@@ -42,8 +42,8 @@ def ordered(judged: Callable[[Tensor], Tensor], recordings: Tensor) -> float:
 
 def _phrases(samples: int) -> tuple[Tensor, Tensor]:
     """What is scored, and what is calibrated on: other sentences and other voices."""
-    asked = noisy(SENTENCES[:4] * 2, VOICES[:8], samples, 1)
-    return asked, noisy(SENTENCES[4:8] + SENTENCES[6:10], VOICES[8:12] * 2, samples, 0)
+    asked = noisy(SENTENCES[:6], VOICES[:6], samples, 1)
+    return asked, noisy(SENTENCES[6:10], VOICES[8:12], samples, 0)
 
 
 def distilled(_: Path) -> Task:
@@ -70,7 +70,7 @@ NETWORKS = (
         TRANSFORMER,
         ("distillmos", "xls-r-sqa", "espeakng-loader"),
         "how good speech sounds",
-        "120 pairs of noise levels, 8 voices of eSpeak NG",
+        "90 pairs of noise levels, 6 voices of eSpeak NG",
         distilled,
     ),
     Network(
@@ -78,7 +78,7 @@ NETWORKS = (
         CONVOLUTIONAL,
         ("speechmos", "espeakng-loader", "onnx2torch"),
         "how good speech sounds (ONNX)",
-        "120 pairs of noise levels, 8 voices of eSpeak NG",
+        "90 pairs of noise levels, 6 voices of eSpeak NG",
         dns,
     ),
 )
