@@ -5,8 +5,8 @@ is taken, so that what else the machine does falls on all. With one thread, the 
 stretches far less; with more it is the clock's, and the machine must be idle.
 
 ``time / MACs`` is the share of the time over the share of the multiply-accumulates; 1 is what was promised, more was lost. Networks are
-pruned uniformly, as ``--sparsity`` says, with random weights: time does not depend on their values. ``--why`` adds where the time goes,
-by ONNX Runtime's own profile, operator by operator.
+pruned uniformly, as ``--sparsity`` or ``--target`` says, with random weights: time does not depend on their values. ``--why`` adds where
+the time goes, by ONNX Runtime's own profile, operator by operator.
 """
 
 from __future__ import annotations
@@ -107,10 +107,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--runtimes", default="onnx,eager,openvino")
-    parser.add_argument("--round-to", default="1,8,16")
+    parser.add_argument("--round-to", default="1,8,16", help="auto: not given, so that a target chooses")
     parser.add_argument("--batches", default="1,32")
     parser.add_argument("--size", type=int, default=96, help="pixels a side")
     parser.add_argument("--sparsity", type=float, default=0.3, help="of every group: 0.3 leaves about half of the MACs")
+    parser.add_argument("--target", help="in place of --sparsity: as compress takes it, for example macs=0.5")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--why", action="store_true")
@@ -118,16 +119,19 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(asked.threads)
     clock = time.process_time if asked.threads == 1 else time.perf_counter
-    rounds = [int(n) for n in asked.round_to.split(",")]
+    rounds = [None if n == "auto" else int(n) for n in asked.round_to.split(",")]
+    policy = asked.target or asked.sparsity
     threads = f"{asked.threads} thread{'s' * (asked.threads > 1)}"
-    print(f"{versions()}; {threads}, {asked.size} pixels, sparsity {asked.sparsity}, {asked.turns} turns")
-    print("| network | runtime | batch | dense | " + " | ".join(f"round_to {n}: MACs, time, time / MACs" for n in rounds) + " |")
+    how = asked.target or f"sparsity {asked.sparsity}"
+    print(f"{versions()}; {threads}, {asked.size} pixels, {how}, {asked.turns} turns")
+    columns = [f"round_to {n or 'not given'}: MACs, time, time / MACs" for n in rounds]
+    print(f"| network | runtime | batch | dense | {' | '.join(columns)} |")
     print("|---" * (4 + len(rounds)) + "|", flush=True)
     for name in asked.networks.split(","):
         torch.manual_seed(0)
         model = torchvision.models.get_model(name, weights=None).eval().requires_grad_(False)
         example = torch.randn(1, 3, asked.size, asked.size)
-        slims = [fxprune.compress(model, asked.sparsity, example, round_to=n).eval() for n in rounds]
+        slims = [fxprune.compress(model, policy, example, round_to=n).eval() for n in rounds]
         macs = [fxprune.record(slim).after.macs / fxprune.record(slim).before.macs for slim in slims]
         with tempfile.TemporaryDirectory() as made, torch.no_grad():
             folder = Path(made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
@@ -122,7 +123,9 @@ def compress(
             Or the name of a registered ``Criterion`` (``fxprune.importance``).
         calibration: batches, ``(inputs, targets)`` or inputs alone, for the importance and the repair. "none": there are no data, so inputs
             are made from what the BatchNorm layers remember (``fxprune.synthetic_batches``), and "auto" ranks without labels.
-        round_to: channels kept in every pruned dimension are rounded up to a multiple of it; None: what the policy says, else 1.
+        round_to: channels kept in every pruned dimension are rounded up to a multiple of it; None: what the policy says, else 1, but for a
+            target 8 where the network is convolutional and wide (80 channels a group or more in the mean), since most runtimes are slow
+            at other widths.
         attention: as for ``analyze``.
         repair: what then repairs the slim module on ``calibration`` without training (see ``fxprune.repair``): "bn" estimates BatchNorm
             statistics again, "bias" puts what a layer's output lacks in the mean into its bias, "lstsq" fits the remaining weights again to
@@ -179,6 +182,7 @@ def compress(
     choices = choices.with_inputs(graph, example, target)
     if target is not None:
         chosen = met(graph, target, choices)
+        choices = replace(choices, multiple=int(chosen.options["round_to"]))
     gone, shares = left_out(graph, chosen.sparsity)
     wanted = resolved(graph, checked_sparsity(policy, "a uniform policy") if isinstance(policy, (int, float)) else shares)
     if not gone:

@@ -55,13 +55,13 @@ class Choices:
 
     The fields are the arguments of ``fxprune.compress``; ``calibration`` is a list here, or "none" until
     ``with_inputs`` makes them. ``ranked_by``: ``importance`` as a criterion.
-    ``norms`` is None where neither the caller nor the policy says.
+    ``norms`` and ``multiple``, that of ``round_to``, are None where neither the caller nor the policy says.
     """
 
     importance: Importance
     ranked_by: Any
     calibration: list[Any] | str | None
-    round_to: int
+    multiple: int | None
     repair: Repair
     verify: bool
     keep_class: bool
@@ -84,10 +84,11 @@ class Choices:
         **as_given: Any,
     ) -> Choices:
         """The arguments of ``compress`` with the ``options`` that a policy recorded. Raises ``InputError`` where one is out of range."""
-        multiple: Any = round_to if round_to is not None else int(options.get("round_to") or 1)
-        if isinstance(multiple, bool) or not isinstance(multiple, Integral):
+        recorded = options.get("round_to")
+        multiple: Any = round_to if round_to is not None else None if recorded is None else int(recorded)
+        if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, Integral)):
             raise InputError(f"round_to is {multiple!r}; it must be a whole number, 1 or more")
-        if multiple < 1:
+        if multiple is not None and multiple < 1:
             raise InputError(f"round_to is {multiple}; it must be 1 or more")
         ranked_by = resolved_importance(importance)
         if importance == "auto":
@@ -99,7 +100,12 @@ class Choices:
         if as_given["loss"] is not None and not callable(as_given["loss"]):
             raise InputError(f"loss is a {type(as_given['loss']).__name__}; pass a function f(output, batch) -> scalar tensor")
         batches = calibration if isinstance(calibration, str) else listed_batches(calibration)
-        return cls(importance, ranked_by, batches, int(multiple), repair, norms=wanted, **as_given)
+        return cls(importance, ranked_by, batches, None if multiple is None else int(multiple), repair, norms=wanted, **as_given)
+
+    @property
+    def round_to(self) -> int:
+        """What numbers of channels are multiples of; a target may have chosen another, which its policy says."""
+        return self.multiple or 1
 
     @property
     def batches(self) -> list[Any] | None:
@@ -181,7 +187,7 @@ def met(graph: CouplingGraph, target: str, choices: Choices) -> Policy:
         importance=choices.importance,
         loss=choices.loss,
         repair=choices.repair if isinstance(choices.repair, str) else "none",  # what a repair of the user's own does no table can say
-        round_to=choices.round_to,
+        round_to=choices.multiple,
         most=choices.most,
         observe=choices.observe,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fxprune.allocation.grain import multiple_for_bounds
 from fxprune.allocation.prices import METRICS, FloatArray, IntArray, Prices
 from fxprune.allocation.tables import ErrorTable, error_table
 from fxprune.allocation.trying import TRIALS, Near, Trial, Trials, tried
@@ -147,7 +148,7 @@ def allocate(
     importance: Any = "auto",
     loss: Loss | None = None,
     repair: Repair = "lstsq",
-    round_to: int = 1,
+    round_to: int | None = None,
     most: Mapping[str, float] | float | None = None,
     seed: int = 0,
     trials: int = 0,
@@ -169,7 +170,7 @@ def allocate(
         importance: What ranks the units of a group; "auto": the table itself. Otherwise as for ``compress``.
         loss: What an importance that needs gradients differentiates, as for ``compress``.
         repair: How the slim network will be repaired, for which the errors are reckoned.
-        round_to: Channels kept in every pruned dimension are rounded up to a multiple of it.
+        round_to: Channels kept in every pruned dimension are rounded up to a multiple of it; None: as ``multiple_for_bounds`` says.
         most: The largest share of its units that any group loses, or a mapping from group, module or glob to it.
         seed: Of what the table and the trials draw.
         trials: How many allocations are tried on inputs that are kept apart, the table's own, the same share of every group, and others
@@ -192,6 +193,8 @@ def allocate(
             raise InputError(f"a table cannot bound {metric!r}, only {', '.join(METRICS)}; search for it with fxprune.search")
         if not 0 < share <= 1:
             raise InputError(f"{metric}={share} is out of range; give what is to be left as a share above 0 and at most 1")
+    if round_to is None:
+        round_to = multiple_for_bounds(graph, [bounds], most)
     batches = list(calibration)
     with one_thread():
         ranking = None if importance == "auto" else scores(graph, resolved(importance), batches, seed, loss)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fxprune.allocation.allocating import allocate, policy_of
+from fxprune.allocation.grain import multiple_for_bounds
 from fxprune.allocation.prices import METRICS
 from fxprune.allocation.trying import TRIALS
 from fxprune.allocation.uniform import TOLERANCE, Uniform
@@ -61,7 +62,7 @@ def allocated(
     importance: Any = "auto",
     loss: Loss | None = None,
     repair: Repair = "none",
-    round_to: int = 1,
+    round_to: int | None = None,
     most: Mapping[str, float] | float | None = None,
     observe: Observer | None = None,
 ) -> Policy:
@@ -72,6 +73,7 @@ def allocated(
     Args:
         graph: the analysed network.
         target: as ``bounds_of`` reads it. The other arguments are those of ``compress``.
+        round_to: None: as ``multiple_for_bounds`` says.
 
     Returns:
         A policy that names the units; ``meta`` has the bounds and what is left.
@@ -81,6 +83,8 @@ def allocated(
         TargetError: it cannot be met; ``nearest`` is the policy that comes closest.
     """
     bounds = bounds_of(target)
+    if round_to is None:
+        round_to = multiple_for_bounds(graph, [bounds], most)
     if calibration is not None:
         options: dict[str, Any] = {"importance": importance, "loss": loss, "repair": repair, "round_to": round_to, "most": most}
         return allocate(graph, bounds, calibration, trials=TRIALS, observe=observe, **options)

@@ -67,7 +67,7 @@ class SearchConfig:
     importance: Any = "auto"
     attention: str = "auto"
     ignore: tuple[str, ...] = ()
-    round_to: int | None = None  # None: 1, or what the runtime likes where a latency of a convolutional network is the target
+    round_to: int | None = None  # None: 1, or 8 where a latency of a convolutional network is the target, or any of a wide one. Paper: 1
     runtime: str = "eager"  # where latency is that of: eager, compile, onnx or openvino
     threads: int = 1  # of that runtime, on a CPU
     latency_batch: int | None = None  # samples a call in it; None: as many as the example inputs have
@@ -182,6 +182,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "first": "even",
         "warm_start": 0.0,
         "keep_best": False,
+        "round_to": 1,
         "finalists": 0,
         "evaluations": None,
         "importance": "taylor",

@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from fxprune.allocation.allocating import Allocator, tried_out
+from fxprune.allocation.grain import GRAIN, convolves, multiple_for_bounds
 from fxprune.allocation.leaving_out import block_effects
 from fxprune.allocation.prices import METRICS, IntArray, output_channels
 from fxprune.allocation.tables import ErrorTable, error_table
@@ -27,9 +28,8 @@ from fxprune.repair.registry import FITTING, named, of_candidates
 from fxprune.repair.repairer import Repairer
 from fxprune.searching.candidates import CandidateCosts, Candidates, Evaluate, Score
 from fxprune.searching.kept_tables import kept_table
-from fxprune.timing.layers import CONVOLUTIONS
 from fxprune.timing.predicting import LatencyModel
-from fxprune.timing.runtimes import GRAIN, Runtime
+from fxprune.timing.runtimes import Runtime
 
 LATENCY_TOLERANCE = 0.05  # of its target, by which a measured latency may be off
 
@@ -71,11 +71,12 @@ class _Tried:
 
 def multiple_for(graph: CouplingGraph, config: SearchConfig) -> int:
     """What channels are kept in multiples of: as the configuration says, else what runtimes like where a latency of a network with
-    convolutions is the target."""
+    convolutions is the target, or any target of a wide one."""
     if config.round_to is not None:
         return config.round_to
-    convolves = any(isinstance(module, CONVOLUTIONS) for module in graph.model.modules())
-    return GRAIN if config.timed and convolves else 1
+    if config.timed:
+        return GRAIN if convolves(graph) else 1
+    return multiple_for_bounds(graph, [{t.metric: t.remaining for t in point} for point in config.points], config.most)
 
 
 class _OwnCost:

@@ -24,16 +24,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from fxprune.allocation.grain import CONVOLUTIONS, GRAIN, TRANSPOSED
 from fxprune.atomic import replace_text
 from fxprune.errors import FileError
 from fxprune.imports import needed
-from fxprune.timing.runtimes import GRAIN, Run, Runtime, onnx_run, openvino_run
+from fxprune.timing.runtimes import Run, Runtime, onnx_run, openvino_run
 
 WIDTHS = (1.0, 0.5, 0.125)  # shares of the channels at which a layer is timed
 REPEATS, SPENT = 3, 0.004  # a layer runs at least so often and so many seconds; the fastest counts
 LEAST = 0.1  # of a layer's time alone that is always its own
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 _FILE_VERSION = 2
 _DISTRIBUTIONS = {"eager": "torch", "compile": "torch", "onnx": "onnxruntime", "openvino": "openvino"}
 

@@ -27,7 +27,6 @@ from fxprune.imports import needed
 from fxprune.passes.compat import many_compiled, tree_map_only
 
 Run = Callable[[], Any]
-GRAIN = 8  # channels in multiples of which all of these runtimes keep their fast layouts; see docs/latency.md
 LEAST, ENOUGH, MOST = 5, 0.006, 25  # turns of a measurement at least and at most, and the standard error of the share that ends it
 TURN, CALLS = 0.03, 3  # seconds and calls of a turn at least
 WARM_UP = 2
