@@ -142,7 +142,7 @@ class Trial:
 
     def __init__(self, family: Family) -> None:
         self.family, self.model, self.inputs = family, family.build(), family.inputs()
-        self.graph = fxprune.analyze(self.model, self.inputs, attention="heads")
+        self.graph = fxprune.analyze(self.model, self.inputs, attention="heads", experts=True)
         self.free = [g.name for g in self.graph.groups if g.prunable]
         self.slim: Any = self.pruned(dict.fromkeys(self.free, 0.5))
 

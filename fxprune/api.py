@@ -52,6 +52,7 @@ def analyze(
     blocks: bool = False,
     check: bool = True,
     outputs: str | int | Iterable[str | int] | None = None,
+    experts: bool = False,
 ) -> CouplingGraph:
     """Find which channels of ``model`` must be removed together. The model is not touched.
 
@@ -68,6 +69,7 @@ def analyze(
             or refused, with its line. False saves up to two forward passes a mode.
         outputs: which of what the model returns keep their widths: names (keys of a dict, fields) and places; None: all. The others come
             out narrower where their channels go, which a note says: hidden states beside the logits would otherwise lock the widths.
+        experts: let whole experts of a mixture go, too: groups whose units are experts (``group.experts``).
 
     Returns:
         The coupling graph, which ``compress`` takes in place of the model.
@@ -78,7 +80,8 @@ def analyze(
     """
     model = module_of(model)
     example = example_of(model, example_inputs, None)
-    return analysed(model, example, listed(ignore), attention, norms=norms, blocks=blocks, check=check, outputs=as_listed(outputs))
+    kept = as_listed(outputs)
+    return analysed(model, example, listed(ignore), attention, norms=norms, blocks=blocks, check=check, outputs=kept, experts=experts)
 
 
 def compress(
@@ -102,6 +105,7 @@ def compress(
     check: bool = True,
     outputs: str | int | Iterable[str | int] | None = None,
     original: nn.Module | None = None,
+    experts: bool | None = None,
 ) -> fx.GraphModule:
     """Remove channels of ``model`` as ``policy`` says and return the slim network as a ``torch.fx.GraphModule``.
 
@@ -148,6 +152,7 @@ def compress(
         outputs: as for ``analyze``. None: what the policy says, else all.
         original: the module that ``model`` was exported from: the slim graph module then calls its layers (``nn.Linear``, convolutions,
             embeddings, layer and group norms) under their names, with slim weights, where the export left calls of functions.
+        experts: as for ``analyze``. None: what the policy says, else False.
 
     Returns:
         The slim module.
@@ -178,7 +183,7 @@ def compress(
         observe=observe,
         check=check,
     )
-    graph, example = coupled(model, example_inputs, chosen, ignore, attention, outputs, choices)
+    graph, example = coupled(model, example_inputs, chosen, ignore, attention, outputs, experts, choices)
     choices = choices.with_inputs(graph, example, target)
     if target is not None:
         chosen = met(graph, target, choices)

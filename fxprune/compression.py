@@ -31,7 +31,7 @@ from fxprune.passes.compat import tree_leaves
 from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.outputs import as_listed
-from fxprune.passes.pipeline import NORMS, Plan, Slim, analysed, compilation, listed, module_names, traced_graph
+from fxprune.passes.pipeline import NORMS, Plan, Slim, analysed, as_recorded, compilation, listed, module_names, traced_graph
 from fxprune.passes.planning.cost_model import cost_model
 from fxprune.passes.planning.naming import Wanted, carried_over, limits, resolved, twin_units
 from fxprune.passes.planning.shortfall import shortfall
@@ -160,11 +160,11 @@ def understood(policy: Given) -> tuple[Policy, str | None]:
 
 
 def coupled(
-    model: Any, example_inputs: Any, policy: Policy, ignore: Any, attention: str, outputs: Any, choices: Choices
+    model: Any, example_inputs: Any, policy: Policy, ignore: Any, attention: str, outputs: Any, experts: bool | None, choices: Choices
 ) -> tuple[CouplingGraph, Any]:
     """The coupling graph that was given, or that of the model that was given; and the example inputs, as far as they are known."""
     if isinstance(model, CouplingGraph):
-        _fits_graph(model, listed(ignore), attention, as_listed(outputs))
+        _fits_graph(model, listed(ignore), attention, as_listed(outputs), experts)
         return model, example_inputs
     options = policy.options
     ignored = listed(ignore) or listed(options.get("ignore") or ())
@@ -174,7 +174,8 @@ def coupled(
     example = example_of(module, example_inputs, policy.inputs)
     blocks = bool(options.get("blocks"))
     parts = options.get("parts") if example_inputs is None else None
-    graph = analysed(module, example, ignored, axis, choices.observe, choices.norms or "plain", blocks, choices.check, kept, parts)
+    whole = bool(options.get("experts")) if experts is None else experts
+    graph = analysed(module, example, ignored, axis, choices.observe, choices.norms or "plain", blocks, choices.check, kept, parts, whole)
     return graph, example
 
 
@@ -293,8 +294,7 @@ def cut_from(
     paths = [*dict(whole.named_modules()), *dict(whole.named_parameters())]
     ignored = [name for name in options.get("ignore", ()) if any(fnmatch.fnmatchcase(path, name) for path in paths)]
     inputs = forms.build(graph.inputs, device="meta")
-    norms, kept = str(options.get("norms", "plain")), as_listed(options.get("outputs"))
-    cut = analysed(whole, inputs, ignored, str(options["attention"]), observe, norms, outputs=kept, parts=options.get("parts"))
+    cut = analysed(whole, inputs, ignored, str(options["attention"]), observe, **as_recorded(options))
     cut.left_out = tuple(blocks)
     before, after = cost_model(graph).profile(), cost_model(cut).profile()
     done = {block.name: "removed" for block in blocks}
@@ -319,11 +319,15 @@ def _passed(slim: Any, passes: Sequence[Any], observe: Observer | None) -> fx.Gr
     return made  # type: ignore[no-any-return]
 
 
-def _fits_graph(graph: CouplingGraph, ignored: tuple[Any, ...], attention: str, outputs: tuple[Any, ...] | None) -> None:
+def _fits_graph(
+    graph: CouplingGraph, ignored: tuple[Any, ...], attention: str, outputs: tuple[Any, ...] | None, experts: bool | None
+) -> None:
     """What a graph was analysed with cannot be changed by ``compress``; a different wish is not passed over in silence."""
     analysed_with = graph.options.get("attention")
     if attention not in ("auto", analysed_with):
         raise InputError(f"the graph was analysed with attention={analysed_with!r}; pass attention={attention!r} to analyze")
+    if experts is not None and experts != bool(graph.options.get("experts")):
+        raise InputError(f"the graph was analysed with experts={not experts}; pass experts={experts} to analyze")
     if outputs is not None and list(outputs) != graph.options.get("outputs"):
         raise InputError("the graph was analysed with other outputs=; pass outputs to analyze, which decides what is locked")
     if ignored and module_names(graph.model, ignored) != list(graph.options.get("ignore", ())):

@@ -25,7 +25,7 @@ from fxprune.passes.coupling import grouping
 from fxprune.passes.coupling.graph import SINGLE, CouplingGraph
 from fxprune.passes.coupling.walk import Walk
 from fxprune.passes.ir.notes import Note, NoteKind
-from fxprune.passes.ir.outputs import Outputs
+from fxprune.passes.ir.outputs import Outputs, as_listed
 from fxprune.passes.ir.slim_module import SlimModule
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.planning.even import evened
@@ -136,17 +136,25 @@ class Couple(GraphPass):
     """Which channels go together: completes the compilation's ``graph``."""
 
     def __init__(
-        self, inputs: Any, ignore: Iterable[Any] = (), attention: str = "auto", norms: str = "plain", outputs: Outputs | None = None
+        self,
+        inputs: Any,
+        ignore: Iterable[Any] = (),
+        attention: str = "auto",
+        norms: str = "plain",
+        outputs: Outputs | None = None,
+        experts: bool = False,
     ) -> None:
         self.inputs, self.ignore, self.attention, self.norms, self.outputs = inputs, tuple(ignore), attention, norms, outputs
+        self.experts = experts
 
     def run(self, module: fx.GraphModule) -> fx.GraphModule:
         traced = compilation(module).traced
         fixed = fixed_dimensions(traced.skeleton.original, self.ignore, output_dims(traced) if self.ignore else {})
-        walk = _settled(traced, self.attention, fixed, self.outputs)
+        walk = _settled(traced, self.attention, fixed, self.outputs, self.experts)
         names = module_names(traced.skeleton.original, self.ignore)
         options: dict[str, Any] = {"attention": self.attention, "ignore": names}
         options |= {"norms": self.norms} if self.norms != "plain" else {}
+        options |= {"experts": True} if self.experts else {}
         options |= {"outputs": list(self.outputs)} if self.outputs is not None else {}
         options |= {"parts": calls} if (calls := calls_of(traced)) is not None else {}
         graph = CouplingGraph(walk, self.inputs, options)
@@ -181,10 +189,10 @@ def _is_meant(module: nn.Module, item: nn.Module | type) -> bool:
     return isinstance(module, item) if isinstance(item, type) else module is item
 
 
-def _settled(traced: TracedModel, attention: str, fixed: list[tuple[str, int]], outputs: Outputs | None) -> Walk:
+def _settled(traced: TracedModel, attention: str, fixed: list[tuple[str, int]], outputs: Outputs | None, experts: bool) -> Walk:
     """Walk; where an attention's tensors chose an axis that something else fixes (grouped queries, a rotary table), walk again
     with one axis for all of them, and take what leaves the fewest of them fixed."""
-    walk = Walk(traced, attention, fixed, outputs=outputs).run()
+    walk = Walk(traced, attention, fixed, outputs=outputs, experts=experts).run()
     clashing = _clashing(walk)
     if not clashing:
         return walk
@@ -192,7 +200,7 @@ def _settled(traced: TracedModel, attention: str, fixed: list[tuple[str, int]], 
     for wish in ("head_dim", "heads"):
         keys, grown = set(clashing), True
         while grown:  # what is contracted with them has to follow
-            trial = Walk(traced, attention, fixed, dict.fromkeys(sorted(keys), wish), outputs).run()
+            trial = Walk(traced, attention, fixed, dict.fromkeys(sorted(keys), wish), outputs, experts).run()
             left = set(_clashing(trial))
             grown = bool(left - keys)
             keys |= left
@@ -208,7 +216,8 @@ def _finer(graph: CouplingGraph, first: Walk, fixed: list[tuple[str, int]]) -> C
     if not keys or not any(g.reason == SINGLE for g in graph.groups):
         return graph
     while True:
-        walk = Walk(graph.traced, first.attention, fixed, {**first.forced, **dict.fromkeys(sorted(keys), "within")}, first.outputs).run()
+        forced = {**first.forced, **dict.fromkeys(sorted(keys), "within")}
+        walk = Walk(graph.traced, first.attention, fixed, forced, first.outputs, first.experts).run()
         if walk.whole <= keys:
             break
         keys |= walk.whole
@@ -282,6 +291,16 @@ class Slim(GraphPass):
         return slim if isinstance(slim, SlimModule) and not slim.borrowed else module
 
 
+def as_recorded(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``analysed`` is given besides the model, the example, ``ignore`` and ``attention``, from the options that a policy recorded."""
+    return {
+        "norms": str(options.get("norms", "plain")),
+        "outputs": as_listed(options.get("outputs")),
+        "parts": options.get("parts"),
+        "experts": bool(options.get("experts")),
+    }
+
+
 @paused_collector()
 def analysed(
     model: nn.Module,
@@ -294,6 +313,7 @@ def analysed(
     check: bool = True,
     outputs: Outputs | None = None,
     parts: Mapping[str, Any] | None = None,
+    experts: bool = False,
 ) -> CouplingGraph:
     """Trace and couple; the steps every use of a model shares. ``check``: as for ``trace``. ``outputs``: which keep their widths.
     ``parts``: those that an earlier analysis recorded in its options, to be taken again where code cannot be traced."""
@@ -313,7 +333,7 @@ def analysed(
         if observe is not None:
             observe("Trace", traced, time.perf_counter() - start)
         carrier = traced_graph(traced)
-        run_passes(carrier, [Couple(describe(example_inputs), ignore, attention, norms, outputs)], observe)
+        run_passes(carrier, [Couple(describe(example_inputs), ignore, attention, norms, outputs, experts)], observe)
         graph = compilation(carrier).coupled()
         if not traced.parts or not check or values is None or _on_meta(values):
             break

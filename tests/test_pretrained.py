@@ -206,7 +206,7 @@ class Unchosen(torch.overrides.TorchFunctionMode):
 def test_whole_experts_go(kind: str, products: str, tmp_path: Path) -> None:
     model = made(kind, **EXPERTS[kind])
     model.set_experts_implementation(products)
-    graph = fxprune.analyze(model, inputs(kind), attention="heads")
+    graph = fxprune.analyze(model, inputs(kind), attention="heads", experts=True)
     groups = [group for group in graph.groups if group.experts]
     assert [(group.name, group.prunable) for group in groups] == [(f"model.layers.{i}.mlp.gate", True) for i in range(2)]
     slim: Any = fxprune.compress(graph, {group.name: 0.5 for group in groups}, keep_class=True, verify=True, importance="random")
@@ -227,11 +227,11 @@ def test_whole_experts_go(kind: str, products: str, tmp_path: Path) -> None:
 
 def test_a_slim_router_is_trained_evenly_and_uneven_ones_are_named(tmp_path: Path) -> None:
     model = made("Mixtral", **EXPERTS["Mixtral"])
-    slim = slim_of(model, "Mixtral", {"model.layers.*.mlp.gate": 0.5})
+    slim = slim_of(model, "Mixtral", {"model.layers.*.mlp.gate": 0.5}, experts=True)
     found = slim(input_ids=IDS, labels=IDS, output_router_logits=True)
     found.loss.backward()
     assert float(found.aux_loss) > 0 and found.router_logits[0].shape[-1] == 3 == slim.num_experts and model.num_experts == 6
-    uneven = slim_of(model, "Mixtral", {"model.layers.0.mlp.gate": 0.5, "model.layers.1.mlp.gate": 0.4})
+    uneven = slim_of(model, "Mixtral", {"model.layers.0.mlp.gate": 0.5, "model.layers.1.mlp.gate": 0.4}, experts=True)
     assert [layer.mlp.experts.num_experts for layer in uneven.model.layers] == [3, 4] and uneven.config.num_local_experts == 6
     assert len(generated(uneven)) == 2
     with pytest.raises(ExportError, match=r"MixtralConfig.num_local_experts is one number .* 3 in model.layers.0.mlp.*4 in model.layers.1"):
@@ -241,5 +241,5 @@ def test_a_slim_router_is_trained_evenly_and_uneven_ones_are_named(tmp_path: Pat
 def test_experts_in_a_loop_over_values_stay() -> None:
     model = made("Mixtral", **EXPERTS["Mixtral"])
     model.set_experts_implementation("eager")
-    graph = fxprune.analyze(model, inputs("Mixtral"), attention="heads")
+    graph = fxprune.analyze(model, inputs("Mixtral"), attention="heads", experts=True)
     assert not any(group.prunable for group in graph.groups if "mlp.gate" in group.name)

@@ -58,6 +58,7 @@ HELP = {
     "evaluations": "candidates scored at most, or none",
     "steps": "prune steps, or none for what step-ratio gives",
     "blocks": "whole residual branches may be left out, beside units",
+    "experts": "whole experts of a mixture may go, beside widths",
     "round_to": "channels kept are rounded up to a multiple of this; default: 1, or 8 where convolutions are wide or latency is the target",
     "norms": "plain, or exact: layer, RMS and group norms keep the divisor of the original",
     "ignore": "names or globs of modules whose output channels stay, with commas",

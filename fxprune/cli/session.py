@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from fxprune import driver
-from fxprune.api import analyze, compress, record
+from fxprune.api import compress, record
 from fxprune.cli import run_folder as outputs
 from fxprune.cli.kept_repairs import KeptRepairs
 from fxprune.cli.options import Options
@@ -45,7 +45,7 @@ from fxprune.repair.repairer import Repairer
 from fxprune.report.formatting import Row
 from fxprune.searching.candidates import Candidates
 from fxprune.searching.norms import LR, recover_norms
-from fxprune.searching.problem import make_problem, multiple_for
+from fxprune.searching.problem import graph_for, make_problem, multiple_for
 from fxprune.searching.recovery import Recovery, read_weights, write_weights
 from fxprune.searching.result import Repairing, SearchResult, repair_result, result_of
 from fxprune.timing.runtimes import Runtime, in_turns
@@ -221,7 +221,7 @@ class Session:
         config = self.options.search
         # Recovery between prune steps trains what is sliced; the original must stay what it is, the teacher.
         working = copy.deepcopy(original) if config.recover_every else original
-        graph = analyze(working, self.example, ignore=config.ignore, attention=config.attention, norms=config.norms, blocks=config.blocks)
+        graph = graph_for(working, self.example, config, blocks=config.blocks)
         scored = self.scored(original)
         problem, candidates = make_problem(
             graph,
@@ -272,8 +272,7 @@ class Session:
         """The original, analysed, where training between prune steps changes the weights that ``graph`` slices."""
         if graph.model is original:
             return None
-        config = self.options.search
-        return analyze(original, self.example, ignore=config.ignore, attention=config.attention, norms=config.norms)
+        return graph_for(original, self.example, self.options.search, blocks=False)
 
     def results(self, outcome: driver.SearchOutcome, candidates: Candidates, repairer: Repairing) -> dict[str, SearchResult]:
         """The slim network of every point of the targets by its file's stem; the last, or only, one is plain ``slim``."""

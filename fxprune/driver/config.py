@@ -73,6 +73,7 @@ class SearchConfig:
     latency_batch: int | None = None  # samples a call in it; None: as many as the example inputs have
     most: Any = None  # the largest share of its units that any group loses, or a mapping from group, module or glob to it
     blocks: bool = False  # whole residual branches may be left out, beside units
+    experts: bool = False  # whole experts of a mixture may go, beside widths
     loss: Any = None  # f(output, batch) -> scalar for importances that need gradients, or module:function; None: cross-entropy, where clear
     norms: str = "plain"  # or exact: statistics over channels keep the original's divisor. Paper: plain
     # repair inside the score and of the result: none, bn, bias, lstsq, joint (lstsq inside the score), a registered one, module:function,

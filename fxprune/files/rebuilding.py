@@ -11,8 +11,7 @@ from torch import Tensor, fx, nn
 from fxprune.errors import FileError
 from fxprune.example_inputs import build
 from fxprune.passes.coupling.graph import CouplingGraph
-from fxprune.passes.ir.outputs import as_listed
-from fxprune.passes.pipeline import analysed
+from fxprune.passes.pipeline import analysed, as_recorded
 from fxprune.passes.planning.plan import Keep
 from fxprune.passes.rewriting.absent import class_without_blocks
 from fxprune.passes.rewriting.blocks import without_blocks
@@ -34,8 +33,7 @@ def rebuilt(model: nn.Module, record: PruningRecord) -> nn.Module:
         return FoldBatchNorm().run(model) if record.folded and isinstance(model, fx.GraphModule) else model
     example = build(record.policy.inputs, device="meta")
     options = record.policy.options
-    norms, outputs = str(options.get("norms", "plain")), as_listed(options.get("outputs"))
-    graph = analysed(model, example, (), str(options.get("attention", "auto")), norms=norms, outputs=outputs, parts=options.get("parts"))
+    graph = analysed(model, example, (), str(options.get("attention", "auto")), **as_recorded(options))
     names = {alias: name for name, aliases in graph.traced.skeleton.aliases.items() for alias in aliases}
     if record.blocks:
         return _without(graph, record)

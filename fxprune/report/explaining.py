@@ -31,6 +31,7 @@ ADVICE = {
     ReasonKind.PYTHON: "compute with the tensor itself: a number taken out of it by item() or float() stays what it was",
     ReasonKind.FLAT: "roll along a named dimension: torch.roll(x, shift, dims=...)",
     ReasonKind.FOLDED: "the other channels on that axis can be pruned; attention= chooses between heads and head_dim",
+    ReasonKind.EXPERTS: "analyze(..., experts=True) lets whole experts go",
     ReasonKind.CHOICE: "where experts are chosen, let the code index, count, sort or scatter by their positions alone",
     ReasonKind.FIXED_SIZE: "look at what gives that tensor its size",
 }

@@ -19,8 +19,7 @@ from fxprune.importance.registry import Scores
 from fxprune.index_lists import ranges
 from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph
-from fxprune.passes.ir.outputs import as_listed
-from fxprune.passes.pipeline import analysed
+from fxprune.passes.pipeline import analysed, as_recorded
 from fxprune.passes.planning.cost_model import cost_model
 from fxprune.passes.planning.naming import twin_units
 from fxprune.passes.planning.plan import Keep, Rounding, keep_counts
@@ -178,9 +177,7 @@ class Score:
     @staticmethod
     def _analysed(model: nn.Module, state: dict[str, Any]) -> CouplingGraph:
         options = state["options"]
-        example, norms = build(state["inputs"], device="meta"), options.get("norms", "plain")
-        kept, parts = as_listed(options.get("outputs")), options.get("parts")
-        return analysed(model, example, options["ignore"], options["attention"], norms=norms, outputs=kept, parts=parts)
+        return analysed(model, build(state["inputs"], device="meta"), options["ignore"], options["attention"], **as_recorded(options))
 
 
 def metrics_of(found: Any) -> Mapping[str, float]:

@@ -15,6 +15,7 @@ from fxprune.allocation.grain import GRAIN, convolves, multiple_for_bounds
 from fxprune.allocation.leaving_out import block_effects
 from fxprune.allocation.prices import METRICS, IntArray, output_channels
 from fxprune.allocation.tables import ErrorTable, error_table
+from fxprune.api import analyze
 from fxprune.driver import Problem, SearchConfig
 from fxprune.errors import FAULTS, EvaluationError, FileError, FxPruneError, PruningWarning, SearchError, in_a_line
 from fxprune.evaluation.running import evaluating, one_thread
@@ -67,6 +68,19 @@ class _Tried:
             return None
         judged = tried_out(table, bounds, table.met(bounds)[0], self.batches, self.repair, seed=self.seed)
         return np.array([judged[0].counts[group.name] for group in table.groups], dtype=np.int64) if judged else None
+
+
+def graph_for(model: nn.Module, example_inputs: Any, config: SearchConfig, *, blocks: bool) -> CouplingGraph:
+    """The network analysed as the configuration asks for it."""
+    return analyze(
+        model,
+        example_inputs,
+        ignore=config.ignore,
+        attention=config.attention,
+        norms=config.norms,
+        blocks=blocks,
+        experts=config.experts,
+    )
 
 
 def multiple_for(graph: CouplingGraph, config: SearchConfig) -> int:

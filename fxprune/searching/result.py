@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import fx, nn
 
-from fxprune.api import analyze, compress, record
+from fxprune.api import compress, record
 from fxprune.attached import attach
 from fxprune.driver import SearchConfig, SearchOutcome, run
 from fxprune.errors import SearchError
@@ -22,7 +22,7 @@ from fxprune.repair.registry import of_candidates
 from fxprune.repair.repairer import Repairer
 from fxprune.searching.candidates import Candidates, Evaluate, Score
 from fxprune.searching.norms import LR, halves, nearness, recover_norms
-from fxprune.searching.problem import make_problem, multiple_for
+from fxprune.searching.problem import graph_for, make_problem, multiple_for
 from fxprune.timing.runtimes import Runtime
 from fxprune.training.distillation import DistillConfig
 
@@ -88,7 +88,7 @@ def search(
     config = SearchConfig() if config is None else config
     if not isinstance(config, SearchConfig):
         raise SearchError(f"config is a {type(config).__name__}; pass fxprune.SearchConfig(...), whose fields are the options")
-    graph = analyze(model, example_inputs, ignore=config.ignore, attention=config.attention, norms=config.norms, blocks=config.blocks)
+    graph = graph_for(model, example_inputs, config, blocks=config.blocks)
     importance = without_labels(config.importance, calibration, config.repair)
     batches = calibration_batches(calibration, graph.model, example_inputs, seed=config.seed)
     problem, candidates = make_problem(

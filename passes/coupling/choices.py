@@ -14,14 +14,18 @@ from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Vector
 from fxprune.passes.rules.layer_specs import is_layer
 
+_WHOLE = "whole experts stay, as experts=True was not given"
 _MIXED, _USED = "it is mixed along an axis that is not a channel axis", "the index of a maximum over it is used"
 
 
-def settle_choices(walk: LabelContext) -> None:
-    """Note what a choice among experts changes; channels that something else is chosen among stay."""
+def settle_choices(walk: LabelContext, experts: bool) -> None:
+    """Note what a choice among experts changes, or where ``experts`` may not go let them stay; channels that something else is chosen
+    among stay."""
     choices = [choice for choice in walk.choices_among if choice.count]
     gated = settle_gates(walk)
-    walk.gated = gated
+    if gated is not None and not experts:
+        walk.labels.pin(np.array(sorted(gated.labels), dtype=np.int64), Reason(ReasonKind.EXPERTS, _WHOLE))
+    walk.gated = gated if experts else None
     modules = np.array(sorted(gated.labels) if gated else [], dtype=np.int64)
     stacked = np.concatenate([_roots(walk, _stacked(walk)), modules])
     for choice in choices:
@@ -32,6 +36,8 @@ def settle_choices(walk: LabelContext) -> None:
             walk.pin(choice.vector, "of those that are chosen among, some go together", ReasonKind.CHOICE)
         elif not np.isin(found, stacked).all():
             walk.pin(choice.vector, _MIXED if target_name(choice.node) == "topk" else _USED)
+        elif not experts:
+            walk.pin(choice.vector, _WHOLE, ReasonKind.EXPERTS)
         else:
             text = f"experts, the best {choice.count} of those that are left are chosen"
             reason = Reason(ReasonKind.STATISTIC, text, operation=walk.op_name(), masked=BOTH)

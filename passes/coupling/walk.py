@@ -49,10 +49,11 @@ class Walk(LabelContext):
         fixed: Iterable[tuple[str, int]] = (),
         forced: dict[str, str] | None = None,
         outputs: Outputs | None = None,
+        experts: bool = False,
     ) -> None:
-        """``outputs``: which of what the network returns keep their widths; None: all."""
+        """``outputs``: which of what the network returns keep their widths; None: all. ``experts``: whether whole experts may go."""
         super().__init__(traced, attention, fixed, forced, channel_dims)
-        self.outputs = outputs
+        self.outputs, self.experts = outputs, experts
         self.narrower: dict[str, list[Value]] = {}  # what is returned beside ``outputs``
 
     def run(self) -> Walk:
@@ -69,7 +70,7 @@ class Walk(LabelContext):
                     self.overwritten(target, result.zero)
                 if target is not None:
                     overwritten_gates(self, target)
-        settle_choices(self)
+        settle_choices(self, self.experts)
         self.node = None
         self._real.clear()  # masks and tables; the few that a rewrite asks for are made again
         return self

@@ -31,6 +31,7 @@ class ReasonKind(Enum):
     FOLDED = "other channels on the same axis"
     STATISTIC = "a statistic over channels"
     CHOICE = "a choice among channels, or the positions of what was chosen"
+    EXPERTS = "experts, which go whole where experts=True says so"
 
 
 class Reason(str):

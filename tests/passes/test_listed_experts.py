@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import fxprune
 from fxprune.errors import UnsupportedError
 
 EXPERTS, CHOSEN, STREAM, INNER = 6, 2, 8, 12
+analyze, compress = partial(fxprune.analyze, experts=True), partial(fxprune.compress, experts=True)
 NORMS = ("plain", "exact")
 
 
@@ -209,7 +211,7 @@ def far(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("seed", range(2))
 def test_what_goes_has_a_logit_of_minus_infinity(kind: type[Listed], seed: int) -> None:
     model, x = made(kind)
-    graph = fxprune.analyze(model, x)
+    graph = analyze(model, x)
     (group,) = experts_of(graph)
     assert (group.name, group.size, group.prunable, group.experts) == ("router", EXPERTS, True, True), group.reason
     assert group.least == (CHOSEN if kind in CHOOSING else 1) and group.proved == frozenset(NORMS)
@@ -228,7 +230,7 @@ def test_what_goes_has_a_logit_of_minus_infinity(kind: type[Listed], seed: int) 
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_and_widths_go_together_and_train(kind: type[Listed], tmp_path: Path) -> None:
     model, x = made(kind)
-    graph = fxprune.analyze(model, x)
+    graph = analyze(model, x)
     assert {f"experts.{n}.first" for n in range(EXPERTS)} <= {g.name for g in graph.groups if g.prunable}
     for norms in NORMS:
         slim: Any = fxprune.compress(graph, 0.5, x, verify=True, norms=norms, round_to=4)
@@ -253,18 +255,18 @@ def test_costs_ranking_and_repair(kind: type[Listed]) -> None:
                 one.mul_(0.01)
     calibration = [torch.randn(32, 7) for _ in range(3)]
     for importance, repair in (("l2", "none"), ("l1", "none"), ("l2", "bias"), ("l2", "lstsq")):
-        slim = fxprune.compress(model, {"router": 2 / 6}, x, calibration=calibration, importance=importance, repair=repair)
+        slim = compress(model, {"router": 2 / 6}, x, calibration=calibration, importance=importance, repair=repair)
         assert fxprune.record(slim).kept["router.weight"][0].tolist() == [0, 2, 3, 5]
         assert fxprune.record(slim).after.macs == fxprune.profile(slim, x).macs
-    half: Any = fxprune.compress(model, "params=0.5", x)
+    half: Any = compress(model, "params=0.5", x)
     assert fxprune.record(half).after.params <= 0.5 * fxprune.record(half).before.params
 
 
 def test_the_class_cannot_be_kept_and_says_so() -> None:
     model, x = made(Summed)
     with pytest.raises(UnsupportedError, match=r"keep_class cannot take experts out of a list of modules \('experts\.\d\.first' goes"):
-        fxprune.compress(model, {"router": 0.5}, x, keep_class=True)
-    kept: Any = fxprune.compress(model, {"lift": 0.5}, x, keep_class=True)
+        compress(model, {"router": 0.5}, x, keep_class=True)
+    kept: Any = compress(model, {"lift": 0.5}, x, keep_class=True)
     assert type(kept) is Summed and len(kept.experts) == EXPERTS
 
 
@@ -328,7 +330,7 @@ ALL = frozenset(range(EXPERTS))
 @pytest.mark.parametrize(("kind", "held"), [(Read, frozenset({2})), (Overwritten, ALL), (Logits, ALL), (Zeroth, ALL)])
 def test_experts_that_are_needed_stay(kind: type[Listed], held: frozenset[int]) -> None:
     model, x = made(kind)
-    graph = fxprune.analyze(model, x)
+    graph = analyze(model, x)
     groups = experts_of(graph)
     free = sorted(
         i for g in groups if g.prunable for name, dim, index in g.members if (name, dim) == ("router.weight", 0) for i in index.tolist()
@@ -347,7 +349,7 @@ def test_experts_that_are_needed_stay(kind: type[Listed], held: frozenset[int]) 
 
 def test_what_is_read_beside_stays_though_its_share_goes() -> None:
     model, x = made(Counted)
-    slim: Any = fxprune.compress(model, {"router": 0.5}, x, verify=True, importance=lambda group, _: -torch.arange(float(group.size)))
+    slim: Any = compress(model, {"router": 0.5}, x, verify=True, importance=lambda group, _: -torch.arange(float(group.size)))
     stays = fxprune.record(slim).kept["router.weight"][0]
     with torch.no_grad():
         assert far(masked(model, stays)(x), slim(x)) < 1e-5
@@ -365,7 +367,7 @@ def test_branches_that_no_router_weighs_stay() -> None:
             return self.head(found.mean(0) + sum(self.scale[n] * branch(x) for n, branch in enumerate(self.branches)))
 
     model, x = Branches().eval(), torch.randn(5, 7)
-    graph = fxprune.analyze(model, x)
+    graph = analyze(model, x)
     assert not any(g.experts for g in graph.groups) and graph.gated is None
     slim: Any = fxprune.compress(graph, 0.5, x, verify=True)
     assert len(slim.scale) == 3 and slim.head.in_features == 4

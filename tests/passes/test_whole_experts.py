@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.errors import PolicyError, VerificationError
+from fxprune.errors import InputError, PolicyError, VerificationError
 from fxprune.passes.planning.cost_model import cost_model
 from fxprune.passes.planning.plan import keep_counts
 from fxprune.passes.verify import verify
 
 EXPERTS, CHOSEN, STREAM, INNER = 6, 2, 8, 12
+analyze, compress = partial(fxprune.analyze, experts=True), partial(fxprune.compress, experts=True)
 
 
 class Mixture(nn.Module):
@@ -200,7 +202,7 @@ def far(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("seed", range(3))
 def test_what_goes_has_a_logit_of_minus_infinity(kind: type[Mixture], seed: int) -> None:
     model, x = made(kind)
-    graph = fxprune.analyze(model, x)
+    graph = analyze(model, x)
     group = experts_of(graph)
     assert group.prunable and group.size == (3 if kind is Grouped else EXPERTS), group.reason
     assert {name for name, dim, _ in group.members if dim == 0} >= {"router.weight", "router.bias", "up", "down", "bias"}
@@ -218,7 +220,7 @@ def test_what_goes_has_a_logit_of_minus_infinity(kind: type[Mixture], seed: int)
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_experts_and_widths_go_together(kind: type[Mixture]) -> None:
     model, x = made(kind)
-    graph = fxprune.analyze(model, x)
+    graph = analyze(model, x)
     for norms in ("plain", "exact"):
         slim: Any = fxprune.compress(graph, 0.5, x, verify=True, norms=norms, round_to=4)
         assert slim.up.shape == ((4 if kind in (Grouped, Dense) else 3), 4, 8)  # rounding is not for what is chosen
@@ -231,7 +233,7 @@ def test_experts_and_widths_go_together(kind: type[Mixture]) -> None:
 @pytest.mark.parametrize("kind", [*CHOOSING, Dense])
 def test_kept_class_counts_what_is_left(kind: type[Mixture]) -> None:
     model, x = made(kind)
-    graph = fxprune.analyze(model, x)
+    graph = analyze(model, x)
     policy = {experts_of(graph).name: 0.3, "lift": 0.5}
     slim = fxprune.compress(graph, policy, x)
     kept: Any = fxprune.compress(graph, policy, x, keep_class=True, verify=True)
@@ -244,7 +246,7 @@ def test_kept_class_counts_what_is_left(kind: type[Mixture]) -> None:
 
 def test_files_and_other_copies(tmp_path: Path) -> None:
     model, x = made(Gathered)
-    slim: Any = fxprune.compress(model, {"router": 0.5, "lift": 0.25}, x)
+    slim: Any = compress(model, {"router": 0.5, "lift": 0.25}, x)
     fxprune.save(slim, tmp_path / "slim.safetensors")
     assert torch.equal(fxprune.load(tmp_path / "slim.safetensors", Gathered())(x), slim(x))
     other = copy.deepcopy(model)
@@ -257,7 +259,7 @@ def test_files_and_other_copies(tmp_path: Path) -> None:
 
 def test_as_many_stay_as_are_chosen() -> None:
     model, x = made(Gathered)
-    graph = fxprune.analyze(model, x)
+    graph = analyze(model, x)
     group = experts_of(graph)
     assert (group.name, group.experts, group.least) == ("router", True, CHOSEN)
     assert group.notes == ("experts, the best 2 of those that are left are chosen at topk",)
@@ -274,7 +276,7 @@ def test_as_many_stay_as_are_chosen() -> None:
 
 def test_what_experts_cost() -> None:
     model, x = made(Gathered)
-    graph = fxprune.analyze(model, x)
+    graph = analyze(model, x)
     before = cost_model(graph).profile()
     found = fxprune.record(fxprune.compress(graph, {"router": 0.5}, x))
     assert before.params - found.after.params == 3 * (2 * STREAM * INNER + INNER + STREAM + 1)
@@ -284,13 +286,13 @@ def test_what_experts_cost() -> None:
 @NO_GROUPED
 def test_each_row_meets_one_expert() -> None:
     model, x = made(Sorted)
-    assert cost_model(fxprune.analyze(model, x)).macs() == fxprune.profile(model, x).macs
+    assert cost_model(analyze(model, x)).macs() == fxprune.profile(model, x).macs
 
 
 @pytest.mark.parametrize("kind", [Gathered, Corrected, Best])
 def test_a_wrong_slim_network_is_noticed(kind: type[Mixture]) -> None:
     model, x = made(kind)
-    graph = fxprune.analyze(model, x)
+    graph = analyze(model, x)
     keep = keep_counts(graph, {"router": 3}, {"router": range(6)})
     slim: Any = fxprune.compress(graph, {"router": 0.5}, x, importance=lambda group, _: torch.arange(float(group.size)))
     verify(graph, keep, slim, (x,), {})
@@ -305,7 +307,7 @@ def test_equal_scores_are_no_failure() -> None:
     with torch.no_grad():
         model.router.weight[3:] = model.router.weight[2]
         model.router.bias[3:] = model.router.bias[2]
-    fxprune.compress(model, {"router": 1 / 6}, x, verify=True, importance=lambda group, _: torch.arange(float(group.size)))
+    compress(model, {"router": 1 / 6}, x, verify=True, importance=lambda group, _: torch.arange(float(group.size)))
 
 
 def _other(use: Callable[[Tensor, Tensor], Tensor]) -> type[Mixture]:
@@ -344,7 +346,7 @@ USES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("what", USES)
 def test_other_uses_of_positions_hold_the_experts_or_are_right(what: str) -> None:
     model, x = made(_other(USES[what]))
-    graph = fxprune.analyze(model, x)
+    graph = analyze(model, x)
     groups = [g for g in graph.groups if any(name == "router.weight" and dim == 0 for name, dim, _ in g.members)]
     free = {g.name: 0.5 for g in groups if g.prunable}
     assert all("position" in g.reason or "chosen" in g.reason or "one channel fills" in g.reason for g in groups if not g.prunable)
@@ -363,15 +365,15 @@ def test_positions_that_are_returned_hold_the_experts() -> None:
             return self.head(x + self.mixed(x)), self.router(x).topk(2).indices
 
     model, x = made(Returned)
-    group = experts_of(fxprune.analyze(model, x))
+    group = experts_of(analyze(model, x))
     assert not group.prunable and group.reason == "positions of what is chosen among them reach the network's output"
-    assert experts_of(fxprune.analyze(model, x, outputs=[0])).prunable
+    assert experts_of(analyze(model, x, outputs=[0])).prunable
 
 
 def test_all_experts_are_chosen() -> None:
     model, x = made(Gathered)
     model.top_k = EXPERTS
-    assert not experts_of(fxprune.analyze(model, x)).prunable
+    assert not experts_of(analyze(model, x)).prunable
 
 
 def test_other_choices_hold_what_they_held() -> None:
@@ -394,7 +396,7 @@ def test_other_choices_hold_what_they_held() -> None:
             return self.second(F.one_hot(self.first(x).argmax(1), 6).permute(0, 3, 1, 2).float())
 
     for model, x in ((Codes(), torch.randn(5, 7)), (Classes(), torch.randn(2, 3, 9, 9))):
-        graph = fxprune.analyze(model.eval(), x)
+        graph = analyze(model.eval(), x)
         locked = [g for g in graph.groups if "the index of a maximum over it is used" in g.reason]
         assert len(locked) == 1 and not any(g.experts for g in graph.groups)
 
@@ -402,5 +404,23 @@ def test_other_choices_hold_what_they_held() -> None:
 def test_explain_and_visualize_say_what_they_are() -> None:
     model, x = made(Gathered)
     said = "experts, the best 2 of those that are left are chosen: router"
-    assert said in str(fxprune.explain(model, x))
-    fxprune.visualize(model, x)
+    graph = analyze(model, x)
+    assert said in str(fxprune.explain(graph))
+    fxprune.visualize(graph)
+
+
+@pytest.mark.parametrize("kind", [Gathered, Scattered])
+def test_whole_experts_stay_where_nobody_asks_for_them(kind: type[Mixture]) -> None:
+    model, x = made(kind)
+    graph = fxprune.analyze(model, x)
+    router = next(group for group in graph.groups if group.name == "router")
+    assert not router.prunable and "experts=True" in router.reason and "experts=True" in str(fxprune.explain(graph))
+    slim: Any = fxprune.compress(model, 0.5, x, verify=True)
+    assert len(slim.up) == EXPERTS and slim.up.shape[2] == INNER // 2
+    with pytest.raises(PolicyError, match=r"group 'router' cannot be pruned: whole experts stay"):
+        fxprune.compress(model, {"router": 0.5}, x)
+    with pytest.raises(InputError, match="analysed with experts=False; pass experts=True to analyze"):
+        fxprune.compress(graph, {"router": 0.5}, x, experts=True)
+    config = fxprune.SearchConfig(targets="params=0.3", strategy="uniform", repair="none", experts=True)
+    found: Any = fxprune.search(model, x, lambda slim: 0.5, config=config, calibration=[x])
+    assert len(found.model.up) < EXPERTS
