@@ -61,7 +61,8 @@ def dns(_: Path) -> Task:
     model = converted(file_of("speechmos", "dnsmos_models", "sig_bak_ovr.onnx"))
     asked, others = _phrases(144_160)
     spread = others.transpose(0, 1).flatten(0, 1)
-    return Task(model, asked[0, :2], list(spread.split(6)), lambda net: ordered(lambda one: net(one)[:, 2], asked))
+    # The file computes the batch of an Expand as a tensor: it is that of the example, and so has to be that of the batches.
+    return Task(model, asked[0], list(spread.split(len(LEVELS))), lambda net: ordered(lambda one: net(one)[:, 2], asked))
 
 
 NETWORKS = (

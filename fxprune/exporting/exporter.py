@@ -27,6 +27,9 @@ from fxprune.passes.compat import tree_map_only
 PRETRAINED = "transformers"
 SAME = 1e-5  # the same operations on the same sizes
 TOLERANCE = 1e-3  # of the output's largest magnitude: other kernels and orders of summation, in float32
+# The least that counts as a largest magnitude. A sigmoid or softmax that is nearly zero everywhere is as far off as float32 is near one
+# (1.2e-7), whatever it comes to: TOLERANCE of this is four of that.
+SMALL = 5e-4
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Exported:
     """An exported file.
 
     ``path``: where it lies. ``format``: the name of its format. ``difference``: the largest from eager PyTorch on random inputs, as a share
-    of the output's largest magnitude; None where the file was not run. ``bytes``: on disk, with what lies beside it.
+    of the output's largest magnitude, which counts as 5e-4 at least; None where the file was not run. ``bytes``: on disk, with what lies
+    beside it.
     """
 
     path: Path
@@ -186,8 +190,8 @@ def _difference(job: Job, path: Path, chosen: Format) -> float:
 def _relative(found: Tensor, wanted: Tensor) -> float:
     if not wanted.numel():
         return 0.0
-    largest = float(wanted.double().abs().max())
-    return float((found.double() - wanted.double()).abs().max()) / (largest or 1.0)
+    largest = max(float(wanted.double().abs().max()), SMALL)
+    return float((found.double() - wanted.double()).abs().max()) / largest
 
 
 def _twin(slim: nn.Module) -> nn.Module:

@@ -165,6 +165,22 @@ def test_a_missing_package_is_named_with_its_extra(small: nn.Module, tmp_path: P
     assert not installed(["surely_not_there"])
 
 
+def test_rounding_of_outputs_that_are_nearly_zero_is_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(8, 3)
+    nn.init.constant_(head.bias, -15.0)
+    slim = fxprune.compress(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), head, nn.Sigmoid()).eval(), 0.25, torch.randn(2, 6))
+    right = FORMATS["torch"].run
+    for off, message in ((1.2e-7, None), (1e-5, "they differ by 2.0e-02 of the largest magnitude")):
+        shifted = runtimes.Format(".pt2", FORMATS["torch"].write, lambda *a, off=off: [t + off for t in right(*a)])
+        monkeypatch.setitem(FORMATS, "torch", shifted)
+        if message is None:
+            assert 1e-4 < (fxprune.export(slim, tmp_path / "near.pt2").difference or 0) < 1e-3
+        else:
+            with pytest.raises(VerificationError, match=message):
+                fxprune.export(slim, tmp_path / "far.pt2")
+
+
 def test_a_file_that_computes_something_else_is_not_kept(small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "slim.pt2"
     path.write_bytes(b"older")
