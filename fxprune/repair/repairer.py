@@ -33,6 +33,7 @@ from fxprune.passes.ir.slim_module import SlimModule
 from fxprune.passes.labels.values import values
 from fxprune.passes.rewriting.blocks import without_blocks
 from fxprune.passes.rewriting.slimmer import Slimmer
+from fxprune.passes.tracing.sizes import counted
 from fxprune.records import LayerRepair
 from fxprune.repair.attention import Contraction, Products, by_head, change_queries, contractions, maker, picked
 from fxprune.repair.clipping import FAINT, Rows
@@ -284,7 +285,7 @@ class Repairer:
 
     def _left(self, slimmer: Slimmer) -> list[str]:
         left = _left(slimmer, set(self.layers), self._inputs)
-        why = "no layer whose weight only multiplies, or working across channels"
+        why = "no layer whose weight only multiplies, or working across channels, or reading rows that values pick"
         return [f"repair left {_listed(left)} as sliced: {why}"] if left else []
 
     def _judged(self, slim: nn.Module, sliced: dict[str, Tensor], outputs: list[tuple[Any, Any]] | None) -> list[str]:
@@ -573,7 +574,8 @@ def _channel_sums(play: Playback, node: fx.Node, roles: Sequence[int]) -> tuple[
 class _Reached:
     """What the removal has an effect on: layers and BatchNorms, each with the channels of its output that are left (None: all).
 
-    Not those that removed channels reach along another axis: their rows cannot be compared with the original's.
+    Not those that removed channels reach along another axis, nor those whose rows values pick (the tokens of an expert): their rows
+    cannot be compared with the original's.
     """
 
     def __init__(self, slimmer: Slimmer, part: str, left: LeftOut | None) -> None:
@@ -598,6 +600,9 @@ class _Reached:
             if node.op == "call_module" and (node in reached or slimmer.touched(env.get(node))):
                 self.recurrent.add(str(node.target).removeprefix(f"{part}." if part else ""))
             if node not in reached or output is None:
+                continue
+            if isinstance(node.meta.get("val"), Tensor) and counted.sized(node, traced.skeleton.module):
+                self.recurrent.discard(str(node.target).removeprefix(f"{part}." if part else ""))
                 continue
             if node in layers:
                 form = layers[node].form

@@ -58,6 +58,11 @@ def by_values(node: fx.Node, module: Modules) -> bool:
     return _counted(node, module) is None
 
 
+def sized(node: fx.Node, module: Modules) -> bool:
+    """Whether values say how long an axis of a tensor is, as that of the tokens that chose an expert."""
+    return _counted(node, module) not in (None, frozenset())
+
+
 def in_parts_by_values(node: fx.Node, module: Modules) -> bool:
     """Whether values say how many parts ``node`` gives, a tensor that is looped over or a tuple of parts of one."""
     if isinstance(node.meta["val"], torch.Tensor):

@@ -109,6 +109,18 @@ def test_looped_experts_lose_stream_and_inner_width(dispatch: Dispatch) -> None:
             assert gap(zeroed(model, fxprune.record(slim).kept)(other), slim(other)) < 1e-5
 
 
+@pytest.mark.parametrize("dispatch", [by_where, by_nonzero, by_mask, by_table])
+@pytest.mark.parametrize("repair", ["bias", "lstsq"])
+def test_layers_whose_rows_values_pick_are_not_repaired_and_that_is_said(dispatch: Dispatch, repair: str) -> None:
+    torch.manual_seed(0)
+    model, batches = Network(dispatch).eval(), [torch.randn(2, 5, 6) for _ in range(6)]
+    for wanted in (0.5, "params=0.6"):
+        slim = fxprune.compress(model, wanted, batches[0], calibration=batches, repair=repair)
+        found = fxprune.record(slim)
+        assert bool(found.repaired) >= (wanted == 0.5) and not any("experts" in name for name in found.repaired)
+        assert any("mixture.experts.0.0" in note and "rows that values pick" in note for note in found.notes)
+
+
 @pytest.mark.parametrize(
     ("dispatch", "why"),
     [
