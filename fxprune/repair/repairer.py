@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from fxprune.passes.labels.values import values
 from fxprune.passes.rewriting.blocks import without_blocks
 from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.passes.tracing.sizes import counted
+from fxprune.passes.tracing.sizes.fixed_sizes import Modules
 from fxprune.records import LayerRepair
 from fxprune.repair.attention import Contraction, Products, by_head, change_queries, contractions, maker, picked
 from fxprune.repair.clipping import FAINT, Rows
@@ -574,8 +576,8 @@ def _channel_sums(play: Playback, node: fx.Node, roles: Sequence[int]) -> tuple[
 class _Reached:
     """What the removal has an effect on: layers and BatchNorms, each with the channels of its output that are left (None: all).
 
-    Not those that removed channels reach along another axis, nor those whose rows values pick (the tokens of an expert): their rows
-    cannot be compared with the original's.
+    Not those that removed channels reach along another axis, nor those that read rows which values pick (the tokens of an expert): their
+    rows cannot be compared with the original's.
     """
 
     def __init__(self, slimmer: Slimmer, part: str, left: LeftOut | None) -> None:
@@ -589,7 +591,8 @@ class _Reached:
         reading = Reading(traced.skeleton.original, traced.graphs[mode])
         layers = {one.node: one for one in reading.layers()}
         norms = {one.node for one in reading.norms()}
-        self.products += [_factors(one, env, slimmer) for one in contractions(traced.graphs[mode])]
+        by_values = partial(_reads_picked, module=traced.skeleton.module)
+        self.products += [None if by_values(one.node) else _factors(one, env, slimmer) for one in contractions(traced.graphs[mode])]
         reached: set[fx.Node] = set()
         moved = left.moved if left is not None else set()
         for node in nodes:
@@ -601,7 +604,7 @@ class _Reached:
                 self.recurrent.add(str(node.target).removeprefix(f"{part}." if part else ""))
             if node not in reached or output is None:
                 continue
-            if isinstance(node.meta.get("val"), Tensor) and counted.sized(node, traced.skeleton.module):
+            if by_values(node):
                 self.recurrent.discard(str(node.target).removeprefix(f"{part}." if part else ""))
                 continue
             if node in layers:
@@ -611,6 +614,12 @@ class _Reached:
                     self.layers[layers[node].name.removeprefix(f"{part}." if part else "")] = slimmer.kept(output, axis)
             elif node in norms and all(slimmer.kept(output, other) is None for other in output.axes if other != 1):
                 self.norms[key_of(node, part)] = slimmer.kept(output, 1)
+
+
+def _reads_picked(node: fx.Node, module: Modules) -> bool:
+    """Whether values say how many rows ``node`` reads."""
+    inputs = (one for one in node.all_input_nodes if one.op != "get_attr" and isinstance(one.meta.get("val"), Tensor))
+    return any(counted.sized(one, module) for one in inputs)
 
 
 def _factors(one: Contraction, env: Mapping[fx.Node, Any], slimmer: Slimmer) -> tuple[Any, Any] | None:

@@ -121,6 +121,43 @@ def test_layers_whose_rows_values_pick_are_not_repaired_and_that_is_said(dispatc
         assert any("mixture.experts." in note and "rows that values pick" in note for note in found.notes)
 
 
+INNER: dict[str, Callable[[], nn.Module]] = {
+    "lstm": lambda: nn.LSTM(16, 16),
+    "gru": lambda: nn.GRU(16, 16),
+    "attention": lambda: nn.MultiheadAttention(16, 4),
+    "batch norm": lambda: nn.BatchNorm1d(16),
+}
+
+
+class Reading(nn.Module):
+    """An expert whose layers each look at more than one token, or at what they are fed in the mean."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.a, self.b = kind, nn.Linear(12, 16), nn.Linear(16, 12)
+        self.inner = INNER[kind]()
+
+    def forward(self, x: Tensor) -> Any:
+        y = torch.relu(self.a(x))
+        if self.kind == "attention":
+            return self.b(self.inner(y, y, y)[0])
+        return self.b(self.inner(y) if self.kind == "batch norm" else self.inner(y)[0])
+
+
+@pytest.mark.parametrize("kind", INNER)
+@pytest.mark.parametrize("repair", ["bias", "lstsq"])
+def test_no_layer_of_such_an_expert_is_repaired(kind: str, repair: str) -> None:
+    torch.manual_seed(0)
+    model, batches = Network(by_nonzero), [torch.randn(2, 5, 6) for _ in range(6)]
+    model.mixture.experts = nn.ModuleList(Reading(kind) for _ in range(EXPERTS))
+    slim = fxprune.compress(model.eval(), 0.5, batches[0], calibration=batches, repair=repair)
+    found = fxprune.record(slim)
+    assert found.repaired and not any("experts" in name for name in found.repaired)
+    for name, tensor in slim.state_dict().items():
+        if "experts" in name and tensor.is_floating_point():  # every number is one that was there
+            assert torch.isin(tensor, model.state_dict()[name.removeprefix("module.")]).all(), name
+
+
 @pytest.mark.parametrize(
     ("dispatch", "why"),
     [
