@@ -84,8 +84,7 @@ class Choices:
         **as_given: Any,
     ) -> Choices:
         """The arguments of ``compress`` with the ``options`` that a policy recorded. Raises ``InputError`` where one is out of range."""
-        recorded = options.get("round_to")
-        multiple: Any = round_to if round_to is not None else None if recorded is None else int(recorded)
+        multiple: Any = options.get("round_to") if round_to is None else round_to
         if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, Integral)):
             raise InputError(f"round_to is {multiple!r}; it must be a whole number, 1 or more")
         if multiple is not None and multiple < 1:

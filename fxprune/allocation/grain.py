@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import nn
-
 from fxprune.allocation.prices import METRICS
 from fxprune.allocation.uniform import Uniform
 from fxprune.evaluation.running import one_thread
 from fxprune.importance.criteria import scores
+from fxprune.passes.compat import ConvNd
 from fxprune.passes.coupling.graph import CouplingGraph
 
 GRAIN = 8  # channels in multiples of which runtimes keep the fast layouts of their convolutions; see docs/latency.md
 COARSE = 0.1  # of a group in the mean; where multiples are coarser, the few widths that are left cost more accuracy than time is worth
 NEAR = 0.01  # of a bound: how far below it the same share of every group may come out
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 def convolves(graph: CouplingGraph) -> bool:
     """Whether the network has convolutions."""
-    return any(isinstance(module, CONVOLUTIONS) for module in graph.model.modules())
+    return any(isinstance(module, ConvNd) for module in graph.model.modules())
 
 
 def multiple_for_bounds(
@@ -45,7 +42,8 @@ def multiple_for_bounds(
         ranking = scores(graph, "l2")
     for bounds in points:
         even = Uniform(graph, ranking, bounds, GRAIN, most)
-        left = even.left(even.counts())
-        if max(left[metric] / share for metric, share in bounds.items()) < 1 - NEAR or not even.fits(even.counts()):
+        counts = even.counts()
+        left = even.left(counts)
+        if max(left[metric] / share for metric, share in bounds.items()) < 1 - NEAR or not even.fits(counts):
             return 1
     return GRAIN

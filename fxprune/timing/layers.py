@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxprune.allocation.grain import CONVOLUTIONS, GRAIN, TRANSPOSED
+from fxprune.allocation.grain import GRAIN
 from fxprune.atomic import replace_text
 from fxprune.errors import FileError
 from fxprune.imports import needed
+from fxprune.passes.compat import ConvNd, ConvTransposeNd
 from fxprune.timing.runtimes import Run, Runtime, onnx_run, openvino_run
 
 WIDTHS = (1.0, 0.5, 0.125)  # shares of the channels at which a layer is timed
@@ -113,7 +114,7 @@ def layer_of(module: nn.Module, shape: tuple[int, ...]) -> Layer | None:
     """A module as a layer of the table, given the shape that goes in; None for what no table holds."""
     if type(module) is nn.Linear and len(shape) > 1:
         return Layer("linear", (math.prod(shape[:-1]),), module.in_features, module.out_features)
-    if not isinstance(module, CONVOLUTIONS):
+    if not isinstance(module, ConvNd):
         return None
     conv: Any = module
     space = len(conv.kernel_size)
@@ -123,7 +124,7 @@ def layer_of(module: nn.Module, shape: tuple[int, ...]) -> Layer | None:
     if isinstance(padding, str):
         padding = tuple(d * (k - 1) // 2 if padding == "same" else 0 for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
     return Layer(
-        "transposed" if isinstance(module, TRANSPOSED) else "conv",
+        "transposed" if isinstance(module, ConvTransposeNd) else "conv",
         (shape[0], *shape[2:]),
         conv.in_channels,
         conv.out_channels,

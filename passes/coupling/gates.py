@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from fxprune.passes.ir.masks import is_mask
-from fxprune.passes.ir.nodes import target_name
+from fxprune.passes.ir.nodes import computed_from, target_name
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.ir.writes import memory, written
 from fxprune.passes.labels.choices import Gate, Sum
@@ -175,7 +175,8 @@ def settle_gates(walk: LabelContext) -> Gated | None:
         lost = {name for mode, one in regions.items() for name in one.read(dead[mode]) if name in walk.traced.skeleton.aliases}
         lost = {name for name in lost if all(one.readers.get(name, set()) <= dead[mode] for mode, one in regions.items())}
         shares = {choice.node for choice in walk.choices_among if label in find(choice.vector)}
-        if lost and all(_comes_from(gate.node, shares) for gate in gates.get(label, ())):
+        # What is read of a logit, of which no share was computed, would be minus infinity where the expert goes.
+        if lost and all(computed_from(gate.node) & shares for gate in gates.get(label, ())):
             free[label] = dead, lost
     for label in sorted((named | set(gates)) - set(free)):
         if label in gates:
@@ -191,18 +192,6 @@ def settle_gates(walk: LabelContext) -> Gated | None:
             nodes[mode].update(dict.fromkeys(of, label))
         tensors.update(dict.fromkeys(lost, label))
     return Gated(walk.traced, sums, nodes, tensors, frozenset(free))
-
-
-def _comes_from(node: fx.Node, sources: Collection[fx.Node]) -> bool:
-    """Whether a node is computed from one of ``sources``: what is read of a logit would be minus infinity where the expert goes."""
-    todo, seen = [node], {node}
-    for one in todo:  # it grows
-        if one in sources:
-            return True
-        new = [above for above in one.all_input_nodes if above not in seen]
-        seen.update(new)
-        todo += new
-    return False
 
 
 class _Regions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import fx
@@ -57,6 +58,18 @@ def computed_from(node: fx.Node) -> set[fx.Node]:
         seen.update(new)
         todo += new
     return seen
+
+
+def leads_to(node: fx.Node, found: Callable[[fx.Node], bool], through: Callable[[fx.Node], bool]) -> bool:
+    """Whether a node that is ``found`` reads what ``node`` gives, or what those make of it that the walk goes ``through``."""
+    seen, todo = {node}, [node]
+    while todo:
+        new = [user for user in todo.pop().users if user not in seen]
+        if any(found(user) for user in new):
+            return True
+        seen.update(new)
+        todo += [user for user in new if through(user)]
+    return False
 
 
 _ARITHMETIC = frozenset(

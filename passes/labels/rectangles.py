@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxprune.passes.ir.nodes import target_name
+from fxprune.passes.ir.nodes import leads_to, target_name
 from fxprune.passes.labels.values import Labels, Vector
 
 
@@ -90,21 +90,15 @@ def _units_along(labels: torch.Tensor, axis: int) -> int:
     return trial.units(flat[:, 0])
 
 
+_PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention", "__matmul__"})
 # A layer reads it, or it is chosen among (a router's groups of experts).
 _ENDS = frozenset({"linear", "conv1d", "conv2d", "conv3d", "size", "topk", "argmax"})
 
 
 def feeds_attention(node: fx.Node) -> bool:
     """Whether what ``node`` makes is contracted with another activation before a layer reads it."""
-    seen, todo = set(), list(node.users)
-    while todo:
-        user = todo.pop()
-        if user in seen:
-            continue
-        seen.add(user)
-        name = target_name(user)
-        if name in ("matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention", "__matmul__"):
-            return True
-        if user.op in ("call_function", "call_method") and name not in _ENDS:
-            todo.extend(user.users)
-    return False
+    return leads_to(
+        node,
+        lambda user: target_name(user) in _PRODUCTS,
+        lambda user: user.op in ("call_function", "call_method") and target_name(user) not in _ENDS,
+    )

@@ -23,6 +23,7 @@ def chain(*widths: int) -> nn.Sequential:
 
 X = torch.randn(2, 3, 8, 8)
 WIDE, NARROW = chain(96, 128, 160, 192, 128, 96), chain(16, 32, 64)
+DEEP = chain(16, 16, 24, 24, 32, 256)
 LINEAR = nn.Sequential(nn.Flatten(), nn.Linear(192, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)).eval()
 
 
@@ -35,6 +36,7 @@ LINEAR = nn.Sequential(nn.Flatten(), nn.Linear(192, 256), nn.ReLU(), nn.Linear(2
         (WIDE, {"macs": 0.5}, 0.05, 1),  # cannot be met, whose error should name what single units come to
         (WIDE, {"energy": 0.5}, None, 1),  # a cost of the user's own
         (NARROW, {"macs": 0.5}, None, 1),
+        (DEEP, {"macs": 0.5}, None, 1),  # one wide group among narrow ones
         (LINEAR, {"macs": 0.5}, None, 1),
     ],
 )

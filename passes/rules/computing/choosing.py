@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxprune.errors import UnsupportedError
-from fxprune.passes.ir.nodes import target_name
+from fxprune.passes.ir.nodes import leads_to, target_name
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value
 from fxprune.passes.rules.computing.elementwise import CASTS, DIVISIONS, ELEMENTWISE
@@ -33,18 +33,11 @@ def chooses(ctx: LabelContext, node: fx.Node, x: Value, axis: int, count: int) -
 def is_chosen_from(node: fx.Node) -> bool:
     """Whether a choice is made from what ``node`` gives, or from what is computed of it element by element, or single channels of that are
     read (the share of one expert)."""
-    todo, seen = list(node.users), set()
-    while todo:
-        user = todo.pop()
-        if user in seen:
-            continue
-        seen.add(user)
-        name = target_name(user)
-        if name in _CHOOSING or (name == "getitem" and _reads_one(user)):
-            return True
-        if name in _BETWEEN:
-            todo.extend(user.users)
-    return False
+    return leads_to(
+        node,
+        lambda user: target_name(user) in _CHOOSING or (target_name(user) == "getitem" and _reads_one(user)),
+        lambda user: target_name(user) in _BETWEEN,
+    )
 
 
 def _reads_one(node: fx.Node) -> bool:

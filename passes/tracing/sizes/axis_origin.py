@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.passes.compat import ConvNd, NormBase
+from fxprune.passes.ir.nodes import target_name
 
 _SWAPS = frozenset({"transpose", "swapaxes", "swapdims"})
 _TURNED = frozenset({"mT", "mH", "T", "H", "t", "adjoint"})
@@ -65,7 +66,7 @@ def same_axis(node: fx.Node, axis: int, layer: Callable[[str], nn.Module]) -> tu
         before = source.meta.get("val")
         if not isinstance(before, torch.Tensor) or not isinstance(value, torch.Tensor):
             break
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        name = target_name(node)
         given = listed(node.args[1:])
         found: Sequence[int] | None = None
         if node.op == "call_module":
