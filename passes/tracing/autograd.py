@@ -65,7 +65,7 @@ class _Context:
 
 def traced_call(tracer: Recorder, function: Function, args: tuple[Any, ...]) -> Any:
     """What tracing makes of ``function.apply(*args)``."""
-    forward = functools.partial(_forward, function)
+    forward = functools.partial(_forward, tracer, function)
     if function is CheckpointFunction:  # it saves memory; the gradient is that of what it runs
         run, _, *inputs = args
         return run(*inputs)
@@ -80,9 +80,14 @@ def traced_call(tracer: Recorder, function: Function, args: tuple[Any, ...]) -> 
     return forward(*args)
 
 
-def _forward(function: Function, *args: Any) -> Any:
+def _forward(tracer: Recorder, function: Function, *args: Any) -> Any:
     own_setup = function.setup_context is not torch.autograd.Function.setup_context
-    return function.forward(*args) if own_setup else function.forward(_Context(len(args)), *args)
+    # Where it goes into the network's graph, gradients go through all of it, blocks without gradients too: a backward of its own does so.
+    before, tracer.own_backward = tracer.own_backward, True
+    try:
+        return function.forward(*args) if own_setup else function.forward(_Context(len(args)), *args)
+    finally:
+        tracer.own_backward = before
 
 
 def _may_change(node: fx.Node) -> bool:

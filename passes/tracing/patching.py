@@ -217,7 +217,7 @@ def _gradients(what: str) -> Callable[[Recorder, Any], Any]:
 
     def wrap(tracer: Recorder, original: Any) -> Any:
         def enter(context: Any, *args: Any, **kwargs: Any) -> Any:
-            if tracer.recording and not _within_no_grad(sys._getframe(1)):
+            if tracer.recording and not tracer.own_backward and not _within_no_grad(sys._getframe(1)):
                 tracer.refuse_block(what)
                 context.__dict__[_BEFORE] = tracer.gradients
                 given = args[0] if args else kwargs.get("mode", True)

@@ -19,6 +19,7 @@ class Recorder(Protocol):
     ``graph``: what is being recorded. ``read``: names of tensors whose values
     Python code has read. ``constants``: attribute name -> tensor that the graph holds beside parameters and buffers. ``busy``: an
     operation runs for its shape, and nothing is recorded meanwhile. ``gradients``: whether the code at work is in no block without them.
+    ``own_backward``: the code at work is that of a function with a backward of its own, which has no gradients in it anyway.
     ``source``: the node being traced, where the module is a graph already.
     """
 
@@ -29,6 +30,7 @@ class Recorder(Protocol):
     asked: Asked
     busy: bool
     gradients: bool
+    own_backward: bool
     source: fx.Node | None
     device: torch.device
 

@@ -87,6 +87,7 @@ class ShapeTracer(fx.Tracer):
         self.graph_is_training = False
         self.busy = False  # running an operation for its shape: nothing is recorded meanwhile
         self.gradients = True  # the code at work is in no block without them
+        self.own_backward = False  # the code at work is that of a function with one
         self.returning = False  # forward is through: what is recorded now is its result
         self.thread = threading.get_ident()
         self.stack: list[str] = []  # names of the modules and functions at work, outermost first

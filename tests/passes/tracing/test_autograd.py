@@ -148,6 +148,53 @@ def test_arguments_that_the_code_writes_into() -> None:
     assert "the forward of Reversible without its backward" in note
 
 
+class Again(torch.autograd.Function):
+    """Computes without gradients and, in its backward, the same once more with them, in blocks that change nothing here."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Any:
+        ctx.layer, ctx.x = layer, x
+        with torch.no_grad():
+            y = layer(x).view(-1, 12)
+        with torch.enable_grad():
+            return torch.tanh(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        with torch.enable_grad():
+            x = ctx.x.detach().requires_grad_()
+            torch.autograd.backward(torch.tanh(ctx.layer(x)), gradient)
+        return x.grad, None
+
+
+class Recomputing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer, self.last = nn.Linear(5, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        y = Again.apply(self.first(x), self.layer)
+        with torch.no_grad():
+            scale = self.first(x).sigmoid()
+        return self.last(y * scale)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_blocks_without_gradients_in_a_forward_whose_backward_is_lost_keep_the_gradient(sparsity: float) -> None:
+    torch.manual_seed(0)
+    model, x = Recomputing().eval(), torch.randn(4, 5)
+    slim = fxprune.compress(model, sparsity, x, verify=True)
+    (note,) = fxprune.record(slim).notes
+    assert "the forward of Again without its backward" in note
+    kept = fxprune.record(slim).kept
+    wanted, found = gradients(zeroed(model, kept), x), gradients(slim, x)
+    assert wanted.keys() == found.keys() == dict(slim.named_parameters()).keys()
+    for name, gradient in wanted.items():
+        for dim, index in kept.get(name, {}).items():
+            gradient = gradient.index_select(dim, torch.as_tensor(index))
+        torch.testing.assert_close(found[name], gradient)
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 @pytest.mark.parametrize("middle", [rounded, reversed_, doubled])
 def test_gradients_are_those_of_its_own_backward(middle: Any, sparsity: float) -> None:
