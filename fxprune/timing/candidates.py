@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import statistics
 from collections.abc import MutableMapping
 from functools import cached_property
 from typing import Any
@@ -18,10 +19,11 @@ from fxprune.example_inputs import build
 from fxprune.exporting.formats import tensors
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.rewriting.slimmer import Slimmer
-from fxprune.timing.runtimes import Run, Runtime, Subject, against, onnx_bytes, onnx_run, openvino_run
+from fxprune.timing.runtimes import MOST, Run, Runtime, Subject, against, onnx_bytes, onnx_run, openvino_run
 
 SECONDS = "latency"  # the name under which the original's time is kept
 LOOKS = 9  # turns in which the original is timed alone
+SESSIONS = 3  # in which a file is timed: where in memory one lies makes it faster or slower by some per cent for as long as it lives
 AGREEMENT = 1e-3  # of the largest magnitude: how far a file made of the original's may be from the network
 
 
@@ -40,32 +42,37 @@ class CandidateTimer:
     def seconds(self) -> float:
         """Of one call of the original."""
         if SECONDS not in self.measured:
-            original = self._original()
-            self.measured[SECONDS], _ = against(original, [original], self.runtime, LOOKS)
+            originals = [self._original() for _ in range(1 if self._files is None else SESSIONS)]
+            found = [against(one, [one], self.runtime, LOOKS)[0] for one in originals]
+            self.measured[SECONDS] = statistics.mean(found)
         return self.measured[SECONDS]
 
     def share(self, slim: nn.Module) -> float:
         """What ``slim`` takes, as a share of what the original takes at the same moment."""
         with self.runtime.threaded(), evaluating(slim):
-            subject = Subject(slim, self._prepared(slim), self.runtime.clock(self.device), self.device)
-            subject.run()
-        return against(self._original(), [subject], self.runtime)[1][0]
+            file = None if self._files is None else self._swapped(slim, self._files[0]) or self._exported(slim)
+            run = None if file else self.runtime.prepared(slim, self.inputs)
+        sessions = SESSIONS if file else 1
+        found = []
+        for _ in range(sessions):
+            subject = self._subject(slim, run or self._session(file))
+            found += against(self._original(), [subject], self.runtime, MOST // sessions)[1]
+        return statistics.mean(found)
 
     def _original(self) -> Subject:
-        """The original, ready to run. A session is made for each measurement: where in memory it lies makes it faster or slower by some
-        per cent for as long as it lives, which should not fall on all measurements alike."""
-        with self.runtime.threaded(), evaluating(self.graph.model):
+        model = self.graph.model
+        with self.runtime.threaded(), evaluating(model):
             run = self._module if self._files is None else self._session(self._files[1])
+        return self._subject(model, run)
+
+    def _subject(self, model: nn.Module, run: Run) -> Subject:
+        with self.runtime.threaded(), evaluating(model):
             run()
-        return Subject(self.graph.model, run, self.runtime.clock(self.device), self.device)
+        return Subject(model, run, self.runtime.clock(self.device), self.device)
 
     @cached_property
     def _module(self) -> Run:
         return self.runtime.prepared(self.graph.model, self.inputs)
-
-    def _prepared(self, slim: nn.Module) -> Run:
-        swapped = None if self._files is None else self._swapped(slim, self._files[0])
-        return swapped or self.runtime.prepared(slim, self.inputs)
 
     @cached_property
     def _files(self) -> tuple[Any, bytes] | None:
@@ -75,15 +82,21 @@ class CandidateTimer:
         onnx = importlib.import_module("onnx")
         keep = np.ones(int(self.graph.starts[-1]) if len(self.graph.starts) else 0, dtype=bool)
         whole = Slimmer(self.graph, keep).run().cpu().eval()
-        file = onnx_bytes(whole, self.inputs)
+        file = self._exported(whole)
         proto = onnx.load_from_string(file)
         return proto, file
 
-    def _session(self, file: bytes) -> Run:
-        run = onnx_run if self.runtime.name == "onnx" else openvino_run
-        return run(file, [t.detach().cpu().numpy() for t in tensors(self.inputs)], self.runtime)
+    def _exported(self, model: nn.Module) -> bytes:
+        with self.runtime.refusing():
+            return onnx_bytes(model, self.inputs)
 
-    def _swapped(self, slim: nn.Module, original: Any) -> Run | None:
+    def _session(self, file: bytes | None) -> Run:
+        assert file is not None, "runtimes that take modules have no sessions"
+        run = onnx_run if self.runtime.name == "onnx" else openvino_run
+        with self.runtime.refusing():
+            return run(file, [t.detach().cpu().numpy() for t in tensors(self.inputs)], self.runtime)
+
+    def _swapped(self, slim: nn.Module, original: Any) -> bytes | None:
         """The original's file with the weights of ``slim``, which spares the export; None where that is not the same network."""
         onnx = importlib.import_module("onnx")
         proto = copy.deepcopy(original)
@@ -100,15 +113,15 @@ class CandidateTimer:
                     attribute.i = layer.groups
         _open_sizes(proto, onnx)
         try:
+            file: bytes = proto.SerializeToString()
             with self.runtime.refusing():
-                run = self._session(proto.SerializeToString())
-                found = run()
+                found = self._session(file)()
         except FxPruneError:  # then it is exported in earnest
             return None
         found = list(found.values()) if hasattr(found, "values") else list(found)
         with torch.no_grad():
             wanted = tensors(call(slim, to_device(self.inputs, self.device)))
-        return run if len(found) == len(wanted) and all(_same(f, w) for f, w in zip(found, wanted, strict=True)) else None
+        return file if len(found) == len(wanted) and all(_same(f, w) for f, w in zip(found, wanted, strict=True)) else None
 
 
 def _open_sizes(proto: Any, onnx: Any) -> None:
