@@ -28,7 +28,7 @@ from fxprune.passes.ir.objects import made_object
 from fxprune.passes.ir.outputs import Outputs, chosen, left_out
 from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.ir.traced import TracedModel
-from fxprune.passes.ir.writes import written
+from fxprune.passes.ir.writes import changes_container, written
 from fxprune.passes.labels.choices import JOINING, carried, left_behind
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, lift, values
@@ -115,6 +115,8 @@ class Walk(LabelContext):
         inputs = list(values((args, kwargs)))
         if not inputs and not has_tensor(value):
             return value
+        if changes_container(node) and isinstance(args[0], (list, dict)):
+            return self._changed(node, args, kwargs)
         if isinstance(node.target, type):  # a named tuple or a dataclass is built
             return packed(*args) if node.target is PackedSequence else node.target(*args, **kwargs)
         module = self.traced.skeleton.module(str(node.target)) if node.op == "call_module" else None
@@ -126,6 +128,19 @@ class Walk(LabelContext):
             self.followed = []
             return self._positions(node, args, kwargs, inputs, self._ruled(rule, node, module, args, kwargs, inputs))
         return self._positions(node, args, kwargs, inputs, self._unruled(node, module, value, inputs))
+
+    def _changed(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """What a change of a list or a dictionary gives, which is made here too. Whoever gave ``forward`` one sees what is put into it."""
+        source: Any = node.args[0]
+        while source.target is operator.getitem:
+            source = source.args[0]
+        for found in values((args[1:], kwargs)) if source.op == "placeholder" else ():
+            self.pin_all(found, f"it is put into a {type(args[0]).__name__} that comes from outside", ReasonKind.OUTPUT)
+            self.pin(found.picks, "positions of what is chosen among them are put there", ReasonKind.CHOICE)
+            pin_gates(self, found.gone)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _unruled(self, node: fx.Node, module: nn.Module | None, value: Any, inputs: Sequence[Value]) -> Any:
         """What an operation without a rule gives."""

@@ -9,12 +9,12 @@ import torch
 from torch import fx
 
 from fxprune.passes.ir.nodes import AUGMENTED
-from fxprune.passes.ir.writes import written
+from fxprune.passes.ir.writes import changes_container, written
 
 
 def impure(node: fx.Node) -> bool:
-    """Whether a node must stay though nothing uses its result: it writes into a tensor, checks something, or is an edge."""
-    if node.op in ("placeholder", "output", "call_module"):
+    """Whether a node must stay though nothing uses its result: it writes into a tensor or a list, checks something, or is an edge."""
+    if node.op in ("placeholder", "output", "call_module") or changes_container(node):
         return True
     return written(node) is not None or getattr(node.target, "__name__", "") in ("_assert", "_assert_async")
 
@@ -25,7 +25,7 @@ def eliminate(graph: fx.Graph) -> bool:
     for node in reversed(list(graph.nodes)):
         if node.users:
             continue
-        if impure(node) and not (node.target in AUGMENTED and not isinstance(node.args[0].meta.get("val"), torch.Tensor)):
+        if impure(node) and not (node.target in AUGMENTED and not isinstance(node.args[0].meta.get("val"), (torch.Tensor, list, dict))):
             continue
         graph.erase_node(node)
         changed = True

@@ -34,6 +34,19 @@ def written(node: fx.Node, module: Callable[[str], nn.Module] | None = None) -> 
     return first if name.endswith("_") and not name.endswith("__") else None
 
 
+_CHANGING = frozenset(
+    {"append", "extend", "insert", "remove", "reverse", "sort", "clear", "pop", "popitem", "update", "setdefault", "__setitem__"}
+)
+_ITEMS = frozenset({operator.setitem, operator.delitem})
+
+
+def changes_container(node: fx.Node) -> bool:
+    """Whether a node changes a list or a dictionary that ``forward`` was given, or that a call gave."""
+    if not node.args or not isinstance(node.args[0], fx.Node) or not isinstance(node.args[0].meta.get("val"), (list, dict)):
+        return False
+    return node.target in _CHANGING if node.op == "call_method" else node.target in _ITEMS or node.target in AUGMENTED
+
+
 def _written_within(call: fx.Node) -> fx.Node | None:
     """The argument that the code of a call, which was traced aside, writes into."""
     nodes = call.meta["body"].nodes

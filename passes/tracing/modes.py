@@ -227,6 +227,8 @@ def _one(tracer: ShapeTracer, example: Any, training: bool, history: History) ->
         written_back(tracer, plain)
     for place in remove_left(tracer.made):
         tracer.note(NoteKind.STATE, f"forward kept what it computed while it was traced in {place}, which was rid of it")
+    for node in graph.find_nodes(op="placeholder"):
+        node.meta["val"] = node.meta.pop("given", node.meta["val"])
     detach(tracer, graph)
     eliminate(graph)
     extents.forget(graph)

@@ -160,6 +160,9 @@ class ShapeProxy(fx.Proxy):
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
+    def __delitem__(self, index: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.delitem, (self, index), {})
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data":
             raise TraceError(f"{self.tracer.here()}: a tensor's data is bound anew, which a graph cannot keep; use copy_()")
@@ -245,10 +248,10 @@ class ShapeProxy(fx.Proxy):
 
 
 def _augmented(operation: Any) -> Any:
-    """``x += y`` writes into a tensor, which other names may hold too; a number is another one afterwards. fx knows neither."""
+    """``x += y`` writes into a tensor or a list, which other names may hold too; a number is another one afterwards. fx knows neither."""
 
     def method(self: ShapeProxy, other: Any) -> Any:
-        if not _isinstance(self.value, torch.Tensor):
+        if not _isinstance(self.value, (torch.Tensor, list, dict)):
             return NotImplemented
         return self.tracer.create_proxy("call_function", operation, (self, other), {})
 

@@ -288,6 +288,7 @@ class ShapeTracer(fx.Tracer):
         def placeholder(name: str, value: Any) -> Any:
             proxy = self.create_proxy("placeholder", name, (), {})
             proxy.node.meta["val"] = to_meta(value)
+            proxy.node.meta["given"] = tree_map(lambda v: v, proxy.node.meta["val"])  # code may change a list
             proxy.node.meta["example"] = value if not _isinstance(value, (torch.Tensor, dict, list, tuple)) else None
             flat.append(proxy)
             return proxy
