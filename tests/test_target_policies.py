@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fxprune
 from fxprune.allocation.target_policies import bounds_of
@@ -59,6 +59,22 @@ def test_limits_and_what_is_ignored_hold() -> None:
     slim = fxprune.compress(net(), "macs=0.6", X, most={"stem": 0.25}, ignore="blocks.0.up")
     removed = {name: len(units) for name, units in fxprune.record(slim).removed_units.items()}
     assert removed["stem"] <= 3 and "blocks.0.up" not in removed and left(slim)["macs"] <= 0.6
+
+
+def test_calibration_batches_that_are_no_keyword_inputs_are_named() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+        def forward(self, inputs: dict[str, Tensor]) -> Any:
+            return self.c(self.b(self.a(inputs["x"] * inputs["mask"]).relu()).relu())
+
+    model, batches = Net().eval(), [{"x": torch.randn(8, 4), "mask": torch.ones(8, 4)} for _ in range(3)]
+    with pytest.raises(fxprune.errors.InputError, match=r"does not fit Net.forward: missing .* 'inputs'; .* given it as \(batch,\)"):
+        fxprune.compress(model, "macs=0.5", (batches[0],), calibration=batches, repair="lstsq")
+    slim = fxprune.compress(model, "macs=0.5", (batches[0],), calibration=[(batch,) for batch in batches], repair="lstsq")
+    assert fxprune.record(slim).repaired
 
 
 def test_calibration_brings_the_error_tables() -> None:

@@ -6,7 +6,6 @@ no memory, and the user's module is never touched.
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from torch import nn
 
 from fxprune.costs.counting import Counts, count
 from fxprune.errors import FxPruneError, InputError, first_line
+from fxprune.evaluation.copying import copied
 from fxprune.evaluation.running import call, device_of, evaluating, to_device
 from fxprune.example_inputs import build, describe
 from fxprune.passes.compat import tree_leaves
@@ -81,7 +81,7 @@ def _counted(model: nn.Module, example_inputs: Any) -> Counts:
         if device.type == "meta":
             raise InputError(f"the model does not run on the example inputs without its weights: {first_line(error)}") from error
     try:
-        return count(copy.deepcopy(model), to_device(_with_values(example_inputs), device))
+        return count(copied(model), to_device(_with_values(example_inputs), device))
     except _NEEDS_VALUES as error:
         raise InputError(f"the model does not run on the example inputs: {first_line(error)}; check their shapes and types") from error
 
@@ -94,7 +94,7 @@ def _meta_copy(model: nn.Module) -> nn.Module:
             for tensor in holder.values():
                 if isinstance(tensor, torch.Tensor):
                     twins.setdefault(id(tensor), _meta_twin(tensor))
-    return copy.deepcopy(model, twins)
+    return copied(model, twins)
 
 
 def _meta_twin(tensor: torch.Tensor) -> torch.Tensor:

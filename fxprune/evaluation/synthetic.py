@@ -96,6 +96,20 @@ def listed_batches(calibration: Iterable[Any] | None) -> list[Any] | None:
     return None if calibration is None else list(calibration)
 
 
+def fitting_batches(batches: list[Any] | None, model: nn.Module) -> list[Any] | None:
+    """``batches``. Raises ``InputError`` where dictionaries among them are no keyword inputs of ``model``."""
+    for batch in batches or ():
+        inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
+        if not isinstance(inputs, dict) or not all(isinstance(key, str) for key in inputs):
+            continue
+        try:
+            inspect.signature(model.forward).bind(**inputs)
+        except TypeError as error:
+            hint = "a network that takes one dictionary is given it as (batch,)"
+            raise InputError(f"a calibration batch does not fit {type(model).__name__}.forward: {error}; {hint}") from error
+    return batches
+
+
 def calibration_batches(
     calibration: Iterable[Any] | str | None, model: nn.Module, example_inputs: Any, *, seed: int = 0
 ) -> list[Any] | None:
@@ -104,7 +118,7 @@ def calibration_batches(
     Raises ``InputError`` for any other string.
     """
     if not isinstance(calibration, str):
-        return listed_batches(calibration)
+        return fitting_batches(listed_batches(calibration), model)
     if calibration != NONE:
         raise InputError(f'calibration is {calibration!r}; pass batches, or "{NONE}" for inputs that are made without data')
     whole = all(not (isinstance(leaf, Tensor) and leaf.is_meta) for leaf in tree_leaves(example_inputs))

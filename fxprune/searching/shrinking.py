@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import nn
 
 from fxprune.api import analyze, compress
 from fxprune.errors import InputError
+from fxprune.evaluation.copying import copied
 from fxprune.evaluation.synthetic import calibration_batches, without_labels
 from fxprune.importance.criteria import Importance, importance_name, resolved, scores
 from fxprune.passes.planning.naming import sparsities
@@ -78,7 +78,7 @@ def shrink(
         raise InputError(f"steps is {steps}; it must be at least 1")
     importance = without_labels(importance, calibration, repair)
     batches = calibration_batches(calibration, model, example_inputs)
-    working = copy.deepcopy(model)
+    working = copied(model)
     graph = analyze(working, example_inputs, ignore=_names(model, ignore), attention=attention)
     wanted = sparsities(graph, policy.sparsity if isinstance(policy, Policy) else policy)
     costs = Candidates(graph, {}, round_to)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Iterable
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.api import analyze, compress, record
+from fxprune.evaluation.copying import copied
 from fxprune.evaluation.running import call, evaluating, set_training
 from fxprune.passes.compat import tree_leaves
 from fxprune.passes.coupling.graph import CouplingGraph
@@ -65,7 +65,7 @@ def assert_sound(
 
 def _zeroed(model: nn.Module, kept: Any) -> nn.Module:
     """A copy in which every slice that was not kept is zero; running variances stay."""
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     state = twin.state_dict(keep_vars=True)
     with torch.no_grad():
         for name, dims in kept.items():
@@ -86,7 +86,7 @@ def _slices(model: nn.Module, slim: nn.Module, kept: Any) -> None:
 
 
 def _outputs(module: nn.Module, inputs: Any) -> Any:
-    twin = copy.deepcopy(module)
+    twin = copied(module)
     set_training(twin, False)
     with evaluating(twin):
         torch.manual_seed(0)

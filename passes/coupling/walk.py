@@ -117,7 +117,7 @@ class Walk(LabelContext):
             return value
         if changes_container(node) and isinstance(args[0], (list, dict)):
             return self._changed(node, args, kwargs)
-        if isinstance(node.target, type):  # a named tuple or a dataclass is built
+        if isinstance(node.target, type) and node.target not in (int, float):  # a named tuple or a dataclass is built
             return packed(*args) if node.target is PackedSequence else node.target(*args, **kwargs)
         module = self.traced.skeleton.module(str(node.target)) if node.op == "call_module" else None
         if module is not None:

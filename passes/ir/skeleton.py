@@ -291,8 +291,8 @@ def fill(source: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     try:
         return copy.deepcopy(value, memo)
-    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
-        return value  # locks, generators, handles: nothing the forward pass's structure depends on
+    except Exception:  # noqa: BLE001 - what cannot be copied raises what it likes
+        return value  # locks, generators, handles, scripted functions: nothing the forward pass's structure depends on
 
 
 def below(path: str, outer: str) -> bool:

@@ -194,18 +194,19 @@ def _overloads(name: str) -> Iterator[_Schema]:
 
 
 def _of(schema: Any) -> _Schema:
-    return _Schema(
-        [
-            _Parameter(
-                "input" if a.name == "self" else a.name,
-                str(a.type),
-                not a.kwarg_only,
-                not a.has_default_value() and str(a.type) != "Optional[Tensor]" or a.name == "out",
-                a.N is not None,
-            )
-            for a in schema.arguments
-        ]
-    )
+    parameters = [
+        _Parameter(
+            "input" if a.name == "self" else a.name,
+            str(a.type),
+            not a.kwarg_only,
+            not a.has_default_value() and str(a.type) != "Optional[Tensor]" or a.name == "out",
+            a.N is not None,
+        )
+        for a in schema.arguments
+    ]
+    if any(a.name == "layout" for a in schema.arguments):  # torch's Python side takes it where a tensor is made, and no schema says so
+        parameters.append(_Parameter("requires_grad", "bool", positional=False, required=False))
+    return _Schema(parameters)
 
 
 def _signature(function: Any, skip: int = 0) -> Iterator[_Schema]:

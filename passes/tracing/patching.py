@@ -24,7 +24,7 @@ from fxprune.passes import compat
 from fxprune.passes.ir.factories import FACTORIES, LIKE, RANDOM_FACTORIES
 from fxprune.passes.ir.notes import NoteKind
 from fxprune.passes.ir.skeleton import Skeleton
-from fxprune.passes.tracing import checks
+from fxprune.passes.tracing import checks, legacy
 from fxprune.passes.tracing import decompositions as openers
 from fxprune.passes.tracing.autograd import traced_call
 from fxprune.passes.tracing.proxies import ShapeAttribute, ShapeProxy, ShapeTuple
@@ -298,6 +298,9 @@ PATCHES: tuple[Patch, ...] = (
     *(Patch(torch, name, _checked) for name in compat.CHECKS),
     Patch(torch, "_assert", _asserted),
     Patch(torch.autograd.Function, "apply", _apply),
+    Patch(type(torch.autograd.Variable), "__call__", legacy.variable),
+    Patch(torch.Tensor, "__new__", legacy.constructor),
+    *(Patch(torch, name, legacy.kind_of_tensor) for name in legacy.KINDS),
     Patch(torch.no_grad, "__enter__", _gradients("no_grad")),
     Patch(torch.enable_grad, "__enter__", _gradients("enable_grad")),
     Patch(torch.set_grad_enabled, "__init__", _gradients("set_grad_enabled")),

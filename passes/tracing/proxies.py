@@ -7,6 +7,7 @@ import math
 import operator
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from fxprune.passes import compat
 from fxprune.passes.ir.constants import held
 from fxprune.passes.ir.nodes import AUGMENTED, RESHAPING
 from fxprune.passes.ir.notes import NoteKind
-from fxprune.passes.tracing import checks
+from fxprune.passes.tracing import checks, legacy
 from fxprune.passes.tracing.recorder import Recorder
 from fxprune.passes.tracing.sizes.arithmetic import OF_MATH
 
@@ -70,8 +71,10 @@ class ShapeProxy(fx.Proxy):
 
     def _known(self, end: Any) -> Any:
         """An end of a slice that is a tensor and does not depend on the inputs, as the number that it is."""
-        read = _isinstance(end, ShapeProxy) and _isinstance(end.value, torch.Tensor) and self.tracer.actual(end.node) is not None
-        return operator.index(end) if read else end
+        if _isinstance(end, ShapeProxy):
+            read = _isinstance(end.value, torch.Tensor) and self.tracer.actual(end.node) is not None
+            return end.item() if read else end
+        return operator.index(end) if _isinstance(end, torch.Tensor) else end
 
     @property
     def value(self) -> Any:
@@ -100,7 +103,13 @@ class ShapeProxy(fx.Proxy):
             if name in _STATIC_METHODS:
                 return getattr(value, name)
             if name == "type":
-                return self._type_name
+                return partial(legacy.cast, self)
+            if name == "new":
+                return partial(legacy.new, self)
+            if name == "item" and self.tracer.moves(self):
+                return ShapeAttribute(self, name)
+            if name == "tolist" and value.ndim == 1 and len(value) and self.tracer.moves(self[0]):
+                return lambda: [self[i].item() for i in range(value.shape[0])]
             if name in ("tolist", "item"):
                 return lambda: self._concrete(name, name)
             if name == "numpy" and self.tracer.actual(self.node) is not None:
@@ -123,18 +132,6 @@ class ShapeProxy(fx.Proxy):
                 return lambda: getattr(np, name)(self._concrete(f"numpy.{name}()"))
             raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
         return ShapeAttribute(self, name)
-
-    def _type_name(self, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """``x.type()``: the name of the tensor's type, on the device that the model is on."""
-        if dtype is not None:
-            return self.tracer.create_proxy("call_method", "type", (self, dtype, *args), kwargs)
-        before, self.tracer.busy = self.tracer.busy, True
-        try:
-            name = torch.empty(0, dtype=self.value.dtype).type()
-        finally:
-            self.tracer.busy = before
-        kind = self.tracer.device.type
-        return name if kind in ("cpu", "meta") else name.replace("torch.", f"torch.{kind}.", 1)
 
     def __iter__(self) -> Iterator[Any]:
         value = self.value
@@ -242,6 +239,7 @@ class ShapeProxy(fx.Proxy):
             for name in held(self.node) - self.tracer.constants.keys():
                 self.tracer.note(NoteKind.VALUE, f"{use} was specialised to the value of {name!r}", self.tracer.here())
                 self.tracer.read.add(name)
+            self.tracer.specialised(self, use)
             return getattr(actual, method)()
         self.tracer.specialised(self, f"{use} on the value {value}")
         return value

@@ -469,10 +469,15 @@ class ShapeTracer(fx.Tracer):
             made.meta.update(val=found, where=self.here(), owner=self._owner())
 
     def moves(self, value: Any) -> bool:
-        """Whether ``value`` is the proxy of a number that a size of the input enters, or that is an input."""
-        if not _isinstance(value, ShapeProxy) or type(value.value) not in (int, float):
+        """Whether ``value`` is the proxy of a number that a size of the input enters, or that is an input, or of a tensor of one that
+        holds nothing else."""
+        if not _isinstance(value, ShapeProxy):
             return False
-        return extents.depends(value.node, self.skeleton.module) is not None
+        if _isinstance(value.value, torch.Tensor):
+            if value.value.numel() != 1 or extents.depends(value.node, self.skeleton.module) is None:
+                return False
+            return self.actual(value.node) is not None
+        return type(value.value) in (int, float) and extents.depends(value.node, self.skeleton.module) is not None
 
     def unrolled(self, proxy: ShapeProxy) -> None:
         """Code loops over a tensor, or over the parts of one."""

@@ -6,7 +6,6 @@ A submodule can be traced by itself, and change inside, where nothing outside of
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fxprune.evaluation.copying import copied
 from fxprune.evaluation.repeatable import cloned, same_random_numbers
 from fxprune.evaluation.running import set_training
 from fxprune.example_inputs import call_form
@@ -77,12 +77,12 @@ def watched(model: nn.Module, example_inputs: Any) -> Watched:
     shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters() if type(p) is nn.Parameter}
     try:
         with guard:
-            found = _run(copy.deepcopy(model, shared), example_inputs)
+            found = _run(copied(model, shared), example_inputs)
         if not guard.written:
             return found
     except Exception:  # noqa: BLE001 - the guard's, wrapped maybe; or the user's, and then it comes again
         pass
-    return _run(copy.deepcopy(model), example_inputs)
+    return _run(copied(model), example_inputs)
 
 
 def _run(twin: nn.Module, example_inputs: Any) -> Watched:

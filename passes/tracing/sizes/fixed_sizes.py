@@ -241,6 +241,11 @@ def depends(node: fx.Node, module: Modules) -> fx.Node | None:
             if not is_fixed(source, axis, module):  # type: ignore[arg-type]
                 return found
             continue
+        if found.op == "call_method" and found.target == "stride":
+            source = found.all_input_nodes[0]
+            if not all(is_fixed(source, axis, module) for axis in range(1, source.meta["val"].ndim)):
+                return found
+            continue
         todo.extend(found.all_input_nodes)
     return None
 
