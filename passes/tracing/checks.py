@@ -7,17 +7,20 @@ import functools
 from types import CodeType, FrameType
 
 NOT_KEPT = "a check of values, which raises an error, cannot be kept in a graph; the slim module computes without it"
+_LOCALS = frozenset({"LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_FAST_BORROW"})
 _LONGEST = 100  # instructions that make an error's text, at most
 
 
 def goes_on(frame: FrameType) -> bool | None:
     """The answer with which ``frame``, which asks a condition, does not raise at once; None where either answer may go on, or neither."""
-    return _answers(frame.f_code).get(frame.f_lasti)
+    nones = frozenset(name for name, value in frame.f_locals.items() if value is None)
+    return _answers(frame.f_code, nones).get(frame.f_lasti)
 
 
 @functools.lru_cache(maxsize=1024)
-def _answers(code: CodeType) -> dict[int, bool]:
-    """For every instruction that asks for a truth value before a jump that decides between a raise and going on: the latter's answer."""
+def _answers(code: CodeType, nones: frozenset[str]) -> dict[int, bool]:
+    """For every instruction that asks for a truth value before a jump that decides between a raise and going on: the latter's answer.
+    ``nones``: the local names that hold None, for a branch that raises where an argument was given, or was not."""
     steps = list(dis.get_instructions(code))
     at = {step.offset: number for number, step in enumerate(steps)}
     handled = _handled(code, steps)
@@ -25,7 +28,7 @@ def _answers(code: CodeType) -> dict[int, bool]:
     for number, step in enumerate(steps):
         if not step.opname.startswith("POP_JUMP") or not step.opname.endswith(("IF_TRUE", "IF_FALSE")) or step.argval not in at:
             continue
-        jumps, falls = (_raises(steps, start, handled) for start in (at[step.argval], number + 1))
+        jumps, falls = (_raises(steps, start, handled, at, nones) for start in (at[step.argval], number + 1))
         if jumps != falls:
             answer = step.opname.endswith("IF_TRUE") is not jumps
             asked = number - 1 if steps[number - 1].opname == "TO_BOOL" else number
@@ -36,11 +39,19 @@ def _answers(code: CodeType) -> dict[int, bool]:
     return found
 
 
-def _raises(steps: list[dis.Instruction], start: int, handled: set[int]) -> bool:
+def _raises(steps: list[dis.Instruction], start: int, handled: set[int], at: dict[int, int], nones: frozenset[str]) -> bool:
     """Whether the code from ``start`` on does nothing but raise, where this code does not catch it."""
-    for step in steps[start : start + _LONGEST]:
+    number = start
+    while number < min(start + _LONGEST, len(steps)):
+        step = steps[number]
+        asked = steps[number - 1]
+        number += 1
         if step.opname == "RAISE_VARARGS":
             return step.offset not in handled
+        if step.opname.endswith("NONE") and "BACKWARD" not in step.opname and asked.opname in _LOCALS and step.argval in at:
+            if (asked.argval in nones) is not step.opname.endswith("NOT_NONE"):
+                number = at[step.argval]
+            continue
         if "JUMP" in step.opname or step.opname.startswith(("STORE", "DELETE", "RETURN", "YIELD", "FOR_ITER", "SEND", "SETUP")):
             return False
     return False

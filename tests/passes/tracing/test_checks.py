@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -91,3 +92,38 @@ def test_checks_of_values_are_left_out(check: Callable[[Tensor, Tensor], Tensor]
 def test_conditions_that_decide_what_is_computed_stop_the_trace(check: Callable[[Tensor, Tensor], Tensor]) -> None:
     with pytest.raises(TraceError, match=r"test_checks.py:\d+: a condition depends on the values of a tensor"):
         fxprune.analyze(Checked(check).eval(), torch.randn(2, 5, 6))
+
+
+def guarded(x: Tensor, mask: Tensor | None, other: Tensor | None = None) -> Tensor:
+    """A branch that makes what was not given, and raises where it was (as PyPOTS has it)."""
+    if torch.isnan(x).any():
+        if mask is None:
+            mask = torch.isnan(x)
+        else:
+            raise ValueError("a mask is given, but there are numbers that are none")
+    if (x > 99).any():
+        if other is not None:
+            x = x + other
+        else:
+            raise ValueError("too large")
+    return x if mask is None else x * mask
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, other: Tensor | None = None) -> Any:
+        return self.c(self.b(self.a(guarded(x, mask, other)).relu()).relu())
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 asks for None in other instructions")
+def test_a_branch_that_raises_for_the_arguments_of_the_example() -> None:
+    torch.manual_seed(0)
+    model, x = Masked().eval(), torch.randn(2, 5, 8)
+    graph = assert_sound(model, (x, torch.ones(2, 5, 8)), removes=("a.weight", "b.weight", "c.weight"))
+    assert [note.kind for note in graph.traced.notes] == [NoteKind.LOST] * 2 and not graph.traced.parts
+    for given in ((x,), (x, torch.ones(2, 5, 8), x)):  # here the branches do something
+        with pytest.raises(TraceError, match=r"test_checks.py:\d+: a condition depends on the values"):
+            fxprune.analyze(model, given)
