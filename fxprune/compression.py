@@ -20,7 +20,7 @@ from fxprune.allocation.target_policies import allocated, is_target
 from fxprune.attached import Sources, attach, record_of, sources_of
 from fxprune.errors import FAULTS, FxPruneError, InputError, PolicyError, PruningWarning, UnsupportedError, in_a_line
 from fxprune.evaluation.running import device_of
-from fxprune.evaluation.synthetic import calibration_batches, fitting_batches, listed_batches, without_labels
+from fxprune.evaluation.synthetic import as_the_example, calibration_batches, listed_batches, without_labels
 from fxprune.evaluation.wrappers import sliceable, unwrapped
 from fxprune.importance.criteria import Importance, importance_name, scores
 from fxprune.importance.criteria import resolved as resolved_importance
@@ -115,8 +115,7 @@ class Choices:
     def with_inputs(self, graph: CouplingGraph, example: Any, target: str | None) -> Choices:
         """With calibration inputs where they are to be made without data. These have no labels, so "auto" ranks by what needs none."""
         if not isinstance(self.calibration, str):
-            fitting_batches(self.calibration, graph.model)
-            return self
+            return replace(self, calibration=as_the_example(self.calibration, example))
         made = replace(self, calibration=calibration_batches(self.calibration, graph.model, _with_values(graph, example)))
         ranked = without_labels(self.importance, self.calibration, self.repair)
         if ranked == self.importance or target is not None:

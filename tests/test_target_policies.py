@@ -61,7 +61,7 @@ def test_limits_and_what_is_ignored_hold() -> None:
     assert removed["stem"] <= 3 and "blocks.0.up" not in removed and left(slim)["macs"] <= 0.6
 
 
-def test_calibration_batches_that_are_no_keyword_inputs_are_named() -> None:
+def test_batches_of_a_network_that_takes_one_dictionary() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -71,10 +71,13 @@ def test_calibration_batches_that_are_no_keyword_inputs_are_named() -> None:
             return self.c(self.b(self.a(inputs["x"] * inputs["mask"]).relu()).relu())
 
     model, batches = Net().eval(), [{"x": torch.randn(8, 4), "mask": torch.ones(8, 4)} for _ in range(3)]
-    with pytest.raises(fxprune.errors.InputError, match=r"does not fit Net.forward: missing .* 'inputs'; .* given it as \(batch,\)"):
-        fxprune.compress(model, "macs=0.5", (batches[0],), calibration=batches, repair="lstsq")
-    slim = fxprune.compress(model, "macs=0.5", (batches[0],), calibration=[(batch,) for batch in batches], repair="lstsq")
-    assert fxprune.record(slim).repaired
+    example, labels = (batches[0],), torch.zeros(8)
+    ways = (batches, [(batch,) for batch in batches], [(batch, labels) for batch in batches], [((batch,), labels) for batch in batches])
+    found = [fxprune.compress(model, "macs=0.5", example, calibration=given, repair="lstsq") for given in ways]
+    assert fxprune.record(found[0]).repaired
+    for slim in found[1:]:
+        for name, tensor in found[0].state_dict().items():
+            torch.testing.assert_close(slim.state_dict()[name], tensor)
 
 
 def test_calibration_brings_the_error_tables() -> None:

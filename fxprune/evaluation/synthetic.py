@@ -96,18 +96,18 @@ def listed_batches(calibration: Iterable[Any] | None) -> list[Any] | None:
     return None if calibration is None else list(calibration)
 
 
-def fitting_batches(batches: list[Any] | None, model: nn.Module) -> list[Any] | None:
-    """``batches``. Raises ``InputError`` where dictionaries among them are no keyword inputs of ``model``."""
-    for batch in batches or ():
-        inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
-        if not isinstance(inputs, dict) or not all(isinstance(key, str) for key in inputs):
-            continue
-        try:
-            inspect.signature(model.forward).bind(**inputs)
-        except TypeError as error:
-            hint = "a network that takes one dictionary is given it as (batch,)"
-            raise InputError(f"a calibration batch does not fit {type(model).__name__}.forward: {error}; {hint}") from error
-    return batches
+def as_the_example(batches: list[Any] | None, example: Any) -> list[Any] | None:
+    """``batches`` as the example has it: a network that takes one dictionary is given ``(dictionary,)``, which a batch need not say."""
+    if not (isinstance(example, (tuple, list)) and len(example) == 1 and isinstance(example[0], Mapping)):
+        return batches
+
+    def one(batch: Any) -> Any:
+        if isinstance(batch, Mapping):
+            return (batch,)
+        pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], Mapping)
+        return ((batch[0],), batch[1]) if pair else batch
+
+    return None if batches is None else [one(batch) for batch in batches]
 
 
 def calibration_batches(
@@ -118,7 +118,7 @@ def calibration_batches(
     Raises ``InputError`` for any other string.
     """
     if not isinstance(calibration, str):
-        return fitting_batches(listed_batches(calibration), model)
+        return as_the_example(listed_batches(calibration), example_inputs)
     if calibration != NONE:
         raise InputError(f'calibration is {calibration!r}; pass batches, or "{NONE}" for inputs that are made without data')
     whole = all(not (isinstance(leaf, Tensor) and leaf.is_meta) for leaf in tree_leaves(example_inputs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -38,7 +39,7 @@ from fxprune.evaluation.accuracy import evaluate_accuracy
 from fxprune.evaluation.likeness import Likeness
 from fxprune.exporting.formats import FORMATS
 from fxprune.models.small import digits_net
-from fxprune.searching import problem
+from fxprune.searching import norms, problem
 from fxprune.timing.layers import LayerTable
 from fxprune.timing.runtimes import RUNTIMES, Runtime
 
@@ -323,7 +324,13 @@ def test_norms_are_recovered_between_repair_and_distillation_and_a_resumed_run_r
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = [*QUICK, "--no-baseline", "--strategy", "uniform", "--repair-images", "128", "--recover", "norms", "--recover-epochs", "3"]
-    monkeypatch.setattr(session, "LR", 0.1)  # so that it moves something that the held-out images see
+    train_norms: Any = norms.recover_norms
+
+    def to_the_end(*args: Any) -> None:
+        """What the last epoch gives, better on the held-out images or not: that may differ from machine to machine."""
+        train_norms(*args[:-1], dataclasses.replace(args[-1], validate=None))
+
+    monkeypatch.setattr(session, "recover_norms", to_the_end)
     with monkeypatch.context() as patched:
         patched.setattr(session.Session, "measured", interrupted)
         assert run("--out", tmp_path, *options).status == 130
