@@ -104,21 +104,21 @@ class TypeName(str):
     tensor: Any
 
 
-def cast(proxy: Any, kind: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """``x.type()``, the name of the tensor's type on the model's device, and ``x.type(kind)``, where ``kind`` is a dtype, such a name,
+def cast(proxy: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """``x.type()``, the name of the tensor's type on the model's device, and ``x.type(dtype)``, which may be a dtype, such a name,
     or ``torch.FloatTensor`` and the like."""
     tracer = proxy.tracer
-    if kind is None:
+    if dtype is None:
         return _name(tracer, proxy)
-    if _isinstance(kind, TypeName):
-        return tracer.create_proxy("call_method", "type_as", (proxy, kind.tensor), {})
-    if _isinstance(kind, str) and kind.startswith("torch."):
-        home, _, name = kind.removeprefix("torch.").rpartition(".")
-        kind = getattr(getattr(torch, home) if home else torch, name)
-    if hasattr(kind, "is_cuda"):
-        device = {"device": "cuda"} if kind.is_cuda else {}
-        return tracer.create_proxy("call_method", "to", (proxy,), {"dtype": kind.dtype, **device})
-    return tracer.create_proxy("call_method", "type", (proxy, kind, *args), kwargs)
+    if _isinstance(dtype, TypeName):
+        return tracer.create_proxy("call_method", "type_as", (proxy, dtype.tensor), {})
+    if _isinstance(dtype, str) and dtype.startswith("torch."):
+        home, _, name = dtype.removeprefix("torch.").rpartition(".")
+        dtype = getattr(getattr(torch, home) if home else torch, name)
+    if hasattr(dtype, "is_cuda"):
+        device = {"device": "cuda"} if dtype.is_cuda else {}
+        return tracer.create_proxy("call_method", "to", (proxy,), {"dtype": dtype.dtype, **device})
+    return tracer.create_proxy("call_method", "type", (proxy, dtype, *args), kwargs)
 
 
 def _name(tracer: Recorder, proxy: Any) -> TypeName:

@@ -42,7 +42,7 @@ def new(y: Tensor) -> Any:
 def cast(y: Tensor) -> Any:
     mask = (y > 0).type(torch.FloatTensor) + (y > 1).type("torch.DoubleTensor").type(y.type()) + (y > 2).type(FloatTensor)  # type: ignore[call-overload]
     assert isinstance(mask, torch.FloatTensor) and y.type() == "torch.FloatTensor"
-    return y * mask.type(torch.float32)
+    return y * mask.type(torch.float32) * (y > 3).type(dtype=torch.float64).type(dtype=y.dtype)
 
 
 def keyword(y: Tensor) -> Any:
