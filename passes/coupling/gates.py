@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from fxprune.passes.ir.masks import is_mask
-from fxprune.passes.ir.nodes import computed_from, target_name
+from fxprune.passes.ir.nodes import sources, target_name
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.ir.writes import memory, written
 from fxprune.passes.labels.choices import Gate, Sum
@@ -176,7 +176,7 @@ def settle_gates(walk: LabelContext) -> Gated | None:
         lost = {name for name in lost if all(one.readers.get(name, set()) <= dead[mode] for mode, one in regions.items())}
         shares = {choice.node for choice in walk.choices_among if label in find(choice.vector)}
         # What is read of a logit, of which no share was computed, would be minus infinity where the expert goes.
-        if lost and all(computed_from(gate.node) & shares for gate in gates.get(label, ())):
+        if lost and all(any(one in shares for one in sources(gate.node)) for gate in gates.get(label, ())):
             free[label] = dead, lost
     for label in sorted((named | set(gates)) - set(free)):
         if label in gates:

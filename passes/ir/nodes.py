@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import fx
@@ -50,14 +50,19 @@ def op_name(node: fx.Node, traced: TracedModel) -> str:
     return name[1:] if node.target in AUGMENTED else name  # ``x += y`` is an addition to its readers
 
 
-def computed_from(node: fx.Node) -> set[fx.Node]:
-    """The node and all that it is computed from."""
+def sources(node: fx.Node) -> Iterator[fx.Node]:
+    """The node and all that it is computed from, the nearest first."""
     seen, todo = {node}, [node]
-    while todo:
-        new = [n for n in todo.pop().all_input_nodes if n not in seen]
+    for one in todo:  # it grows
+        yield one
+        new = [n for n in one.all_input_nodes if n not in seen]
         seen.update(new)
         todo += new
-    return seen
+
+
+def computed_from(node: fx.Node) -> set[fx.Node]:
+    """The node and all that it is computed from."""
+    return set(sources(node))
 
 
 def leads_to(node: fx.Node, found: Callable[[fx.Node], bool], through: Callable[[fx.Node], bool]) -> bool:

@@ -19,7 +19,7 @@ from fxprune.errors import FxPruneError, InputError, SearchError, TargetError
 from fxprune.importance.criteria import scores
 from fxprune.searching.candidates import Candidates
 from fxprune.searching.problem import multiple_for
-from fxprune.timing.candidates import CandidateTimer
+from fxprune.timing.candidates import SESSIONS, CandidateTimer
 from fxprune.timing.layers import Layer, LayerTable, cache_file, layer_of
 from fxprune.timing.predicting import LatencyModel
 from fxprune.timing.runtimes import CALLS, Runtime, Subject, against, in_turns, onnx_bytes, onnx_run
@@ -280,6 +280,25 @@ def test_candidates_are_made_of_the_originals_file(candidates: Candidates, runti
     wrong = copy.deepcopy(slim)
     wrong.register_forward_hook(lambda module, args, out: out + 1.0)
     assert timer._swapped(wrong, timer._files[0]) is None
+
+
+def test_a_file_is_timed_in_several_sessions(candidates: Candidates, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    timer, made = CandidateTimer(candidates.graph, Runtime("onnx"), {}), list[bytes]()
+    session = timer._session
+
+    def counted(file: bytes) -> object:
+        made.append(file)
+        return session(file)
+
+    monkeypatch.setattr(timer, "_session", counted)
+    slim = candidates.slim(even(candidates, 0.5)).eval()
+    assert timer._files is not None
+    swapped = timer._swapped(slim, timer._files[0])
+    made.clear()
+    assert timer.share(slim) > 0 and swapped is not None
+    assert [made.count(file) for file in (timer._files[1], swapped)] == [SESSIONS, SESSIONS + 1]  # one to compare its outputs
 
 
 def test_networks_are_timed_as_they_are_deployed_with_norms_in_the_convolutions() -> None:

@@ -111,6 +111,18 @@ def size(ctx: LabelContext, node: fx.Node, input: Value, **_: Any) -> Any:
     return node.meta["val"]
 
 
+@named("stride", inplace=False)
+def stride(ctx: LabelContext, node: fx.Node, input: Value, dim: Any = None) -> Any:
+    """Channels stay whose number is in a stride that is read: those of axes that lie closer in memory."""
+    source: Any = node.args[0]
+    steps = source.meta["val"].stride()
+    furthest = max(steps, default=0) if dim is None else steps[dim]
+    for axis, vector in input.axes.items():
+        if steps[axis] < furthest:
+            ctx.pin(vector, "its strides are read")
+    return node.meta["val"]
+
+
 def _numel(slim: Rewriter, node: fx.Node) -> None:
     """The number of elements of the original, from that of what is left."""
     given = slim.argument(node, "input")

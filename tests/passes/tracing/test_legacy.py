@@ -112,6 +112,23 @@ def test_numbers_made_of_sizes_follow_them(number: Callable[[Tensor], Any]) -> N
             assert gap(zeroed(model, fxprune.record(slim).kept)(other), slim(other)) < 1e-5
 
 
+def test_channels_whose_number_is_in_a_stride_stay() -> None:
+    class Strided(nn.Module):
+        def __init__(self, dim: int) -> None:
+            super().__init__()
+            self.dim, self.a, self.b = dim, nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.a(x)
+            return self.b(y) * float(y.stride(self.dim))
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 6)
+    assert_sound(Strided(1).eval(), x, removes=("a.weight", "b.weight"))  # height times width
+    graph = fxprune.analyze(Strided(0).eval(), x)
+    assert "its strides are read at stride" in graph.by_name["a"].reason
+
+
 def test_numbers_that_are_read_in_an_array_are_noted() -> None:
     class Read(nn.Module):
         def __init__(self) -> None:
