@@ -101,6 +101,17 @@ def test_eight_bits_are_near(small: nn.Module, name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.export
+def test_weights_of_eight_bits_leave_room_for_processors_without_vnni(small: nn.Module, tmp_path: Path) -> None:
+    """Two products of an unsigned byte and such a weight fit into 16 bits, in which those processors add them."""
+    skip_without("onnx-int8")
+    onnx = importlib.import_module("onnx")
+    fxprune.export(small, tmp_path / "slim.int8.onnx", calibration=[torch.randn(8, 3, 16, 16)], verify=False)
+    found = onnx.load(tmp_path / "slim.int8.onnx").graph.initializer
+    weights = [onnx.numpy_helper.to_array(one) for one in found if one.data_type == onnx.TensorProto.INT8 and len(one.dims) > 1]
+    assert weights and max(int(abs(one.astype(int)).max()) for one in weights) == 64
+
+
+@pytest.mark.export
 def test_onnx_axes_have_their_names_and_int8_needs_no_calibration(small: nn.Module, tmp_path: Path) -> None:
     skip_without("onnx")
     fxprune.export(small, tmp_path / "slim.onnx", dynamic={0: "images"})
