@@ -293,10 +293,10 @@ def _end_of_chosen(ctx: LabelContext, node: fx.Node) -> bool:
 @functions(torch.einsum, torch.functional.einsum)
 def einsum(ctx: LabelContext, node: fx.Node, equation: str, *operands: Any) -> Any:
     tensors = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else list(operands)
-    terms, _, out = equation.replace(" ", "").partition("->")
+    terms, arrow, out = equation.replace(" ", "").partition("->")
     names = terms.split(",")
-    if any(len(set(t.replace("...", ""))) != len(t.replace("...", "")) for t in names) or "->" not in equation:
-        return ctx.opaque(node, tensors, "einsum takes a diagonal or leaves its output to be guessed")
+    if not arrow:  # what stands once, in the order of the alphabet, behind the axes of the dots
+        out = "..." * ("..." in terms) + "".join(sorted(c for c in set(terms) - set(",.") if terms.count(c) == 1))
     spare = [c for c in string.ascii_letters if c not in equation]
     widest = max((v.ndim - len(t.replace("...", "")) for v, t in zip(tensors, names, strict=True) if "..." in t), default=0)
     dots = "".join(spare[:widest])
@@ -304,8 +304,25 @@ def einsum(ctx: LabelContext, node: fx.Node, equation: str, *operands: Any) -> A
     for value in tensors:
         if ctx.is_weight(value):
             ctx.read_as_weight(value)
-    axes, zero = contract(ctx, list(zip(tensors, full, strict=True)), out.replace("...", dots), ctx.owner(node))
+    operands = tuple(_on_diagonals(ctx, value, letters) for value, letters in zip(tensors, full, strict=True))
+    axes, zero = contract(ctx, operands, out.replace("...", dots), ctx.owner(node))
     return ctx.make(node, axes, zero)
+
+
+def _on_diagonals(ctx: LabelContext, x: Value, letters: str) -> Operand:
+    """A letter that stands twice takes a diagonal: channels that meet on it go together, and stay where only one axis has any."""
+    while twice := next((c for c in letters if letters.count(c) > 1), ""):
+        first, second = letters.index(twice), letters.rindex(twice)
+        rows, columns = x.axes.get(first), x.axes.get(second)
+        if rows is not None and columns is not None:
+            ctx.unite(rows, columns)
+        else:
+            ctx.pin(columns if rows is None else rows, "a diagonal is taken")
+        shape = x.shape[:second] + x.shape[second + 1 :]
+        axes = {a - (a > second): v for a, v in x.axes.items() if a != second and (a != first or columns is not None)}
+        zero = {a - (a > second) for a in x.zero if a != second} | ({first} if second in x.zero else set())
+        x, letters = Value(shape, axes, frozenset(zero & set(axes)), x.why), letters[:second] + letters[second + 1 :]
+    return x, letters
 
 
 @named("tensordot", inplace=False)

@@ -22,6 +22,7 @@ class Net(nn.Module):
         self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
         self.register_buffer("order", ORDER)
         self.gain = nn.Parameter(torch.randn(1, 8, 1, 1))
+        self.square = nn.Parameter(torch.randn(8, 8))
         self.how = how
 
     def forward(self, x: Tensor) -> Any:
@@ -42,6 +43,13 @@ HOW: dict[str, Callable[[Any, Any], Any]] = {
     "a parameter expanded": lambda net, y: y * net.gain.expand_as(y),
     "diag_embed": lambda net, y: (torch.diag_embed(y.mean((2, 3))) @ y.flatten(2)).view_as(y),
     "diag": lambda net, y: torch.einsum("bchw,cd->bdhw", y, torch.diag(net.gain.flatten())),
+    "einsum over a diagonal": lambda net, y: torch.einsum("bchw,cc->bchw", y, net.square),
+    "einsum over a diagonal, with dots": lambda net, y: torch.einsum("b...c,cc->bc...", y.movedim(1, -1), net.square),
+    "einsum over a diagonal of activations": lambda net, y: torch.einsum("bcchw->bchw", y[:, :, None] * y[:, None]),
+    "einsum, its output not said": lambda net, y: torch.einsum("adbc,de", y, net.square).movedim(-1, 1),
+    "einsum, its output not said, with dots": lambda net, y: torch.einsum("...d,df", y.movedim(1, -1), net.square).movedim(-1, 1),
+    "einsum by lists": lambda net, y: torch.einsum(y, [0, 4, 1, 2], net.square, [4, 7]).movedim(-1, 1),
+    "einsum of a trace": lambda net, y: y * torch.einsum("ii", net.square),
     "atleast_3d": lambda net, y: torch.atleast_3d(y),
     "max_pool with positions": lambda net, y: F.max_unpool2d(*F.max_pool2d(y, 2, return_indices=True), (2, 2), output_size=y.shape[-2:]),
     "adaptive_max_pool with positions": lambda net, y: F.adaptive_max_pool2d(y, 2, return_indices=True)[0],
@@ -59,6 +67,11 @@ def test_it_is_pruned(name: str) -> None:
     for other in (x, torch.randn(3, 3, 8, 8), torch.randn(1, 3, 12, 6)):
         with torch.no_grad():
             assert gap(reference(other), slim(other)) < 1e-5
+
+
+def test_a_diagonal_with_an_axis_of_fixed_size_keeps_them() -> None:
+    model = Net(lambda net, y: torch.einsum("bccw->bcw", y)[..., None])  # as many rows as channels
+    assert "a diagonal is taken" in str(next(g for g in fxprune.analyze(model, torch.randn(2, 3, 8, 8)).groups).reason)
 
 
 def test_a_shifted_diagonal_keeps_them() -> None:
