@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+import math
 import statistics
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,11 +20,14 @@ from fxprune.example_inputs import build
 from fxprune.exporting.formats import tensors
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.rewriting.slimmer import Slimmer
-from fxprune.timing.runtimes import MOST, Run, Runtime, Subject, against, onnx_bytes, onnx_run, openvino_run
+from fxprune.timing.runtimes import Run, Runtime, Subject, against, onnx_bytes, onnx_run, openvino_run
 
 SECONDS = "latency"  # the name under which the original's time is kept
 LOOKS = 9  # turns in which the original is timed alone
-SESSIONS = 3  # in which a file is timed: where in memory one lies makes it faster or slower by some per cent for as long as it lives
+# A file is timed in several sessions: where in memory one lies makes it faster or slower by some per cent for as long as it lives. So many
+# at least and at most, and the standard error of their mean, as a share of it, that ends it.
+SESSIONS, MOST_SESSIONS, ENOUGH = 4, 12, 0.01
+TURNS = 6  # of a session at most
 AGREEMENT = 1e-3  # of the largest magnitude: how far a file made of the original's may be from the network
 
 
@@ -52,11 +56,16 @@ class CandidateTimer:
         with self.runtime.threaded(), evaluating(slim):
             file = None if self._files is None else self._swapped(slim, self._files[0]) or self._exported(slim)
             run = None if file else self.runtime.prepared(slim, self.inputs)
-        sessions = SESSIONS if file else 1
-        found = []
-        for _ in range(sessions):
-            subject = self._subject(slim, run or self._session(file))
-            found += against(self._original(), [subject], self.runtime, MOST // sessions)[1]
+        if run is not None:
+            return against(self._original(), [self._subject(slim, run)], self.runtime)[1][0]
+        found: list[float] = []
+        while len(found) < SESSIONS or (len(found) < MOST_SESSIONS and _error(found) > ENOUGH):
+            # The session that is made later is the faster one by a per cent or two, so each is first in turn.
+            if len(found) % 2:
+                original, subject = self._original(), self._subject(slim, self._session(file))
+            else:
+                subject, original = self._subject(slim, self._session(file)), self._original()
+            found += against(original, [subject], self.runtime, TURNS)[1]
         return statistics.mean(found)
 
     def _original(self) -> Subject:
@@ -145,6 +154,11 @@ def _open_sizes(proto: Any, onnx: Any) -> None:
             name = f"open sizes {number}"
             proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([found[0], -1]), name))
             node.input[1] = name
+
+
+def _error(shares: Sequence[float]) -> float:
+    """The standard error of the mean of ``shares``, as a share of it."""
+    return statistics.stdev(shares) / math.sqrt(len(shares)) / statistics.mean(shares)
 
 
 def _same(found: Any, wanted: torch.Tensor) -> bool:
