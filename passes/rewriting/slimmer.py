@@ -191,7 +191,7 @@ class Slimmer:
         divisor = int(np.gcd(numerator, denominator))
         times = self.new.call_function(operator.mul, (given, numerator // divisor))
         scaled: fx.Node = self.new.call_function(operator.floordiv, (times, denominator // divisor))
-        scaled.meta = {"old": given.meta.get("old"), "number": self.number(given) * numerator // denominator}
+        scaled.meta = {"old": given.meta.get("old"), "number": numerator}
         return scaled
 
     def renumbered(self, node: fx.Node, index: Any, kept: Vector, size: int) -> Any:

@@ -72,7 +72,7 @@ def hides_structure(node: fx.Node, opaque: set[str], skeleton: Skeleton) -> bool
     if node.op == "call_module":
         return node.target in opaque or not type(skeleton.module(str(node.target))).__module__.startswith("torch.nn")
     home = getattr(node.target, "__module__", None) or "torch"
-    return _isinstance(node.target, OpOverload) or not home.startswith(("torch", "_operator"))
+    return _isinstance(node.target, OpOverload) or not home.startswith(("torch", "_operator", "builtins", "math"))
 
 
 def with_numbers(node: fx.Node, actual: Callable[[fx.Node], Any], skeleton: Skeleton) -> Any:

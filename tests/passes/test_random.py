@@ -43,7 +43,7 @@ SPECS = st.builds(
     st.sampled_from((SIDE, 4, 2, 1)),
     st.sampled_from(HISTORIES),
 )
-REAL = frozenset(name for name, make in BLOCKS.items() if make.__module__.endswith(("as_people_write", "by_values")))
+REAL = frozenset(name for name, make in BLOCKS.items() if make.__module__.endswith(("as_people_write", "by_values", "older_code")))
 SEARCH = settings(deadline=None, database=None, derandomize=True, print_blob=False, suppress_health_check=list(HealthCheck))
 
 

@@ -39,6 +39,8 @@ def _extreme(tracer: Recorder, original: Any) -> Callable[..., Any]:
     """``max`` or ``min`` of numbers, one by one or in a list."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        if tracer.recording and len(args) == 1 and builtins.isinstance(args[0], Iterator):
+            args = (list(args[0]),)  # which is read once
         parts = args if len(args) > 1 else args[0] if args and builtins.isinstance(args[0], (tuple, list)) else ()
         if tracer.recording and not kwargs and len(parts) > 1 and any(map(tracer.moves, parts)):
             return tracer.create_proxy("call_function", original, tuple(parts), {})

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.passes.composing import as_people_write, attention, by_values, sequence, writes_and_weights
+from tests.passes.composing import as_people_write, attention, by_values, older_code, sequence, writes_and_weights
 from tests.passes.composing.blocks import BLOCKS, conv_norm
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "writes_and_weights",
     "as_people_write",
     "by_values",
+    "older_code",
     "sequence",
 ]
 

@@ -78,7 +78,27 @@ def limit(y: Any) -> Any:
     return y + y.shape[2] * torch.finfo(y.dtype).eps
 
 
+def elements(y: Any) -> Any:
+    high, wide = (int(n) for n in torch.tensor(y.shape[2:]))
+    return y.flatten(2).view(y.size(0), y.size(1), high, wide) * max(int(n) for n in torch.tensor(y.shape[2:]))
+
+
+def levels(y: Any) -> Any:
+    """As deformable attention keeps the sizes of its levels."""
+    shapes = torch.as_tensor([[y.shape[2], y.shape[3]], [y.shape[2] // 2, y.shape[3] // 2]], dtype=torch.long)
+    parts = torch.cat([y.flatten(2), F.avg_pool2d(y, 2).flatten(2)], 2).split([int(h) * int(w) for h, w in shapes], dim=2)
+    made = [part.reshape(y.shape[0], y.shape[1], int(h), int(w)) for part, (h, w) in zip(parts, shapes, strict=True)]
+    return sum(F.interpolate(one, size=y.shape[2:]) for one in made)
+
+
+def tensors_as_sizes(y: Any) -> Any:
+    sizes: Any = torch.tensor(y.shape)
+    y = y.reshape(sizes[0].item(), sizes[1].item(), -1).view(sizes[0], sizes[1], sizes[2], sizes[3])
+    return torch.cat(y.split(int(sizes[1]) // 2, 1)[::-1], 1) / sizes[1]
+
+
 CODE = [root_of_numel, imported_root, square, integer_root, half, padded, of_windows, smaller, asking, limit]
+CODE += [elements, levels, tensors_as_sizes]
 
 
 @pytest.mark.parametrize("times", [1, 2])
