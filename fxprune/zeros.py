@@ -336,6 +336,8 @@ def _zero_slices(factors: Sequence[Tensor], dim: int) -> Bools:
     shape = torch.broadcast_shapes(*(f.shape for f in factors))
     spread = [f.expand(shape) for f in factors]
     first = torch.zeros(size, dtype=torch.bool, device=spread[0].device)
+    if 0 in shape:  # a layer that is switched off has nothing to be zero
+        spread = []
     for one in spread:
         first |= one.movedim(dim, 0).flatten(1)[:, 0] == 0 if one.ndim > 1 else one == 0
     chosen = first.nonzero().flatten()

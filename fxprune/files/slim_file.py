@@ -134,7 +134,7 @@ def _loaded(path: Path, model: nn.Module, device: torch.device | None) -> tuple[
         record = decode_record(described["record"])
         aliases, layouts = _names(described["aliases"], "aliases"), _names(described["layouts"], "layouts")
         check_original(record, model, "the file's")
-        slim = rebuilt(_with_index_buffers(model, record, tensors), record)
+        slim = rebuilt(_with_values_read(model, record, tensors), record)
         if device is None:
             tensors = {name: tensor if name.startswith(_EXTRA) else tensor.to("meta") for name, tensor in tensors.items()}
         _assign(slim, tensors, aliases, layouts, device)
@@ -233,18 +233,30 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return described, tensors
 
 
-def _with_index_buffers(model: nn.Module, record: PruningRecord, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """``model``, or for one on meta a copy that has the file's values in its index tables, which the analysis reads."""
-    if not _on_meta(model):
-        return model
-    copied = copy.deepcopy(model)
-    indices = [name for name, holder, key in _slots(copied) if name in record.renumbered and not holder[key].is_floating_point()]
-    if indices:  # lengths of weights are in the file as they have to be
+def _with_values_read(model: nn.Module, record: PruningRecord, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """``model``, or a copy that has the file's values where the analysis reads some: in flags that say that the network has run before
+    (k-means and ActNorm fill their buffers then), and on meta in index tables."""
+    bare = _on_meta(model)
+    indices = [name for name, holder, key in _slots(model) if name in record.renumbered and not holder[key].is_floating_point()]
+    if bare and indices:  # lengths of weights are in the file as they have to be
         raise FileError(f"the original values of {indices[0]!r} are needed and not in it; build the model on the CPU")
-    for name, holder, key in _slots(copied):
-        if name in tensors and not tensors[name].is_floating_point() and tensors[name].shape == holder[key].shape:
-            holder[key] = tensors[name]
+    if not bare and not any(_is_other_flag(name, holder[key], tensors) for name, holder, key in _slots(model)):
+        return model
+    copied = copy.deepcopy(model, {} if bare else {id(holder[key]): holder[key] for _, holder, key in _slots(model)})
+    for name, holder, key in list(_slots(copied)):
+        found = tensors.get(name)
+        if bare and found is not None and not found.is_floating_point() and found.shape == holder[key].shape:
+            holder[key] = found
+        elif not bare and found is not None and _is_other_flag(name, holder[key], tensors):
+            holder[key] = found.to(holder[key].device)
     return copied
+
+
+def _is_other_flag(name: str, own: Tensor, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a buffer is one number, and another one in the file; how often a norm saw a batch is nothing that code asks for."""
+    if isinstance(own, nn.Parameter) or own.numel() != 1 or name not in tensors or name.endswith("num_batches_tracked"):
+        return False
+    return tensors[name].shape == own.shape and not torch.equal(tensors[name].to(own.device), own.detach())
 
 
 def _assign(

@@ -78,7 +78,40 @@ class Sparse(Net):
         self.register_buffer("table", torch.eye(4)[:2].to_sparse(), persistent=False)
 
 
-@pytest.mark.parametrize("make", [RegistersInForward, Table, InAPart, Sparse])
+class FilledOnce(Net):
+    """As ActNorm and k-means: the first call fills the buffers, and a flag says that it did."""
+
+    means: Tensor
+    filled: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("means", torch.randn(16))
+        self.register_buffer("filled", torch.tensor(False))
+
+    def inside(self, y: Any) -> Any:
+        if not self.filled:
+            self.means.data.copy_(y.mean((0, 1)))
+            self.filled.data.copy_(torch.tensor(True))
+        return y - self.means
+
+
+class FilledOnceByNumber(FilledOnce):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("filled", torch.zeros(1))
+
+
+def test_flags_of_the_model_that_is_loaded_into_stay(tmp_path: Path) -> None:
+    model, fresh = FilledOnce().eval(), FilledOnce().eval()
+    model(torch.randn(2, 5, 10))
+    fxprune.save(fxprune.compress(model, 0.5, torch.randn(2, 5, 10)), tmp_path / "slim.safetensors")
+    means = fresh.means.clone()
+    fxprune.load(tmp_path / "slim.safetensors", fresh)
+    assert not fresh.filled and torch.equal(fresh.means, means)
+
+
+@pytest.mark.parametrize("make", [RegistersInForward, Table, InAPart, Sparse, FilledOnce, FilledOnceByNumber])
 def test_what_ran_loads_into_what_never_ran(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     model, x = make().eval(), torch.randn(2, 5, 10)
     names = {name for name, _ in model.named_buffers()}

@@ -55,3 +55,29 @@ def test_the_labels_of_an_empty_part_come_from_its_strides() -> None:
     assert found.axis == 1 and found.labels.tolist() == [1, 2]
     for bare in (labels[:, 1:2, 4:], labels[:, :, 4:].clone(), torch.zeros(0, 3, dtype=torch.int64)):
         assert rectangle(bare, node, "auto").axis is None
+
+
+class SwitchedOff(nn.Module):
+    """With a layer or a parameter of width 0, as options leave them that are off."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.a, self.b = what, nn.Linear(8, 16), nn.Linear(16, 4)
+        self.into, self.out_of, self.head = nn.Linear(8, 0), nn.Linear(0, 16), nn.Linear(16, 0)
+        self.prompts = nn.Parameter(torch.randn(0, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if self.what == "layer":
+            y = y + self.out_of(self.into(x))
+        if self.what == "parameter":
+            y = torch.cat([self.prompts.expand(x.shape[0], -1, -1), y], 1)
+        found: Tensor = self.b(y.relu())
+        return torch.cat([found, self.head(y)], -1) if self.what == "head" else found
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("what", ["layer", "parameter", "head"])
+def test_what_has_no_width_is_no_obstacle(what: str) -> None:
+    torch.manual_seed(0)
+    assert_sound(SwitchedOff(what).eval(), torch.randn(2, 5, 8), removes=("a.weight",))
