@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import dis
+import functools
 import math
 import sys
 import types
@@ -21,7 +22,8 @@ OF_MATH = ("sqrt", "isqrt", "log", "log2", "log10", "exp", "pow")
 _OF_MATH = tuple(getattr(math, name) for name in OF_MATH)  # as they are when no trace has replaced them
 RECORDED = frozenset((int, float, max, min, *_OF_MATH))  # what a graph calls of these it was recorded to call
 _CALLS = sys.version_info >= (3, 11)  # since then an opcode says whether a global is called
-_LOAD, _WIDE = dis.opmap["LOAD_GLOBAL"], dis.EXTENDED_ARG
+_BETWEEN = frozenset({"CACHE", "EXTENDED_ARG", "PUSH_NULL", "PRECALL", "NOP"})
+_OF_TUPLES = frozenset({"LOAD_GLOBAL", "BUILD_TUPLE"})  # ``type(x) in (int, float)``
 
 
 def recorded(tracer: Recorder, original: Any) -> Callable[..., Any]:
@@ -99,20 +101,19 @@ def stand_ins(tracer: Recorder, functions: Iterable[types.FunctionType]) -> Iter
                 yield space, name, known[value]
 
 
+@functools.lru_cache(4096)
 def _only_calls(code: types.CodeType, name: str) -> bool:
-    """Whether the code calls a global and does nothing else with it, or asks ``isinstance`` as well."""
+    """Whether a stand-in can answer for a global in the code: it is called, mapped over numbers or compared, or ``isinstance`` is asked."""
     if {"isinstance", "issubclass"} & set(code.co_names):
         return True
     if not _CALLS:
         return False
-    raw, wide = code.co_code, 0
-    for at in range(0, len(raw), 2):
-        if raw[at] == _WIDE:
-            wide = (wide | raw[at + 1]) << 8
+    steps = [step for step in dis.get_instructions(code) if step.opname not in _BETWEEN]
+    for at, step in enumerate(steps):
+        if step.opname != "LOAD_GLOBAL" or step.argval != name or step.arg is None or step.arg & 1:
             continue
-        if raw[at] == _LOAD:
-            place = wide | raw[at + 1]
-            if code.co_names[place >> 1] == name and not place & 1:
-                return False
-        wide = 0
+        before, after = steps[at - 1], next((one.opname for one in steps[at + 1 :] if one.opname not in _OF_TUPLES), "")
+        mapped = before.opname == "LOAD_GLOBAL" and before.argval == "map" and bool((before.arg or 0) & 1)
+        if not mapped and after not in ("COMPARE_OP", "CONTAINS_OP"):  # ``is`` would tell them apart
+            return False
     return True

@@ -98,7 +98,15 @@ def tensors_as_sizes(y: Any) -> Any:
 
 
 CODE = [root_of_numel, imported_root, square, integer_root, half, padded, of_windows, smaller, asking, limit]
-CODE += [elements, levels, tensors_as_sizes]
+
+
+def mapped(y: Any) -> Any:
+    high, wide = map(int, y.shape[2:])
+    high, wide = (int(n) if type(n) == int or type(n) in (int, float) else n for n in (high, wide))  # noqa: E721
+    return y.flatten(2).unflatten(2, (high, wide)) * float(sum(map(float, y.shape[2:])))
+
+
+CODE += [elements, levels, tensors_as_sizes, mapped]
 
 
 @pytest.mark.parametrize("times", [1, 2])
