@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import sys
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from torch import nn
 
 from fxprune.passes.ir.contents import CachedFunction, is_foreign
 
-_WIDE = dis.EXTENDED_ARG
+_WIDE, _IMPORT = dis.EXTENDED_ARG, dis.opmap["IMPORT_NAME"]
+_MANY = 1000  # entries of a list or dictionary beyond which it holds data rather than functions
 
 
 @dataclass
@@ -38,8 +40,10 @@ def reachable(modules: Iterable[nn.Module]) -> Reach:
     found = _Search()
     for module in modules:
         for value in module.__dict__.values():
-            if isinstance(value, (types.FunctionType, types.MethodType, CachedFunction)):
+            if isinstance(value, (types.FunctionType, types.MethodType, CachedFunction, functools.partial)):
                 found.value(value)
+            elif type(value) in (dict, list, tuple):
+                found.container(value)
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for hook in hooks.values():
                 found.value(hook)
@@ -113,6 +117,28 @@ def stored(code: types.CodeType, kind: str) -> set[str]:
     return names
 
 
+def imported(function: types.FunctionType) -> list[types.ModuleType]:
+    """The modules that the function itself imports, as far as they are there already: nothing is imported for it."""
+    found: dict[str, types.ModuleType] = {}
+    for code in codes(function.__code__):
+        if _IMPORT not in code.co_code[::2]:
+            continue
+        level = 0
+        for step in dis.get_instructions(code):
+            if step.opname == "LOAD_CONST" and isinstance(step.argval, int):
+                level = step.argval
+            elif step.opname == "IMPORT_NAME":
+                name = step.argval
+                if level:
+                    parents = str(function.__globals__.get("__package__") or "").split(".")
+                    name = ".".join([*parents[: len(parents) - level + 1], *([name] if name else [])])
+                for one in (name, name.partition(".")[0]):  # ``import a.b`` names a
+                    module = sys.modules.get(one)
+                    if isinstance(module, types.ModuleType) and not is_foreign(module):
+                        found[one] = module
+    return list(found.values())
+
+
 class _Search:
     def __init__(self) -> None:
         self.reach = Reach()
@@ -151,6 +177,14 @@ class _Search:
         if not isinstance(value, (types.FunctionType, types.ModuleType, nn.Module)) and not is_foreign(type(value)):
             self._class(type(value))
 
+    def container(self, value: Any) -> None:
+        """Follow the functions that a list holds, or a dictionary under names, whose places they are."""
+        if len(value) > _MANY:
+            return
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(one, (types.FunctionType, types.MethodType, CachedFunction, functools.partial)):
+                self.place(value, key) if isinstance(value, dict) and isinstance(key, str) else self.value(one)
+
     def _function(self, function: types.FunctionType, owner: type | None) -> None:
         if function not in self.reach.functions:
             self.reach.functions[function] = owner
@@ -161,7 +195,10 @@ class _Search:
         if key in self.reach.places:
             return
         self.reach.places[key] = owner, name
-        self.value(held(owner, name), owner if isinstance(owner, type) else None)
+        value = held(owner, name)
+        if type(value) in (dict, list, tuple):
+            self.container(value)
+        self.value(value, owner if isinstance(owner, type) else None)
 
     def finish(self) -> None:
         while self.todo:
@@ -182,6 +219,7 @@ class _Search:
         cells = (c.cell_contents for c in function.__closure__ or () if not _is_empty(c))
         spaces: dict[int, dict[str, Any]] = {id(function.__globals__): function.__globals__}
         todo = [function.__globals__, *(c.__dict__ for c in cells if isinstance(c, types.ModuleType) and not is_foreign(c))]
+        todo += [module.__dict__ for module in imported(function)]
         while todo:
             space = todo.pop()
             spaces[id(space)] = space

@@ -71,6 +71,43 @@ class LruAttribute(Layers):
         return self.grown(y.shape[3])
 
 
+class LocalImport(Layers):
+    """As code does that can go without a package, or that would import in a circle."""
+
+    def table(self, y: Tensor) -> Tensor:
+        from tests.passes.composing.as_people_write import plan_of
+
+        folded, back = plan_of(tuple(y.shape), 2)
+        return y.reshape(folded).relu().reshape(back)
+
+
+class LocalModule(Layers):
+    def table(self, y: Tensor) -> Tensor:
+        import tests.passes.composing.as_people_write as people
+
+        folded, back = people.plan_of(tuple(y.shape), 2)
+        return y.reshape(folded).reshape(back) * people.step(y.shape[3])
+
+
+class LocalRelative(Layers):
+    def table(self, y: Tensor) -> Tensor:
+        from ..composing.as_people_write import step
+
+        return y * step(y.shape[2])
+
+
+class InADict(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.makers = {"ramp": ramp}
+
+    def table(self, y: Tensor) -> Tensor:
+        return self.makers["ramp"](y.shape[2])[:, None] + MAKERS["ramp"](y.shape[3])
+
+
+MAKERS = {"ramp": ramp}
+
+
 class GlobalDict(Layers):
     def table(self, y: Tensor) -> Tensor:
         SEEN.append(y)
@@ -228,7 +265,20 @@ class MemoBesideCode(Memo):
         return made
 
 
-KINDS = [LruCache, LruMethod, LruAttribute, GlobalDict, GlobalMemo, ClassDict, Closure, Default]
+KINDS = [
+    LruCache,
+    LruMethod,
+    LruAttribute,
+    LocalImport,
+    LocalModule,
+    LocalRelative,
+    InADict,
+    GlobalDict,
+    GlobalMemo,
+    ClassDict,
+    Closure,
+    Default,
+]
 KINDS += [Memo, MemoList, MemoLate, MemoDict, MemoObject, MemoBuffer, MemoBesideCode]
 
 
