@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 import fxprune
 from fxprune.passes.tracing.modes import trace
+from fxprune.passes.tracing.side_effects.reachable import imported
 
 torch.manual_seed(0)
 X, OTHER = torch.randn(2, 3, 8, 8), torch.randn(3, 3, 6, 10)
@@ -87,13 +88,6 @@ class LocalModule(Layers):
 
         folded, back = people.plan_of(tuple(y.shape), 2)
         return y.reshape(folded).reshape(back) * people.step(y.shape[3])
-
-
-class LocalRelative(Layers):
-    def table(self, y: Tensor) -> Tensor:
-        from ..composing.as_people_write import step
-
-        return y * step(y.shape[2])
 
 
 class InADict(Layers):
@@ -265,20 +259,8 @@ class MemoBesideCode(Memo):
         return made
 
 
-KINDS = [
-    LruCache,
-    LruMethod,
-    LruAttribute,
-    LocalImport,
-    LocalModule,
-    LocalRelative,
-    InADict,
-    GlobalDict,
-    GlobalMemo,
-    ClassDict,
-    Closure,
-    Default,
-]
+KINDS = [LruCache, LruMethod, LruAttribute, LocalImport, LocalModule, InADict]
+KINDS += [GlobalDict, GlobalMemo, ClassDict, Closure, Default]
 KINDS += [Memo, MemoList, MemoLate, MemoDict, MemoObject, MemoBuffer, MemoBesideCode]
 
 
@@ -323,6 +305,13 @@ def test_the_past_does_not_matter(make: Callable[[], nn.Module], ran: bool) -> N
     again = fxprune.compress(fresh, fxprune.record(pruned).policy, X)
     with torch.no_grad():
         torch.testing.assert_close(pruned(OTHER), again(OTHER))
+
+
+def test_relative_imports_are_followed() -> None:
+    space: dict[str, Any] = {"__package__": "tests.passes.tracing"}
+    exec("def take():\n from ..composing.as_people_write import step\n from . import nothing\n return step", space)
+    names = {module.__name__ for module in imported(space["take"])}
+    assert names == {"tests.passes.composing.as_people_write", "tests", "tests.passes.tracing"}
 
 
 def alive() -> int:
