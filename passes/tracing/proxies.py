@@ -162,6 +162,14 @@ class ShapeProxy(fx.Proxy):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data":
+            given = value.value if _isinstance(value, ShapeProxy) else value
+            if (
+                self.node.op == "get_attr"
+                and _isinstance(given, torch.Tensor)
+                and (given.shape, given.dtype) == (self.value.shape, self.value.dtype)
+            ):
+                self.data.copy_(value)  # as a constraint on a weight: nobody else holds the numbers that it had
+                return
             raise TraceError(f"{self.tracer.here()}: a tensor's data is bound anew, which a graph cannot keep; use copy_()")
         if name == "requires_grad":
             self.tracer.create_proxy("call_method", "requires_grad_", (self, value), {})

@@ -16,7 +16,7 @@ from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value
 from fxprune.passes.rules.layer_specs import NORMALISED, layers
 from fxprune.passes.rules.protocols import Rewriter
-from fxprune.passes.rules.registry import functions, modules
+from fxprune.passes.rules.registry import functions, modules, named
 
 _BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _LAYER = (nn.LayerNorm, *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []))
@@ -272,6 +272,15 @@ def normalize(ctx: LabelContext, node: fx.Node, input: Value, p: float = 2.0, di
         # A removed slice is zero and adds nothing to the norm, so the result is the same.
         if axis % input.ndim not in input.zero:
             ctx.inexact(input.axes.get(axis % input.ndim), "a norm over channels")
+    return ctx.through(node, input)
+
+
+@named("renorm")
+def renorm(ctx: LabelContext, node: fx.Node, input: Value, p: float, dim: int, maxnorm: float) -> Value:
+    """Slices along ``dim`` that are longer than ``maxnorm`` are cut to it, as max-norm constraints do with a layer's weight."""
+    for axis in range(input.ndim):
+        if axis != dim % input.ndim and not (axis in input.zero and p >= 0):
+            ctx.inexact(input.axes.get(axis), "a norm over channels")
     return ctx.through(node, input)
 
 

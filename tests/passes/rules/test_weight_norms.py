@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, weight_norm
+from torch.nn.utils import parametrizations, parametrize, weight_norm
 from torch.nn.utils.parametrize import remove_parametrizations
 
 import fxprune
+from tests.passes.helpers import gap, zeroed
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -113,3 +114,50 @@ def test_a_graph_gives_each_policy_its_own_length() -> None:
     name = "middle.parametrizations.weight.original0"
     g = {p: fxprune.compress(graph, {"first": p}).get_parameter(name) for p in (0.0, 0.25, 0.5)}
     assert torch.equal(g[0.0], model.get_parameter(name)) and bool((g[0.5] < g[0.25]).all()) and bool((g[0.25] < g[0.0]).all())
+
+
+class MaxNorm(nn.Module):
+    def forward(self, weight: Tensor) -> Any:
+        return torch.renorm(weight, 2, 0, 0.3)
+
+
+def constrained() -> nn.Module:
+    layer = nn.Conv2d(16, 24, 3, padding=1)
+    parametrize.register_parametrization(layer, "weight", MaxNorm())
+    return layer
+
+
+class Constrained(nn.Conv2d):
+    """As EEGNet does it, in ``forward``."""
+
+    how = "data"
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.how == "data":
+            self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.3)
+        elif self.how == "copy":
+            self.weight.data.copy_(torch.renorm(self.weight.data, 2, 0, 0.3))
+        else:
+            with torch.no_grad():
+                self.weight.renorm_(2, 0, 0.3)
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("how", ["parametrized", "data", "copy", "in place"])
+def test_a_longest_length_of_weights_keeps_no_channels(how: str) -> None:
+    torch.manual_seed(0)
+    middle = constrained() if how == "parametrized" else Constrained(16, 24, 3, padding=1)
+    model = Net(middle).eval()
+    if isinstance(middle, Constrained):
+        middle.how = how
+    before = copy.deepcopy(model.state_dict())
+    graph = fxprune.analyze(model, X)
+    name = next(g.name for g in graph.groups if g.size == 24)
+    slim = fxprune.compress(graph, {name: 0.5}, X, verify=True)
+    reference = zeroed(model, fxprune.record(slim).kept)
+    with torch.no_grad():
+        for other in (X, torch.randn(3, 3, 6, 10)):
+            assert gap(reference(other), slim(other)) < 1e-5
+    both = fxprune.compress(graph, 0.5, X, verify=True)
+    assert both.get_parameter("first.weight").shape[0] == 8 and both.get_parameter("last.weight").shape[1] == 12
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
