@@ -261,6 +261,42 @@ def _apply(tracer: Recorder, original: Any) -> Any:
     return classmethod(apply)
 
 
+def _moved(tracer: Recorder, original: Any) -> Any:
+    """``module.to(device)`` within forward: what is traced has no device of its own, and where the slim network lies is the user's say."""
+
+    def apply(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not tracer.recording or module not in tracer.skeleton.module_names:
+            return original(module, *args, **kwargs)
+        text = f"forward moves or casts a {type(module).__name__}, which the slim network does not"
+        tracer.note(NoteKind.LOST, text, tracer.here())
+        return module
+
+    return apply
+
+
+def _of_functions(tracer: Recorder, original: Any) -> Any:
+    """``fn = Fn.apply``, taken before the trace, is torch's own: it looks for the class's ``forward``, and that is where it is met."""
+
+    def attribute(function: Any, name: str) -> Any:
+        found = type.__getattribute__(function, name)
+        if name not in ("forward", "setup_context") or not tracer.recording:
+            return found
+        setup = type.__getattribute__(function, "setup_context")
+        own_setup = setup is not type.__getattribute__(torch.autograd.Function, "setup_context")
+        if name == "setup_context":
+            return found if not own_setup else lambda *_, **__: None
+
+        def forward(*args: Any) -> Any:
+            by_torch = own_setup or (bool(args) and _isinstance(args[0], torch._C._FunctionBase))
+            if not by_torch or compat.find_proxy(args, {}) is None:
+                return found(*args)
+            return traced_call(tracer, function, args if own_setup else args[1:])
+
+        return forward
+
+    return attribute
+
+
 def _members(tracer: Recorder, original: Any) -> Any:
     """Parameters and buffers that code loops over are those of the graph, as by their names."""
 
@@ -298,6 +334,8 @@ PATCHES: tuple[Patch, ...] = (
     *(Patch(torch, name, _checked) for name in compat.CHECKS),
     Patch(torch, "_assert", _asserted),
     Patch(torch.autograd.Function, "apply", _apply),
+    Patch(type(torch.autograd.Function), "__getattribute__", _of_functions),
+    Patch(nn.Module, "_apply", _moved),
     Patch(type(torch.autograd.Variable), "__call__", legacy.variable),
     Patch(torch.Tensor, "__new__", legacy.constructor),
     *(Patch(torch, name, legacy.kind_of_tensor) for name in legacy.KINDS),

@@ -42,6 +42,10 @@ class ShapeTuple(tuple):  # type: ignore[type-arg]
         return ShapeTuple(got) if _isinstance(index, slice) else got
 
 
+# What takes axes alone: their numbers are no sizes of the input, though code may compute them as a tensor.
+_OF_AXES = frozenset({"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "flip", "squeeze", "unsqueeze"})
+
+
 class ShapeProxy(fx.Proxy):
     """A proxy that knows its value on the example inputs."""
 
@@ -52,7 +56,16 @@ class ShapeProxy(fx.Proxy):
         if _isinstance(self.value, torch.Tensor):
             several = _isinstance(index, tuple) or (_isinstance(index, list) and any(_isinstance(one, slice) for one in index))
             index = tuple(map(self._listed, index)) if several else self._listed(index)
+        elif _isinstance(self.value, (tuple, list, dict)) and _isinstance(index, (int, str)) and self._is_none(index):
+            return None
         return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+
+    def _is_none(self, index: Any) -> bool:
+        """Whether a part that is no tensor is None, which code asks about by ``is``."""
+        try:
+            return self.value[index] is None
+        except (IndexError, KeyError):  # it fails as the code's own would
+            return False
 
     def _listed(self, entry: Any) -> Any:
         """A mask of one dimension that does not depend on the inputs picks what it picks now; how much that is, no shape could tell. Nor
@@ -146,6 +159,10 @@ class ShapeProxy(fx.Proxy):
             raise TypeError(f"{type(value).__name__!r} object is not iterable")
         self.tracer.unrolled(self)
         return iter([self[i] for i in range(len(value))])
+
+    def keys(self) -> Any:
+        """Which fx has a method for: of a dictionary, those on the example, in their order."""
+        return dict.fromkeys(self.value).keys() if _isinstance(self.value, dict) else ShapeAttribute(self, "keys")()
 
     def __len__(self) -> int:
         value = self.value
@@ -264,6 +281,24 @@ def _augmented(operation: Any) -> Any:
     return method
 
 
+def _repeated(operation: Any) -> Any:
+    """``[True] * n``: what is no number and no tensor is a plain list, since code asks about its elements by ``is``, or calls them."""
+
+    def method(self: ShapeProxy, other: Any) -> Any:
+        if _isinstance(other, (list, tuple)) and other and type(self.value) is int and not any(map(_is_followed, other)):
+            return other * operator.index(self)
+        return operation(self, other)
+
+    return method
+
+
+def _is_followed(one: Any) -> bool:
+    return _isinstance(one, (ShapeProxy, torch.Tensor, list, tuple, dict)) or type(one) in (int, float, complex)
+
+
+for _name in ("__mul__", "__rmul__"):
+    setattr(ShapeProxy, _name, _repeated(getattr(ShapeProxy, _name)))
+
 for _operation in AUGMENTED:
     setattr(ShapeProxy, f"__{_operation.__name__}__", _augmented(_operation))
 
@@ -285,6 +320,8 @@ class ShapeAttribute(ShapeProxy):
         if self.attr in RESHAPING:  # the tensor itself has another shape from here on
             self.root.node = self.tracer.create_proxy("call_method", self.attr[:-1], (self.root, *args), kwargs).node
             return self.root
+        if self.attr in _OF_AXES:
+            args = tuple(tuple(map(self._known, a)) if _isinstance(a, (tuple, list)) else self._known(a) for a in args)
         if self.attr in ("resize_", "resize_as_", "as_strided_"):
             raise TraceError(f"{self.tracer.here()}: {self.attr} gives a tensor another size, which a graph cannot follow")
         return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)

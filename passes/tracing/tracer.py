@@ -35,6 +35,7 @@ from fxprune.errors import InputError, TraceError
 from fxprune.passes.compat import OpOverload, assert_true, tree_map
 from fxprune.passes.ir import objects
 from fxprune.passes.ir.constants import evaluate
+from fxprune.passes.ir.nodes import sources
 from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton
 from fxprune.passes.tracing import aten
@@ -484,7 +485,7 @@ class ShapeTracer(fx.Tracer):
         if counted.in_parts_by_values(proxy.node, self.skeleton.module):
             raise TraceError(f"{self.here()}: a loop goes over what is true in a tensor, and only its values say how much that is")
         count = extents.loop(proxy.node, self.skeleton.module)
-        if count is not None:
+        if count is not None and any(n.op == "placeholder" for n in sources(proxy.node)):  # all else is as long at any size
             self.note(NoteKind.SIZE, f"loop over a dimension of {count} was specialised to the example inputs", self.here())
 
     def here(self) -> str:

@@ -119,6 +119,7 @@ def _roll(slim: Rewriter, node: fx.Node) -> None:
     if dims is None:
         return
     many = isinstance(dims, (tuple, list))
+    shifts = (shifts,) * len(dims) if many and not isinstance(shifts, (tuple, list)) else shifts
     new = []
     for shift, dim in zip(shifts, dims, strict=True) if many else [(shifts, dims)]:
         kept, size = slim.kept(x, dim % x.ndim), x.shape[dim]

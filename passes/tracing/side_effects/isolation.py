@@ -12,6 +12,7 @@ import contextlib
 import functools
 import gc
 import random
+import sys
 import threading
 import types
 import weakref
@@ -171,8 +172,11 @@ def _flat(value: Any) -> Iterator[Any]:
 
 class _SeenThrough(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and type(args[0]) in (ShapeProxy, ShapeAttribute):
-            return type(args[0].value)
+        if len(args) == 1 and type(args[0]) in (ShapeProxy, ShapeAttribute, int, float):
+            kind = type(args[0].value) if type(args[0]) in (ShapeProxy, ShapeAttribute) else type(args[0])
+            # As ``int`` is called where the code asks, so that ``type(x) is int`` holds.
+            stands_in = sys._getframe(1).f_globals.get(kind.__name__) if kind in (int, float) else None
+            return kind if stands_in is None or stands_in != kind else stands_in
         if len(args) == 1 and type(args[0]) is ShapeTuple:
             return torch.Size
         return type(*args, **kwargs)

@@ -114,6 +114,6 @@ def _only_calls(code: types.CodeType, name: str) -> bool:
             continue
         before, after = steps[at - 1], next((one.opname for one in steps[at + 1 :] if one.opname not in _OF_TUPLES), "")
         mapped = before.opname == "LOAD_GLOBAL" and before.argval == "map" and bool((before.arg or 0) & 1)
-        if not mapped and after not in ("COMPARE_OP", "CONTAINS_OP"):  # ``is`` would tell them apart
+        if not mapped and after not in ("COMPARE_OP", "CONTAINS_OP") and (after != "IS_OP" or "type" not in code.co_names):
             return False
     return True

@@ -45,6 +45,6 @@ class Asked:
 def _instruction() -> tuple[CodeType, int]:
     """The instruction, outside of the tracer and its proxies, that is at work."""
     frame: FrameType = sys._getframe(1)
-    while frame.f_globals["__name__"] in _OWN and frame.f_back is not None:
+    while frame.f_globals.get("__name__") in _OWN and frame.f_back is not None:
         frame = frame.f_back
     return frame.f_code, frame.f_lasti

@@ -50,6 +50,7 @@ HOW: dict[str, Callable[[Any, Any], Any]] = {
     "einsum, its output not said, with dots": lambda net, y: torch.einsum("...d,df", y.movedim(1, -1), net.square).movedim(-1, 1),
     "einsum by lists": lambda net, y: torch.einsum(y, [0, 4, 1, 2], net.square, [4, 7]).movedim(-1, 1),
     "einsum of a trace": lambda net, y: y * torch.einsum("ii", net.square),
+    "roll by one number along listed axes": lambda net, y: y.roll(3, dims=(-1,)) + torch.roll(y, -y.shape[2] // 2, [2]) + y.roll(2, (1,)),
     "atleast_3d": lambda net, y: torch.atleast_3d(y),
     "max_pool with positions": lambda net, y: F.max_unpool2d(*F.max_pool2d(y, 2, return_indices=True), (2, 2), output_size=y.shape[-2:]),
     "adaptive_max_pool with positions": lambda net, y: F.adaptive_max_pool2d(y, 2, return_indices=True)[0],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -243,3 +244,59 @@ def test_a_function_has_one_call_target() -> None:
     target = AutogradCall(Rounded)
     assert target is AutogradCall(Rounded) is copy.deepcopy(target) is pickle.loads(pickle.dumps(target))
     assert target is not AutogradCall(Reversed)
+
+
+class Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient
+
+
+class StraightBySetup(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient
+
+
+straight, straight_by_setup = Straight.apply, StraightBySetup.apply
+TABLE = {"straight": Straight.apply}
+
+
+@pytest.mark.parametrize("how", ["global", "attribute", "partial", "table", "setup", "direct"])
+def test_apply_under_another_name_keeps_its_backward(how: str) -> None:
+    """As torch's own documentation has it: ``linear = LinearFunction.apply``."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.run, self.part = nn.Linear(8, 16), nn.Linear(16, 4), Straight.apply, functools.partial(Straight.apply)
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.a(x)
+            if how == "setup":
+                return self.b(straight_by_setup(y))
+            if how == "direct":
+                return self.b(Straight.forward(None, y))  # what it computes, and no backward of its own
+            run = {"global": straight, "attribute": self.run, "partial": self.part, "table": TABLE["straight"]}[how]
+            return self.b(run(y))
+
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(4, 8) * 3
+    slim = fxprune.compress(model, 0.5, x, verify=True)
+    slim(x).square().sum().backward()
+    gradient = slim.get_parameter("a.weight").grad
+    assert gradient is not None and (float(gradient.norm()) == 0) == (how == "direct")
+    model(x).square().sum().backward()
+    assert model.a.weight.grad is not None and (float(model.a.weight.grad.norm()) == 0) == (how == "direct"), "it is as it was"

@@ -106,7 +106,16 @@ def mapped(y: Any) -> Any:
     return y.flatten(2).unflatten(2, (high, wide)) * float(sum(map(float, y.shape[2:])))
 
 
-CODE += [elements, levels, tensors_as_sizes, mapped]
+def axes_in_a_tensor(y: Any) -> Any:
+    """As entropy models of images bring the channels to the front and back."""
+    order = torch.cat((torch.tensor([1, 0]), torch.arange(2, y.ndim)))
+    back: Any = torch.arange(len(order))[torch.argsort(order)]
+    front = y.permute(*order).contiguous()
+    shape = front.size()
+    return front.reshape(y.size(1), 1, -1).relu().reshape(shape).permute(tuple(back)).transpose(order[0] + 1, -1).transpose(2, 3)
+
+
+CODE += [elements, levels, tensors_as_sizes, mapped, axes_in_a_tensor]
 
 
 @pytest.mark.parametrize("times", [1, 2])
