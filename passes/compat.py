@@ -69,6 +69,7 @@ fx_tracing: Any = _symbolic_trace
 vmap_home: Any = apis
 ScriptFunction: Any = torch._C.ScriptFunction
 ScriptMethod: Any = torch._C.ScriptMethod
+FunctionBase: Any = torch._C._FunctionBase  # of what a Function gets as ``ctx``
 
 find_proxy = _symbolic_trace._find_proxy
 

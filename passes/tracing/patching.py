@@ -287,7 +287,7 @@ def _of_functions(tracer: Recorder, original: Any) -> Any:
             return found if not own_setup else lambda *_, **__: None
 
         def forward(*args: Any) -> Any:
-            by_torch = own_setup or (bool(args) and _isinstance(args[0], torch._C._FunctionBase))
+            by_torch = own_setup or (bool(args) and _isinstance(args[0], compat.FunctionBase))
             if not by_torch or compat.find_proxy(args, {}) is None:
                 return found(*args)
             return traced_call(tracer, function, args if own_setup else args[1:])
