@@ -201,7 +201,10 @@ def _sums(graph: CouplingGraph, tensors: Mapping[str, Any], term: Callable[[torc
             weight, gradient = given if isinstance(given, tuple) else (given, None)
             wanted, expert = _scored_dimensions(graph, name, weight.ndim), graph.expert_of(name)
             if wanted or expert is not None:
-                terms = term(weight.detach().float(), gradient)
+                if weight.is_complex() and gradient is not None:
+                    terms = term(weight.detach().real.float(), gradient.real) + term(weight.detach().imag.float(), gradient.imag)
+                else:
+                    terms = term(_real(weight), gradient)
                 sums = _sums_along(terms, wanted)
                 found.extend((units, sums[dim]) for dim, units in wanted.items())
                 found += [(expert, terms.sum().reshape(1))] if expert is not None else []
@@ -215,11 +218,16 @@ def _squares(graph: CouplingGraph, weights: Mapping[str, torch.Tensor]) -> npt.N
         for name, weight in weights.items():
             wanted = _scored_dimensions(graph, name, weight.ndim)
             if wanted:
-                sums = _squares_along(weight.detach().float(), wanted)
+                sums = _squares_along(_real(weight), wanted)
                 found.extend((units, sums[dim]) for dim, units in wanted.items())
             if (expert := graph.expert_of(name)) is not None:
-                found.append((expert, weight.detach().float().square().sum().reshape(1)))
+                found.append((expert, _real(weight).square().sum().reshape(1)))
     return _added_up(graph, found)
+
+
+def _real(weight: torch.Tensor) -> torch.Tensor:
+    """Of complex weights, as spectral convolutions have them, the magnitudes."""
+    return weight.detach().abs().float() if weight.is_complex() else weight.detach().float()
 
 
 def _scored_dimensions(graph: CouplingGraph, name: str, ndim: int) -> dict[int, Vector]:

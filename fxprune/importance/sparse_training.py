@@ -63,7 +63,7 @@ class Regularizer:
         parts: list[Tensor] = []
         index: list[Tensor] = []
         for _, tensor, dims in self._members():
-            squared = tensor.float().square()
+            squared = tensor.abs().float().square()
             for dim, units in dims:
                 rest = [d for d in range(tensor.ndim) if d != dim]
                 parts.append(squared.sum(rest) if rest else squared)

@@ -49,6 +49,7 @@ _OF_AXES = frozenset({"permute", "transpose", "swapaxes", "swapdims", "movedim",
 class ShapeProxy(fx.Proxy):
     """A proxy that knows its value on the example inputs."""
 
+    __module__ = "torch"  # where code looks for the library that an array is of (opt_einsum, and what contracts by it)
     tracer: Recorder  # type: ignore[assignment]
     __array_priority__ = 1000  # a NumPy number leaves arithmetic with a proxy to the proxy, as with a tensor
 

@@ -174,9 +174,12 @@ class _SeenThrough(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and type(args[0]) in (ShapeProxy, ShapeAttribute, int, float):
             kind = type(args[0].value) if type(args[0]) in (ShapeProxy, ShapeAttribute) else type(args[0])
-            # As ``int`` is called where the code asks, so that ``type(x) is int`` holds.
-            stands_in = sys._getframe(1).f_globals.get(kind.__name__) if kind in (int, float) else None
-            return kind if stands_in is None or stands_in != kind else stands_in
+            frame = sys._getframe(1)
+            if kind in (int, float) and kind.__name__ in frame.f_code.co_names:
+                # What stands for ``int`` where the code asks, so that ``type(x) is int`` holds.
+                stands_in = frame.f_globals.get(kind.__name__)
+                return kind if stands_in is None or stands_in != kind else stands_in
+            return kind
         if len(args) == 1 and type(args[0]) is ShapeTuple:
             return torch.Size
         return type(*args, **kwargs)

@@ -1,14 +1,16 @@
-"""Short-time Fourier transforms of channels that are folded with the batch."""
+"""Fourier transforms: of channels that are folded with the batch, and with complex weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.testing import assert_sound
 from tests.passes.helpers import prime
 
 WINDOW = torch.hann_window(16)
@@ -104,3 +106,38 @@ def test_channels_as_time_are_kept_by_name() -> None:
     graph = fxprune.analyze(OneWave().eval(), x)
     (group,) = [g for g in graph.groups if g.name == "first"]
     assert not group.prunable and "stft" in str(group.reason)
+
+
+class Spectral(nn.Module):
+    """A Fourier layer with complex weights beside a plain one, as neural operators have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.skip, self.project = nn.Conv1d(2, 16, 1), nn.Conv1d(16, 16, 1), nn.Conv1d(16, 3, 1)
+        self.modes = nn.Parameter(torch.randn(16, 16, 5, dtype=torch.cfloat) / 10)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.lift(x)
+        waves = torch.fft.rfft(x)
+        made = torch.zeros(x.shape[0], self.modes.shape[1], waves.shape[-1], dtype=torch.cfloat)
+        made[..., :5] = torch.einsum("bim,iom->bom", waves[..., :5], self.modes)
+        return self.project((torch.fft.irfft(made, n=x.shape[-1]) + self.skip(x)).relu())
+
+
+@pytest.mark.filterwarnings("error:Casting complex values")
+@pytest.mark.parametrize("importance", ["l2", "l1", "taylor"])
+def test_complex_weights_count_whole(importance: str) -> None:
+    torch.manual_seed(0)
+    model, x = Spectral().eval(), torch.randn(2, 2, 24)
+    assert_sound(model, x, removes=("lift.weight", "modes"))
+    with torch.no_grad():
+        model.modes.real.zero_()
+        model.lift.weight.fill_(1), model.skip.weight.fill_(1), model.project.weight.fill_(1)
+        model.modes.imag[::2] = model.modes.imag[:, ::2] = 0
+    batches = [(x, torch.randn(2, 3, 24))]
+    slim = fxprune.compress(
+        model, {"lift": 0.5}, x, importance=importance, calibration=batches, loss=lambda made, batch: (made - batch[1]).square().mean()
+    )
+    if importance != "taylor":
+        assert fxprune.record(slim).kept["lift.weight"][0].tolist() == list(range(1, 16, 2))
+    assert slim.get_parameter("modes").shape[0] == 8
