@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -280,6 +281,8 @@ def fill(source: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
                 state[key] = _copied(value, memo)
         elif isinstance(value, (torch.Tensor, *_SHARED)):
             continue
+        elif type(value) is functools.partial and isinstance(value.func, CachedFunction):
+            state[key] = functools.partial(value.func.__wrapped__, *value.args, **value.keywords)
         elif isinstance(value, CachedFunction):  # past its cache, which would keep what a trace computes
             state[key] = _copied(value.__wrapped__, memo)
         elif isinstance(value, (list, dict, set)) and not value:

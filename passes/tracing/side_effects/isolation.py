@@ -55,6 +55,9 @@ def isolated(tracer: Recorder, reach: Reach, empty: Sequence[Any], first: Sequen
             if _isinstance(value, CachedFunction):
                 stack.callback(_bind, owner, name, value)
                 _bind(owner, name, _past_cache(value))
+            elif type(value) is functools.partial and _isinstance(value.func, CachedFunction):
+                stack.callback(_bind, owner, name, value)
+                _bind(owner, name, functools.partial(_past_cache(value.func), *value.args, **value.keywords))
             elif not _isinstance(value, (type, types.FunctionType, types.ModuleType, property)):
                 stack.callback(_bind, owner, name, value)
         _exchange(reach, before, tracer.skeleton.twins, stack)

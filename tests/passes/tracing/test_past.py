@@ -93,13 +93,13 @@ class LocalModule(Layers):
 class InADict(Layers):
     def __init__(self) -> None:
         super().__init__()
-        self.makers = {"ramp": ramp}
+        self.makers, self.part = {"ramp": ramp}, functools.partial(ramp)
 
     def table(self, y: Tensor) -> Tensor:
-        return self.makers["ramp"](y.shape[2])[:, None] + MAKERS["ramp"](y.shape[3])
+        return self.makers["ramp"](y.shape[2])[:, None] + MAKERS["ramp"](y.shape[3]) + self.part(y.shape[3]) + RAMP()
 
 
-MAKERS = {"ramp": ramp}
+MAKERS, RAMP = {"ramp": ramp}, functools.partial(ramp, 1)
 
 
 class GlobalDict(Layers):
