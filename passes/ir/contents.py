@@ -15,6 +15,7 @@ from torch import fx, nn
 
 MAPPINGS = frozenset({dict, OrderedDict, defaultdict, weakref.WeakKeyDictionary, weakref.WeakValueDictionary})
 CONTAINERS = MAPPINGS | {list, set, deque, weakref.WeakSet}
+_BASES = (OrderedDict, dict, list, set, deque)
 CachedFunction = type(functools.lru_cache(lambda: None))
 _FOREIGN = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "scipy", "networkx", "safetensors", "rich"}
 _OPAQUE = (
@@ -58,6 +59,12 @@ def hooks_back(before: Iterable[tuple[dict[Any, Any], dict[Any, Any]]]) -> None:
             now.update(then)
 
 
+def _container(value: Any) -> Any:
+    """The type whose methods read and fill a container, the built-in one of a user's own; None of what is none."""
+    kind = type(value)
+    return kind if kind in CONTAINERS else next((base for base in _BASES if isinstance(value, base)), None)
+
+
 class Contents:
     """The contents of the containers that were added, and of those within them."""
 
@@ -69,12 +76,13 @@ class Contents:
         if kind in _VALUES or deep == 0 or id(value) in self._held:
             return
         inner: Any = ()
-        if kind in MAPPINGS:
-            self._held[id(value)] = value, list(value.items())
-            inner = list(value.values())  # those of a WeakValueDictionary are a generator
-        elif kind in CONTAINERS:
-            self._held[id(value)] = value, list(value)
-            inner = value
+        container = _container(value)
+        if container in MAPPINGS:
+            self._held[id(value)] = value, list(container.items(value))
+            inner = list(container.values(value))  # those of a WeakValueDictionary are a generator
+        elif container is not None:
+            self._held[id(value)] = value, list(container.__iter__(value))
+            inner = self._held[id(value)][1]
         elif isinstance(value, tuple):
             inner = value
         elif not isinstance(value, _OPAQUE) and not is_foreign(kind) and type(getattr(value, "__dict__", None)) is dict:
@@ -94,7 +102,7 @@ class Contents:
             return others[one] if isinstance(one, nn.Module) and one in others else one
 
         for value, before in self._held.values():
-            pairs = type(value) in MAPPINGS
+            pairs = _container(value) in MAPPINGS
             now = [(other(k), v if type(v) is int else other(v)) for k, v in before] if pairs else [*map(other, before)]
             if not _same(now, before, (lambda a, b: a[0] is b[0] and a[1] is b[1]) if pairs else (lambda a, b: a is b)):
                 _refill(value, now)
@@ -102,20 +110,21 @@ class Contents:
     def restore(self) -> None:
         """Put everything back that has changed since."""
         for value, before in self._held.values():
-            now = list(value.items()) if type(value) in MAPPINGS else list(value)
-            if type(value) in MAPPINGS and _same(now, before, lambda a, b: a[0] is b[0] and a[1] is b[1]):
-                continue
-            if type(value) not in MAPPINGS and _same(now, before, lambda a, b: a is b):
+            container = _container(value)
+            pairs = container in MAPPINGS
+            now = list(container.items(value)) if pairs else list(container.__iter__(value))
+            if _same(now, before, (lambda a, b: a[0] is b[0] and a[1] is b[1]) if pairs else (lambda a, b: a is b)):
                 continue
             _refill(value, before)
 
 
 def _refill(value: Any, held: list[Any]) -> None:
-    value.clear()
-    if type(value) is list or type(value) is deque:
-        value.extend(held)
+    container = _container(value)
+    container.clear(value)
+    if container is list or container is deque:
+        container.extend(value, held)
     else:
-        value.update(held)
+        container.update(value, held)  # a Counter would add
 
 
 def _same(now: list[Any], before: list[Any], same: Any) -> bool:

@@ -130,6 +130,7 @@ class Skeleton:
             self.module_names.setdefault(module, name)
         # Tensors held as plain attributes keep the path they have; others get a name when the tracer meets them.
         self.attribute_names: dict[int, str] = {}
+        self.taken: frozenset[str] = frozenset()  # names of the constants of the mode that was traced before
         for name, module in self._modules.items():
             for key, value in module.__dict__.items():
                 if isinstance(value, torch.Tensor):

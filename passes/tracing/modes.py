@@ -18,7 +18,7 @@ from fxprune.passes.ir.dead_code import eliminate
 from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton, Snapshot
 from fxprune.passes.ir.traced import TracedModel
-from fxprune.passes.tracing.guard.comparison import Comparison, Difference, on_meta
+from fxprune.passes.tracing.guard.comparison import Comparison, Difference, another, on_meta
 from fxprune.passes.tracing.guard.plain_code import is_plain
 from fxprune.passes.tracing.module_state import hold_modes, keep_state, lost, written_back
 from fxprune.passes.tracing.side_effects.gradients import detach
@@ -52,12 +52,13 @@ def trace(
     reach = skeleton.past[-1].reach
     example = call_form(example_inputs)
 
-    def difference(of: TracedModel, mode: str = "eval") -> Difference | None:
+    def difference(of: TracedModel, mode: str = "eval", on: Any = example) -> Difference | None:
         others = skeleton.other_modes(mode == "train")
-        return Comparison(model, of.graphs[mode], of.constants, example, reach, mode == "train", others).difference()
+        return Comparison(model, of.graphs[mode], of.constants, on, reach, mode == "train", others).difference()
 
     if skeleton.has_history:
-        if difference(found) is None:
+        # What an earlier call left may be of the example itself: what is computed anew then is the same, and another input's is not.
+        if difference(found) is None and ((other := difference(found, on=another(example))) is None or other.chooses):
             return found
         # What forward keeps is more than a cache: what it computes depends on it.
         found = TracedModel(skeleton, {}, {}, opaque=dict(whole or {}))
@@ -151,6 +152,7 @@ def add_traced(
     traced.read |= tracer.read
     if skeleton.training_was_read:
         before = set(skeleton.as_in_evaluation)
+        skeleton.taken = frozenset(constants)  # the graphs of both modes find their constants in one module
         try:
             second, graph = without_history(training=True)
             notes.update(second.notes)  # of equal graphs too: of two that are drawn at random, training may have got evaluation's
@@ -161,6 +163,8 @@ def add_traced(
         except TraceError as error:
             text = f"training mode could not be traced, the slim module computes as in evaluation mode there: {error}"
             notes[Note(NoteKind.MODE, text)] = None
+        finally:
+            skeleton.taken = frozenset()
         for name, why in skeleton.as_in_evaluation.items():
             if name not in before:
                 own = name or "the network"

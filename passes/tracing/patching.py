@@ -274,6 +274,40 @@ def _moved(tracer: Recorder, original: Any) -> Any:
     return apply
 
 
+def _by_the_users() -> bool:
+    """Whether the function that is patched was called by code that is neither torch's nor ours."""
+    return not str(sys._getframe(2).f_globals.get("__name__", "")).startswith(("torch.", "fxprune."))
+
+
+def _asks_for_gradients(tracer: Recorder, original: Any) -> Any:
+    def is_grad_enabled() -> bool:
+        if not tracer.recording or not _by_the_users():
+            return bool(original())
+        tracer.note(NoteKind.LOST, f"torch.is_grad_enabled() was answered for training: {tracer.gradients}", tracer.here())
+        return tracer.gradients
+
+    return is_grad_enabled
+
+
+def _seeds(tracer: Recorder, original: Any) -> Any:
+    def manual_seed(*args: Any, **kwargs: Any) -> Any:
+        if tracer.recording and _by_the_users():
+            tracer.note(NoteKind.LOST, "forward seeds torch's random numbers, which the slim module does not", tracer.here())
+        return original(*args, **kwargs)
+
+    return manual_seed
+
+
+def _derives(tracer: Recorder, original: Any) -> Any:
+    def derivative(*args: Any, **kwargs: Any) -> Any:
+        if tracer.recording:
+            what = f"torch.autograd.functional.{original.__name__}"
+            raise TraceError(f"{tracer.here()}: forward computes a derivative ({what}), which a graph cannot keep")
+        return original(*args, **kwargs)
+
+    return derivative
+
+
 def _of_functions(tracer: Recorder, original: Any) -> Any:
     """``fn = Fn.apply``, taken before the trace, is torch's own: it looks for the class's ``forward``, and that is where it is met."""
 
@@ -335,6 +369,9 @@ PATCHES: tuple[Patch, ...] = (
     Patch(torch, "_assert", _asserted),
     Patch(torch.autograd.Function, "apply", _apply),
     Patch(type(torch.autograd.Function), "__getattribute__", _of_functions),
+    *(Patch(torch.autograd.functional, name, _derives) for name in ("vjp", "jvp", "vhp", "hvp", "jacobian", "hessian")),
+    Patch(torch, "is_grad_enabled", _asks_for_gradients),
+    Patch(torch, "manual_seed", _seeds),
     Patch(nn.Module, "_apply", _moved),
     Patch(type(torch.autograd.Variable), "__call__", legacy.variable),
     Patch(torch.Tensor, "__new__", legacy.constructor),

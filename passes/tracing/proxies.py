@@ -113,6 +113,9 @@ class ShapeProxy(fx.Proxy):
             if name == "size":
                 return lambda dim=None: self.tracer.shape_of(self) if dim is None else self.tracer.shape_of(self)[operator.index(dim)]
             if name in _STATIC_ATTRIBUTES:
+                if name in ("requires_grad", "grad_fn", "is_leaf") and self.tracer.recording and self.node.op != "get_attr":
+                    text = f"the code asks for {name} of what it computes, which was answered as without gradients"
+                    self.tracer.note(NoteKind.LOST, text, self.tracer.here())
                 return getattr(value, name)
             if name in _STATIC_METHODS:
                 return getattr(value, name)

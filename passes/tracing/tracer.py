@@ -423,11 +423,14 @@ class ShapeTracer(fx.Tracer):
 
     def _constant(self, tensor: torch.Tensor) -> str:
         name = self.skeleton.attribute_names.get(id(tensor))
+        if name is not None and self.constants.get(name, tensor) is not tensor:  # the name of an earlier trace
+            name = None
         if name is None and tensor.is_meta and not any(p.is_meta for p in self.skeleton.original.parameters()):
             raise TraceError(f"{self.here()}: forward computes with parameters or buffers that it reached past their names (state_dict())")
         if name is None or (self.path and not name.startswith(f"{self.path}.")):
             base = f"{self.path}._tensor_constant" if self.path else "_tensor_constant"
-            name = next(n for n in (f"{base}{i}" for i in range(len(self.constants), 1 << 30)) if n not in self.constants)
+            taken = self.constants.keys() | self.skeleton.taken
+            name = next(n for n in (f"{base}{i}" for i in range(len(self.constants), 1 << 30)) if n not in taken)
             self.skeleton.attribute_names[id(tensor)] = name
             self.skeleton.keep_alive.append(tensor)
         self.constants[name] = tensor

@@ -92,7 +92,8 @@ class Comparison:
         try:
             found = self._traced()
         except FAULTS as error:
-            return None if isinstance(error, WritesWeights) else Difference(math.inf, "", first_line(error), chooses)
+            why = "it writes into weights" if isinstance(error, WritesWeights) else first_line(error)
+            return Difference(math.inf, "", why, chooses)
         gap = _gap(wanted, found)
         if gap == 0:
             return None
@@ -198,6 +199,20 @@ def difference_of_slim(model: nn.Module, slim: nn.Module, example: Call, parts: 
 def on_meta(model: nn.Module, example: Call) -> bool:
     """Whether weights or inputs have no values."""
     return any(t.is_meta for t in (*tensors(example), *model.parameters(), *model.buffers()))
+
+
+def another(example: Call) -> Call:
+    """Inputs of the same shapes with other numbers, the same each time; integers and flags stay, which may stand for one another."""
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.is_meta or value.layout is not torch.strided:
+            return value
+        noise = torch.randn(value.shape, generator=generator).to(value)
+        return value.detach() + noise * (value.detach().std(correction=0) / 2 if value.numel() > 1 else 1)
+
+    moved_args, moved_kwargs = tree_map(moved, example)
+    return moved_args, moved_kwargs
 
 
 def _cloned(example: Call) -> Call:
