@@ -164,6 +164,13 @@ class ShapeProxy(fx.Proxy):
         self.tracer.unrolled(self)
         return iter([self[i] for i in range(len(value))])
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """As code copies an input: fx would copy the proxy, of which the graph knows nothing."""
+        return memo.setdefault(id(self), self.clone() if _isinstance(self.value, torch.Tensor) else self)
+
+    def __copy__(self) -> Any:
+        return self
+
     def keys(self) -> Any:
         """Which fx has a method for: of a dictionary, those on the example, in their order."""
         return dict.fromkeys(self.value).keys() if _isinstance(self.value, dict) else ShapeAttribute(self, "keys")()

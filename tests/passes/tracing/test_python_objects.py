@@ -3,6 +3,7 @@ that are compared, modules that are moved, code that has no module of its own.""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -61,10 +62,16 @@ def without_a_module(net: Any, y: Any) -> Any:
     return SPACE["halved"](y)
 
 
+def copied(net: Any, y: Any) -> Any:
+    with torch.no_grad():
+        kept = copy.deepcopy(y.detach())
+    return net.inner(copy.copy(y)) + copy.deepcopy([kept, 2])[0]
+
+
 LOOPS = (repeated_flags, repeated_none, repeated_functions, repeated_modules)
 
 
-@pytest.mark.parametrize("how", [*LOOPS, moved, without_a_module])
+@pytest.mark.parametrize("how", [*LOOPS, moved, without_a_module, copied])
 def test_it_is_pruned(how: Callable[[Any, Any], Any]) -> None:
     torch.manual_seed(0)
     model, x = Net(how).eval(), torch.randn(2, 8, 6)
