@@ -41,10 +41,14 @@ TURNS, CALLS, TURN, WITHIN = 9, 3, 0.03, 0.05  # a turn is so many calls and sec
 
 
 def exported(model: nn.Module, x: Tensor) -> bytes:
-    """An ONNX file of ``model``, by the exporter that the search does not use."""
+    """An ONNX file of ``model``, by the exporter that the search does not use; by ``fxprune.export`` where that one cannot (the pool of
+    vgg11_bn, whose map at 64 pixels is smaller than what it gives)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        torch.onnx.export(model, (x,), str(path), dynamo=False)
+        try:
+            torch.onnx.export(model, (x,), str(path), dynamo=False)
+        except torch.onnx.OnnxExporterError:
+            fxprune.export(model, path, example_inputs=x, dynamic={}, verify=False)
         return path.read_bytes()
 
 
