@@ -37,6 +37,8 @@ _DEEP, _LONG = 4, 1000  # how far into containers within containers, and up to w
 def is_foreign(value: Any) -> bool:
     """Whether a function, class or module is torch's, NumPy's, Python's, or the compiler's own."""
     home = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+    if isinstance(value, types.FunctionType) and "__wrapped__" in value.__dict__:  # functools.wraps gives it the other's home
+        home = value.__globals__.get("__name__")
     return not home or str(home).split(".")[0] in _FOREIGN or str(home).startswith("fxprune.passes")
 
 

@@ -124,13 +124,22 @@ def _exchange(reach: Reach, before: Contents, twins: Mapping[nn.Module, nn.Modul
     before.exchange(twins)
     for owner, name in reach.places.values():
         value = held(owner, name)
-        if _isinstance(value, nn.Module) and value in twins:
+        if (other := _exchanged(value, twins)) is not value:
             stack.callback(_bind, owner, name, value)
-            _bind(owner, name, twins[value])
+            _bind(owner, name, other)
     for function in reach.functions:
-        if any(_isinstance(v, nn.Module) and v in twins for v in function.__defaults__ or ()):
+        defaults = tuple(_exchanged(v, twins) for v in function.__defaults__ or ())
+        if any(a is not b for a, b in zip(defaults, function.__defaults__ or (), strict=True)):
             stack.callback(setattr, function, "__defaults__", function.__defaults__)
-            function.__defaults__ = tuple(twins.get(v, v) if _isinstance(v, nn.Module) else v for v in function.__defaults__ or ())
+            function.__defaults__ = defaults
+
+
+def _exchanged(value: Any, twins: Mapping[nn.Module, nn.Module]) -> Any:
+    """The twin of a module, and a twin's method: ``old = layer.forward; layer.forward = lambda x: old(x) * 2`` holds the layer's own."""
+    if _isinstance(value, nn.Module):
+        return twins.get(value, value)
+    holder: Any = value.__self__ if type(value) is types.MethodType else None
+    return types.MethodType(value.__func__, twins[holder]) if _isinstance(holder, nn.Module) and holder in twins else value
 
 
 def _bind(owner: Any, name: str, value: Any) -> None:

@@ -206,6 +206,9 @@ class _Search:
             for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
                 if not _is_empty(cell):
                     self.place(cell, variable)
+            for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+                if isinstance(default, (types.FunctionType, types.MethodType)):
+                    self.value(default)
             names = {name for code in codes(function.__code__) for name in code.co_names}
             self._spaces(function, names)
             new = names - self.reach.names

@@ -4,6 +4,7 @@ that are compared, modules that are moved, code that has no module of its own.""
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -174,3 +175,37 @@ def test_a_part_that_is_given_a_dictionary(read: Callable[[Any], Any]) -> None:
     assert_sound(Part(read).eval(), (given,), removes=("up.weight",))
     graph = fxprune.analyze(Whole(read).eval(), torch.randn(2, 5, 6))
     assert [*graph.traced.parts] == ["part"]
+
+
+def by_lambda(old: Any) -> Any:
+    return lambda x: old(x) * 2
+
+
+def by_wraps(old: Any) -> Any:
+    @functools.wraps(old)
+    def forward(*args: Any, **named: Any) -> Any:
+        return old(*args, **named) * 2
+
+    return forward
+
+
+def by_default(old: Any) -> Any:
+    def forward(x: Tensor, old: Any = old) -> Any:
+        return old(x) * 2
+
+    return forward
+
+
+@pytest.mark.parametrize("wrap", [by_lambda, by_wraps, by_default])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_wrapped_forward_computes_with_the_layers_own_weights(wrap: Callable[[Any], Any], times: int) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval(), torch.randn(3, 8)
+    for _ in range(times):
+        model[0].forward = wrap(model[0].forward)
+    want = model(x)
+    assert_sound(model, x, removes=("0.weight", "2.weight"))
+    slim = fxprune.compress(model, 0.5, x, verify=True)
+    slim(x).sum().backward()
+    assert {name for name, _ in slim.named_parameters()} == {name for name, _ in model.named_parameters()}
+    assert not [*slim.named_buffers()] and slim.get_parameter("0.weight").grad is not None and torch.equal(model(x), want)
