@@ -81,8 +81,11 @@ class Comparison:
         self.model, self.graph, self.constants, self.example = model, graph, constants, example
         self.reach, self.training, self.others = reach, training, others
 
-    def difference(self) -> Difference | None:
-        """None where the two agree, and where nobody can judge: on meta, where the model fails, where no seed makes it repeat itself."""
+    def difference(self, writing: bool = False) -> Difference | None:
+        """None where the two agree, and where nobody can judge: on meta, where the model fails, where no seed makes it repeat itself.
+
+        ``writing``: a graph that writes into weights, where the model does not, differs; otherwise nobody can judge it.
+        """
         if on_meta(self.model, self.example):
             return None
         wanted = self._original()
@@ -92,8 +95,9 @@ class Comparison:
         try:
             found = self._traced()
         except FAULTS as error:
-            why = "it writes into weights" if isinstance(error, WritesWeights) else first_line(error)
-            return Difference(math.inf, "", why, chooses)
+            if isinstance(error, WritesWeights) and not writing:
+                return None
+            return Difference(math.inf, "", first_line(error), chooses)
         gap = _gap(wanted, found)
         if gap == 0:
             return None
