@@ -236,27 +236,27 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _with_values_read(model: nn.Module, record: PruningRecord, tensors: Mapping[str, Tensor]) -> nn.Module:
     """``model``, or a copy that has the file's values where the analysis reads some: in flags that say that the network has run before
     (k-means and ActNorm fill their buffers then), and on meta in index tables."""
-    bare = _on_meta(model)
     indices = [name for name, holder, key in _slots(model) if name in record.renumbered and not holder[key].is_floating_point()]
-    if bare and indices:  # lengths of weights are in the file as they have to be
+    if indices and _on_meta(model):  # lengths of weights are in the file as they have to be
         raise FileError(f"the original values of {indices[0]!r} are needed and not in it; build the model on the CPU")
-    if not bare and not any(_is_other_flag(name, holder[key], tensors) for name, holder, key in _slots(model)):
+    read = {name for name, holder, key in _slots(model) if name in tensors and _is_read(name, holder[key], tensors[name])}
+    if not read:
         return model
-    copied = copy.deepcopy(model, {} if bare else {id(holder[key]): holder[key] for _, holder, key in _slots(model)})
+    copied = copy.deepcopy(model, {id(holder[key]): holder[key] for _, holder, key in _slots(model)})
     for name, holder, key in list(_slots(copied)):
-        found = tensors.get(name)
-        if bare and found is not None and not found.is_floating_point() and found.shape == holder[key].shape:
-            holder[key] = found
-        elif not bare and found is not None and _is_other_flag(name, holder[key], tensors):
-            holder[key] = found.to(holder[key].device)
+        if name in read:
+            holder[key] = tensors[name] if holder[key].is_meta else tensors[name].to(holder[key].device)
     return copied
 
 
-def _is_other_flag(name: str, own: Tensor, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a buffer is one number, and another one in the file; how often a norm saw a batch is nothing that code asks for."""
-    if isinstance(own, nn.Parameter) or own.numel() != 1 or name not in tensors or name.endswith("num_batches_tracked"):
+def _is_read(name: str, own: Tensor, found: Tensor) -> bool:
+    """Whether the analysis may read a tensor of the model that has other values in the file: a buffer of one number, and integers of a
+    model without values. How often a norm saw a batch is nothing that code asks for."""
+    if isinstance(own, nn.Parameter) or own.shape != found.shape:
         return False
-    return tensors[name].shape == own.shape and not torch.equal(tensors[name].to(own.device), own.detach())
+    if own.is_meta:
+        return own.numel() == 1 or not found.is_floating_point()
+    return own.numel() == 1 and not name.endswith("num_batches_tracked") and not torch.equal(found.to(own.device), own.detach())
 
 
 def _assign(

@@ -106,7 +106,7 @@ class Contents:
         for value, before in self._held.values():
             pairs = _container(value) in MAPPINGS
             now = [(other(k), v if type(v) is int else other(v)) for k, v in before] if pairs else [*map(other, before)]
-            if not _same(now, before, (lambda a, b: a[0] is b[0] and a[1] is b[1]) if pairs else (lambda a, b: a is b)):
+            if not _same(now, before, pairs):
                 _refill(value, now)
 
     def restore(self) -> None:
@@ -115,9 +115,8 @@ class Contents:
             container = _container(value)
             pairs = container in MAPPINGS
             now = list(container.items(value)) if pairs else list(container.__iter__(value))
-            if _same(now, before, (lambda a, b: a[0] is b[0] and a[1] is b[1]) if pairs else (lambda a, b: a is b)):
-                continue
-            _refill(value, before)
+            if not _same(now, before, pairs):
+                _refill(value, before)
 
 
 def _refill(value: Any, held: list[Any]) -> None:
@@ -129,5 +128,8 @@ def _refill(value: Any, held: list[Any]) -> None:
         container.update(value, held)  # a Counter would add
 
 
-def _same(now: list[Any], before: list[Any], same: Any) -> bool:
-    return len(now) == len(before) and all(map(same, now, before))
+def _same(now: list[Any], before: list[Any], pairs: bool) -> bool:
+    """Whether two lists, of entries or of keys and values, hold the very same objects."""
+    if len(now) != len(before):
+        return False
+    return all(a[0] is b[0] and a[1] is b[1] if pairs else a is b for a, b in zip(now, before, strict=True))

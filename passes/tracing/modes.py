@@ -52,13 +52,13 @@ def trace(
     reach = skeleton.past[-1].reach
     example = call_form(example_inputs)
 
-    def difference(of: TracedModel, mode: str = "eval", on: Any = example, anew: bool = False) -> Difference | None:
+    def difference(of: TracedModel, mode: str = "eval", on: Any = example, writing: bool = False) -> Difference | None:
         others = skeleton.other_modes(mode == "train")
-        return Comparison(model, of.graphs[mode], of.constants, on, reach, mode == "train", others).difference(writing=anew)
+        return Comparison(model, of.graphs[mode], of.constants, on, reach, mode == "train", others).difference(writing)
 
     if skeleton.has_history:
         # What an earlier call left may be of the example itself: what is computed anew then is the same, and another input's is not.
-        if difference(found, anew=True) is None and ((other := difference(found, on=another(example))) is None or other.chooses):
+        if difference(found, writing=True) is None and ((other := difference(found, on=another(example))) is None or other.chooses):
             return found
         # What forward keeps is more than a cache: what it computes depends on it.
         found = TracedModel(skeleton, {}, {}, opaque=dict(whole or {}))

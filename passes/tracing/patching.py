@@ -252,15 +252,6 @@ def _within_no_grad(frame: Any) -> bool:
     return frame.f_globals.get("__name__") == torch.no_grad.__module__ and frame.f_code.co_name in ("__enter__", "__exit__")
 
 
-def _apply(tracer: Recorder, original: Any) -> Any:
-    def apply(function: Any, *args: Any, **kwargs: Any) -> Any:
-        if not tracer.recording or compat.find_proxy(args, kwargs) is None:
-            return original.__get__(None, function)(*args, **kwargs)
-        return traced_call(tracer, function, args)
-
-    return classmethod(apply)
-
-
 def _moved(tracer: Recorder, original: Any) -> Any:
     """``module.to(device)`` within forward: what is traced has no device of its own, and where the slim network lies is the user's say."""
 
@@ -309,7 +300,7 @@ def _derives(tracer: Recorder, original: Any) -> Any:
 
 
 def _of_functions(tracer: Recorder, original: Any) -> Any:
-    """``fn = Fn.apply``, taken before the trace, is torch's own: it looks for the class's ``forward``, and that is where it is met."""
+    """``Fn.apply``, by whatever name code holds it, looks for the class's ``forward``: that is where a call is met."""
 
     def attribute(function: Any, name: str) -> Any:
         found = type.__getattribute__(function, name)
@@ -367,7 +358,6 @@ PATCHES: tuple[Patch, ...] = (
     *(Patch(math, name, recorded) for name in OF_MATH),
     *(Patch(torch, name, _checked) for name in compat.CHECKS),
     Patch(torch, "_assert", _asserted),
-    Patch(torch.autograd.Function, "apply", _apply),
     Patch(type(torch.autograd.Function), "__getattribute__", _of_functions),
     *(Patch(torch.autograd.functional, name, _derives) for name in ("vjp", "jvp", "vhp", "hvp", "jacobian", "hessian")),
     Patch(torch, "is_grad_enabled", _asks_for_gradients),

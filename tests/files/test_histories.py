@@ -111,6 +111,17 @@ def test_flags_of_the_model_that_is_loaded_into_stay(tmp_path: Path) -> None:
     assert not fresh.filled and torch.equal(fresh.means, means)
 
 
+@pytest.mark.parametrize("make", [FilledOnce, FilledOnceByNumber])
+def test_a_model_without_values_takes_the_flags_of_the_file(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    model, x = make().eval(), torch.randn(2, 5, 10)
+    model(torch.randn(2, 5, 10))
+    slim = fxprune.compress(model, 0.5, x)
+    fxprune.save(slim, tmp_path / "slim.safetensors")
+    with torch.device("meta"):
+        blank = make().eval()
+    assert gap(slim(x), fxprune.load(tmp_path / "slim.safetensors", blank)(x)) < 1e-6
+
+
 @pytest.mark.parametrize("make", [RegistersInForward, Table, InAPart, Sparse, FilledOnce, FilledOnceByNumber])
 def test_what_ran_loads_into_what_never_ran(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     model, x = make().eval(), torch.randn(2, 5, 10)

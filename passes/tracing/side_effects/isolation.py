@@ -184,17 +184,18 @@ def _flat(value: Any) -> Iterator[Any]:
 
 class _SeenThrough(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and type(args[0]) in (ShapeProxy, ShapeAttribute, int, float):
-            kind = type(args[0].value) if type(args[0]) in (ShapeProxy, ShapeAttribute) else type(args[0])
-            frame = sys._getframe(1)
-            if kind in (int, float) and kind.__name__ in frame.f_code.co_names:
-                # What stands for ``int`` where the code asks, so that ``type(x) is int`` holds.
-                stands_in = frame.f_globals.get(kind.__name__)
-                return kind if stands_in is None or stands_in != kind else stands_in
-            return kind
-        if len(args) == 1 and type(args[0]) is ShapeTuple:
+        if len(args) != 1:
+            return type(*args, **kwargs)
+        kind = type(args[0])
+        if kind is ShapeTuple:
             return torch.Size
-        return type(*args, **kwargs)
+        if kind in (ShapeProxy, ShapeAttribute):
+            kind = type(args[0].value)
+        frame = sys._getframe(1)
+        if kind in (int, float) and kind.__name__ in frame.f_code.co_names:  # what stands for it there, so that ``type(x) is int`` holds
+            stands_in = frame.f_globals.get(kind.__name__)
+            return stands_in if stands_in is not None and stands_in == kind else kind
+        return kind
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return _isinstance(instance, type)
