@@ -85,6 +85,13 @@ def test_it_is_pruned(how: Callable[[Any, Any], Any]) -> None:
             assert gap(reference(other), slim(other)) < 1e-5
 
 
+def test_code_without_a_module_may_ask_for_sizes() -> None:
+    space: dict[str, Any] = {}
+    exec("def ask(y):\n    return y * 2 if y.shape[1] > 100 else y", space)
+    slim = fxprune.compress(Net(lambda net, y: space["ask"](y)).eval(), 0.5, torch.randn(2, 8, 6), verify=True)
+    assert any("a condition" in note for note in fxprune.record(slim).notes)
+
+
 def of_a_type(rate: Any) -> Any:
     if type(rate) is not int and type(rate) not in (float, bool):  # no assert, which pytest would rewrite
         raise TypeError
