@@ -111,6 +111,9 @@ def slimmed(
         policy = fxprune.Policy(same["sparsity"], options=same["options"])
         slim = fxprune.compress(fxprune.analyze(model, data.example()), policy, calibration=drawn, repair="joint").eval()
         return slim, {key: same[key] for key in ("macs", "params", "evaluations", "seconds", "sparsity", "options")}
+    if strategy == "synthetic":
+        drawn = fxprune.synthetic_batches(model, data.example(), 128, batch_size=batch, steps=40, seed=seed)
+        return tried(model, data, drawn, options, seed, "lstsq")
     if strategy in ("tried", "joint"):
         return tried(model, data, drawn, options, seed, "joint" if strategy == "joint" else "lstsq")
     begun = time.process_time()
@@ -197,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("../shared/data"), help="where data and weights lie")
     parser.add_argument("--networks", default=",".join(CIFAR))
     methods = "uniform,magnitude,table,tried,joint,rl-pruner:60"
-    parser.add_argument("--methods", default=methods, help="strategies, tried, or joint; behind rl-pruner its evaluations")
+    parser.add_argument("--methods", default=methods, help="strategies, tried, joint, or synthetic; behind rl-pruner its evaluations")
     parser.add_argument("--macs", type=float, default=0.5)
     parser.add_argument("--images", type=int, default=2048, help="unlabelled training images for all that is done")
     parser.add_argument("--test-images", type=int, default=None, help="default: all")

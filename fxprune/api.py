@@ -24,6 +24,7 @@ from fxprune.compression import (
     without,
 )
 from fxprune.errors import FxPruneError
+from fxprune.evaluation.inference import outside_inference_mode
 from fxprune.evaluation.wrappers import unwrapped
 from fxprune.importance.criteria import Importance
 from fxprune.importance.gradients import Loss
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 Ignore = str | nn.Module | type[nn.Module] | Iterable[Any]
 
 
+@outside_inference_mode
 def analyze(
     model: nn.Module | ExportedProgram,
     example_inputs: Any = None,
@@ -84,6 +86,7 @@ def analyze(
     return analysed(model, example, listed(ignore), attention, norms=norms, blocks=blocks, check=check, outputs=kept, experts=experts)
 
 
+@outside_inference_mode
 def compress(
     model: nn.Module | CouplingGraph | ExportedProgram,
     policy: Given,

@@ -214,7 +214,7 @@ def slimmed(
     notes: tuple[str, ...] = graph.notes
     lacking = shortfall(graph, wanted, keep, choices.round_to, limits(graph, choices.most))
     if lacking:
-        warnings.warn(lacking, PruningWarning, stacklevel=3)  # at the call of compress
+        warnings.warn(lacking, PruningWarning, stacklevel=4)  # at the call of compress
         notes = (*notes, lacking)
     used: dict[str, Any] = {} if norms == "plain" else {"norms": norms}
     used |= {"round_to": choices.round_to, "importance": importance_name(choices.importance)}

@@ -92,7 +92,7 @@ class _Fingerprint:
 
     def _tensors(self) -> dict[str, tuple[Any, ...]]:
         named = [*self.module.named_parameters(remove_duplicate=False), *self.module.named_buffers(remove_duplicate=False)]
-        return {name: (id(tensor), tensor._version, _sum(tensor)) for name, tensor in named}
+        return {name: (id(tensor), None if tensor.is_inference() else tensor._version, _sum(tensor)) for name, tensor in named}
 
     def edited(self) -> str:
         """What differs from when the fingerprint was taken, empty where nothing does."""

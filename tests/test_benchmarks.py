@@ -275,7 +275,7 @@ def test_allocations_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     spec |= {"model": "fxprune.models:digits_net", "weights": "digits.safetensors"}
     monkeypatch.setattr(allocation, "NETWORKS", {"digits": spec})
     page = tmp_path / "page.md"
-    methods = "uniform,magnitude,table,tried,joint,rl-pruner:8"
+    methods = "uniform,magnitude,table,tried,joint,rl-pruner:8,synthetic"
     options = ["--networks", "digits", "--folder", str(tmp_path), "--methods", methods, "--images", "128", "--test-images", "50"]
     allocation.main([*options, "--macs", "0.6", "--out", str(tmp_path / "cells.jsonl"), "--page", str(page)])
     rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| Digits")]

@@ -60,9 +60,17 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def to_device(values: Any, device: torch.device | str) -> Any:
-    """``values``, any nest of tuples, lists and dicts, on ``device``; what a loader pinned goes to a GPU without a wait."""
+    """``values``, any nest of tuples, lists and dicts, on ``device``; what a loader pinned goes to a GPU without a wait.
+
+    Tensors that were made in inference mode are copied, since autograd refuses them.
+    """
     no_wait = torch.device(device).type == "cuda"  # the other way a tensor could be read before it is there
-    return tree_map_only(Tensor, lambda t: t.to(device, non_blocking=no_wait), values)
+
+    def moved(tensor: Tensor) -> Tensor:
+        found = tensor.to(device, non_blocking=no_wait)
+        return found.clone() if found.is_inference() and not torch.is_inference_mode_enabled() else found
+
+    return tree_map_only(Tensor, moved, values)
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fxprune import example_inputs as forms
 from fxprune.errors import EvaluationError, InputError, in_a_line
 from fxprune.evaluation.copying import copied
+from fxprune.evaluation.inference import outside_inference_mode
 from fxprune.evaluation.running import call, device_of, set_training
 from fxprune.evaluation.wrappers import unwrapped
 from fxprune.passes.compat import BatchNormBase, tree_leaves, tree_map_only
@@ -27,6 +28,7 @@ RATE = 0.1  # of Adam, falling to zero along a cosine
 DRAWN = 0.02  # what the labels of drawn classes count beside the statistics
 
 
+@outside_inference_mode
 def synthetic_batches(
     model: nn.Module, example_inputs: Any, count: int = 128, *, batch_size: int = 64, steps: int = 40, seed: int = 0
 ) -> list[Any]:
@@ -219,10 +221,11 @@ def _fitted(model: nn.Module, batch: Any, steps: int, random: torch.Generator) -
             for _ in range(steps):
                 statistics.gaps.clear()
                 optimizer.zero_grad()
-                output = _run(model, batch)
-                loss = torch.stack(statistics.gaps).sum()
-                if classes is not None:
-                    loss = loss + DRAWN * F.cross_entropy(output, classes)
+                with torch.enable_grad():
+                    output = _run(model, batch)
+                    loss = torch.stack(statistics.gaps).sum()
+                    if classes is not None:
+                        loss = loss + DRAWN * F.cross_entropy(output, classes)
                 if not loss.requires_grad or not torch.isfinite(loss):
                     raise EvaluationError(
                         "no inputs could be fitted to the network's BatchNorm statistics: no gradient reaches the inputs, or it is not"

@@ -142,7 +142,7 @@ def _write_onnx_int8(job: Job, path: Path) -> None:
         names = [one.name for one in session.get_inputs()]
         batches = iter([dict(zip(names, (t.numpy() for t in tensors(one)), strict=True)) for one in job.calibration])
         reader = type("Reader", (quantization.CalibrationDataReader,), {"get_next": lambda self: next(batches, None)})()
-        # Weights of 7 bits: of 8, pairs of products overflow 16 bits on x86 processors without VNNI, in silence, and so does OpenVINO.
+        # 7-bit weights: with 8 bits, sums of two products silently overflow 16 bits on x86 processors without VNNI, in OpenVINO too.
         quantization.quantize_static(str(ready), str(path), reader, per_channel=True, reduce_range=True)
     else:
         quantization.quantize_dynamic(str(ready), str(path), weight_type=quantization.QuantType.QUInt8)

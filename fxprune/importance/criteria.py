@@ -52,7 +52,7 @@ def scores(
     dead already (``fxprune.zeros``) score below all others.
     """
     name = ("l2" if calibration is None else "taylor") if importance == "auto" else importance
-    if not isinstance(name, str) or name not in _OF_WEIGHTS or _without_values(graph):
+    if not isinstance(name, str) or name not in _OF_WEIGHTS or _without_values(graph) or _without_versions(graph):
         return _dead_first(graph, _scores(graph, importance, calibration, seed, loss))
     known: dict[str, Any] = graph.__dict__.setdefault("_remembered", {})
     now = _mark(graph)
@@ -84,6 +84,12 @@ def _without_values(graph: CouplingGraph) -> bool:
     """Whether the model is on the meta device, or part of it."""
     skeleton = graph.traced.skeleton
     return any(skeleton.real(name).is_meta for name in skeleton.parameter_names)
+
+
+def _without_versions(graph: CouplingGraph) -> bool:
+    """Whether the model was built in ``torch.inference_mode``: nothing tells then when a weight changes."""
+    skeleton = graph.traced.skeleton
+    return any(skeleton.real(name).is_inference() for name in skeleton.names)
 
 
 def _same_mark(one: Any, other: Any) -> bool:

@@ -13,6 +13,7 @@ from fxprune.api import compress, record
 from fxprune.attached import attach
 from fxprune.driver import SearchConfig, SearchOutcome, run
 from fxprune.errors import SearchError
+from fxprune.evaluation.inference import outside_inference_mode
 from fxprune.evaluation.synthetic import calibration_batches, without_labels
 from fxprune.importance.criteria import importance_name
 from fxprune.passes.rewriting.slimmer import Slimmer
@@ -45,6 +46,7 @@ class SearchResult:
     outcome: SearchOutcome = field(repr=False)
 
 
+@outside_inference_mode
 def search(
     model: nn.Module,
     example_inputs: Any,

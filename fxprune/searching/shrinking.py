@@ -13,6 +13,7 @@ from torch import nn
 from fxprune.api import analyze, compress
 from fxprune.errors import InputError
 from fxprune.evaluation.copying import copied
+from fxprune.evaluation.inference import outside_inference_mode
 from fxprune.evaluation.synthetic import calibration_batches, without_labels
 from fxprune.importance.criteria import Importance, importance_name, resolved, scores
 from fxprune.passes.planning.naming import sparsities
@@ -35,6 +36,7 @@ class Shrunk:
         return float(sum(step["prune_seconds"] + step["recover_seconds"] for step in self.history))
 
 
+@outside_inference_mode
 def shrink(
     model: nn.Module,
     policy: Policy | float | Mapping[str, float],

@@ -41,6 +41,7 @@ def fit(model: nn.Module, loader: Iterable[Any], config: TrainConfig, objective:
     device = resolve_device(config.device)
     on_device = torch.cuda.device(device) if device.type == "cuda" and device.index is not None else nullcontext()
     with (
+        torch.enable_grad(),  # the caller may be in a no_grad block
         on_device,
         accelerated(device, config.precision, config.trackers, str(log_dir), config.unused_parameters) as accelerator,
         modes_kept(model),

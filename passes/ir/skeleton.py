@@ -90,6 +90,7 @@ class Skeleton:
         canonical: dict[int, str] = {}
         self._original_modules = dict(model.named_modules(remove_duplicate=False))
         _refuse_lazy(self._original_modules)
+        _refuse_equal(self._original_modules)
         self._places: dict[str, tuple[nn.Module, str]] = {}
         for kind in ("_parameters", "_buffers"):
             for prefix, module in self._original_modules.items():
@@ -239,6 +240,17 @@ class Skeleton:
     def is_scripted(self) -> bool:
         """Whether a module of the user's own is among those of the skeleton: nothing may be changed through these."""
         return len(self._own) < len(self.twins)
+
+
+def _refuse_equal(modules: dict[str, nn.Module]) -> None:
+    """PyTorch itself tells modules apart by ``==``: of equal ones it trains and saves the first."""
+    names: dict[nn.Module, str] = {}
+    for name, module in modules.items():
+        first = names.setdefault(module, name)
+        if modules[first] is not module:
+            kind = type(module).__name__
+            text = f"{first} and {name} are two modules that {kind}.__eq__ calls equal, so PyTorch takes them for one; delete {kind}.__eq__"
+            raise InputError(text)
 
 
 def _refuse_lazy(modules: dict[str, nn.Module]) -> None:

@@ -218,7 +218,6 @@ def _gradients(what: str) -> Callable[[Recorder, Any], Any]:
     def wrap(tracer: Recorder, original: Any) -> Any:
         def enter(context: Any, *args: Any, **kwargs: Any) -> Any:
             if tracer.recording and not tracer.own_backward and not _within_no_grad(sys._getframe(1)):
-                tracer.refuse_block(what)
                 context.__dict__[_BEFORE] = tracer.gradients
                 given = args[0] if args else kwargs.get("mode", True)
                 on = {"no_grad": False, "enable_grad": True}.get(
@@ -274,7 +273,7 @@ def _asks_for_gradients(tracer: Recorder, original: Any) -> Any:
     def is_grad_enabled() -> bool:
         if not tracer.recording or not _by_the_users():
             return bool(original())
-        tracer.note(NoteKind.LOST, f"torch.is_grad_enabled() was answered for training: {tracer.gradients}", tracer.here())
+        tracer.note(NoteKind.LOST, f"torch.is_grad_enabled() was taken to be {tracer.gradients}, as in training", tracer.here())
         return tracer.gradients
 
     return is_grad_enabled

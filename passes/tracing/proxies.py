@@ -114,7 +114,7 @@ class ShapeProxy(fx.Proxy):
                 return lambda dim=None: self.tracer.shape_of(self) if dim is None else self.tracer.shape_of(self)[operator.index(dim)]
             if name in _STATIC_ATTRIBUTES:
                 if name in ("requires_grad", "grad_fn", "is_leaf") and self.tracer.recording and self.node.op != "get_attr":
-                    text = f"the code asks for {name} of what it computes, which was answered as without gradients"
+                    text = f"{name} of a computed tensor was read as without gradients; a branch on it stays as traced"
                     self.tracer.note(NoteKind.LOST, text, self.tracer.here())
                 return getattr(value, name)
             if name in _STATIC_METHODS:

@@ -386,7 +386,7 @@ class ShapeTracer(fx.Tracer):
         return found
 
     def refuse_block(self, what: str) -> None:
-        """A module without children that needs the block in training (a spectral norm's power iteration) is better kept whole."""
+        """A module without children that needs the block in training (autocast) is better kept whole."""
         name = self.stack[-1] if self.stack else ""
         module = self.skeleton.module_or_none(name)
         if module is not None and not module._modules and module.__dict__["training"] and self.graph_is_training:

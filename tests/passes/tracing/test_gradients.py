@@ -117,3 +117,76 @@ def written(_: Any, y: Tensor) -> Any:
 
 def test_what_is_written_into_a_tensor_with_a_gradient_is_said() -> None:
     assert any("a block without gradients cannot be kept" in note for note in fxprune.analyze(Net(written), torch.randn(2, 3, 6, 6)).notes)
+
+
+class Norm(nn.Module):
+    """A module without children whose own statistics are kept without gradients, as hand-written batch norms are."""
+
+    def __init__(self, how: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.scale, self.shift, self.how = nn.Parameter(torch.rand(8) + 0.5), nn.Parameter(torch.randn(8)), how
+        self.mean: Tensor
+        self.var: Tensor
+        self.register_buffer("mean", 0.1 * torch.randn(8))
+        self.register_buffer("var", torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.how(self, x)
+        scale = self.scale * (var + 1e-5).rsqrt()
+        found: Tensor = x * scale[:, None, None] + (self.shift - mean * scale)[:, None, None]
+        return found
+
+
+def of(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+
+
+def batch_norm(norm: Any, x: Tensor) -> Any:
+    if not norm.training:
+        return norm.mean, norm.var
+    mean, var = of(x)
+    with torch.no_grad():
+        norm.mean.mul_(0.9).add_(0.1 * mean)
+        norm.var.copy_(0.9 * norm.var + 0.1 * var)
+    return mean, var
+
+
+def of_running_statistics(norm: Any, x: Tensor) -> Any:
+    if norm.training:
+        with torch.no_grad():
+            mean, var = of(x)
+            norm.mean = 0.9 * norm.mean + 0.1 * mean
+            norm.var = norm.var.lerp(var, 0.1)
+    return norm.mean, norm.var
+
+
+@torch.no_grad()
+def of_constants(norm: Any, x: Tensor) -> Any:
+    if norm.training:
+        norm.mean += 0.1 * (of(x)[0] - norm.mean)
+        norm.var.data.mul_(0.9).add_(of(x)[1].data, alpha=0.1)
+    return (norm.mean.clone(), norm.var.clone()) if norm.training else (norm.mean, norm.var)
+
+
+@pytest.mark.parametrize("how", [batch_norm, of_running_statistics, of_constants])
+def test_a_norm_that_keeps_its_own_statistics_is_pruned(how: Callable[[Any, Tensor], Any]) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Conv2d(3, 8, 3), Norm(how), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    x = torch.randn(4, 3, 6, 6)
+    slim: Any = fxprune.compress(model, 0.5, x, verify=True)
+    gone = fxprune.record(slim).removed_units["0"]
+    kept = torch.tensor([i for i in range(8) if i not in gone])
+    assert slim.get_buffer("1.mean").shape == (4,) and not [note for note in fxprune.record(slim).notes if "kept" in str(note)]
+    with torch.no_grad():
+        model[3].weight[:, gone] = 0
+    for mode in (True, False):  # what training wrote is read in evaluation
+        ours, theirs = (net.train(mode)(x) for net in (slim, model))
+        assert gap(ours, theirs) < 1e-5
+        if mode:
+            for net, out in ((slim, ours), (model, theirs)):
+                net.zero_grad()
+                out.square().sum().backward()
+    for name in ("1.scale", "1.shift", "0.weight"):
+        assert gap(slim.get_parameter(name).grad, model.get_parameter(name).grad[kept]) < 1e-4
+    for name in ("1.mean", "1.var"):
+        assert gap(slim.get_buffer(name), model.get_buffer(name)[kept]) < 1e-5

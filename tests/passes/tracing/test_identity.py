@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.errors import InputError
 
 torch.manual_seed(0)
 X = torch.randn(2, 3, 8)
@@ -230,3 +231,17 @@ class HoldsStrict(nn.Module):
 def test_a_part_of_a_class_without_heirs_has_its_attributes() -> None:
     model = HoldsStrict().eval()
     assert torch.equal(fxprune.compress(model, 0.0, X)(X), model(X))
+
+
+class Equal(nn.Linear):
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Equal)
+
+    def __hash__(self) -> int:
+        return 1
+
+
+def test_layers_that_say_they_are_equal_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Equal(8, 8), nn.ReLU(), Equal(8, 8))
+    with pytest.raises(InputError, match=r"^2 and 4 are two modules that Equal.__eq__ calls equal"):
+        fxprune.analyze(model, torch.randn(2, 4))
