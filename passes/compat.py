@@ -61,6 +61,7 @@ __all__ = [
     "tree_map",
     "tree_map_only",
     "tree_unflatten",
+    "unwritable",
     "vmap_home",
 ]
 
@@ -99,6 +100,12 @@ def quote_keywords(graph: fx.Graph) -> None:
     codegen: Any = graph._codegen
     if wrong:
         codegen._body_transformer = functools.partial(_quoted, [(_path(t, False), _path(t, True)) for t in wrong])
+
+
+def unwritable(graph: fx.Graph) -> str | None:
+    """A module or tensor of ``graph`` that the code of fx by itself does not reach: it has a keyword in its name, or is called "self"."""
+    targets = (str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module"))
+    return next((t for t in targets if t == "self" or any(map(keyword.iskeyword, t.split(".")))), None)
 
 
 def _path(target: str, keywords: bool) -> str:

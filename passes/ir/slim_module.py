@@ -250,7 +250,12 @@ class SlimModule(fx.GraphModule):
                 code again; says what instead.
         """
         mode = "train" if self.training and "train" in self.__dict__["graphs"] else "eval"
-        graph, twin = _thaw(self._frozen()[mode]), copy.deepcopy(self)
+        graph = _thaw(self._frozen()[mode])
+        if (name := compat.unwritable(graph)) is not None:
+            raise UnsupportedError(
+                f"plain torch.fx cannot write code that calls {name!r}; rename it, or keep the slim network with fxprune.save"
+            )
+        twin = copy.deepcopy(self)
         _detach_parts(twin, {})
         replayable(twin, graph)
         for node in graph.nodes:

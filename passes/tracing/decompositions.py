@@ -131,13 +131,15 @@ def attention_forward(
     return out, weights
 
 
-def unrolled_vmap(func: Callable[..., Any], in_dims: Any, out_dims: Any, *args: Any, **kwargs: Any) -> Any:
-    """What ``torch.vmap(func, in_dims, out_dims)`` computes, call by call."""
+def unrolled_vmap(
+    length: Callable[[Any, int], int], func: Callable[..., Any], in_dims: Any, out_dims: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """What ``torch.vmap(func, in_dims, out_dims)`` computes, call by call; ``length(x, axis)`` says how many there are."""
     dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(args)
     mapped = [(x, d) for x, d in zip(args, dims, strict=True) if d is not None]
     if not all(isinstance(d, int) and isinstance(x, torch.Tensor) for x, d in mapped):
         raise NotImplementedError("torch.vmap over nested arguments")
-    count = len(mapped[0][0].movedim(mapped[0][1], 0))
+    count = [length(x, d) for x, d in mapped][0]
     results = [func(*(x if d is None else x.select(d, i) for x, d in zip(args, dims, strict=True)), **kwargs) for i in range(count)]
     if not isinstance(results[0], tuple):
         return torch.stack(results, out_dims)

@@ -168,7 +168,7 @@ def _mapped(tracer: Recorder, original: Any) -> Any:
     def vmap_impl(func: Any, in_dims: Any, out_dims: Any, randomness: str, chunk_size: Any, *args: Any, **kwargs: Any) -> Any:
         if not tracer.recording or compat.find_proxy(args, {}) is None:
             return original(func, in_dims, out_dims, randomness, chunk_size, *args, **kwargs)
-        return openers.unrolled_vmap(func, in_dims, out_dims, *args, **kwargs)
+        return openers.unrolled_vmap(tracer.mapped, func, in_dims, out_dims, *args, **kwargs)
 
     return vmap_impl
 

@@ -68,6 +68,9 @@ class Recorder(Protocol):
     def unrolled(self, proxy: Any) -> None:
         """Code loops over a tensor, or over the parts of one."""
 
+    def mapped(self, given: Any, axis: int) -> int:
+        """How often ``torch.vmap`` calls its function for ``given`` along ``axis``."""
+
     def refuse_block(self, what: str) -> None:
         """Raise ``TraceError`` where the module at work is better kept whole than traced without its ``what`` block."""
 

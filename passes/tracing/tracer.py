@@ -256,6 +256,8 @@ class ShapeTracer(fx.Tracer):
         return super().create_arg(a)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None) -> fx.Node:
+        if target == "self" and name is None:  # a node of this name would hide the module in the code that fx writes
+            name = "self_"
         node = self.graph.create_node(kind, target, args, kwargs, name, None)
         node.meta["where"] = self.here()
         node.meta["owner"] = self._owner()
@@ -282,12 +284,19 @@ class ShapeTracer(fx.Tracer):
             node.meta.update(val=value, where=self.here(), owner=self.path)
         return None
 
+    def _say_left_out(self, bound: inspect.BoundArguments) -> None:
+        names = [p.name for p in bound.signature.parameters.values() if p.default is not p.empty and p.name not in bound.arguments]
+        if names:
+            several = "arguments" if len(names) > 1 else "argument"
+            text = f"the slim module does not take forward's optional {several} {', '.join(names)}, which the example leaves out"
+            self.note(NoteKind.LOST, text, _place(self.module))
+
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         args, kwargs = self.example
         flat: list[Any] = []
 
-        def placeholder(name: str, value: Any) -> Any:
-            proxy = self.create_proxy("placeholder", name, (), {})
+        def placeholder(name: str, value: Any, default: tuple[Any, ...] = ()) -> Any:
+            proxy = self.create_proxy("placeholder", name, default, {})
             proxy.node.meta["val"] = to_meta(value)
             proxy.node.meta["given"] = tree_map(lambda v: v, proxy.node.meta["val"])  # code may change a list
             proxy.node.meta["example"] = value if not _isinstance(value, (torch.Tensor, dict, list, tuple)) else None
@@ -301,6 +310,9 @@ class ShapeTracer(fx.Tracer):
         pos: list[Any] = []
         named: dict[str, Any] = {}
         last = max((i for i, v in enumerate(bound.arguments.values()) if v is not None), default=-1)
+        defaults = _defaults(bound)
+        if not self.path:
+            self._say_left_out(bound)
         for param in bound.signature.parameters.values():
             if param.name not in bound.arguments:
                 continue
@@ -313,7 +325,8 @@ class ShapeTracer(fx.Tracer):
                     named[key] = placeholder(key, v) if v is not None else self._absent(key, not any(w is not None for w in given[i:]))
             else:
                 later = list(bound.arguments).index(param.name) > last
-                made = placeholder(param.name, value) if value is not None else self._absent(param.name, later)
+                default = defaults.get(param.name, ())
+                made = placeholder(param.name, value, default) if value is not None else self._absent(param.name, later)
                 if param.kind is param.KEYWORD_ONLY or param.name in kwargs:
                     named[param.name] = made
                 else:
@@ -491,6 +504,21 @@ class ShapeTracer(fx.Tracer):
         if count is not None and any(n.op == "placeholder" for n in sources(proxy.node)):  # all else is as long at any size
             self.note(NoteKind.SIZE, f"loop over a dimension of {count} was specialised to the example inputs", self.here())
 
+    def mapped(self, given: Any, axis: int) -> int:
+        """How often ``torch.vmap`` calls its function for ``given``: once for each that the example has, and another number is refused."""
+        if not _isinstance(given, ShapeProxy):
+            return int(given.shape[axis])
+        count = int(given.value.shape[axis])
+        if not extents.is_fixed(given.node, axis % given.value.ndim, self.skeleton.module):
+            text = f"torch.vmap over {count} was specialised to the example inputs"
+            self.note(NoteKind.SIZE, f"{text}; the slim module takes no other number", self.here())
+            size = self.graph.call_method("size", (given.node, axis))
+            same = self.graph.call_function(operator.eq, (size, count))
+            check = self.graph.call_function(assert_true, (same, f"{self.here()}: {text}, and takes no other number"))
+            for made, found in ((size, count), (same, True), (check, None)):
+                made.meta.update(val=found, where=self.here(), owner=self._owner())
+        return count
+
     def here(self) -> str:
         known = origin(self.source, is_skipped)[0] if self.source is not None else ""
         if known:
@@ -511,6 +539,23 @@ def is_skipped(file: str) -> bool:
 
 def _qualified(target: Any) -> str:
     return f"{target.__module__}.{target.__qualname__}"
+
+
+def _defaults(bound: inspect.BoundArguments) -> dict[str, tuple[Any, ...]]:
+    """The numbers and texts that arguments of the example have in ``forward`` where they are left out, from the last one on."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for param in reversed([p for p in bound.signature.parameters.values() if p.name in bound.arguments]):
+        plain = param.default is not param.empty and type(param.default) in (bool, int, float, str)
+        if param.kind in (param.VAR_POSITIONAL, param.VAR_KEYWORD) or not (plain or bound.arguments[param.name] is None):
+            break
+        if plain:
+            found[param.name] = (param.default,)
+    return found
+
+
+def _place(module: nn.Module) -> str:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else ""
 
 
 @functools.cache

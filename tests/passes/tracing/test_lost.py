@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.errors import InputError
+from fxprune.errors import InputError, UnsupportedError
 
 torch.manual_seed(0)
 X = torch.randn(2, 3, 6, 6)
@@ -235,11 +235,30 @@ def test_modules_named_by_keywords() -> None:
             return made
 
     model = Keywords().eval()
-    slim = fxprune.compress(model, 0.0, X)
+    slim: Any = fxprune.compress(model, 0.0, X)
     for twin in (slim, copy.deepcopy(slim), pickle.loads(pickle.dumps(slim))):
         torch.testing.assert_close(twin(X), model(X))
         twin.train()(X)
     fxprune.compress(model, 0.5, X, verify=True)
+    with pytest.raises(UnsupportedError, match=r"cannot write code that calls 'd.in'"):
+        slim.detached()
+
+
+def test_a_module_named_self() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+            self.add_module("self", nn.Conv2d(8, 8, 1))
+
+        def forward(this: Any, x: Tensor) -> Any:
+            return this.last(this.self(this.first(x).relu()).relu())
+
+    slim: Any = fxprune.compress(Block().eval(), 0.5, X, verify=True)
+    for twin in (copy.deepcopy(slim), pickle.loads(pickle.dumps(slim))):
+        torch.testing.assert_close(twin(X), slim(X))
+    with pytest.raises(UnsupportedError, match="cannot write code that calls 'self'"):
+        slim.detached()
 
 
 def test_scripted_parts_stay_whole() -> None:
@@ -278,3 +297,53 @@ def test_indices_move_with_the_model() -> None:
     assert set(dict(moved.named_buffers())) == set(dict(model.named_buffers()))
     again = pickle.loads(pickle.dumps(copy.deepcopy(fxprune.compress(model, 0.5, X))))
     assert set(again.state_dict()) == set(model.state_dict()) and again(X).shape == (2, 4, 6, 6)
+
+
+class Options(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 1.0, *, shift: float = 0.5, flip: bool = False) -> Any:
+        y = self.first(x.flip(-1) if flip else x).relu()
+        return self.last(y if mask is None else y * mask) * scale + shift
+
+
+def test_optional_arguments_keep_their_defaults_and_those_left_out_are_said() -> None:
+    model = Options().eval()
+    for example, left_out in (
+        ({"x": X, "scale": 2.0, "shift": 3.0}, "arguments mask, flip,"),
+        ({"x": X, "mask": X[:, :1], "scale": 2.0}, "arguments shift, flip,"),
+        ({"x": X, "mask": None, "scale": 2.0, "shift": 1.0, "flip": True}, ""),
+    ):
+        slim = fxprune.compress(model, 0.0, example)
+        for name in ("scale", "shift"):
+            given = {key: value for key, value in example.items() if key != name}
+            torch.testing.assert_close(slim(**given), model(**given))
+        said = [note for note in fxprune.record(slim).notes if "does not take forward's optional" in note]
+        assert len(said) == bool(left_out) and all(left_out in note and "test_lost.py:" in note for note in said)
+
+
+def test_vmap_over_the_batch_takes_one_batch_alone() -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(10, 16), nn.Linear(16, 4)
+            self.weights = nn.Parameter(torch.randn(3, 16, 16))
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.first(x).relu()
+            if self.of_batch:
+                return self.last(torch.func.vmap(lambda row: row.softmax(0))(y))
+            return self.last(torch.func.vmap(lambda weight: y @ weight)(self.weights).mean(0))
+
+    for of_batch in (True, False):
+        Mapped.of_batch = of_batch  # type: ignore[attr-defined]
+        slim = fxprune.compress(Mapped().eval(), 0.5, torch.randn(4, 10), verify=True)
+        said = [note for note in fxprune.record(slim).notes if "torch.vmap over 4 was specialised" in note]
+        assert len(said) == of_batch == len(fxprune.record(slim).notes)
+        if of_batch:
+            with pytest.raises(AssertionError, match=r"test_lost.py:\d+: torch.vmap over 4"):
+                slim(torch.randn(7, 10))
+        else:
+            slim(torch.randn(7, 10))
