@@ -19,6 +19,7 @@ from fxprune import example_inputs as forms
 from fxprune.allocation.target_policies import allocated, is_target
 from fxprune.attached import Sources, attach, record_of, sources_of
 from fxprune.errors import FAULTS, FxPruneError, InputError, PolicyError, PruningWarning, UnsupportedError, in_a_line
+from fxprune.evaluation.batches import checked
 from fxprune.evaluation.running import device_of
 from fxprune.evaluation.synthetic import as_the_example, calibration_batches, listed_batches, without_labels
 from fxprune.evaluation.wrappers import sliceable, unwrapped
@@ -115,7 +116,7 @@ class Choices:
     def with_inputs(self, graph: CouplingGraph, example: Any, target: str | None) -> Choices:
         """With calibration inputs where they are to be made without data. These have no labels, so "auto" ranks by what needs none."""
         if not isinstance(self.calibration, str):
-            return replace(self, calibration=as_the_example(self.calibration, example))
+            return replace(self, calibration=checked(as_the_example(self.calibration, example), graph.inputs))
         made = replace(self, calibration=calibration_batches(self.calibration, graph.model, _with_values(graph, example)))
         ranked = without_labels(self.importance, self.calibration, self.repair)
         if ranked == self.importance or target is not None:

@@ -321,7 +321,9 @@ def _place(name: str) -> tuple[str, str]:
 def _factors(module: nn.Module, owner: str, name: str, key: str, tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """Tensors whose product is what the layer computes with; where one is zero the weight is."""
     if parametrize.is_parametrized(module, key):
-        return [getattr(module, key).detach()]
+        made, own = getattr(module, key).detach(), tensors[name]
+        fits = made.ndim == own.ndim and all(a in (b, 1) for a, b in zip(own.shape, made.shape, strict=True))
+        return [made if fits else own]  # a factor of low rank has other axes
     dot = f"{owner}." if owner else ""
     for endings in (_PRUNED, _NORMED):
         parts = [tensors.get(f"{dot}{key}{ending}") for ending in endings]

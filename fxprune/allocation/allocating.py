@@ -16,6 +16,7 @@ from fxprune.allocation.trying import TRIALS, Near, Trial, Trials, tried
 from fxprune.allocation.uniform import Uniform
 from fxprune.allocation.widths import Knapsack
 from fxprune.errors import InputError, TargetError
+from fxprune.evaluation.batches import checked
 from fxprune.evaluation.running import one_thread
 from fxprune.importance.criteria import importance_name, resolved, scores
 from fxprune.importance.gradients import Loss
@@ -195,7 +196,7 @@ def allocate(
             raise InputError(f"{metric}={share} is out of range; give what is to be left as a share above 0 and at most 1")
     if round_to is None:
         round_to = multiple_for_bounds(graph, [bounds], most)
-    batches = list(calibration)
+    batches = checked(list(calibration), graph.inputs) or []
     with one_thread():
         ranking = None if importance == "auto" else scores(graph, resolved(importance), batches, seed, loss)
         table = error_table(graph, batches, ranking=ranking, repair=repair, seed=seed)

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.allocation.responses import directed, inputs_of
+from fxprune.allocation.responses import directed
 from fxprune.allocation.tables import SAMPLES
+from fxprune.evaluation.batches import alone, inputs_of
 from fxprune.evaluation.running import call, device_of, evaluating, to_device
 from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph
@@ -40,10 +41,10 @@ def block_effects(
     for batch in calibration:
         if held >= samples:
             break
-        batches.append(inputs_of(batch))
+        batches.append(inputs_of(batch, graph.inputs))
         held += samples_of(batches[-1])
     wanted = _along(with_zeroed_blocks(graph, []), batches, seed)
-    repairer = Repairer(graph, batches, "lstsq", thorough=False)
+    repairer = Repairer(graph, alone(batches), "lstsq", thorough=False)
     made = (repairer.stood_in([block]) if refit else with_zeroed_blocks(graph, [block]) for block in blocks)
     return [_along(one, batches, seed) - wanted for one in made]
 

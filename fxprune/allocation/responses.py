@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.allocation.readers import Reader, readers_of
 from fxprune.errors import EvaluationError, InputError, in_a_line
+from fxprune.evaluation.batches import inputs_of
 from fxprune.evaluation.running import call, device_of, modes_kept, to_device
 from fxprune.passes.compat import tree_leaves
 from fxprune.passes.coupling.graph import CouplingGraph
@@ -40,7 +41,7 @@ class Responses:
     """
 
     def __init__(self, graph: CouplingGraph, batches: Iterable[Any], wanted: set[str], whole: set[str]) -> None:
-        self.batches = [inputs_of(batch) for batch in batches]
+        self.batches = [inputs_of(batch, graph.inputs) for batch in batches]
         if not self.batches:
             raise InputError("an error table needs calibration data: pass calibration=[inputs, ...], a few hundred inputs or more")
         everything = np.ones(int(graph.starts[-1]), dtype=bool)
@@ -144,11 +145,6 @@ def _writes(node: fx.Node, module: Any) -> bool:
         return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     return bool(node.kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__")) or name.startswith(("iadd", "imul", "isub"))
-
-
-def inputs_of(batch: Any) -> Any:
-    """The inputs of a batch, which may have labels."""
-    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
 
 
 def _projected(output: Any, drawn: torch.Generator) -> Tensor:

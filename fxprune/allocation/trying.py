@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from fxprune.allocation.responses import inputs_of
 from fxprune.allocation.uniform import Uniform
+from fxprune.evaluation.batches import alone, inputs_of
 from fxprune.evaluation.running import call, device_of, evaluating, one_thread, to_device
 from fxprune.example_inputs import build
 from fxprune.passes.base import Observer
@@ -80,18 +80,18 @@ class Trials:
         self.device = device_of(graph.model)
         self.original: nn.Module = Slimmer(graph, np.ones(int(graph.starts[-1]), dtype=bool)).run().eval()
         with evaluating(self.original):
-            self.pieces = pieces([inputs_of(batch) for batch in batches], self._called)
+            self.pieces = pieces([inputs_of(batch, graph.inputs) for batch in batches], self._called)
         judge, fit = [p for p in self.pieces if p.role == JUDGE], [p for p in self.pieces if p.role != JUDGE]
         macs = cost_model(graph).macs() / samples(build(graph.inputs, device="meta"))
         normed = any(isinstance(m, BatchNormBase) and m.running_mean is not None for m in self.original.modules())
         cost = macs * min(FITTED, sum(p.samples for p in fit))
         dear = repair not in ("none", "bn") and normed and cost > CHEAP
         self.moves = 0 if dear else min(MOVES, int(WORTH / max(cost, 1)))
-        self.whole = Repairer(graph, [p.inputs for p in fit], repair if fit else "none")
+        self.whole = Repairer(graph, alone([p.inputs for p in fit]), repair if fit else "none")
         few = _first(fit, DEAR_FITTED if dear else FITTED)
         self.quick = self.whole
         if dear or len(few) < len(fit):
-            self.quick = Repairer(graph, [p.inputs for p in few], "bn" if dear else repair, thorough=False)
+            self.quick = Repairer(graph, alone([p.inputs for p in few]), "bn" if dear else repair, thorough=False)
         self.judge = judge
         self.few = _first(judge, DEAR_JUDGED) if dear else _first([*judge, *fit[len(few) :]], JUDGED)
         with evaluating(self.original):

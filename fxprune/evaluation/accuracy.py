@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import EvaluationError, InputError
+from fxprune.evaluation.batches import inputs_of
 from fxprune.evaluation.running import call, device_of, evaluating, to_device
 from fxprune.passes.compat import BatchNormBase
 
@@ -62,20 +63,24 @@ def evaluate_accuracy(model: nn.Module, batches: Iterable[Any], device: torch.de
     return int(right) / total
 
 
-def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
+SINGLE = "more than 1 value per channel"  # what BatchNorm asks for in training
+
+
+def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], form: Any = None) -> bool:
     """Replace the running statistics of every BatchNorm by their plain average over ``batches``, in place.
 
-    ``batches`` give (inputs, labels) or inputs alone. Everything else runs as in evaluation; modes and momenta come back as they
-    were, and so do the statistics if a batch fails. A pruned network needs it: the old statistics describe activations that
-    summed over more channels (Li 2020, EagleEye, https://arxiv.org/abs/2007.02491, sec. 3.3; there with momentum, here the exact mean).
+    ``batches`` give (inputs, labels) or inputs alone; ``form`` as in ``fxprune.evaluation.batches``. Everything else runs as in evaluation;
+    modes and momenta come back as they were, and so do the statistics if a batch fails. A pruned network needs it: the old statistics
+    describe activations that summed over more channels (Li 2020, EagleEye, https://arxiv.org/abs/2007.02491, sec. 3.3; there with
+    momentum, here the exact mean). Returns False where nothing was done, since no batch has the two values a channel that it takes.
     """
     norms = [m for m in model.modules() if isinstance(m, BatchNormBase) and m.running_mean is not None]
     if not norms:
-        return
+        return True
     before = [{name: buffer.clone() for name, buffer in m.named_buffers()} for m in norms]
     momenta = [m.momentum for m in norms]
     device = device_of(model)
-    seen = 0
+    seen, single = 0, False
     try:
         with evaluating(model):
             for norm in norms:
@@ -83,8 +88,13 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
                 norm.reset_running_stats()
                 norm.momentum = None  # a cumulative average
             for batch in batches:
-                inputs = labelled(batch)[0] if isinstance(batch, (tuple, list)) else batch
-                call(model, to_device(inputs, device))
+                try:
+                    call(model, to_device(inputs_of(batch, form), device))
+                except ValueError as error:
+                    if SINGLE not in str(error):
+                        raise
+                    single = True  # the last batch of a loader may be one sample
+                    continue
                 seen += 1
     except BaseException:
         _restore(norms, before)
@@ -94,7 +104,10 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
             norm.momentum = momentum
     if not seen:
         _restore(norms, before)
+        if single:
+            return False
         raise InputError("there is no calibration batch to re-estimate BatchNorm from")
+    return True
 
 
 def _restore(norms: list[BatchNormBase], buffers: list[dict[str, Tensor]]) -> None:

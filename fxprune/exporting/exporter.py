@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fxprune import example_inputs as forms
 from fxprune.attached import record_of
 from fxprune.errors import ExportError, FileError, FxPruneError, InputError, VerificationError, first_line
-from fxprune.evaluation.accuracy import labelled
+from fxprune.evaluation.batches import inputs_of
 from fxprune.evaluation.inference import outside_inference_mode
 from fxprune.evaluation.running import call
 from fxprune.exporting.formats import FORMATS, Format, Job, cannot_run, format_named, require, tensors
@@ -100,7 +100,8 @@ def export(
         for package in chosen.runs:
             needed(package, f"verify=True for {name}", chosen.extra)
     verify = chosen.can_run if verify is None else verify
-    batches = [labelled(b)[0] if isinstance(b, (tuple, list)) else b for b in calibration or ()]
+    known = record_of(slim)
+    batches = [inputs_of(batch, None if known is None else known.policy.inputs) for batch in calibration or ()]
     if chosen.calibrated and not batches:
         raise InputError(f"{name} needs calibration data: pass calibration=[inputs, ...], a hundred images or so")
     axes = {0: "batch"} if dynamic is None else dict(dynamic)

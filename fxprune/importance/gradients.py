@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxprune.errors import EvaluationError, InputError
+from fxprune.evaluation.batches import split
 from fxprune.evaluation.copying import copied
 from fxprune.evaluation.repeatable import cloned, same_random_numbers
 from fxprune.evaluation.running import call, device_of, set_training, to_device
@@ -51,33 +52,6 @@ def gradients(model: nn.Module, calibration: Iterable[Any], loss: Loss | None = 
     if not batches:
         raise InputError("the calibration set is empty; pass at least one batch")
     return {n: (p.detach(), torch.zeros_like(p) if p.grad is None else p.grad / batches) for n, p in twin.named_parameters()}
-
-
-def split(batch: Any, form: Any = None) -> tuple[Any, Any]:
-    """A batch as inputs and targets, None where it has none.
-
-    By the recorded form of the example: a network of several inputs takes a whole batch of as many tensors; of a dict it takes the keys
-    that the example has, and what is left over are the targets.
-    """
-    if isinstance(batch, Mapping):
-        known = form.get("dict") if isinstance(form, dict) else None
-        if known is None:
-            return dict(batch), None
-        missing = [name for name in known if name not in batch]
-        if missing:
-            has = ", ".join(map(str, batch))
-            raise InputError(f"a calibration batch has no {missing[0]!r}, which the example inputs have; it has {has}")
-        left = {name: value for name, value in batch.items() if name not in known}
-        targets = next(iter(left.values())) if len(left) == 1 else left or None  # a label by whatever name
-        return {name: batch[name] for name in known}, targets
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and not _is_inputs(batch, form):
-        return batch[0], batch[1]
-    return (tuple(batch) if isinstance(batch, list) else batch), None
-
-
-def _is_inputs(pair: Any, form: Any) -> bool:
-    several = form.get("tuple", form.get("list")) if isinstance(form, dict) else None
-    return several is not None and len(several) > 1 and all(isinstance(one, Tensor) for one in pair)
 
 
 def _checked(value: Any, number: int, own: bool) -> Tensor:

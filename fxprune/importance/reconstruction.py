@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fxprune.errors import EvaluationError
 from fxprune.passes.coupling.graph import CouplingGraph, Group
 from fxprune.repair.moments import InputMoments, collect
 
@@ -62,6 +63,8 @@ class _Layer:
     @classmethod
     def of(cls, one: InputMoments, channels: Tensor, units: Tensor) -> _Layer:
         weights, gain, covariance = one.weights[0], one.gain, one.covariance[0]
+        if not bool(torch.isfinite(covariance).all()):
+            raise EvaluationError("layers read values that are not finite on the calibration data; check the data and the model's weights")
         weights = weights * (gain.unsqueeze(1) if gain.ndim else gain)  # as its BatchNorm scales the responses
         ridge = RIDGE * covariance.diagonal().mean().clamp_min(1e-12)
         inverse = torch.linalg.inv(covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype))

@@ -69,12 +69,16 @@ def _method(name: str, repair: UserRepair) -> Method:
         changed = sorted({key for key in {*before, *after} if before.get(key) != after.get(key)})
         if changed:
             raise InputError(f"repair {name!r} changed the form of {changed[0]!r}; a repair changes values, not names, shapes or dtypes")
-        wrong = [key for key, tensor in slim.state_dict().items() if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
-        if wrong:
+        if wrong := not_finite(slim):
             raise InputError(f"repair {name!r} left {wrong[0]!r} with values that are not finite")
         return () if said is None else (said,) if isinstance(said, str) else tuple(map(str, said))
 
     return method
+
+
+def not_finite(slim: nn.Module) -> list[str]:
+    """Names of the parameters and buffers that hold values that are not finite."""
+    return [name for name, t in slim.state_dict().items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
 
 
 def _form(slim: nn.Module) -> dict[str, tuple[Any, ...]]:

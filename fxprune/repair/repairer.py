@@ -15,6 +15,7 @@ whether the whole is better than BatchNorm re-estimated alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,9 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.errors import InputError
+from fxprune.errors import EvaluationError, InputError
 from fxprune.evaluation.accuracy import recalibrate_batchnorm
+from fxprune.evaluation.batches import alone, inputs_of
 from fxprune.evaluation.running import call, device_of, evaluating, to_device
+from fxprune.passes.compat import tree_leaves
 from fxprune.passes.coupling.blocks import Block
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.skeleton import below
@@ -44,7 +47,7 @@ from fxprune.repair.fitting import Folds
 from fxprune.repair.layers import Layer, Norm, Reading, key_of
 from fxprune.repair.matrices import Places, choose, grouped, input_axis, input_rows, matrices, output_rows
 from fxprune.repair.recurrent import Sequences, fit_recurrent
-from fxprune.repair.registry import FITTING, REPAIRS, Repair, named
+from fxprune.repair.registry import FITTING, REPAIRS, Repair, named, not_finite
 from fxprune.repair.repeated import repair_repeated, repeated
 from fxprune.repair.replay import Call, Playback, Room, calls_of_part, whole_calls
 from fxprune.repair.splitting import JUDGE, Piece, pieces, samples
@@ -101,12 +104,25 @@ class Repairer:
         """Repair ``slim``, which ``slimmer`` made, in place. Returns how much was repaired and what could not be, in sentences; what
         was done to each layer is in ``layers``."""
         self.layers = {}
-        return self._method(self, slim, slimmer)
+        before = set(not_finite(slim))
+        said = self._method(self, slim, slimmer)
+        if wrong := [name for name in not_finite(slim) if name not in before]:
+            raise EvaluationError(f"repair {self.kind!r} left {wrong[0]!r} with values that are not finite: {self._unfit()}")
+        return said
+
+    def _unfit(self) -> str:
+        """Why nothing can be fitted to the calibration data, where values that are not finite came out."""
+        for number, batch in enumerate(self.batches):
+            found = [t for t in tree_leaves(inputs_of(batch, self.graph.inputs)) if isinstance(t, Tensor) and t.is_floating_point()]
+            if not all(bool(torch.isfinite(t).all()) for t in found):
+                return f"calibration batch {number} holds some"
+        return "the network overflows on the calibration data; check its weights and how the inputs are scaled"
 
     def norms(self, slim: nn.Module, graph: CouplingGraph) -> tuple[str, ...]:
         """The repair "bn"."""
-        recalibrate_batchnorm(slim, self.batches)
-        return _called_norms(graph)
+        done = recalibrate_batchnorm(slim, self.batches, self.graph.inputs)
+        left = () if done else ("BatchNorm was left as it was: its statistics need batches of two samples or more",)
+        return (*_called_norms(graph), *left)
 
     def by_layer(self, slim: nn.Module, slimmer: Slimmer) -> tuple[str, ...]:
         """The repairs "bias", "lstsq" and "joint"."""
@@ -153,7 +169,8 @@ class Repairer:
         """The calibration inputs, by what they are for."""
         if not self._pieces:
             original = self._whole_original()
-            self._pieces = pieces([_inputs_of(batch) for batch in self.batches], lambda x: call(original, to_device(x, self.device)))
+            inputs = [inputs_of(batch, self.graph.inputs) for batch in self.batches]
+            self._pieces = pieces(inputs, lambda x: call(original, to_device(x, self.device)))
         return self._pieces
 
     def original(self, part: str) -> tuple[Any, fx.Graph]:
@@ -303,15 +320,16 @@ class Repairer:
         wanted, found = zip(*outputs, strict=True) if outputs else (run(self._whole_original()), run(slim))
         repaired = {name: t.clone() for name, t in slim.state_dict().items()}
         slim.load_state_dict(sliced)
-        recalibrate_batchnorm(slim, [piece.inputs for piece in self.pieces if piece.role != JUDGE])
+        fit = alone([piece.inputs for piece in self.pieces if piece.role != JUDGE and piece.samples > 1])
+        recalibrate_batchnorm(slim, fit or self.batches, self.graph.inputs)
         errors = {"lstsq": unlikeness(found, wanted), "bn": unlikeness(run(slim), wanted)}
-        if not errors["lstsq"] > errors["bn"]:
+        if errors["lstsq"] <= errors["bn"] or math.isnan(errors["bn"]):
             slim.load_state_dict(repaired)
-            return []
+            return ["repair could not be judged: there are outputs that are not finite"] if math.isnan(errors["bn"]) else []
         slim.load_state_dict(sliced)
         errors["none"] = unlikeness(run(slim), wanted)
         if errors["bn"] <= errors["none"]:
-            recalibrate_batchnorm(slim, self.batches)
+            recalibrate_batchnorm(slim, self.batches, self.graph.inputs)
         self.layers = {}
         best, what = ("bn", "BatchNorm re-estimated alone") if errors["bn"] <= errors["none"] else ("none", "what was sliced")
         return [
@@ -638,11 +656,6 @@ def _factors(one: Contraction, env: Mapping[fx.Node, Any], slimmer: Slimmer) -> 
 
 def _part(root: Any, part: str) -> Any:
     return root.get_submodule(part) if part else root
-
-
-def _inputs_of(batch: Any) -> Any:
-    pair = isinstance(batch, (tuple, list)) and len(batch) == 2  # (inputs, labels), as ``importance`` takes them
-    return batch[0] if pair else batch
 
 
 def _cut(rows: Tensor, kept: Any) -> Tensor:

@@ -17,10 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fxprune.allocation.responses import inputs_of
 from fxprune.allocation.tables import ROUNDS, ErrorTable
 from fxprune.atomic import replace_tensors
 from fxprune.errors import FileError, first_line
+from fxprune.evaluation.batches import inputs_of
 from fxprune.passes.compat import tree_flatten
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.repair.splitting import samples
@@ -52,7 +52,7 @@ def kept_table(
     path = folder / NAME
     described = {"format": FORMAT, "of": _mark(graph, batches, ranking), **made_by}
     groups = {group.name: group.size for group in graph.groups if group.prunable}
-    most = sum(samples(inputs_of(batch)) for batch in batches)
+    most = sum(samples(inputs_of(batch, graph.inputs)) for batch in batches)
     if path.exists():
         found = _read(path, described, groups, most)
         if found is not None:

@@ -13,8 +13,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxprune.allocation.responses import inputs_of
 from fxprune.evaluation.accuracy import logits_of
+from fxprune.evaluation.batches import inputs_of
 from fxprune.evaluation.running import call, device_of, evaluating, to_device
 from fxprune.training.config import History
 from fxprune.training.distillation import DistillConfig, distill

@@ -18,6 +18,7 @@ from fxprune.allocation.tables import ErrorTable, error_table
 from fxprune.api import analyze
 from fxprune.driver import Problem, SearchConfig
 from fxprune.errors import FAULTS, EvaluationError, FileError, FxPruneError, PruningWarning, SearchError, in_a_line
+from fxprune.evaluation.batches import checked
 from fxprune.evaluation.running import evaluating, one_thread
 from fxprune.evaluation.synthetic import listed_batches
 from fxprune.importance.criteria import resolved, scores
@@ -156,7 +157,7 @@ def make_problem(
     ``blocks``: whether whole blocks may be left out too, one entry of a removal vector each, behind those of the groups.
     ``folder``: where the error table is kept, and read from where it is there already.
     """
-    batches = listed_batches(calibration)
+    batches = checked(listed_batches(calibration), graph.inputs)
     named(repair)
     repair = of_candidates(repair)
     function = by_path(loss, "loss", SearchError) if isinstance(loss, str) else loss

@@ -13,6 +13,7 @@ from fxprune.api import compress, record
 from fxprune.attached import attach
 from fxprune.driver import SearchConfig, SearchOutcome, run
 from fxprune.errors import SearchError
+from fxprune.evaluation.batches import alone, inputs_of
 from fxprune.evaluation.inference import outside_inference_mode
 from fxprune.evaluation.synthetic import calibration_batches, without_labels
 from fxprune.importance.criteria import importance_name
@@ -118,7 +119,7 @@ def search(
         repairer = Repairer(graph, repairer.batches, config.repair)
     found = result_of(outcome, candidates, config, repairer)
     if config.recover == "norms" and repairer.batches:
-        fit, held = halves(repairer.batches)
+        fit, held = halves(alone([inputs_of(batch, graph.inputs) for batch in repairer.batches]))
         near = nearness(graph.model, held)
         training = DistillConfig(epochs=config.recover_epochs, lr=LR, device=str(repairer.device), seed=config.seed, validate=near)
         recover_norms(found.model, graph.model, fit, training)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fxprune.passes.compat import ConvTransposeNd
 from fxprune.passes.coupling.blocks import Block, find_blocks
 from fxprune.passes.coupling.gates import Gated
 from fxprune.passes.coupling.grouping import NORMS, partition
@@ -123,11 +124,11 @@ class CouplingGraph:
                 for dim, size in enumerate(skeleton.tensor(name).shape[:2]):
                     if size > 1 and (name, dim) not in walk.parameters:
                         weight = walk.canonical(path, "weight") or name
-                        vector = walk.parameters.get((weight, 0)) if dim == 0 else None
-                        if vector is None or len(vector) != size:  # a bias has the channels of its weight
+                        vector = walk.parameters.get((weight, 0)) if dim == 0 and not isinstance(module, ConvTransposeNd) else None
+                        if vector is None or len(vector) != size:
                             vector = walk.labels.new(size)
-                        walk.parameters[name, dim] = vector
-                        walk.labels.pin(vector, why)
+                            walk.labels.pin(vector, why)
+                        walk.parameters[name, dim] = vector  # a bias that nobody reads has the channels of its weight
 
     def _build(self) -> None:
         walk = self._walk

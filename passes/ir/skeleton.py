@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from fxprune.errors import InputError
+from fxprune.evaluation.copying import WEAK, weakly
 from fxprune.evaluation.wrappers import BOUND, class_of_copy, is_compiled
 from fxprune.passes.ir.contents import CachedFunction, Contents, hooks_back, hooks_of
 
@@ -289,6 +290,8 @@ def fill(source: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
             state[key] = {k: None if v is None else memo[id(v)] for k, v in value.items()}
         elif key in _HOOKS:
             state[key] = kind()
+        elif kind in WEAK:
+            state[key] = weakly(value, memo)
         elif isinstance(value, tuple):
             if not all(isinstance(v, _SHARED) for v in value):
                 state[key] = _copied(value, memo)

@@ -219,6 +219,24 @@ def test_parametrised_weights_count_as_what_they_compute() -> None:
     assert list(kept) == ["0.parametrizations.weight"] and "zero by zero" in kept["0.parametrizations.weight"]
 
 
+class LowRank(nn.Module):
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return left @ right
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        left, sizes, right = torch.linalg.svd(weight, full_matrices=False)
+        return (left[:, :4] * sizes[:4]).contiguous(), right[:4].contiguous()
+
+
+def test_a_weight_that_is_a_product_of_two() -> None:
+    torch.manual_seed(0)
+    model = primed(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3))).eval()
+    nn.utils.parametrize.register_parametrization(model[2], "weight", LowRank())
+    slim = fxprune.compress(model, 0.5, torch.randn(2, 6), verify=True)
+    sizes = [tuple(slim.get_parameter(f"2.parametrizations.weight.original{i}").shape) for i in (0, 1)]
+    assert sizes == [(5, 2), (2, 4)]
+
+
 def test_dense_blocks_read_through_their_own_norms() -> None:
     class Dense(nn.Module):
         def __init__(self) -> None:

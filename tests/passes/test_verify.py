@@ -192,3 +192,29 @@ def test_a_size_that_the_original_does_not_take_is_left_out() -> None:
     fxprune.compress(model, 0.5, images(), verify=True)
     lengths = Of(lambda s, x: s.b(s.a(x) + s.p), a=nn.Linear(10, 16), b=nn.Linear(16, 4), p=nn.Parameter(torch.randn(5, 16))).eval()
     fxprune.compress(lengths, 0.5, torch.randn(2, 5, 10), verify=True)
+
+
+def test_an_expanded_buffer() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+            self.register_buffer("scale", torch.rand(1).expand(8))
+
+        def forward(self, x: Tensor) -> Any:
+            return self.last(self.first(x) * self.scale)
+
+    assert fxprune.compress(Scaled().eval(), 0.5, torch.randn(2, 6), verify=True).get_buffer("scale").shape == (4,)
+
+
+def test_random_numbers_where_the_class_is_kept() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.first(x)
+            return self.last(y + torch.randn(y.shape))
+
+    fxprune.compress(Noisy().eval(), 0.5, torch.randn(2, 6), verify=True, keep_class=True)

@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 from itertools import pairwise
+from typing import Any
 
 import networkx as nx
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import fxprune
 from fxprune.passes.coupling.graph import CouplingGraph
@@ -81,3 +84,17 @@ def test_the_report_does_not_depend_on_the_hash_seed() -> None:
             check=True,
         )
         assert done.stdout.strip() == want.strip()
+
+
+def test_a_bias_that_nobody_reads_goes_with_its_weight() -> None:
+    class Tricks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.second, self.last = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 10), nn.Linear(10, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.last(F.linear(self.first(x) * self.norm.weight, self.second.weight).relu())
+
+    slim = fxprune.compress(Tricks().eval(), 0.5, torch.randn(2, 6), verify=True)
+    assert slim.get_parameter("second.weight").shape == (5, 4) and slim.get_parameter("second.bias").shape == (5,)
+    assert slim.get_parameter("norm.bias").shape == (4,)

@@ -245,3 +245,37 @@ def test_layers_that_say_they_are_equal_are_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Equal(8, 8), nn.ReLU(), Equal(8, 8))
     with pytest.raises(InputError, match=r"^2 and 4 are two modules that Equal.__eq__ calls equal"):
         fxprune.analyze(model, torch.randn(2, 4))
+
+
+class Reader(nn.Module):
+    """Reads a layer of its owner, which it holds weakly, since a plain attribute would register the owner as its child."""
+
+    def __init__(self, owner: nn.Module, proxy: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "owner", weakref.proxy(owner) if proxy else weakref.ref(owner))
+        self.last = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        owner: Any = self.owner if type(self.owner) in weakref.ProxyTypes else self.owner()
+        return self.last(owner.first(x).relu())
+
+
+class Owner(nn.Module):
+    def __init__(self, proxy: bool) -> None:
+        super().__init__()
+        self.first, self.reader = nn.Linear(8, 16), Reader(self, proxy)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.reader(x)
+
+
+@pytest.mark.parametrize("proxy", [False, True])
+def test_an_owner_that_is_held_weakly(proxy: bool) -> None:
+    model = Owner(proxy).eval()
+    slim: Any = fxprune.compress(model, 0.5, X, verify=True)
+    same: Any = fxprune.compress(model, 0.5, X, keep_class=True, verify=True)
+    assert slim.first.weight.shape == (8, 8) and not list(slim.buffers())
+    for made in (slim, same):
+        torch.testing.assert_close(made(X), slim(X))
+        made(X).sum().backward()
+        assert made.first.weight.grad is not None and model.first.weight.grad is None
