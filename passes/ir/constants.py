@@ -19,7 +19,7 @@ from fxprune.passes.ir.writes import is_rewritten, memory, sharing, written
 def evaluate(node: fx.Node, named: Callable[[str], torch.Tensor | None], memo: dict[fx.Node, Any]) -> Any:
     """What ``node`` stands for, a tensor or a tuple of them, or None where it depends on the inputs or is written into afterwards.
 
-    ``named`` gives the tensor of a ``get_attr``.
+    ``named`` gives the tensor of a ``get_attr``; ``memo`` what is known, inputs as well where they are to count.
     """
     if node not in memo:
         changes = written(node) is not None or is_rewritten(node)
@@ -66,7 +66,7 @@ def _known(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> dict[fx.Node, A
     for source in node.all_input_nodes:
         value = source.meta.get("val")
         known[source] = value_of(source) if has_tensor(value) else value
-        if known[source] is None or source.op == "placeholder":
+        if known[source] is None or (source.op == "placeholder" and not has_tensor(value)):
             return None
     return known if known or getattr(node.target, "__name__", "") in DETERMINED else None
 

@@ -84,10 +84,10 @@ class ShapeProxy(fx.Proxy):
         return known.nonzero().flatten().tolist()
 
     def _known(self, end: Any) -> Any:
-        """An end of a slice that is a tensor and does not depend on the inputs, as the number that it is."""
+        """An end of a slice that is a tensor of one element, as the number that it is, where that is known."""
         if _isinstance(end, ShapeProxy):
-            read = _isinstance(end.value, torch.Tensor) and self.tracer.actual(end.node) is not None
-            return end.item() if read else end
+            read = _isinstance(end.value, torch.Tensor) and end.value.numel() == 1
+            return end.item() if read and (self.tracer.actual(end.node) is not None or self.tracer.moves(end)) else end
         return operator.index(end) if _isinstance(end, torch.Tensor) else end
 
     @property
@@ -125,7 +125,8 @@ class ShapeProxy(fx.Proxy):
                 return partial(legacy.new, self)
             if name == "item" and self.tracer.moves(self):
                 return ShapeAttribute(self, name)
-            if name == "tolist" and value.ndim == 1 and len(value) and self.tracer.moves(self[0]):
+            listed = name == "tolist" and value.ndim == 1 and len(value) and self.tracer.actual(self.node) is not None
+            if listed and self.tracer.moves(self[0]):
                 return lambda: [self[i].item() for i in range(value.shape[0])]
             if name in ("tolist", "item"):
                 return lambda: self._concrete(name, name)

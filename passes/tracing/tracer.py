@@ -35,7 +35,7 @@ from fxprune.errors import InputError, TraceError
 from fxprune.passes.compat import OpOverload, assert_true, tree_map
 from fxprune.passes.ir import objects
 from fxprune.passes.ir.constants import evaluate
-from fxprune.passes.ir.nodes import sources
+from fxprune.passes.ir.nodes import computed_from, sources
 from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton
 from fxprune.passes.tracing import aten
@@ -83,6 +83,7 @@ class ShapeTracer(fx.Tracer):
         )
         self.notes: dict[Note, None] = {}
         self.asked = Asked(self.notes)
+        self.given: dict[fx.Node, Any] = {}  # what the example has for each input
         self.flags: set[fx.Node] = set()  # those that the graph holds to what they are on the example
         self.read: set[str] = set()
         self.graph_is_training = False
@@ -298,6 +299,7 @@ class ShapeTracer(fx.Tracer):
         def placeholder(name: str, value: Any, default: tuple[Any, ...] = ()) -> Any:
             proxy = self.create_proxy("placeholder", name, default, {})
             proxy.node.meta["val"] = to_meta(value)
+            self.given[proxy.node] = value
             proxy.node.meta["given"] = tree_map(lambda v: v, proxy.node.meta["val"])  # code may change a list
             proxy.node.meta["example"] = value if not _isinstance(value, (torch.Tensor, dict, list, tuple)) else None
             flat.append(proxy)
@@ -379,7 +381,7 @@ class ShapeTracer(fx.Tracer):
         except Exception as error:  # whatever the operation raises on the example is the user's to see
             if hides_structure(node, self.opaque, self.skeleton):
                 return self._value_by_running(node, args, kwargs)
-            if (numbers := with_numbers(node, self.actual, self.skeleton)) is not None:
+            if (numbers := with_numbers(node, self._number, self.skeleton)) is not None:
                 return numbers
             what = node.target if _isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
             kind: Any = type(error)
@@ -422,6 +424,22 @@ class ShapeTracer(fx.Tracer):
             return evaluate(node, self._named, {})
         finally:
             self.busy = before
+
+    def of_example(self, node: fx.Node) -> torch.Tensor | None:
+        """The example's value of a whole number that is computed from the inputs alone (``lengths.max()``), or None."""
+        value = node.meta["val"]
+        if value.numel() != 1 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            return None
+        known = {n: _valued(v) for n, v in self.given.items() if isinstance(v, torch.Tensor) and not (v.is_floating_point() and v.is_meta)}
+        before, self.busy = self.busy, True
+        try:
+            return evaluate(node, self._named, known)  # type: ignore[no-any-return]
+        finally:
+            self.busy = before
+
+    def _number(self, node: fx.Node) -> Any:
+        known = self.actual(node)
+        return self.of_example(node) if known is None else known
 
     def _named(self, name: str) -> torch.Tensor | None:
         tensor = self.constants.get(name)
@@ -469,6 +487,8 @@ class ShapeTracer(fx.Tracer):
             return
         if counted.by_values(proxy.node, self.skeleton.module):
             raise TraceError(f"{self.here()}: {what} is how many elements of a tensor are true, which only its values say")
+        if any(map(extents.is_read, computed_from(proxy.node))):
+            raise TraceError(f"{self.here()}: {what} depends on the values of a tensor, not only on its shape")
         if extents.depends(proxy.node, self.skeleton.module) is not None:
             self.asked.add(Note(NoteKind.SIZE, f"{what} was specialised to the example inputs", self.here()), self.source)
 
@@ -491,9 +511,10 @@ class ShapeTracer(fx.Tracer):
         if not _isinstance(value, ShapeProxy):
             return False
         if _isinstance(value.value, torch.Tensor):
-            if value.value.numel() != 1 or extents.depends(value.node, self.skeleton.module) is None:
+            if value.value.numel() != 1:
                 return False
-            return self.actual(value.node) is not None
+            sized = extents.depends(value.node, self.skeleton.module) is not None and self.actual(value.node) is not None
+            return sized or self.of_example(value.node) is not None
         return type(value.value) in (int, float) and extents.depends(value.node, self.skeleton.module) is not None
 
     def unrolled(self, proxy: ShapeProxy) -> None:
@@ -551,6 +572,11 @@ def _defaults(bound: inspect.BoundArguments) -> dict[str, tuple[Any, ...]]:
         if plain:
             found[param.name] = (param.default,)
     return found
+
+
+def _valued(given: torch.Tensor) -> torch.Tensor:
+    """An input with values; those of an example on the meta device do not matter to a graph, and are ones."""
+    return torch.ones(given.shape, dtype=given.dtype) if given.is_meta else given
 
 
 def _place(module: nn.Module) -> str:

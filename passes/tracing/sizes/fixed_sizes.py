@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.passes.ir.nodes import target_name
+from fxprune.passes.ir.nodes import computed_from, target_name
 from fxprune.passes.rules.layer_specs import spec_of
 from fxprune.passes.tracing.sizes.axis_origin import arguments, listed, number, picked, places
 
@@ -234,7 +234,7 @@ def depends(node: fx.Node, module: Modules) -> fx.Node | None:
         if found in seen:
             continue
         seen.add(found)
-        if _is_given(found):
+        if _is_given(found) or is_read(found):
             return found
         if found.op == "call_method" and found.target == "size":
             source, axis = found.args
@@ -248,6 +248,14 @@ def depends(node: fx.Node, module: Modules) -> fx.Node | None:
             continue
         todo.extend(found.all_input_nodes)
     return None
+
+
+def is_read(node: fx.Node) -> bool:
+    """Whether a number is the value of a tensor that is computed from the inputs (``int(lengths.max())``)."""
+    source = node.args[0] if node.args and node.target in (int, float, "item") else None
+    if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), torch.Tensor):
+        return False
+    return any(n.op == "placeholder" for n in computed_from(source))
 
 
 def _is_given(node: fx.Node) -> bool:

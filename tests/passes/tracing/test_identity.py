@@ -256,8 +256,10 @@ class Reader(nn.Module):
         self.last = nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Any:
-        owner: Any = self.owner if type(self.owner) in weakref.ProxyTypes else self.owner()
-        return self.last(owner.first(x).relu())
+        held: Any = self.owner
+        owner: Any = held if type(held) in weakref.ProxyTypes else held()
+        found: Tensor = self.last(owner.first(x).relu())
+        return found
 
 
 class Owner(nn.Module):
@@ -271,7 +273,7 @@ class Owner(nn.Module):
 
 @pytest.mark.parametrize("proxy", [False, True])
 def test_an_owner_that_is_held_weakly(proxy: bool) -> None:
-    model = Owner(proxy).eval()
+    model: Any = Owner(proxy).eval()
     slim: Any = fxprune.compress(model, 0.5, X, verify=True)
     same: Any = fxprune.compress(model, 0.5, X, keep_class=True, verify=True)
     assert slim.first.weight.shape == (8, 8) and not list(slim.buffers())

@@ -1,0 +1,83 @@
+"""Numbers that code reads from its inputs: sizes made of them (``int(lengths.max())``) are computed again at every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.errors import TraceError
+
+
+class Net(nn.Module):
+    def __init__(self, how: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.mix, self.last, self.how = nn.Linear(10, 16), nn.Conv1d(16, 16, 3, padding=1), nn.Linear(16, 4), how
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Any:
+        y = self.mix(self.first(x).transpose(1, 2)).transpose(1, 2)
+        return self.last(self.how(y, lengths))
+
+
+def masked(y: Tensor, lengths: Tensor, most: Any) -> Tensor:
+    mask = torch.arange(most)[None] < lengths[:, None]
+    return (y[:, :most] * mask[..., None]).sum(1)
+
+
+def by_int(y: Tensor, lengths: Tensor) -> Tensor:
+    return masked(y, lengths, int(lengths.max()))
+
+
+def by_item(y: Tensor, lengths: Tensor) -> Tensor:
+    return masked(y, lengths, torch.max(lengths).item())
+
+
+def by_tensor(y: Tensor, lengths: Tensor) -> Tensor:
+    return masked(y, lengths, lengths.max())
+
+
+def computed(y: Tensor, lengths: Tensor) -> Tensor:
+    return masked(y, lengths, int((lengths * 2).max()) // 2)
+
+
+def pooled(y: Tensor, groups: Tensor) -> Tensor:
+    return y.new_zeros(int(groups.max()) + 1, y.shape[-1]).index_add_(0, groups, y.sum(1))
+
+
+@pytest.mark.parametrize("how", [by_int, by_item, by_tensor, computed, pooled])
+def test_sizes_follow_the_values(how: Callable[[Tensor, Tensor], Tensor], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, example = Net(how).eval(), (torch.randn(3, 6, 10), torch.tensor([5, 3, 2]))
+    whole = fxprune.compress(model, 0.0, example)
+    for x, lengths in ((torch.randn(4, 9, 10), torch.tensor([7, 1, 2, 9])), (torch.randn(2, 3, 10), torch.tensor([1, 2]))):
+        torch.testing.assert_close(whole(x, lengths), model(x, lengths))
+    slim = fxprune.compress(model, 0.5, example, verify=True)
+    assert slim.get_parameter("mix.weight").shape == (8, 8, 3) and not fxprune.record(slim).notes
+    fxprune.save(slim, tmp_path / "slim.safetensors")
+    assert torch.equal(fxprune.load(tmp_path / "slim.safetensors", Net(how))(*example), slim(*example))
+    same = fxprune.compress(model, 0.5, example, keep_class=True)
+    torch.testing.assert_close(same(*example), slim(*example))
+
+
+def branch(y: Tensor, lengths: Tensor) -> Tensor:
+    most = int(lengths.max())
+    return masked(y * 2 if most > 4 else y, lengths, most)
+
+
+def loop(y: Tensor, lengths: Tensor) -> Tensor:
+    return torch.stack([y[:, step] for step in range(int(lengths.max()))]).sum(0)
+
+
+def listed(y: Tensor, lengths: Tensor) -> Tensor:
+    return masked(y, lengths, max(lengths.tolist()))
+
+
+@pytest.mark.parametrize("how", [branch, loop, listed])
+def test_what_they_decide_is_refused(how: Callable[[Tensor, Tensor], Tensor]) -> None:
+    with pytest.raises(TraceError, match=r"test_read_values.py:\d+: .* depends on the values of a tensor"):
+        fxprune.analyze(Net(how).eval(), (torch.randn(3, 6, 10), torch.tensor([5, 3, 2])))
