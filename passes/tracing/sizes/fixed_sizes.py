@@ -72,6 +72,8 @@ def _is_fixed(node: fx.Node, value: Any, axis: int, module: Modules) -> bool:
     layer = module(str(node.target)) if node.op == "call_module" else None
     name = _name(node, layer)
     source = node.args[0] if node.args else None
+    if name in _MADE:
+        return _made(node, name, axis)
     if name in ("cat", "concat", "stack"):
         return _joined(node, value.ndim, axis, name == "stack", module)
     if name == "einsum" and isinstance(source, str):
@@ -116,6 +118,17 @@ def _is_fixed(node: fx.Node, value: Any, axis: int, module: Modules) -> bool:
         given = [layer.start_dim, layer.end_dim]
     made_of = places(node, name, before.ndim, value.ndim, axis, given)
     return _met(node, value, axis, module) if made_of is None else all(is_fixed(source, place, module) for place in made_of)
+
+
+_MADE = frozenset({"tril_indices", "triu_indices", "linspace", "logspace"})
+
+
+def _made(node: fx.Node, name: str, axis: int) -> bool:
+    """Of what is made by numbers alone: pairs of indices, and as many steps as the code says."""
+    if name.endswith("_indices"):
+        return axis == 0
+    _, _, steps = arguments(node.args, node, start=None, end=None, steps=None)
+    return type(steps) is int
 
 
 def _takes(layer: nn.Module, user: fx.Node, ndim: int) -> int | None:
