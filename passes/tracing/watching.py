@@ -6,6 +6,7 @@ A submodule can be traced by itself, and change inside, where nothing outside of
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,17 +39,24 @@ _SAFE: frozenset[Any] = frozenset(
 )
 
 
+Form = dict[str, Any]
+_GIVEN, _OMITTED = object(), object()
+
+
 @dataclass
 class Watched:
     """``calls``: submodule -> the largest of its calls, if it was called. ``callers``: submodule -> for every call which modules ran.
     ``readers``: parameter, buffer, or layer with sizes -> for every read of it which modules ran. ``aliases``: each of these -> all of its
-    names. ``swapped``: modules that were called with other parameters than their own (``torch.func.functional_call``)."""
+    names. ``swapped``: modules that were called with other parameters than their own (``torch.func.functional_call``). ``forms``: which
+    arguments a submodule was called with, and those of them that a graph has one form for; ``unlike``: where two calls differ in one."""
 
     calls: dict[str, PartCall] = field(default_factory=dict)
     callers: dict[str, list[Stack]] = field(default_factory=dict)
     readers: dict[str, set[Stack]] = field(default_factory=dict)
     aliases: dict[str, list[str]] = field(default_factory=dict)
     swapped: set[str] = field(default_factory=set)
+    forms: dict[str, Form] = field(default_factory=dict)
+    unlike: dict[str, str] = field(default_factory=dict)
 
     def unfit(self, path: str, module: nn.Module) -> str:
         """Why the submodule at ``path`` cannot be a part; empty where it can."""
@@ -60,6 +68,8 @@ class Watched:
         held = [name for name, _ in (*_named(module, path), *_sized(module, path))]
         if any(self._foreign(path, name) for name in held):
             return "code outside of it reads its weights or sizes"
+        if path in self.unlike:
+            return f"it is called with and without its argument {self.unlike[path]!r}, or with different ones that its code may ask about"
         if any(at_or_below(name, path) for name in self.swapped):
             return "code calls it with other parameters in place of its own"
         return ""
@@ -68,6 +78,15 @@ class Watched:
         """Whether code reads ``name``, which ``path`` holds, that is neither in ``path`` nor in another module which holds it too."""
         homes = {one.rpartition(".")[0] for one in self.aliases.get(name, ()) if not below(one, path)}
         return any(path not in stack and not homes & stack and not ("" in homes and not stack) for stack in self.readers.get(name, ()))
+
+
+def _form(module: nn.Module, args: Any, kwargs: Any) -> Form:
+    """The arguments of a call: None, flags and texts as they are, which code asks about; of others that they are there."""
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # no signature, or hooks see to it
+        bound = {**{str(i): one for i, one in enumerate(args)}, **kwargs}
+    return {name: one if one is None or type(one) in (bool, str) else _GIVEN for name, one in bound.items()}
 
 
 def watched(model: nn.Module, example_inputs: Any) -> Watched:
@@ -108,7 +127,12 @@ def _run(twin: nn.Module, example_inputs: Any) -> Watched:
                 sizes[name] = size
                 made = to_meta((args, kwargs))
                 seen.calls[name] = PartCall(made[0], made[1], next((t.device for t in given), None))
+        form = _form(module, args, kwargs)
         for name in of:
+            before = seen.forms.setdefault(name, form)
+            differs = next((key for key in {**before, **form} if before.get(key, _OMITTED) != form.get(key, _OMITTED)), None)
+            if differs is not None:
+                seen.unlike.setdefault(name, differs)
             seen.callers.setdefault(name, []).append(running())
             seen.swapped.update(name for one in module._parameters.values() if one is not None and id(one) not in held)
         stack.append(module)

@@ -823,3 +823,29 @@ def _difference(model: nn.Module, slim: nn.Module) -> float:
     x = torch.randn(40, 6, 8)
     with torch.no_grad():
         return float((slim(x) - model(x)).square().mean())
+
+
+def test_a_part_that_is_called_in_two_forms_stays_whole() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(10, 20), nn.Linear(20, 10)
+
+        def forward(self, x: Tensor, scale: Tensor | None = None) -> Any:
+            y = self.first(x).relu()
+            return self.last(y if scale is None else y * scale)
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.alone = Block(), Block()
+
+        def forward(self, x: Tensor) -> Any:
+            if x.norm() > 1e5:
+                return x
+            y = self.shared(x)
+            return self.alone(self.shared(y, y.mean()))
+
+    graph = fxprune.analyze(Twice().eval(), torch.randn(3, 10))
+    assert [group.name for group in graph.groups if group.prunable] == ["alone.first"]
+    assert "'scale'" in graph.traced.no_parts["shared"]
