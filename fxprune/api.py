@@ -24,7 +24,7 @@ from fxprune.compression import (
     without,
 )
 from fxprune.errors import FxPruneError
-from fxprune.evaluation.inference import outside_inference_mode
+from fxprune.evaluation.callers_modes import in_plain_modes
 from fxprune.evaluation.wrappers import unwrapped
 from fxprune.importance.criteria import Importance
 from fxprune.importance.gradients import Loss
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 Ignore = str | nn.Module | type[nn.Module] | Iterable[Any]
 
 
-@outside_inference_mode
+@in_plain_modes
 def analyze(
     model: nn.Module | ExportedProgram,
     example_inputs: Any = None,
@@ -86,7 +86,7 @@ def analyze(
     return analysed(model, example, listed(ignore), attention, norms=norms, blocks=blocks, check=check, outputs=kept, experts=experts)
 
 
-@outside_inference_mode
+@in_plain_modes
 def compress(
     model: nn.Module | CouplingGraph | ExportedProgram,
     policy: Given,

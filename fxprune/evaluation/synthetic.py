@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fxprune import example_inputs as forms
 from fxprune.errors import EvaluationError, InputError, in_a_line
+from fxprune.evaluation.callers_modes import in_plain_modes
 from fxprune.evaluation.copying import copied
-from fxprune.evaluation.inference import outside_inference_mode
 from fxprune.evaluation.running import call, device_of, set_training
 from fxprune.evaluation.wrappers import unwrapped
 from fxprune.passes.compat import BatchNormBase, tree_leaves, tree_map_only
@@ -28,7 +28,7 @@ RATE = 0.1  # of Adam, falling to zero along a cosine
 DRAWN = 0.02  # what the labels of drawn classes count beside the statistics
 
 
-@outside_inference_mode
+@in_plain_modes
 def synthetic_batches(
     model: nn.Module, example_inputs: Any, count: int = 128, *, batch_size: int = 64, steps: int = 40, seed: int = 0
 ) -> list[Any]:

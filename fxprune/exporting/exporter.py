@@ -18,7 +18,7 @@ from fxprune import example_inputs as forms
 from fxprune.attached import record_of
 from fxprune.errors import ExportError, FileError, FxPruneError, InputError, VerificationError, first_line
 from fxprune.evaluation.batches import inputs_of
-from fxprune.evaluation.inference import outside_inference_mode
+from fxprune.evaluation.callers_modes import in_plain_modes
 from fxprune.evaluation.running import call
 from fxprune.exporting.formats import FORMATS, Format, Job, cannot_run, format_named, require, tensors
 from fxprune.exporting.pretrained import own_model, quiet, write_pretrained
@@ -48,7 +48,7 @@ class Exported:
     bytes: int
 
 
-@outside_inference_mode
+@in_plain_modes
 def export(
     slim: nn.Module,
     path: str | os.PathLike[str],

@@ -9,14 +9,14 @@ from torch import fx, nn
 from fxprune.attached import attach, record_of
 from fxprune.costs.profiling import profile
 from fxprune.errors import InputError, UnsupportedError
-from fxprune.evaluation.inference import outside_inference_mode
+from fxprune.evaluation.callers_modes import in_plain_modes
 from fxprune.example_inputs import build
 from fxprune.passes.base import run_passes
 from fxprune.passes.ir.slim_module import SlimModule
 from fxprune.passes.rewriting.fold import FoldBatchNorm
 
 
-@outside_inference_mode
+@in_plain_modes
 def fold_batchnorm(slim: nn.Module) -> fx.GraphModule:
     """A copy of ``slim`` in which every BatchNorm that alone reads a convolution is part of that convolution's weight and bias.
 

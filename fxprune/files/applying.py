@@ -8,13 +8,13 @@ from torch import nn
 
 from fxprune.attached import Sources, attach, record_of
 from fxprune.errors import FileError, InputError
-from fxprune.evaluation.inference import outside_inference_mode
+from fxprune.evaluation.callers_modes import in_plain_modes
 from fxprune.evaluation.wrappers import sliceable, unwrapped
 from fxprune.files.rebuilding import check_original, rebuilt
 from fxprune.records import PruningRecord
 
 
-@outside_inference_mode
+@in_plain_modes
 def apply(record: PruningRecord | nn.Module, model: nn.Module) -> nn.Module:
     """Remove the channels that a pruning removed from another copy of the same network: a moving average, another checkpoint, another rank.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fxprune.atomic import replace_tensors
 from fxprune.attached import attach, record_of
 from fxprune.errors import FileError, FxPruneError, first_line
-from fxprune.evaluation.inference import outside_inference_mode
+from fxprune.evaluation.callers_modes import in_plain_modes
 from fxprune.evaluation.running import device_of
 from fxprune.files.rebuilding import check_original, rebuilt
 from fxprune.files.record_json import decode_record, encode_record
@@ -60,7 +60,7 @@ def save(slim: nn.Module, path: str | os.PathLike[str]) -> None:
         raise FileError(f"cannot save to {target}: safetensors takes no such tensor: {first_line(error)[:200]}") from error
 
 
-@outside_inference_mode
+@in_plain_modes
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Rebuild the slim module of ``path``: ``apply`` with the record of the file, and then the weights of the file.
 
@@ -81,7 +81,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     return _loaded(Path(path), model, torch.device("cpu") if device.type == "meta" else device)[0]
 
 
-@outside_inference_mode
+@in_plain_modes
 def rebuild(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """The slim module of the file at ``path`` on the meta device.
 

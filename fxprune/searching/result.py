@@ -14,7 +14,7 @@ from fxprune.attached import attach
 from fxprune.driver import SearchConfig, SearchOutcome, run
 from fxprune.errors import SearchError
 from fxprune.evaluation.batches import alone, inputs_of
-from fxprune.evaluation.inference import outside_inference_mode
+from fxprune.evaluation.callers_modes import in_plain_modes
 from fxprune.evaluation.synthetic import calibration_batches, without_labels
 from fxprune.importance.criteria import importance_name
 from fxprune.passes.rewriting.slimmer import Slimmer
@@ -47,7 +47,7 @@ class SearchResult:
     outcome: SearchOutcome = field(repr=False)
 
 
-@outside_inference_mode
+@in_plain_modes
 def search(
     model: nn.Module,
     example_inputs: Any,

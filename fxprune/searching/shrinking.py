@@ -12,8 +12,8 @@ from torch import nn
 
 from fxprune.api import analyze, compress
 from fxprune.errors import InputError
+from fxprune.evaluation.callers_modes import in_plain_modes
 from fxprune.evaluation.copying import copied
-from fxprune.evaluation.inference import outside_inference_mode
 from fxprune.evaluation.synthetic import calibration_batches, without_labels
 from fxprune.importance.criteria import Importance, importance_name, resolved, scores
 from fxprune.passes.planning.naming import sparsities
@@ -36,7 +36,7 @@ class Shrunk:
         return float(sum(step["prune_seconds"] + step["recover_seconds"] for step in self.history))
 
 
-@outside_inference_mode
+@in_plain_modes
 def shrink(
     model: nn.Module,
     policy: Policy | float | Mapping[str, float],

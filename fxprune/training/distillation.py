@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fxprune.errors import InputError
 from fxprune.evaluation.accuracy import labelled, logits_of
-from fxprune.evaluation.inference import outside_inference_mode
+from fxprune.evaluation.callers_modes import in_plain_modes
 from fxprune.evaluation.running import call, device_of, evaluating, modes_kept, set_training, to_device
 from fxprune.passes.compat import tree_leaves
 from fxprune.training.config import History, TrainConfig, check_values
@@ -58,7 +58,7 @@ class DistillConfig(TrainConfig):
         check_values(self, {"temperature": (self.temperature > 0, "above 0"), "alpha": (0 <= self.alpha <= 1, "a share from 0 to 1")})
 
 
-@outside_inference_mode
+@in_plain_modes
 def distill(student: nn.Module, teacher: nn.Module, train_loader: Iterable[Any], *, config: DistillConfig | None = None) -> History:
     """Train ``student`` in place to respond as ``teacher`` does.
 

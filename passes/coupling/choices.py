@@ -15,7 +15,7 @@ from fxprune.passes.labels.values import Vector
 from fxprune.passes.rules.layer_specs import is_layer
 
 _WHOLE = "whole experts stay, as experts=True was not given"
-_MIXED, _USED = "it is mixed along an axis that is not a channel axis", "the index of a maximum over it is used"
+_MIXED, _USED = "the largest of its channels are chosen", "the index of a maximum over it is used"
 
 
 def settle_choices(walk: LabelContext, experts: bool) -> None:

@@ -246,7 +246,7 @@ class LabelContext(ParameterLabels):
         """Same axes out as in; the axes ``mixed`` are mixed by the operation, so labels there are pinned."""
         held = {a % x.ndim for a in mixed}
         for axis in held & set(x.axes):
-            self.pin(x.axes[axis], "it is mixed along an axis that is not a channel axis")
+            self.pin(x.axes[axis], "its channels are mixed with each other")
         axes = {a: v for a, v in x.axes.items() if a not in held}
         return self.make(node, axes, x.zero if zero else (), x.why, index)
 

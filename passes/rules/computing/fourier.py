@@ -55,7 +55,7 @@ def istft(ctx: LabelContext, node: fx.Node, input: Value, window: Any = None, **
 def _framed(ctx: LabelContext, node: fx.Node, x: Value, times: int, window: Any) -> Any:
     """The last ``times`` axes are mixed; one before them, into which channels may be folded, stays."""
     for axis in range(x.ndim - times, x.ndim):
-        ctx.pin(x.axes.get(axis), "it is mixed along an axis that is not a channel axis")
+        ctx.pin(x.axes.get(axis), "its channels are mixed with each other")
     if isinstance(window, Value):
         ctx.pin_all(window, "it is the window of a Fourier transform")
     kept = {axis: vector for axis, vector in x.axes.items() if axis < x.ndim - times}

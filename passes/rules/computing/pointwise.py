@@ -196,7 +196,7 @@ def max_unpool(ctx: LabelContext, node: fx.Node, input: Value, indices: Value, *
     """Each maximum goes back to where it came from: ``indices`` has the channels of ``input``."""
     for axis in range(input.ndim - _space(node.target), input.ndim):
         for value in (input, indices):
-            ctx.pin(value.axes.get(axis), "it is mixed along an axis that is not a channel axis")
+            ctx.pin(value.axes.get(axis), "its channels are mixed with each other")
     axes, _spans = ctx.combine(input.shape, [input, indices])
     return ctx.make(node, axes, input.zero, input.why)
 

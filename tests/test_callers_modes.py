@@ -1,9 +1,10 @@
-"""Calls in a ``no_grad`` or ``inference_mode`` block do what they do outside, and what they return can be trained."""
+"""Calls in a block of ``no_grad``, ``inference_mode``, ``autocast`` or the meta device do what they do outside."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+
+AUTOCAST = partial(torch.autocast, "cpu", torch.bfloat16)
 
 
 def network() -> nn.Module:
@@ -53,16 +56,29 @@ def applied(model: nn.Module) -> nn.Module:
     return fxprune.apply(fxprune.record(fxprune.compress(model, 0.5, images(0))), model)
 
 
-@pytest.mark.parametrize("block", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("block", [torch.no_grad, torch.inference_mode, AUTOCAST])
 @pytest.mark.parametrize("made", [by_taylor, by_a_table, without_data, searched, distilled, applied])
 def test_it_is_as_outside(made: Callable[[nn.Module], nn.Module], block: Callable[[], Any]) -> None:
-    outside = made(network())
-    with block():
-        within = made(network())
+    outside, model = made(network()), network()
+    if block in (torch.no_grad, torch.inference_mode):
+        with block():
+            within = made(network())
+    else:
+        with block():  # the calls alone: what the test itself makes would be on the device, or rounded
+            within = made(model)
     assert outside.state_dict().keys() == within.state_dict().keys()
     for name, tensor in within.state_dict(keep_vars=True).items():
         assert not tensor.is_inference() and torch.equal(tensor, outside.state_dict()[name]), name
     within.train()(images(4)).sum().backward()
+
+
+def test_the_meta_device_as_the_default_one() -> None:
+    model, x, batches = network(), images(0), [images(1), images(2)]
+    outside = fxprune.compress(model, "macs=0.5", x, calibration=batches, repair="lstsq")
+    with torch.device("meta"):
+        within = fxprune.compress(model, "macs=0.5", x, calibration=batches, repair="lstsq")
+    for name, tensor in within.state_dict().items():
+        assert torch.equal(tensor, outside.state_dict()[name]), name
 
 
 def test_a_file_is_read_in_inference_mode(tmp_path: Path) -> None:
