@@ -120,7 +120,7 @@ def compress(
         policy: how much goes, in one of these forms. A number: the sparsity of every group (0 keeps all). A mapping to sparsities from
             names of groups, modules or their names (every group that the module's layers produce), classes of modules, and globs over
             names. A ``Policy``, or the path of a policy file. A target, "macs=0.5" (or params, memory: what is left of the original;
-            sparsity: the share of output channels that goes), met without a search: by error tables and a dozen trials
+            sparsity: the share of output channels that goes), met without a search: by error tables and trials
             (``fxprune.allocation.trying``) where there is ``calibration``, else by the same share of every group.
             An entry with the name of a block (``analyze(..., blocks=True)``) and sparsity 1 leaves the block out.
         example_inputs: as for ``analyze``; may be left out where the policy records them.
@@ -161,7 +161,10 @@ def compress(
         The slim module.
 
     Raises:
-        PolicyError: a key of the policy names nothing, or a sparsity is out of range.
+        PolicyError: a key of the policy names nothing, a sparsity is out of range, or the policy file is damaged.
+        InputError: example inputs or calibration batches are missing or do not fit, or another argument is none that it may be.
+        TraceError: the model cannot be traced; names the line in the user's source.
+        EvaluationError: the network gave no finite number on the calibration batches, or cannot be differentiated there.
         TargetError: the target that the policy names cannot be met; ``nearest`` is the policy that comes closest.
         UnsupportedError: ``keep_class`` where a number in the code changes with the channels; names the node and line.
         VerificationError: the zeroing oracle fails.
@@ -169,7 +172,7 @@ def compress(
     Warns:
         PruningWarning: nothing was removed, or less than half of what was asked because the rest is locked.
     """
-    policy, most = by_names(policy, model), by_names(most, model)
+    policy, most = by_names(policy, model, "policy"), by_names(most, model, "most")
     chosen, target = understood(policy)
     choices = Choices.of(
         chosen.options,

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,18 @@ from torch import fx, nn
 from fxprune import example_inputs as forms
 from fxprune.allocation.target_policies import allocated, is_target
 from fxprune.attached import Sources, attach, record_of, sources_of
-from fxprune.errors import FAULTS, FxPruneError, InputError, PolicyError, PruningWarning, UnsupportedError, in_a_line
+from fxprune.errors import (
+    FAULTS,
+    FileError,
+    FxPruneError,
+    InputError,
+    PolicyError,
+    PruningWarning,
+    UnsupportedError,
+    in_a_line,
+    kind_of,
+    shown,
+)
 from fxprune.evaluation.batches import checked
 from fxprune.evaluation.running import device_of
 from fxprune.evaluation.synthetic import as_the_example, calibration_batches, listed_batches, without_labels
@@ -26,6 +37,7 @@ from fxprune.evaluation.wrappers import sliceable, unwrapped
 from fxprune.importance.criteria import Importance, importance_name, scores
 from fxprune.importance.criteria import resolved as resolved_importance
 from fxprune.importance.gradients import Loss
+from fxprune.imports import suggestion
 from fxprune.index_lists import indices, ranges
 from fxprune.passes.base import GraphPass, Observer, UserPass, run_passes
 from fxprune.passes.compat import tree_leaves
@@ -40,7 +52,7 @@ from fxprune.passes.rewriting.absent import class_without_blocks
 from fxprune.passes.rewriting.blocks import without_blocks
 from fxprune.passes.verify import verify as zeroing_oracle
 from fxprune.passes.verify import verify_blocks
-from fxprune.policies import Policy, checked_sparsity, units_removed
+from fxprune.policies import Policy, check_options, checked_sparsity, units_removed
 from fxprune.recording import made_record
 from fxprune.records import PruningRecord
 from fxprune.repair.registry import Repair
@@ -87,7 +99,7 @@ class Choices:
         """The arguments of ``compress`` with the ``options`` that a policy recorded. Raises ``InputError`` where one is out of range."""
         multiple: Any = options.get("round_to") if round_to is None else round_to
         if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, Integral)):
-            raise InputError(f"round_to is {multiple!r}; it must be a whole number, 1 or more")
+            raise InputError(f"round_to is {shown(multiple)}; it must be a whole number, 1 or more")
         if multiple is not None and multiple < 1:
             raise InputError(f"round_to is {multiple}; it must be 1 or more")
         ranked_by = resolved_importance(importance)
@@ -95,10 +107,10 @@ class Choices:
             importance = ranked_by = str(options.get("importance") or "auto")
         wanted = norms if norms is not None else options.get("norms")
         if wanted is not None and wanted not in NORMS:
-            raise InputError(f"norms is {wanted!r}; it must be {' or '.join(map(repr, NORMS))}")
+            raise InputError(f"norms is {shown(wanted)}; it must be {' or '.join(map(repr, NORMS))}")
         named_repair(repair)
         if as_given["loss"] is not None and not callable(as_given["loss"]):
-            raise InputError(f"loss is a {type(as_given['loss']).__name__}; pass a function f(output, batch) -> scalar tensor")
+            raise InputError(f"loss is {kind_of(as_given['loss'])}; pass a function f(output, batch) -> scalar tensor")
         batches = calibration if isinstance(calibration, str) else listed_batches(calibration)
         return cls(importance, ranked_by, batches, None if multiple is None else int(multiple), repair, norms=wanted, **as_given)
 
@@ -124,13 +136,13 @@ class Choices:
         return replace(made, importance=ranked, ranked_by=resolved_importance(ranked))
 
 
-def by_names(given: Any, model: Any) -> Any:
-    """A policy, or ``most``, with names where its keys are modules or classes of modules; a number of NumPy's as one of Python's.
+def by_names(given: Any, model: Any, argument: str) -> Any:
+    """A policy, or ``most``, with names where its keys are modules or classes of modules; a number of any type as a float.
 
     Raises:
         PolicyError: a key is no module of ``model``, and no name.
     """
-    if isinstance(given, np.floating):
+    if not isinstance(given, bool) and isinstance(given, Real):
         return float(given)
     if not isinstance(given, Mapping) or all(isinstance(key, str) for key in given):
         return given
@@ -139,22 +151,29 @@ def by_names(given: Any, model: Any) -> Any:
     for key, share in given.items():
         paths = [key] if isinstance(key, str) else module_names(module, [key]) if isinstance(key, (nn.Module, type)) else []
         if not paths:
-            what = f"the class {key.__name__}" if isinstance(key, type) else f"a {type(key).__name__}"
-            raise PolicyError(f"a key of the policy is {what}, which is no module of this model; keys are modules, their classes and names")
+            raise PolicyError(
+                f"a key of {argument} is {kind_of(key)}, which is no module of this model; keys are modules, their classes and names"
+            )
         found.update((path or "*", share) for path in paths)
     return found
 
 
-def understood(policy: Given) -> tuple[Policy, str | None]:
+def understood(policy: Given | Any) -> tuple[Policy, str | None]:
     """A policy in any form that ``compress`` takes: as a ``Policy``, and as a target where it is one, which is then empty."""
     if isinstance(policy, str) and is_target(policy):
         return Policy({}), policy
     if isinstance(policy, Policy):
+        check_options(policy)
         return policy, None
     if isinstance(policy, (str, os.PathLike)):
         return Policy.load(Path(policy)), None
     if isinstance(policy, Mapping):
         return Policy(policy), None
+    if not isinstance(policy, Real):
+        raise PolicyError(
+            f"policy is {kind_of(policy)}; pass a sparsity (0.5), a mapping from names to sparsities, a Policy, a target ('macs=0.5') "
+            "or the path of a policy file, and the example inputs after it"
+        )
     checked_sparsity(policy, "a uniform policy")
     return Policy({}), None
 
@@ -343,20 +362,46 @@ def _with_values(graph: CouplingGraph, example: Any) -> Any:
 
 
 def _recorded(graph: CouplingGraph, wanted: Any, units: Any) -> Mapping[str, Any] | None:
-    """Scores that choose again the units a policy lists; None where it lists none, or a sparsity was edited since."""
-    if not isinstance(units, Mapping) or not isinstance(wanted, Mapping):
+    """Scores that choose again the units a policy lists; None where it lists none, or a sparsity was edited since. Raises ``PolicyError``
+    where they are no units of this network."""
+    if units is None or not isinstance(wanted, Mapping):
         return None
+    gone = _units_listed(graph, units)
     found = {}
     for name, p in wanted.items():
         group = graph.by_name.get(name)
         count = units_removed(p, group.size) if group is not None else 0
         if group is None or not count:
             continue
-        gone = indices(str(units.get(name, "")))
-        if len(gone) != count or (count and int(gone.max()) >= group.size):
+        if name not in gone or len(gone[name]) != count:
             return None
         found[name] = torch.ones(group.size)
-        found[name][gone] = 0.0
+        found[name][gone[name]] = 0.0
+    return found
+
+
+def _units_listed(graph: CouplingGraph, units: Any) -> dict[str, torch.Tensor]:
+    """The option ``units`` of a policy, group name -> indices."""
+    if not isinstance(units, Mapping):
+        raise PolicyError(
+            f"the policy's option units is {shown(units)}; it maps group names to units, as in {{'conv1': '0-3,7'}}, or is left out"
+        )
+    found: dict[str, torch.Tensor] = {}
+    for name, text in units.items():
+        group = graph.by_name.get(name)
+        if group is None:
+            raise PolicyError(
+                f"the policy's option units names {shown(name)}, which is no group of this model{suggestion(str(name), graph.by_name)}"
+            )
+        try:
+            found[name] = indices(text)
+        except FileError:
+            found[name] = torch.tensor([group.size])  # out of range, as the message below says of both
+        if len(found[name]) and int(found[name].max()) >= group.size:
+            raise PolicyError(
+                f"the policy's option units has {shown(text)} for group {name!r}; "
+                f"write ascending numbers from 0 to {group.size - 1}, as in '0-3,7', or leave units out"
+            )
     return found
 
 
@@ -366,11 +411,11 @@ def module_of(model: Any) -> nn.Module:
         module = sliceable(unwrapped(model))
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedError(
-                f"the model is a {type(module).__name__}, compiled by torch.jit, and cannot be traced; pass the module it was made of"
+                f"the model is {kind_of(module)}, compiled by torch.jit, and cannot be traced; pass the module it was made of"
             )
         return module
     if type(model).__name__ != "ExportedProgram":  # by name: torch imports torch.export when it is asked for
-        raise InputError(f"model is a {type(model).__name__}; pass a torch.nn.Module or a torch.export.ExportedProgram")
+        raise InputError(f"model is {kind_of(model)}; pass a torch.nn.Module or a torch.export.ExportedProgram")
     found: nn.Module = model.module()
     return found
 

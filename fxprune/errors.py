@@ -3,7 +3,7 @@
     FxPruneError
     ├── TraceError          the model could not be traced to a graph
     ├── UnsupportedError    an operation or module cannot be pruned or rewritten as asked
-    ├── InputError          example inputs that do not fit the model, or are missing
+    ├── InputError          an argument is missing or wrong: inputs, batches, data, devices, options
     ├── PolicyError         a policy, its file or a sparsity in it is wrong
     ├── FileError           a saved file is unreadable or does not fit the model
     ├── ExportError         another runtime or its exporter refuses a slim module
@@ -35,6 +35,23 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def kind_of(value: object) -> str:
+    """What a value is, for a message that says what came in the place of something else: "an int", "the class Linear", "None"."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    spelled = name[:2].isupper() or name.startswith("nd")  # read letter by letter: an LSTM, an ndarray, a UNet
+    return f"{'an' if name[:1].upper() in ('AEFHILMNORSX' if spelled else 'AEIOU') else 'a'} {name}"
+
+
+def shown(value: object) -> str:
+    """A number or a short text as it is written in code; of anything else what it is, since its own text may take many lines."""
+    written = repr(value) if value is None or isinstance(value, (bool, int, float, str)) else ""
+    return written if written and len(written) <= 60 else kind_of(value)
+
+
 def few(names: Sequence[str], limit: int = 3) -> str:
     """The first ``limit`` of ``names``, and how many more there are: "a, b, c and 4 more"."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
@@ -47,6 +64,11 @@ def in_a_line(error: BaseException) -> str:
     frame = next((one for one in reversed(frames) if "site-packages" not in one.filename), frames[-1] if frames else None)
     where = "" if frame is None else f" ({Path(frame.filename).name}:{frame.lineno})"
     return f"{type(error).__name__}: {said}{where}"
+
+
+def network_without(units: int) -> str:
+    """What to call a candidate of a search that lacks so many units."""
+    return f"the network without {units} of its units" if units else "the original network"
 
 
 class PruningWarning(UserWarning):
@@ -70,7 +92,7 @@ class UnsupportedError(FxPruneError):
 
 
 class InputError(FxPruneError):
-    """Example inputs are missing or do not fit the model."""
+    """An argument is none that it may be: example inputs, calibration batches, a data set, a device, the name of an option's value."""
 
 
 class PolicyError(FxPruneError):

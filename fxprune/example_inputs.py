@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fxprune.errors import InputError
+from fxprune.errors import InputError, kind_of
 from fxprune.passes.compat import tree_unflatten
 
 Json = Any
@@ -21,9 +21,7 @@ def call_form(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return tuple(example), {}
     if isinstance(example, torch.Tensor):
         return (example,), {}
-    raise InputError(
-        f"example_inputs is a {type(example).__name__}; pass a tensor, a tuple of positional inputs or a dict of keyword inputs"
-    )
+    raise InputError(f"example_inputs is {kind_of(example)}; pass a tensor, a tuple of positional inputs or a dict of keyword inputs")
 
 
 def of_graph(module: torch.fx.GraphModule) -> Any:
@@ -70,20 +68,26 @@ def describe(example: Any) -> Json:
         return {"list": [describe(v) for v in example]}
     if example is None or isinstance(example, (bool, int, float, str)):
         return {"value": example}
-    raise InputError(f"example_inputs hold a {type(example).__name__}, which a policy file cannot describe")
+    raise InputError(f"example_inputs hold {kind_of(example)}, which a policy file cannot describe")
 
 
 def build(spec: Json, *, device: torch.device | str = "cpu", seed: int = 0) -> Any:
     """Make random inputs of the form that ``describe`` recorded (normal for floats, 0 or 1 for integers without values)."""
     generator = torch.Generator().manual_seed(seed)
-    return _build(spec, torch.device(device), generator)
+    try:
+        return _build(spec, torch.device(device), generator)
+    except RecursionError as error:
+        raise InputError("recorded inputs are malformed: they are nested too deeply") from error
 
 
 def _build(spec: Json, device: torch.device, generator: torch.Generator) -> Any:
     if not isinstance(spec, dict):
-        raise InputError(f"recorded inputs are malformed: expected an object, found {type(spec).__name__}")
+        raise InputError(f"recorded inputs are malformed: expected an object, found {kind_of(spec)}")
     if "tensor" in spec:
         return _tensor(spec, device, generator)
+    for kind, form in (("dict", dict), ("tuple", list), ("list", list)):
+        if kind in spec and not isinstance(spec[kind], form):
+            raise InputError(f"recorded inputs are malformed: {kind!r} holds {kind_of(spec[kind])}; it must hold a {form.__name__}")
     if "dict" in spec:
         return {k: _build(v, device, generator) for k, v in spec["dict"].items()}
     if "tuple" in spec:

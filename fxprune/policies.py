@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fxprune.atomic import replace_text
-from fxprune.errors import PolicyError
+from fxprune.errors import PolicyError, first_line, shown
+from fxprune.imports import suggestion
 from fxprune.index_lists import ranges
-from fxprune.zeros import removable
+from fxprune.zeros import check_graph, removable
 
 FORMAT = "fxprune-policy/1"
+# On these the group names and the choice of units depend. ``units``: group name -> the units that go (``fxprune.index_lists``).
+OPTIONS = ("attention", "blocks", "experts", "ignore", "importance", "norms", "outputs", "parts", "round_to", "units")
 
 
 class _Group(Protocol):
@@ -50,7 +53,7 @@ def units_removed(sparsity: float, units: int) -> int:
 def checked_sparsity(value: Any, where: str) -> float:
     """Return ``value`` as a float in [0, 1]; raise ``PolicyError`` naming ``where`` otherwise."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise PolicyError(f"sparsity of {where} is {value!r}; it must be a number from 0 (keep all) to 1")
+        raise PolicyError(f"sparsity of {where} is {shown(value)}; it must be a number from 0 (keep all) to 1")
     if not 0 <= float(value) <= 1:
         raise PolicyError(f"sparsity of {where} is {value}; it must lie from 0 (keep all) to 1 (all but one unit)")
     return float(value)
@@ -72,6 +75,11 @@ class Policy:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("sparsity", "options", "meta"):
+            given = getattr(self, name)
+            if not isinstance(given, Mapping):
+                instead = "; for one sparsity everywhere: Policy.uniform(graph, sparsity)" if isinstance(given, Real) else ""
+                raise PolicyError(f"{name} of the policy is {shown(given)}; it must be a mapping, as in Policy({{'conv1': 0.5}}){instead}")
         checked = {str(name): checked_sparsity(p, f"group {name!r}") for name, p in self.sparsity.items()}
         object.__setattr__(self, "sparsity", checked)
         object.__setattr__(self, "options", dict(self.options))
@@ -79,7 +87,20 @@ class Policy:
 
     @classmethod
     def uniform(cls, graph: _Graph, sparsity: float) -> Policy:
-        """The same ``sparsity`` for every prunable group of ``graph``; of experts as many stay as are chosen at a time."""
+        """The same ``sparsity`` for every prunable group of ``graph``; of experts as many stay as are chosen at a time.
+
+        Args:
+            graph: what ``analyze`` returned.
+            sparsity: the share of its units that each group loses, 0 to 1.
+
+        Returns:
+            The policy, which records the example inputs and the options of ``graph``.
+
+        Raises:
+            InputError: ``graph`` is none.
+            PolicyError: ``sparsity`` is out of range.
+        """
+        check_graph(graph, "graph")
         p = checked_sparsity(sparsity, "a uniform policy")
         return cls({g.name: min(p, g.most) for g in graph.groups if g.prunable}, graph.inputs, dict(graph.options))
 
@@ -114,7 +135,14 @@ class Policy:
         return cls({name: len(found) / sizes[name] for name, found in gone.items()}, graph.inputs, options, meta)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the policy as JSON, fit to be edited by hand; an existing file is replaced only when the new one is whole."""
+        """Write the policy as JSON, fit to be edited by hand; an existing file is replaced only when the new one is whole.
+
+        Args:
+            path: of the file; its folder is made where it is missing.
+
+        Raises:
+            PolicyError: the file cannot be written, or ``inputs``, ``options`` or ``meta`` hold what JSON has not.
+        """
         data = {
             "format": FORMAT,
             "sparsity": dict(self.sparsity),
@@ -123,17 +151,36 @@ class Policy:
             "meta": dict(self.meta),
         }
         target = Path(path)
-        replace_text(target, json.dumps(data, indent=2) + "\n", "the policy", PolicyError)
+        try:
+            text = json.dumps(data, indent=2) + "\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            raise PolicyError(
+                f"cannot write the policy to {target}: its inputs, options and meta must hold only what JSON has "
+                f"(numbers, texts, lists, mappings, None): {first_line(error)}"
+            ) from error
+        replace_text(target, text, "the policy", PolicyError)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Policy:
-        """Read a policy file. Raises ``PolicyError`` that says what is wrong with it."""
+        """Read a policy file.
+
+        Args:
+            path: of the file, JSON as ``save`` writes it; only ``sparsity`` has to be there.
+
+        Returns:
+            The policy.
+
+        Raises:
+            PolicyError: says what is wrong with the file.
+        """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise PolicyError(f"cannot read the policy file {path}: {error.strerror or error}") from error
         except ValueError as error:
             raise PolicyError(f"the policy file {path} is not JSON: {error}") from error
+        except RecursionError as error:
+            raise PolicyError(f"the policy file {path} is nested too deeply; write it again with Policy.save") from error
         if not isinstance(data, dict) or not isinstance(data.get("sparsity"), dict):
             raise PolicyError(f"the policy file {path} has no 'sparsity' object: group name -> share to remove")
         if data.get("format", FORMAT) != FORMAT:
@@ -141,4 +188,20 @@ class Policy:
         for key in ("options", "meta"):
             if not isinstance(data.get(key) or {}, dict):
                 raise PolicyError(f"the policy file {path}: {key!r} must be an object")
-        return cls(data["sparsity"], data.get("inputs"), data.get("options") or {}, data.get("meta") or {})
+        try:
+            found = cls(data["sparsity"], data.get("inputs"), data.get("options") or {}, data.get("meta") or {})
+            check_options(found)
+        except PolicyError as error:
+            raise PolicyError(f"the policy file {path}: {error}") from error
+        return found
+
+
+def check_options(policy: Policy) -> None:
+    """Raise ``PolicyError`` for an option that nothing reads, which would be ignored in silence.
+
+    A policy itself may have such options: those in the records of files may come from a later version.
+    """
+    unknown = next((name for name in policy.options if name not in OPTIONS), None)
+    if unknown is not None:
+        advice = suggestion(str(unknown), OPTIONS) or f"; there are {', '.join(OPTIONS)}"
+        raise PolicyError(f"unknown option {shown(unknown)} in the policy{advice}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fxprune.errors import InputError
+from fxprune.errors import InputError, kind_of
 from fxprune.evaluation.copying import copied
 from fxprune.evaluation.repeatable import cloned, same_random_numbers
 from fxprune.evaluation.running import call, device_of, evaluating
@@ -27,7 +27,7 @@ _ENDINGS, _COMPUTED = (*_PRUNED, *_NORMED), "parametrizations."
 
 
 class _Graph(Protocol):
-    """What is asked of a ``CouplingGraph``, which this room may not import."""
+    """What is asked of a ``CouplingGraph``, which this module must not import."""
 
     @property
     def model(self) -> nn.Module: ...
@@ -103,6 +103,12 @@ def zero_units(graph: _Graph) -> Zeros:
     return Zeros(dead, places)
 
 
+def check_graph(given: Any, what: str) -> None:
+    """Raise ``InputError`` where ``given`` is no ``CouplingGraph``; ``what`` is the name of the argument."""
+    if not isinstance(getattr(given, "groups", None), tuple) or not hasattr(given, "prunable_unit"):
+        raise InputError(f"{what} is {kind_of(given)}; pass what fxprune.analyze(model, inputs) returns")
+
+
 def may_be_dead(graph: _Graph) -> bool:
     """Whether the first elements of the slices leave room for a dead unit: a quick look, which tells that most networks have none.
 
@@ -143,8 +149,7 @@ def removable(graph: _Graph) -> tuple[dict[str, Tensor], dict[str, dict[str, Ten
     Raises:
         InputError: the model is on the meta device and has no values.
     """
-    if not hasattr(graph, "groups"):
-        raise InputError(f"zeros are looked for in what fxprune.analyze(model, inputs) returns, and this is a {type(graph).__name__}")
+    check_graph(graph, "graph")
     if any(p.device.type == "meta" for p in graph.model.parameters()):
         raise InputError("the model is on the meta device and has no values to find zeros among; load its weights first")
     found = zero_units(graph)

@@ -18,7 +18,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 
-from fxprune.errors import FxPruneError, InputError
+from fxprune.errors import FxPruneError, InputError, kind_of
 
 Observer = Callable[[str, Any, float], None]
 """``observe(step, result, seconds)``: the name of a step that has run, what it gave, and how long it took."""
@@ -46,7 +46,7 @@ class GraphPass(PassBase):
         if edited := before.edited():
             raise AssertionError(f"{self.name} edited its input: {edited}")
         if not isinstance(result, fx.GraphModule):
-            raise InputError(f"pass {self.name} returned a {type(result).__name__}; a pass returns a torch.fx.GraphModule")
+            raise InputError(f"pass {self.name} returned {kind_of(result)}; a pass returns a torch.fx.GraphModule")
         if result is not graph_module:
             with warnings.catch_warnings():  # older versions of torch wonder about tensors that are plain attributes, as they were
                 warnings.filterwarnings("ignore", ".*does not reference an nn.Module, nn.Parameter, or buffer", UserWarning)

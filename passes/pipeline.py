@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fxprune.errors import InputError, TraceError
+from fxprune.errors import InputError, TraceError, kind_of
 from fxprune.example_inputs import build, call_form, describe
 from fxprune.passes import rules
 from fxprune.passes.base import GraphPass, Observer, run_passes
@@ -120,7 +120,7 @@ def fixed_dimensions(model: nn.Module, ignore: Iterable[Any], functional: Mappin
             within = tuple(f"{p}." for p in chosen)
             named = [n for n in tensors if fnmatch.fnmatchcase(n, str(item)) and not n.startswith(within)]
         if not chosen and not named:
-            named_as = repr(item) if isinstance(item, str) else item.__name__ if isinstance(item, type) else f"a {type(item).__name__}"
+            named_as = repr(item) if isinstance(item, str) else item.__name__ if isinstance(item, type) else kind_of(item)
             raise InputError(f"ignore names {named_as}, which is no module or parameter of this model")
         found.update((n, d) for n in named for d in range(tensors[n].ndim))
         for path in chosen:
@@ -170,7 +170,7 @@ def listed(ignore: Any) -> tuple[Any, ...]:
     if ignore is None or isinstance(ignore, (str, nn.Module, type)):
         return () if ignore is None else (ignore,)
     if not isinstance(ignore, Iterable):
-        raise InputError(f"ignore is a {type(ignore).__name__}; it takes modules, classes of modules, names and globs")
+        raise InputError(f"ignore is {kind_of(ignore)}; it takes modules, classes of modules, names and globs")
     return tuple(ignore)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def test_no_group_loses_more_than_its_limit(most: Any, gone: dict[str, int]) -> 
 
 
 @pytest.mark.parametrize(
-    ("bad", "words"), [(1.5, "every group is 1.5"), ({"stem": -1}, "'stem' is -1"), ({"zebra": 0.5}, "'zebra' names no")]
+    ("bad", "words"), [(1.5, "every group is 1.5"), ({"stem": -1}, "'stem' is -1"), ({"zebra": 0.5}, "the key 'zebra' of most names no")]
 )
 def test_a_limit_that_is_none_is_refused(bad: Any, words: str) -> None:
     with pytest.raises(PolicyError, match=words):
@@ -342,13 +343,13 @@ def test_numbers_of_numpy_are_numbers() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"ignore": 3}, "ignore is a int; it takes modules, classes of modules, names and globs"),
+        ({"ignore": 3}, "ignore is an int; it takes modules, classes of modules, names and globs"),
         ({"round_to": 7.5}, "round_to is 7.5; it must be a whole number"),
         ({"calibration": X}, "calibration is a Tensor; pass batches: a list"),
         ({"calibration": {"x": X}}, "calibration is a dict; pass batches: a list"),
         ({"calibration": 3}, "calibration is a int; pass batches: a list"),
-        ({"calibration": [X], "loss": 3}, "loss is a int; pass a function"),
-        ({"importance": lambda group, module: None}, "the importance callable gave a NoneType for group 'stem'"),
+        ({"calibration": [X], "loss": 3}, "loss is an int; pass a function"),
+        ({"importance": lambda group, module: None}, "the importance callable gave None for group 'stem'"),
         ({"outputs": ["logits"]}, "outputs names 'logits', which the model does not return; it returns one tensor"),
         ({"outputs": [1]}, "outputs names 1, which the model does not return; it returns one tensor"),
     ],
@@ -369,3 +370,46 @@ def test_the_one_tensor_that_is_returned_keeps_its_width_by_its_place() -> None:
 def test_a_scripted_model_is_refused_in_one_line(make: Any) -> None:
     with pytest.raises(UnsupportedError, match="compiled by torch.jit, and cannot be traced; pass the module it was made of"):
         fxprune.compress(make(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1))), 0.5, X)
+
+
+# -- policy files that were edited by hand ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"options": {"round-to": 8}}, "unknown option 'round-to' in the policy; did you mean round_to?"),
+        ({"options": {"units": "x"}}, r"the policy's option units is 'x'; it maps group names to units"),
+        ({"options": {"units": {"stem": "0-900"}}}, "has '0-900' for group 'stem'; write ascending numbers from 0 to 11"),
+        ({"options": {"units": {"stem": "5,3"}}}, "has '5,3' for group 'stem'; write ascending"),
+        ({"options": {"units": {"stem": 3.5}}}, "has 3.5 for group 'stem'; write ascending"),
+        ({"options": {"units": {"sten": "0-2"}}}, "names 'sten', which is no group of this model; did you mean stem?"),
+        ({"inputs": {"tuple": 5}}, "recorded inputs are malformed: 'tuple' holds an int; it must hold a list"),
+    ],
+)
+def test_an_edit_that_would_be_ignored_is_refused(tmp_path: Path, data: dict[str, Any], message: str) -> None:
+    (tmp_path / "policy.json").write_text(json.dumps({"sparsity": {"stem": 0.3}, **data}))
+    with pytest.raises((PolicyError, InputError), match=message) as caught:
+        fxprune.compress(net(), tmp_path / "policy.json", None if "inputs" in data else X)
+    assert "\n" not in str(caught.value)
+
+
+def test_units_are_used_again_unless_the_sparsity_was_edited(tmp_path: Path) -> None:
+    units = {"importance": "l2", "units": {"stem": "0-2"}}
+    kept = {p: fxprune.record(fxprune.compress(net(), fxprune.Policy({"stem": p}, options=units), X)).removed_units for p in (0.25, 0.5)}
+    assert kept[0.25]["stem"].tolist() == [0, 1, 2] and len(kept[0.5]["stem"]) == 6
+    with pytest.raises(PolicyError, match="unknown option 'grain' in the policy; there are attention, blocks"):
+        fxprune.compress(net(), fxprune.Policy({"stem": 0.5}, options={"grain": 1}), X)
+
+
+def test_a_policy_that_json_cannot_hold_and_one_nested_too_deeply(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="its inputs, options and meta must hold only what JSON has") as caught:
+        fxprune.Policy({}, meta={"a": object()}).save(tmp_path / "policy.json")
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+    (tmp_path / "policy.json").write_text("[" * 100_000)
+    with pytest.raises(PolicyError, match="nested too deeply|not JSON"):
+        fxprune.Policy.load(tmp_path / "policy.json")
+
+
+def test_a_sparsity_of_numpys_or_a_fraction_counts() -> None:
+    assert removed(net(), np.float32(0.5)) == removed(net(), Fraction(1, 2)) == removed(net(), 0.5)

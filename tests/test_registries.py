@@ -150,7 +150,7 @@ def test_an_importance_by_its_path(model: nn.Module, users: str, name: str) -> N
 
 
 def test_a_path_that_is_no_importance(model: nn.Module, users: str) -> None:
-    with pytest.raises(InputError, match="is a int; it must be a Criterion or"):
+    with pytest.raises(InputError, match="is an int; it must be a Criterion or"):
         fxprune.compress(model, 0.5, X, importance=f"{users}:NUMBER")
 
 
@@ -233,7 +233,7 @@ def test_a_format_of_ones_own(model: nn.Module, tmp_path: Path, users: str) -> N
         fxprune.export(slim, tmp_path / "slim.users", verify=True)
     request = read(["--export", f"mine,{users}:FORMAT"])
     assert request.options is not None and request.options.export == ("mine", f"{users}:FORMAT")
-    with pytest.raises(InputError, match="is a int; it must be a fxprune.Format"):
+    with pytest.raises(InputError, match="is an int; it must be a fxprune.Format"):
         fxprune.export(slim, tmp_path / "slim.x", f"{users}:NUMBER")
 
 

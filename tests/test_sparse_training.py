@@ -58,7 +58,7 @@ def test_shrinking_reaches_zero_and_what_is_zero_goes_exactly() -> None:
 
 
 def test_what_makes_no_sense_is_refused() -> None:
-    with pytest.raises(InputError, match="strength is 0; it must be above 0"):
+    with pytest.raises(InputError, match="strength is 0; it must be a number above 0"):
         fxprune.regularize(fxprune.analyze(net(), X), strength=0)
     with pytest.raises(InputError, match="no prunable group"):
         fxprune.regularize(fxprune.analyze(nn.Linear(3, 3), torch.randn(2, 3)))

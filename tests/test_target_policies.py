@@ -107,8 +107,11 @@ def test_what_cannot_be_met_names_the_nearest() -> None:
         fxprune.compress(net(), "macs=0.01", X)
     assert isinstance(caught.value.nearest, fxprune.Policy)
     assert min(len(i) for d in fxprune.record(fxprune.compress(net(), caught.value.nearest)).kept.values() for i in d.values()) == 1
-    with pytest.raises(TargetError, match="all that most= lets go"):
+    with pytest.raises(TargetError, match="all that most= lets go.*; give a larger share; fxprune.explain.* says what is locked"):
         fxprune.compress(net(), "macs=0.3", X, most=0.2)
+    for calibration in (None, [X]):
+        with pytest.raises(TargetError, match="'sparsity=0.9' cannot be met: .* 0.[1-4].* of the output channels go; give a smaller share"):
+            fxprune.compress(net(), "sparsity=0.9", X, most=0.2, calibration=calibration, importance="l2")
 
 
 @pytest.mark.parametrize(

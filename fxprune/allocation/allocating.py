@@ -207,7 +207,7 @@ def allocate(
     for metric, share in bounds.items():
         if left[metric] > share + TOLERANCE:
             least = float(allocator.prices.shares(metric, np.array([[len(a) - 1 for a in allocator._knapsack.allowed]]))[0])
-            raise TargetError(f"{metric}={share} cannot be met: with all that may go, {least:.3g} is left; ask for more")
+            raise TargetError(out_of_reach(metric, share, least, most))
     meta: dict[str, Any] = {"strategy": "table", "bounds": dict(bounds), "left": left, "kept_whole": list(allocator.kept_whole)}
     if trials > 1:
         judged = tried_out(allocator, bounds, counts, batches, repair, trials=trials, seed=seed, observe=observe)
@@ -244,6 +244,16 @@ def tried_out(
     uniform = Uniform(graph, ranking, bounds, allocator.round_to, allocator.most)
     near = Near(lambda *given: allocator.met(bounds, *given)[0], lambda *given: allocator.moved(bounds, *given))
     return tried(trial, uniform, allocator.groups, counts, near, trials, seed)
+
+
+def out_of_reach(metric: str, share: float, least: float, most: Any) -> str:
+    """What to say of a bound, the ``share`` of a metric that may be left, where ``least`` of it stay: in the user's terms."""
+    limit = "all that may go" if most is None else "all that most= lets go"
+    locked = "fxprune.explain(model, inputs) says what is locked"
+    if metric == "sparsity":
+        ask, gone = 1 - share, f"{1 - least:.3g} of the output channels go"
+        return f"'sparsity={ask:g}' cannot be met: with {limit}, {gone}; give a smaller share; {locked}"
+    return f"'{metric}={share:g}' cannot be met: with {limit}, {least:.3g} of the {metric} are left; give a larger share; {locked}"
 
 
 def policy_of(graph: CouplingGraph, keep: Keep, round_to: int, importance: Any, meta: Mapping[str, Any]) -> Policy:

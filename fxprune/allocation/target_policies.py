@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fxprune.allocation.allocating import allocate, policy_of
+from fxprune.allocation.allocating import allocate, out_of_reach, policy_of
 from fxprune.allocation.grain import multiple_for_bounds
 from fxprune.allocation.prices import METRICS
 from fxprune.allocation.trying import TRIALS
@@ -96,6 +96,5 @@ def allocated(
     policy = policy_of(graph, uniform.keep(counts), round_to, importance, {"strategy": "uniform", "bounds": bounds, "left": left})
     over = [metric for metric, share in bounds.items() if left[metric] > share + TOLERANCE]
     if over:
-        why = "with all that may go" if most is None else "with all that most= lets go"
-        raise TargetError(f"{target!r} cannot be met: {why}, {left[over[0]]:.3g} of the {over[0]} are left; ask for less", policy)
+        raise TargetError(out_of_reach(over[0], bounds[over[0]], left[over[0]], most), policy)
     return policy

@@ -43,7 +43,7 @@ HELP = {
     "commas for a Pareto run; latency may be a time too: latency=12ms",
     "runtime": f"where latency is measured: {', '.join(RUNTIMES)}",
     "threads": "of the runtime that latency is measured in, on a CPU",
-    "latency_batch": "samples a call whose latency is measured; default: 32",
+    "latency_batch": "samples per call whose latency is measured; default: 32",
     "costs": "a cost of your own as target: NAME=module:function of the network; repeat it for several",
     "most": "the largest share of its units that any group loses, or NAME=SHARE,... for groups, modules and globs",
     "loss": "module:function of output and batch, for importances that need gradients; default: cross-entropy",

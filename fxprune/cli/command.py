@@ -24,7 +24,6 @@ from fxprune.cli.session import Session
 from fxprune.driver import Progress as SearchProgress
 from fxprune.errors import FxPruneError
 from fxprune.report import plots as figures
-from fxprune.report.explaining import explain
 from fxprune.report.terminal import result_table, search_line, training_line
 from fxprune.training.config import Progress as TrainingProgress
 
@@ -50,9 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say_without_figures(request.report, console)
             return DONE
         if request.explain and request.options is not None:
-            only = Session(request.options, "")
-            search = request.options.search
-            text = str(explain(only.loaded(), only.example, ignore=search.ignore, attention=search.attention))
+            text = str(Session(request.options, "").explained())
             console.print(text, markup=False, highlight=False, soft_wrap=True)
             return DONE
         begun = _session(request, given)

@@ -42,6 +42,7 @@ from fxprune.models.loading import load_model
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.planning.cost_model import cost_model
 from fxprune.repair.repairer import Repairer
+from fxprune.report.explaining import Explanation, explain
 from fxprune.report.formatting import Row
 from fxprune.searching.candidates import Candidates
 from fxprune.searching.norms import LR, recover_norms
@@ -187,14 +188,22 @@ class Session:
     def loaded(self) -> nn.Module:
         """The network to be pruned, with the weights of an earlier try, those given, or its builder's. Raises ``InputError`` if it does
         not fit the data."""
+        return self._built(self.weights if self.weights.exists() else None)
+
+    def _built(self, kept: Path | None) -> nn.Module:
+        """The network with the weights that an earlier try kept, or without those with the weights given, or its builder's."""
         o = self.options
         torch.manual_seed(o.search.seed)
-        model = load_model(o.model, num_classes=self.data.num_classes, weights=None if self.weights.exists() else o.weights)
-        if self.weights.exists():
-            read_weights(model, self.weights)
+        model = load_model(o.model, num_classes=self.data.num_classes, weights=o.weights if kept is None else None)
+        if kept is not None:
+            read_weights(model, kept)
         model.to(self.device).eval()
         self._check_fit(model)
         return model
+
+    def explained(self) -> Explanation:
+        """What of the network can be pruned by these options. The folder may hold a run of another network and is not read."""
+        return explain(graph_for(self._built(None), self.example, self.options.search, blocks=self.options.search.blocks))
 
     def train(self, model: nn.Module, watcher: Watcher) -> None:
         """Ordinary training in place, where it is asked for and an earlier try has not done it."""

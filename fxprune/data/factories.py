@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 from fxprune.data.images import Images, InMemory, Stacked, class_numbers
 from fxprune.data.readers import Asked, DatasetParts
-from fxprune.errors import InputError
+from fxprune.errors import InputError, kind_of
 from fxprune.imports import by_path, call_factory
 
 
@@ -22,12 +22,12 @@ def from_factory(spec: str, asked: Asked) -> DatasetParts:
     """
     factory = by_path(spec, "data")
     if not callable(factory):
-        raise InputError(f"data {spec!r} is a {type(factory).__name__}; it must be a function that gives the data sets")
+        raise InputError(f"data {spec!r} is {kind_of(factory)}; it must be a function that gives the data sets")
     made = call_factory(spec, "data", factory, image_size=asked.size)
     if isinstance(made, tuple | list) and len(made) in (2, 3):
         made = dict(zip(("train", "test") if len(made) == 2 else ("train", "validation", "test"), made, strict=True))
     if not isinstance(made, Mapping) or "train" not in made or not set(made) <= {"train", "validation", "test"}:
-        raise InputError(f"data {spec!r} gave a {type(made).__name__}; it must give (train, test) or (train, validation, test)")
+        raise InputError(f"data {spec!r} gave {kind_of(made)}; it must give (train, test) or (train, validation, test)")
     parts = {str(part): _stacked(dataset, f"data {spec!r}, {part}") for part, dataset in made.items() if dataset is not None}
     classes = 1 + max(int(images.labels.max()) for images in parts.values())
     first = parts["train"][0][0]
@@ -38,14 +38,15 @@ def from_factory(spec: str, asked: Asked) -> DatasetParts:
 def _stacked(dataset: Any, where: str) -> Images:
     """The user's data set, asked for each sample again: it may augment."""
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        raise InputError(f"{where} is a {type(dataset).__name__}; it must have a length and give (image, class number) by number")
-    if len(dataset) and getattr(dataset[0][0], "ndim", None) != 3:
-        raise InputError(f"{where} must give images as tensors of shape (channels, height, width)")
-    if isinstance(dataset, TensorDataset):
+        raise InputError(f"{where} is {kind_of(dataset)}; it must have a length and give (image, class number) by number")
+    read = Stacked(dataset, where)
+    if isinstance(dataset, TensorDataset) and len(dataset):
+        read.pair(0)
         return Images(class_numbers(dataset.tensors[1], where), InMemory(dataset.tensors[0]))
-    try:
-        pairs = ((image.shape, int(label)) for image, label in (dataset[number] for number in range(len(dataset))))
-        labels = [label for _, label in pairs]
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{where} does not give pairs of an image tensor and a class number: {error}") from error
-    return Images(class_numbers(labels, where), Stacked(dataset))
+    labels, shapes = [], {}
+    for number in range(len(dataset)):
+        image, label = read.pair(number)
+        shapes[number] = image.shape
+        labels.append(label)
+    read.alike(shapes)
+    return Images(class_numbers(labels, where), read)

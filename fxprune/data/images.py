@@ -6,7 +6,7 @@ Images from files are uint8, 0 to 255, and stay so until they are in a batch: CI
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fxprune.errors import InputError
+from fxprune.errors import FAULTS, FxPruneError, InputError, first_line, in_a_line, kind_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -105,12 +105,49 @@ class Opened:
 
 @dataclass(frozen=True, eq=False)
 class Stacked:
-    """Fetches from any map-style data set of (image tensor, label) pairs."""
+    """Fetches from any map-style data set of (image tensor, label) pairs. ``where``: what errors call the data set."""
 
     dataset: Any
+    where: str
+
+    def pair(self, number: int) -> tuple[Tensor, int]:
+        """A sample, checked. Raises ``InputError``."""
+        found = sample(self.dataset, number, self.where)
+        try:
+            image, label = found
+            label = int(label)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{self.where} does not give pairs of an image tensor and a class number: {first_line(error)}") from error
+        if not isinstance(image, Tensor) or image.ndim != 3:
+            what = f"a tensor of shape {tuple(image.shape)}" if isinstance(image, Tensor) else kind_of(image)
+            raise InputError(f"{self.where} must give images as tensors of shape (channels, height, width); sample {number} is {what}")
+        return image, label
 
     def __call__(self, numbers: Tensor) -> Tensor:
-        return torch.stack([self.dataset[number][0] for number in numbers.tolist()])
+        images = [self.pair(number)[0] for number in numbers.tolist()]
+        self.alike({number: image.shape for number, image in zip(numbers.tolist(), images, strict=True)})
+        return torch.stack(images)
+
+    def alike(self, shapes: Mapping[int, torch.Size]) -> None:
+        """Raise ``InputError`` where images, their shapes by sample number, differ in size."""
+        first = next(iter(shapes), 0)
+        other = next((number for number, shape in shapes.items() if shape != shapes[first]), None)
+        if other is not None:
+            sizes = ["x".join(map(str, shapes[number])) for number in (first, other)]
+            raise InputError(
+                f"{self.where} gives images of different sizes: sample {first} is {sizes[0]}, sample {other} is {sizes[1]}; "
+                "resize or crop them to one size in the data set"
+            )
+
+
+def sample(dataset: Any, number: int, where: str) -> Any:
+    """``dataset[number]`` of a data set of the user's. What it raises becomes an ``InputError`` that names the data set, ``where``."""
+    try:
+        return dataset[number]
+    except FxPruneError:
+        raise
+    except FAULTS as error:
+        raise InputError(f"{where}: reading sample {number} raised {in_a_line(error)}") from error
 
 
 def pixels(image: Image, size: int, channels: int) -> Tensor:

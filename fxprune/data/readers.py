@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxprune.data.images import Images, InMemory, Opened, class_numbers
+from fxprune.data.images import Images, InMemory, Opened, class_numbers, sample
 from fxprune.errors import InputError, first_line
 from fxprune.imports import needed, unknown_name
 
@@ -243,7 +243,7 @@ class _Samples:
     where: str
 
     def __call__(self, number: int) -> Image:
-        image = self.dataset[number][0]
+        image = sample(self.dataset, number, self.where)[0]
         if not hasattr(image, "convert"):
             raise InputError(f"{self.where} gives {type(image).__name__}, not images; write a factory: package.module:factory")
         return image  # type: ignore[no-any-return]
@@ -306,4 +306,4 @@ def _torchvision_labels(name: str, samples: _Samples) -> Tensor:
     for attribute in ("targets", "labels", "_labels"):
         if hasattr(samples.dataset, attribute):
             return class_numbers(getattr(samples.dataset, attribute), f"torchvision's {name}")
-    return class_numbers([samples.dataset[number][1] for number in range(len(samples.dataset))], f"torchvision's {name}")
+    return class_numbers([sample(samples.dataset, n, samples.where)[1] for n in range(len(samples.dataset))], samples.where)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxprune.driver.config import Reward, SearchConfig
-from fxprune.errors import SearchError
+from fxprune.errors import SearchError, kind_of
 from fxprune.imports import by_path
 
 SHARE = 0.25  # what a whole network's cost is worth, in accuracy; the paper gives no figure
@@ -68,6 +68,6 @@ def _as_reward(function: Any) -> Reward:
         try:
             return float(found)
         except (TypeError, ValueError) as error:
-            raise SearchError(f"the reward function returned a {type(found).__name__}; it must return a number") from error
+            raise SearchError(f"the reward function returned {kind_of(found)}; it must return a number") from error
 
     return reward

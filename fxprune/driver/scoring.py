@@ -12,7 +12,7 @@ from fxprune.driver.levels import Levels, survivors
 from fxprune.driver.memo import Memo
 from fxprune.driver.problem import IntArray, Metrics, Problem
 from fxprune.driver.strategies.base import Scored
-from fxprune.errors import FAULTS, EvaluationError, SearchError, in_a_line
+from fxprune.errors import FAULTS, EvaluationError, SearchError, in_a_line, network_without
 
 
 class Evaluator:
@@ -86,7 +86,7 @@ class Evaluator:
         except FAULTS as error:
             raise EvaluationError(f"the reward function raised {in_a_line(error)}") from error
         if not math.isfinite(value):
-            raise EvaluationError(f"the reward of removing {int(vector.sum())} units came out as {value}; check the reward function")
+            raise EvaluationError(f"the reward of {network_without(int(vector.sum()))} is {value}; check the reward function")
         return Scored(vector, float(value), metrics.found)
 
     def forget(self) -> None:
@@ -102,7 +102,7 @@ class Evaluator:
         wrong = [name for name, value in metrics.items() if not math.isfinite(value)]
         if wrong:
             raise EvaluationError(
-                f"the score {wrong[0]!r} of a network without {int(vector.sum())} of its units is {metrics[wrong[0]]}; "
+                f"the score {wrong[0]!r} of {network_without(int(vector.sum()))} is {metrics[wrong[0]]}; "
                 "check the evaluation, and the network's outputs for overflow"
             )
         return metrics

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from fxprune.errors import SearchError
+from fxprune.errors import SearchError, shown
 
 METRICS = ("macs", "params", "latency", "memory", "sparsity")
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}  # units in which a latency may be given
@@ -63,7 +63,12 @@ def parse(given: str | Sequence[str] | Mapping[str, float | str], own: Sequence[
     ``own``: names of costs of the user's own, which may be bounded too.
     Returns the points in the order in which a search visits them, the mildest first. Raises ``SearchError`` for anything malformed.
     """
+    if not isinstance(given, (str, Mapping, Iterable)):
+        raise SearchError(f'targets is {shown(given)}; write METRIC=SHARE, as in targets="macs=0.5"')
     texts = [f"{k}={v}" for k, v in given.items()] if isinstance(given, Mapping) else [given] if isinstance(given, str) else list(given)
+    strange = next((text for text in texts if not isinstance(text, str)), None)
+    if strange is not None:
+        raise SearchError(f'targets holds {shown(strange)}; write each as METRIC=SHARE, as in targets="macs=0.5"')
     if not texts:
         raise SearchError("no target given; say what is to be left, for example macs=0.5")
     lists = [_values(text) for text in texts]
@@ -76,10 +81,11 @@ def parse(given: str | Sequence[str] | Mapping[str, float | str], own: Sequence[
             raise SearchError(f"target {metric} mixes times and shares; give all in one of them, for example latency=12ms,8ms")
     for metric in metrics:
         if metric not in (*METRICS, *own):
-            known = ", ".join((*METRICS, *own))
-            raise SearchError(f"unknown target {metric!r}; use one of {known}, for example macs=0.5, or pass your own with costs=")
+            known, name = ", ".join((*METRICS, *own)), metric if metric.isidentifier() else "energy"
+            ways = f"costs={{{name!r}: f}}, on the command line --cost {name}=module:function"
+            raise SearchError(f"unknown target {metric!r}; use one of {known}, for example macs=0.5, or give a cost of your own: {ways}")
     if len(set(metrics)) != len(metrics):
-        raise SearchError(f"a target is given twice: {', '.join(texts)}; use one entry a metric, commas for a Pareto run")
+        raise SearchError(f"a target is given twice: {', '.join(texts)}; use one entry per metric, commas for a Pareto run")
     if sum(len(values) > 1 for _, values in lists) > 1:
         raise SearchError(f"only one target may be a comma list: {' '.join(texts)}")
     count = max(len(values) for _, values in lists)

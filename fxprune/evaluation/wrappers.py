@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fxprune.errors import UnsupportedError
+from fxprune.errors import InputError, UnsupportedError, kind_of
 
 # Wrapper class -> the attribute that holds what it wraps. By name: asking for most of these classes would import a package.
 _HOLDERS = {
@@ -32,6 +32,13 @@ def unwrapped(module: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return module
         module = inner
+
+
+def own_module(given: Any, what: str) -> nn.Module:
+    """``unwrapped``, of an argument named ``what``. Raises ``InputError`` where it is no module."""
+    if not isinstance(given, nn.Module):
+        raise InputError(f"{what} is {kind_of(given)}; pass a torch.nn.Module")
+    return unwrapped(given)
 
 
 def sliceable(model: nn.Module) -> nn.Module:

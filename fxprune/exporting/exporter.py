@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from fxprune import example_inputs as forms
 from fxprune.attached import record_of
-from fxprune.errors import ExportError, FileError, FxPruneError, InputError, VerificationError, first_line
+from fxprune.errors import ExportError, FileError, FxPruneError, InputError, VerificationError, first_line, shown
 from fxprune.evaluation.batches import inputs_of
 from fxprune.evaluation.callers_modes import in_plain_modes
 from fxprune.evaluation.running import call
+from fxprune.evaluation.wrappers import own_module
 from fxprune.exporting.formats import FORMATS, Format, Job, cannot_run, format_named, require, tensors
 from fxprune.exporting.pretrained import own_model, quiet, write_pretrained
 from fxprune.imports import needed
-from fxprune.passes.compat import tree_map_only
+from fxprune.passes.compat import tree_leaves, tree_map_only
 
 PRETRAINED = "transformers"
 SAME = 1e-5  # the same operations on the same sizes
@@ -63,7 +64,8 @@ def export(
     """Write ``slim``, in evaluation mode, to ``path`` for another runtime, and run the file against eager PyTorch.
 
     Args:
-        slim: what ``compress`` or ``load`` returned, or any module that ``torch.export`` takes. It is not changed.
+        slim: what ``compress`` or ``load`` returned, or any module that ``torch.export`` takes, bare or in the wrappers of
+            ``torch.compile``, DDP or FSDP. It is not changed.
         path: of the file. A file that fails leaves an older one as it was.
         format: "torch" (``torch.export``, .pt2), "onnx" (.onnx), "openvino" (.xml and .bin), "executorch" (.pte, by XNNPACK), and in 8-bit
             integers "torch-int8" (.int8.pt2), "onnx-int8" (.int8.onnx) and "openvino-int8" (.int8.xml); one of ``register_format``, or the
@@ -85,11 +87,11 @@ def export(
         DependencyError: a package is not installed; the message has the pip command.
         ExportError: the exporter or the runtime refuses.
         VerificationError: the file computes something else.
-        InputError: a format or inputs that do not fit, or missing calibration data.
+        InputError: ``slim`` is no module, a format, ``dynamic`` or inputs that do not fit, or missing calibration data.
         FileError: the path cannot be written.
     """
-    target = Path(path)
-    if format == PRETRAINED:
+    target, slim = Path(path), own_module(slim, "slim")
+    if isinstance(format, str) and format == PRETRAINED:
         return _pretrained(slim, target, example_inputs, verify, SAME if tolerance is None else tolerance)
     name = format_named(format, target)
     chosen = FORMATS[name]
@@ -104,8 +106,9 @@ def export(
     batches = [inputs_of(batch, None if known is None else known.policy.inputs) for batch in calibration or ()]
     if chosen.calibrated and not batches:
         raise InputError(f"{name} needs calibration data: pass calibration=[inputs, ...], a hundred images or so")
-    axes = {0: "batch"} if dynamic is None else dict(dynamic)
-    job = Job(_twin(slim), _sized(_example(slim, example_inputs), axes, 0), axes, batches)
+    example = _example(slim, example_inputs)
+    axes = {0: "batch"} if dynamic is None else _checked_axes(dynamic, example)
+    job = Job(_twin(slim), _sized(example, axes, 0), axes, batches)
     if not target.parent.is_dir():
         raise FileError(f"cannot export to {target}: there is no folder {target.parent}")
     try:
@@ -210,6 +213,17 @@ def _example(slim: nn.Module, given: Any) -> Any:
     if record is not None and record.policy.inputs is not None:
         return forms.build(record.policy.inputs)
     raise InputError("example_inputs are missing: this module carries no record of its inputs' form; pass a tensor, a tuple or a dict")
+
+
+def _checked_axes(dynamic: Any, example: Any) -> dict[int, str]:
+    """``dynamic`` as a dictionary. An axis that no input has would be ignored in silence."""
+    if not isinstance(dynamic, Mapping) or not all(type(axis) is int and isinstance(name, str) for axis, name in dynamic.items()):
+        raise InputError(f"dynamic is {shown(dynamic)}; it must be a mapping from axes to names, as in {{0: 'batch'}}")
+    axes = max((t.ndim for t in tree_leaves(example) if isinstance(t, Tensor)), default=0)
+    absent = next((axis for axis in dynamic if not 0 <= axis < axes), None)
+    if absent is not None:
+        raise InputError(f"dynamic names axis {absent}, which no input has; the inputs have axes 0 to {axes - 1}")
+    return dict(dynamic)
 
 
 def _sized(example: Any, dynamic: Mapping[int, str], step: int) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.errors import InputError
+from fxprune.errors import InputError, kind_of
 from fxprune.example_inputs import call_form
 from fxprune.imports import by_path, needed
 from fxprune.passes.compat import tree_leaves, tree_map, tree_unflatten
@@ -244,10 +244,12 @@ def register_format(name: str, format: Format) -> None:
 def format_named(name: str | None, path: Path | None = None) -> str:
     """The format of that name, or of the file's suffix; one at ``module:NAME`` is known from then on. Raises ``InputError`` naming those
     there are."""
+    if name is not None and not isinstance(name, str):
+        raise InputError(f'format is {kind_of(name)}; it must be a name, as in format="onnx"; inputs are passed as example_inputs=')
     if name is not None and ":" in name and name not in FORMATS:
         found = by_path(name, "export format")
         if not isinstance(found, Format):
-            raise InputError(f"export format {name!r} is a {type(found).__name__}; it must be a fxprune.Format")
+            raise InputError(f"export format {name!r} is {kind_of(found)}; it must be a fxprune.Format")
         FORMATS[name] = found
     known = ", ".join(f"{key} ({one.suffix})" for key, one in FORMATS.items())
     if name is not None:

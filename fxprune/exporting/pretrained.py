@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.errors import FAULTS, ExportError, InputError, few, first_line
+from fxprune.errors import FAULTS, ExportError, InputError, few, first_line, kind_of
 from fxprune.imports import needed
 from fxprune.passes.rewriting.attributes import names_of_class
 
@@ -43,7 +43,7 @@ def own_model(slim: nn.Module) -> Any:
     transformers = needed("transformers", "export to transformers", "transformers")
     if not isinstance(slim, transformers.PreTrainedModel):
         raise InputError(
-            f'format="transformers" writes models of transformers, and this is a {type(slim).__name__}; '
+            f'format="transformers" writes models of transformers, and this is {kind_of(slim)}; '
             "pass what compress(model, ..., keep_class=True) returned"
         )
     return slim

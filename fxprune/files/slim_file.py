@@ -18,6 +18,7 @@ from fxprune.attached import attach, record_of
 from fxprune.errors import FileError, FxPruneError, first_line
 from fxprune.evaluation.callers_modes import in_plain_modes
 from fxprune.evaluation.running import device_of
+from fxprune.evaluation.wrappers import own_module
 from fxprune.files.rebuilding import check_original, rebuilt
 from fxprune.files.record_json import decode_record, encode_record
 from fxprune.records import PruningRecord
@@ -37,12 +38,14 @@ def save(slim: nn.Module, path: str | os.PathLike[str]) -> None:
     as aliases in the metadata; non-persistent buffers and tensor attributes under names of their own; and the pruning record.
 
     Args:
-        slim: what ``compress``, ``search`` or ``load`` returned.
-        path: of the file; its folder is there.
+        slim: what ``compress``, ``search`` or ``load`` returned, bare or in the wrappers of ``torch.compile``, DDP or FSDP.
+        path: of the file; its folder is made where it is missing.
 
     Raises:
+        InputError: ``slim`` is no module.
         FileError: the module has no record, a tensor is one that safetensors does not know, or the path cannot be written.
     """
+    slim = own_module(slim, "slim")
     record = record_of(slim)
     if record is None:
         raise FileError(f"cannot save this {type(slim).__name__}: it carries no pruning record; pass what compress returned")
@@ -51,6 +54,7 @@ def save(slim: nn.Module, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     try:
         # One entry: safetensors writes several in random order, and equal modules should give equal files.
+        target.parent.mkdir(parents=True, exist_ok=True)
         replace_tensors(target, tensors, {"fxprune": json.dumps(described)})
     except TypeError as error:
         raise FileError(f"cannot save to {target}: the policy's inputs, options or meta are not plain JSON: {error}") from error
@@ -66,7 +70,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
     Args:
         path: of a file that ``save`` wrote. No pickle is read.
-        model: a fresh original, which may lie on the meta device, unless its root could not be traced. It is not changed.
+        model: a fresh original, which may lie on the meta device, unless its root could not be traced. It may be wrapped as for ``save``
+            and is not changed.
 
     Returns:
         What ``compress`` gave: a ``torch.fx.GraphModule``, or, where the root could not be traced, a copy of the user's module with slim
@@ -75,8 +80,10 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         record are the file's.
 
     Raises:
+        InputError: ``model`` is no module.
         FileError: in one line that says what differs: the file is none of ``save``'s, is damaged, or was made of another model.
     """
+    model = own_module(model, "model")
     device = device_of(model)
     return _loaded(Path(path), model, torch.device("cpu") if device.type == "meta" else device)[0]
 
@@ -98,9 +105,10 @@ def rebuild(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         The slim module on the meta device.
 
     Raises:
+        InputError: ``model`` is no module.
         FileError: as ``load`` does.
     """
-    slim, aliases = _loaded(Path(path), model, None)
+    slim, aliases = _loaded(Path(path), own_module(model, "model"), None)
     tied = _Ties(aliases)
     slim._register_load_state_dict_pre_hook(tied.complete)
     slim.register_load_state_dict_post_hook(tied.tie)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fxprune.errors import InputError, PolicyError
+from fxprune.errors import InputError, PolicyError, kind_of
 from fxprune.importance.gradients import Loss, gradients
 from fxprune.importance.reconstruction import reconstruction
 from fxprune.importance.registry import CRITERIA, Criterion, RankingData, Scores, by_group, checked, register_criterion
@@ -124,7 +124,7 @@ def resolved(importance: Importance) -> Importance:
         return importance
     found = by_path(importance, "importance")
     if not callable(found):
-        raise InputError(f"importance {importance!r} is a {type(found).__name__}; it must be a Criterion or (group, module) -> scores")
+        raise InputError(f"importance {importance!r} is {kind_of(found)}; it must be a Criterion or (group, module) -> scores")
     return found  # type: ignore[no-any-return]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fxprune.errors import InputError, PolicyError
+from fxprune.errors import InputError, PolicyError, kind_of
 from fxprune.passes.coupling.graph import CouplingGraph, Group
 
 Scores = Mapping[str, npt.NDArray[np.float64]]
@@ -60,7 +60,7 @@ class Criterion:
             )
         found = self.rank(graph, data)
         if not isinstance(found, Mapping):
-            raise PolicyError(f"importance {self.name!r} gave a {type(found).__name__}; it must give a mapping: group name -> scores")
+            raise PolicyError(f"importance {self.name!r} gave {kind_of(found)}; it must give a mapping: group name -> scores")
         strange = sorted(set(map(str, found)) - {group.name for group in graph.groups})
         if strange:
             raise PolicyError(f"importance {self.name!r} gave scores for {strange[0]!r}, which is no group")
@@ -80,8 +80,10 @@ def register_criterion(criterion: Criterion) -> Criterion:
         The criterion itself.
 
     Raises:
-        InputError: another criterion has the name, or the name is "auto" or an import path.
+        InputError: it is no criterion, another one has the name, or the name is "auto" or an import path.
     """
+    if not isinstance(criterion, Criterion):
+        raise InputError(f"cannot register {kind_of(criterion)}; pass a fxprune.Criterion(name, rank)")
     taken = CRITERIA.get(criterion.name)
     if not criterion.name or criterion.name == "auto" or ":" in criterion.name or taken not in (None, criterion):
         why = "is taken" if taken is not None else 'is not a name: use a word other than "auto", without a colon'
@@ -95,7 +97,7 @@ def checked(given: Any, group: Group, who: str) -> npt.NDArray[np.float64]:
     try:
         found = np.asarray(torch.as_tensor(given).detach().cpu(), dtype=np.float64).reshape(-1)
     except (TypeError, ValueError, RuntimeError) as error:
-        what = f"a {type(given).__name__} for group {group.name!r}"
+        what = f"{kind_of(given)} for group {group.name!r}"
         raise PolicyError(f"{who} gave {what}; it must give {group.size} finite numbers") from error
     if len(found) != group.size or not np.isfinite(found).all():
         raise PolicyError(f"{who} gave {len(found)} scores for group {group.name!r}; it must give {group.size} finite numbers")

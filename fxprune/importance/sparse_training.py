@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxprune.errors import InputError
+from fxprune.errors import InputError, shown
 from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.zeros import check_graph
 
 
 class Regularizer:
@@ -92,10 +95,12 @@ def regularize(graph: CouplingGraph, strength: float = 1e-4) -> Regularizer:
         A ``Regularizer``: ``loss + penalty()`` in the loop, or ``penalty.shrink(lr)`` after each optimiser step, whose zeros are exact.
 
     Raises:
-        InputError: ``strength`` is not above 0, or no group can be pruned.
+        InputError: ``graph`` is none, ``strength`` is not above 0, or no group can be pruned.
     """
-    if not strength > 0:
-        raise InputError(f"strength is {strength}; it must be above 0")
+    check_graph(graph, "graph")
+    given: Any = strength
+    if isinstance(given, bool) or not isinstance(given, Real) or not float(given) > 0:
+        raise InputError(f"strength is {shown(strength)}; it must be a number above 0")
     if not any(group.prunable for group in graph.groups):
         raise InputError("there is no prunable group to regularise; fxprune.explain(model, inputs) says why each is locked")
     return Regularizer(graph, strength)

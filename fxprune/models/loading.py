@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fxprune.errors import FileError, InputError, few, first_line
+from fxprune.errors import FileError, InputError, few, first_line, kind_of
 from fxprune.imports import by_path, call_factory, needed, unknown_name
 
 
@@ -78,14 +78,14 @@ def _from_factory(spec: str, num_classes: int | None) -> nn.Module:
     if isinstance(factory, nn.Module):
         return factory
     if not callable(factory):
-        raise InputError(f"model {spec!r} is a {type(factory).__name__}; it must be a function or class that gives a torch.nn.Module")
+        raise InputError(f"model {spec!r} is {kind_of(factory)}; it must be a function or class that gives a torch.nn.Module")
     return _built(spec, factory, num_classes)
 
 
 def _built(spec: str, factory: Callable[..., Any], num_classes: int | None) -> nn.Module:
     model = call_factory(spec, "model", factory, num_classes=num_classes)
     if not isinstance(model, nn.Module):
-        raise InputError(f"model {spec!r} gave a {type(model).__name__}; it must give a torch.nn.Module")
+        raise InputError(f"model {spec!r} gave {kind_of(model)}; it must give a torch.nn.Module")
     return model
 
 

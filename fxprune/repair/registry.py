@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.errors import FAULTS, InputError, in_a_line
+from fxprune.errors import FAULTS, InputError, in_a_line, kind_of, shown
 from fxprune.imports import by_path
 from fxprune.passes.rewriting.slimmer import Slimmer
 
@@ -21,7 +21,7 @@ FITTING = ("lstsq", "joint")  # those that refit the weights that are left
 
 
 def of_candidates(repair: Any) -> Any:
-    """What candidates are repaired by whose result gets ``repair``: "joint" is for what was found alone."""
+    """The repair for candidates; "joint" is kept for the final result."""
     return "lstsq" if isinstance(repair, str) and repair == "joint" else repair
 
 
@@ -51,10 +51,10 @@ def named(repair: Any) -> tuple[str, Method]:
     if isinstance(repair, str) and ":" in repair:
         found = by_path(repair, "repair")
         if not callable(found):
-            raise InputError(f"repair {repair!r} is a {type(found).__name__}; it must be a function of (slim, batches)")
+            raise InputError(f"repair {repair!r} is {kind_of(found)}; it must be a function of (slim, batches)")
         return repair, _method(repair, found)
     if repair not in REPAIRS:
-        raise InputError(f"repair is {repair!r}; choose one of {', '.join(REPAIRS)}, or pass a function of (slim, batches)")
+        raise InputError(f"repair is {shown(repair)}; choose one of {', '.join(REPAIRS)}, or pass a function of (slim, batches)")
     return str(repair), REPAIRS[repair]
 
 

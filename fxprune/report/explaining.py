@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ ADVICE = {
     ReasonKind.CHOICE: "where experts are chosen, let the code index, count, sort or scatter by their positions alone",
     ReasonKind.FIXED_SIZE: "look at what gives that tensor its size",
 }
-BRACKETS = "look at what the brackets name: it fixes the size that these channels meet"
+BRACKETS = "the operation in brackets fixes the size that these channels meet; change it or leave it"
 PARTS = "parts keep their outer sizes; a model that torch.export takes whole is pruned across them"
 OTHERWISE = "the operation needs all of these channels together"
 
@@ -57,7 +57,8 @@ class Explanation:
     ``traced``: how the network was read. ``notes``: what was specialised, and what could not be kept. ``groups``, ``prunable``: how many.
     ``params_left``, ``macs_left``: shares that remain with half of every prunable group. ``locks``: by reason, those to act on first.
     ``statistics``: note -> groups whose pruning changes a statistic over channels, where removing is not the same as zeroing.
-    ``unknown``: operation without a rule -> where it is called.
+    ``unknown``: operation without a rule -> where it is called. ``blocks``: of a graph analysed with ``blocks=True``, name -> why the block
+    has to stay, empty where it can be left out.
     """
 
     traced: str
@@ -69,6 +70,7 @@ class Explanation:
     locks: tuple[Lock, ...]
     statistics: dict[str, tuple[str, ...]]
     unknown: dict[str, str]
+    blocks: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
@@ -76,12 +78,16 @@ class Explanation:
             f"{self.prunable} of {self.groups} groups of channels can be pruned; half of each leaves {self.params_left:.0%} of the "
             f"parameters and {self.macs_left:.0%} of the MACs.",
         ]
+        if self.blocks:
+            free = [name for name, reason in self.blocks.items() if not reason]
+            lines.append(f"{len(free)} of {len(self.blocks)} blocks can be left out{': ' if free else ''}{few(free, 4)}.")
         lines += _titled("Notes", self.notes)
         lines += _titled("Operations without a rule", (f"{name}, at {where}" for name, where in self.unknown.items()))
         act, fine = [x for x in self.locks if x.advice], [x for x in self.locks if not x.advice]
         for text in dict.fromkeys(x.advice for x in act):
             lines += _titled(f"Locked; {text}", (_line(x) for x in act if x.advice == text))
         lines += _titled("Locked, as it must be", map(_line, fine))
+        lines += _titled("Blocks that have to stay", (f"{name}: {reason}" for name, reason in self.blocks.items() if reason))
         lines += _titled(
             "Pruned, but not the same as zeroing",
             (f"{note}: {few(groups, 4)}" for note, groups in self.statistics.items()),
@@ -127,6 +133,7 @@ def explain(
         _locks([g for g in graph.groups if not g.prunable]),
         {note: tuple(names) for note, names in statistics.items()},
         dict(graph.unknown),
+        {block.name: "" if block.removable else block.reason for block in graph.blocks},
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -131,20 +130,16 @@ def search_line(progress: SearchProgress) -> Text:
     return _bar(progress.done).append(f"  {progress.evaluations} scored{step}  reward {progress.reward:.4f}{best}{left}")
 
 
-def show(renderable: Any, *, file: Any = None) -> None:
-    """Print to the terminal, or write ``file``: HTML or SVG by its suffix, plain text otherwise."""
-    if file is None:
-        Console().print(renderable)
-        return
-    path = Path(file)
+def show(renderable: Any) -> None:
+    """Print to the terminal."""
+    Console().print(renderable)
+
+
+def text_of(renderable: Any) -> str:
+    """What a terminal of 120 columns would show, without colours."""
     console = Console(record=True, width=120, file=io.StringIO())
     console.print(renderable)
-    if path.suffix == ".html":
-        console.save_html(str(path))
-    elif path.suffix == ".svg":
-        console.save_svg(str(path), title="fxprune")
-    else:
-        console.save_text(str(path))
+    return console.export_text()
 
 
 def training_line(progress: TrainingProgress) -> Text:

@@ -11,6 +11,7 @@ import networkx as nx
 from torch import nn
 
 from fxprune.api import analyze
+from fxprune.atomic import replace_text
 from fxprune.attached import record_of
 from fxprune.errors import InputError
 from fxprune.passes.coupling.graph import CouplingGraph, Group
@@ -30,7 +31,7 @@ def visualize(model_or_graph: nn.Module | CouplingGraph, example_inputs: Any = N
             groups lost.
         example_inputs: a tensor, a tuple or a dict; not needed with a graph or a module that records them.
         file: a path that is written instead, in the format of its suffix: .html, .svg and .txt for people, .dot and .graphml for graph
-            tools. The page can be zoomed and searched; without plotly it has a table and says so.
+            tools. Its folder is made where it is missing. The page can be zoomed and searched; without plotly it has a table and says so.
 
     Returns:
         Nothing.
@@ -38,6 +39,7 @@ def visualize(model_or_graph: nn.Module | CouplingGraph, example_inputs: Any = N
     Raises:
         InputError: the suffix of ``file`` is none of these, or the example inputs are missing or do not fit.
         TraceError: the model cannot be traced.
+        FileError: ``file`` cannot be written.
     """
     graph = model_or_graph if isinstance(model_or_graph, CouplingGraph) else analyze(model_or_graph, example_inputs)
     made = record_of(graph.model)
@@ -51,9 +53,13 @@ def visualize(model_or_graph: nn.Module | CouplingGraph, example_inputs: Any = N
     if path is not None and path.suffix in (".html", ".svg"):
         data, title = coupling_data(graph), f"coupling graph of {'a slim module' if lost else type(graph.model).__name__}"
         text = coupling_page(title, data) if path.suffix == ".html" else coupling_svg(packed(folded(data)), title)
-        path.write_text(text, encoding="utf-8")
+        replace_text(path, text, "the picture")
         return
-    report.show(report.coupling_tree(graph, lost=lost), file=path)
+    tree = report.coupling_tree(graph, lost=lost)
+    if path is None:
+        report.show(tree)
+    else:
+        replace_text(path, report.text_of(tree), "the tree")
 
 
 def _write_graph(graph: CouplingGraph, path: Path) -> None:
@@ -70,9 +76,10 @@ def _write_graph(graph: CouplingGraph, path: Path) -> None:
     for (a, i), (b, j), data in graph.graph.edges(data=True):
         plain.add_edge(f"{a}:{i}", f"{b}:{j}", op=str(data["op"]))
     if path.suffix == ".graphml":
-        nx.write_graphml(plain, path)
+        text = "\n".join(("<?xml version='1.0' encoding='utf-8'?>", *nx.generate_graphml(plain), ""))
     else:
-        path.write_text(_dot(plain), encoding="utf-8")
+        text = _dot(plain)
+    replace_text(path, text, "the graph")
 
 
 def _dot(plain: nx.Graph[str]) -> str:

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from fxprune.allocation.prices import Prices
 from fxprune.compression import cut_from
-from fxprune.errors import FAULTS, EvaluationError, in_a_line
+from fxprune.errors import FAULTS, EvaluationError, in_a_line, kind_of, network_without
 from fxprune.evaluation.running import one_thread
 from fxprune.example_inputs import build
 from fxprune.importance.registry import Scores
@@ -148,8 +148,7 @@ class Score:
         try:
             return self.evaluate(slim)
         except FAULTS as error:
-            gone = int(np.sum(removed))
-            raise EvaluationError(f"evaluate raised {in_a_line(error)} on the network without {gone} of its units") from error
+            raise EvaluationError(f"evaluate raised {in_a_line(error)} on {network_without(int(np.sum(removed)))}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         graph = self.candidates.graph
@@ -194,9 +193,7 @@ def metrics_of(found: Any) -> Mapping[str, float]:
     try:
         return {"accuracy": float(found)}
     except (TypeError, ValueError) as error:
-        raise EvaluationError(
-            f"evaluate returned a {type(found).__name__}; return a number or a mapping of metrics, larger is better"
-        ) from error
+        raise EvaluationError(f"evaluate returned {kind_of(found)}; return a number or a mapping of metrics, larger is better") from error
 
 
 class CandidateCosts(Mapping[str, float]):

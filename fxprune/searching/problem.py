@@ -17,7 +17,7 @@ from fxprune.allocation.prices import METRICS, IntArray, output_channels
 from fxprune.allocation.tables import ErrorTable, error_table
 from fxprune.api import analyze
 from fxprune.driver import Problem, SearchConfig
-from fxprune.errors import FAULTS, EvaluationError, FileError, FxPruneError, PruningWarning, SearchError, in_a_line
+from fxprune.errors import FAULTS, EvaluationError, FileError, FxPruneError, PruningWarning, SearchError, in_a_line, shown
 from fxprune.evaluation.batches import checked
 from fxprune.evaluation.running import evaluating, one_thread
 from fxprune.evaluation.synthetic import listed_batches
@@ -157,6 +157,9 @@ def make_problem(
     ``blocks``: whether whole blocks may be left out too, one entry of a removal vector each, behind those of the groups.
     ``folder``: where the error table is kept, and read from where it is there already.
     """
+    for argument, function_given in (("evaluate", evaluate), ("rough", rough), *(("rungs", rung) for rung in rungs)):
+        if not callable(function_given) and not (argument == "rough" and function_given is None):
+            raise SearchError(f"{argument} is {shown(function_given)}; pass a function of the slim module that returns a number")
     batches = checked(listed_batches(calibration), graph.inputs)
     named(repair)
     repair = of_candidates(repair)

@@ -12,7 +12,7 @@ from torch import fx, nn
 from fxprune.api import compress, record
 from fxprune.attached import attach
 from fxprune.driver import SearchConfig, SearchOutcome, run
-from fxprune.errors import SearchError
+from fxprune.errors import SearchError, kind_of
 from fxprune.evaluation.batches import alone, inputs_of
 from fxprune.evaluation.callers_modes import in_plain_modes
 from fxprune.evaluation.synthetic import calibration_batches, without_labels
@@ -90,7 +90,7 @@ def search(
     """
     config = SearchConfig() if config is None else config
     if not isinstance(config, SearchConfig):
-        raise SearchError(f"config is a {type(config).__name__}; pass fxprune.SearchConfig(...), whose fields are the options")
+        raise SearchError(f"config is {kind_of(config)}; pass fxprune.SearchConfig(...), whose fields are the options")
     graph = graph_for(model, example_inputs, config, blocks=config.blocks)
     importance = without_labels(config.importance, calibration, config.repair)
     batches = calibration_batches(calibration, graph.model, example_inputs, seed=config.seed)

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxprune import example_inputs as forms
 from fxprune.attached import record_of
-from fxprune.errors import InputError
+from fxprune.errors import InputError, kind_of
 from fxprune.evaluation.running import call
 from fxprune.files.rebuilding import units_kept
 from fxprune.passes.compat import tree_leaves
@@ -206,7 +206,7 @@ def _node(graph: fx.Graph, place: str, what: str) -> fx.Node:
 def _tensor(place: str, value: Any) -> Tensor:
     found = next((leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.ndim > 1), None)
     if found is None:
-        raise InputError(f"hint {place!r} is a {type(value).__name__} without a tensor of features")
+        raise InputError(f"hint {place!r} is {kind_of(value)} without a tensor of features")
     return found
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from fxprune.errors import InputError
+from fxprune.errors import InputError, kind_of
 from fxprune.imports import by_path
 
 
@@ -33,7 +33,7 @@ def make_optimizer(
         given.pop("weight_decay")
     optimizer = _made(made, "optimizer", parameters, given)
     if not isinstance(optimizer, Optimizer):
-        raise InputError(f"optimizer {kind!r} made a {type(optimizer).__name__}; it must make a torch.optim.Optimizer")
+        raise InputError(f"optimizer {kind!r} made {kind_of(optimizer)}; it must make a torch.optim.Optimizer")
     return optimizer
 
 
@@ -50,7 +50,7 @@ def make_scheduler(
     given = {name: numbers.get(value, value) if isinstance(value, str) else value for name, value in options.items()}
     scheduler = _made(imported(kind, "scheduler"), "scheduler", optimizer, given)
     if not isinstance(scheduler, LRScheduler):
-        raise InputError(f"scheduler {kind!r} made a {type(scheduler).__name__}; it must make a torch.optim.lr_scheduler.LRScheduler")
+        raise InputError(f"scheduler {kind!r} made {kind_of(scheduler)}; it must make a torch.optim.lr_scheduler.LRScheduler")
     return scheduler, "metrics" in inspect.signature(scheduler.step).parameters
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from fxprune.errors import DependencyError, InputError, UnsupportedError
+from fxprune.errors import DependencyError, InputError, UnsupportedError, kind_of
 from fxprune.evaluation.running import to_device
 from fxprune.passes.compat import BatchNormBase, tree_leaves, tree_map
 
@@ -175,7 +175,7 @@ def rows_of(batch: Any) -> int:
     for leaf in tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.ndim:
             return len(leaf)
-    raise InputError(f"a batch is a {type(batch).__name__} without a tensor; its rows cannot be counted")
+    raise InputError(f"a batch is {kind_of(batch)} without a tensor; its rows cannot be counted")
 
 
 def _is_sharded(loader: Any) -> bool:
@@ -192,7 +192,7 @@ def _rows(batch: Any, begin: int, end: int) -> Any:
             return leaf[begin:end] if leaf.ndim and len(leaf) == total else leaf
         if leaf is None or isinstance(leaf, (bool, int, float)):
             return leaf
-        raise InputError(f"a batch holds a {type(leaf).__name__}, which cannot be shared out among processes; use a torch DataLoader")
+        raise InputError(f"a batch holds {kind_of(leaf)}, which cannot be shared out among processes; use a torch DataLoader")
 
     return tree_map(some, batch)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fxprune.errors import InputError
+from fxprune.errors import InputError, kind_of
 from fxprune.passes.ir.objects import is_plain
 
 Outputs = Sequence[str | int]
@@ -82,5 +82,5 @@ def as_listed(outputs: str | int | Iterable[str | int] | None) -> tuple[str | in
         raise InputError("outputs is empty: name what matters of what the model returns, or leave it out to keep all")
     wrong = next((one for one in listed if type(one) not in (str, int)), None)
     if wrong is not None:
-        raise InputError(f"outputs holds a {type(wrong).__name__}; it takes names (keys, fields) and places of what the model returns")
+        raise InputError(f"outputs holds {kind_of(wrong)}; it takes names (keys, fields) and places of what the model returns")
     return listed

@@ -97,14 +97,14 @@ def carried_over(graph: CouplingGraph, cut: CouplingGraph, sparsity: Mapping[str
     return found
 
 
-def groups_named(graph: CouplingGraph, key: str) -> list[Group]:
-    """The groups that one key means; see ``resolved``. Raises ``PolicyError`` where there are none."""
+def _groups_limited(graph: CouplingGraph, key: str) -> list[Group]:
+    """The groups that one key of ``most`` means, read as the keys of a policy are. Raises ``PolicyError`` where there are none."""
     if key in graph.by_name:
         return [graph.by_name[key]]
     names = _Names(graph)
     found = names.of_module(key) or names.of_glob(key)
     if not found:
-        raise PolicyError(_unknown(graph, key, names))
+        raise PolicyError(_unknown(graph, key, names, f"the key {key!r} of most"))
     return found
 
 
@@ -125,7 +125,7 @@ def limits(graph: CouplingGraph, most: Mapping[str, float] | float | None) -> di
     for where, share in pairs:
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
             raise PolicyError(f"most of {where} is {share!r}; it must be a share from 0 (nothing goes) to 1 (all but one unit may go)")
-    named = [graph.groups] if isinstance(most, (int, float)) else [groups_named(graph, str(key)) for key in most]
+    named = [graph.groups] if isinstance(most, (int, float)) else [_groups_limited(graph, str(key)) for key in most]
     found: dict[str, int] = {}
     for (_, share), groups in zip(pairs, named, strict=True):
         for group in groups:
@@ -163,7 +163,7 @@ def _by_group(graph: CouplingGraph, policy: Mapping[str, float]) -> dict[str, fl
             continue
         found = names.of_glob(key)
         if not found:
-            raise PolicyError(_unknown(graph, key, names))
+            raise PolicyError(_unknown(graph, key, names, f"the policy's key {key!r}"))
         globs.update((g.name, p) for g in found)
     shares = {**globs, **{name: p for name, (_, p) in modules.items()}, **own}
     return {g.name: shares[g.name] for g in graph.groups if g.name in shares}
@@ -206,13 +206,13 @@ class _Names:
         return [self.graph.by_number[n] for n in sorted(found)]
 
 
-def _unknown(graph: CouplingGraph, key: str, names: _Names) -> str:
+def _unknown(graph: CouplingGraph, key: str, names: _Names, called: str) -> str:
     groups = _near(key, (g.name for g in graph.groups if g.prunable))[:3]
     modules = [path for path in _near(key, names.modules) if path not in groups and any(g.prunable for g in names.of_module(path))][:3]
     near = [f"{kind} {', '.join(map(repr, found))}" for kind, found in (("group", groups), ("module", modules)) if found]
     advice = f"did you mean {' or '.join(near)}?" if near else "fxprune.visualize(model, inputs) prints the groups"
     what = "matches no group or module" if _GLOB & set(key) else "names no group or module"
-    return f"the policy's key {key!r} {what} of this model; {advice}"
+    return f"{called} {what} of this model; {advice}"
 
 
 def _near(key: str, names: Iterable[str]) -> list[str]:

@@ -111,6 +111,22 @@ class NotANumber(nn.Module):
         return logits
 
 
+class Failing:
+    """Images on a disk that fails."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        if number:
+            raise OSError("disk")
+        return torch.zeros(1, 8, 8), number
+
+
+def failing() -> tuple[Failing, Failing]:
+    return Failing(), Failing()
+
+
 class Narrow(nn.Module):
     """Two units a layer: too coarse for most targets."""
 
@@ -245,6 +261,22 @@ def test_an_interrupt_within_code_from_a_string_exits_as_any_other(tmp_path: Pat
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "interrupted"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "fxprune-search: interrupted; nothing had been started\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_of_the_imports_exits_as_any_other(tmp_path: Path, number: signal.Signals) -> None:
+    """They take seconds; an interrupt in them used to end in a traceback and death by the signal."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == 'torch': os.kill(os.getpid(), {int(number)})\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-c", "import sys, fxprune_search; sys.exit(fxprune_search.main())"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "fxprune-search: interrupted; nothing had been started\n")
 
@@ -644,6 +676,11 @@ BAD = [
     (["--target", "macs=1.5"], "out of range"),
     (["--target", "flops=0.5"], "unknown target"),
     (["--target", "half"], "METRIC=SHARE"),
+    (["--most", "x=1", "--train-epochs", "0", "--model", "tests.cli.test_cli:Narrow"], "the key 'x' of most names no group"),
+    (
+        ["--data", "tests.cli.test_cli:failing"],
+        "data 'tests.cli.test_cli:failing', train: reading sample 1 raised OSError: disk (test_cli.py:",
+    ),
     (["--reward", "speed"], "unknown reward"),
     (["--strategy", "rl"], "unknown strategy"),
     (["--repair", "magic"], "repair"),

@@ -204,6 +204,21 @@ def flat():
 def broken():
     raise ValueError("no such disk")
 
+def uneven():
+    return [(torch.zeros(1, 4 + number, 4), number) for number in range(3)], tensors(2)
+
+class Failing:
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, number):
+        if number:
+            raise OSError("disk")
+        return torch.zeros(1, 4, 4), number
+
+def failing():
+    return Failing(), Failing()
+
 nothing = None
 
 def wrong():
@@ -241,12 +256,14 @@ def test_factory_may_give_a_mapping_or_plain_lists(factories: str) -> None:
     ("factory", "message"),
     [
         ("broken", "calling it failed: ValueError: no such disk"),
-        ("nothing", "is a NoneType; it must be a function"),
-        ("wrong", "gave a int; it must give"),
+        ("nothing", "is None; it must be a function"),
+        ("wrong", "gave an int; it must give"),
         ("missing", "has no 'missing'"),
         ("pairs", "did you mean pair"),
         ("unsized", "must have a length"),
         ("labelled_by_name", "pairs of an image tensor and a class number"),
+        ("uneven", r"train gives images of different sizes: sample 0 is 1x4x4, sample 1 is 1x5x4; resize"),
+        ("failing", r"train: reading sample 1 raised OSError: disk \(users_data.py:\d+\)"),
         ("flat", r"shape \(channels, height, width\)"),
     ],
 )

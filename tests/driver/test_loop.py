@@ -93,8 +93,8 @@ def test_own_reward_function_may_ask_for_any_cost() -> None:
 def test_what_is_wrong_with_a_reward_function_is_said_in_a_line() -> None:
     wrong: list[tuple[Any, str]] = [
         (lambda metrics: metrics["accuracy"] / 0, r"raised ZeroDivisionError: .* \(test_loop.py:\d+\)"),
-        (lambda metrics: None, "returned a NoneType; it must return a number"),
-        (lambda metrics: float("nan"), "came out as nan; check the reward function"),
+        (lambda metrics: None, "returned None; it must return a number"),
+        (lambda metrics: float("nan"), "the reward of the original network is nan; check the reward function"),
     ]
     for reward, message in wrong:
         with pytest.raises((EvaluationError, SearchError), match=message):
@@ -232,11 +232,24 @@ def test_scores_that_are_no_numbers_are_refused(scored: dict[str, float], messag
         ({"targets": "macs=2"}, "out of range"),
         ({"evaluations": 0}, "evaluations"),
         ({"seed": -1}, "seed"),
+        ({"jobs": "2"}, "jobs is '2'; it must be a whole number"),
+        ({"rounds": 1.5}, "rounds is 1.5; it must be a whole number"),
+        ({"steps": True}, "steps is True; it must be a whole number, or none"),
+        ({"clip": "0.5"}, "clip is '0.5'; it must be a number, or none"),
+        ({"blocks": 1}, "blocks is 1; it must be True or False"),
+        ({"norms": None}, "norms is None; it must be a text"),
+        ({"costs": 3}, "costs is 3; it must be a mapping"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SearchError, match=message):
         SearchConfig(**options)
+
+
+def test_numbers_of_numpy_are_options_too() -> None:
+    options: dict[str, Any] = {"rounds": np.int64(3), "noise": np.float32(0.5)}
+    config = SearchConfig(**options)
+    assert json.loads(json.dumps(config.described()))["rounds"] == 3 and config.noise == 0.5
 
 
 def test_presets() -> None:

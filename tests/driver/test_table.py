@@ -123,5 +123,5 @@ def test_even_is_the_papers_start() -> None:
     assert SearchConfig.preset("paper").first == "even" and SearchConfig.preset("paper").table == "no"
     run(problem, SearchConfig(targets=("macs=0.5",), evaluations=10, first="even"))
     assert table.asked == 0
-    with pytest.raises(SearchError, match="first is best; it must be one of table, even"):
+    with pytest.raises(SearchError, match="first is 'best'; it must be one of table, even"):
         SearchConfig(first="best")

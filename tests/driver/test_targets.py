@@ -55,6 +55,9 @@ def test_a_latency_may_be_a_time() -> None:
         (["macs=0.5", "macs=0.4"], "twice"),
         (["macs=0.5,0.4", "params=0.5,0.4"], "only one"),
         ([], "no target"),
+        (0.5, 'targets is 0.5; write METRIC=SHARE, as in targets="macs=0.5"'),
+        ([0.5], "targets holds 0.5; write each as METRIC=SHARE"),
+        ("flops=0.5", r"costs=\{'flops': f\}, on the command line --cost flops=module:function"),
     ],
 )
 def test_malformed_targets_say_what_to_write(given: str | list[str], message: str) -> None:

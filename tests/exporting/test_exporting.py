@@ -223,6 +223,22 @@ def test_what_an_exporter_raises_comes_in_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_wrapped_module_is_exported(small: nn.Module, tmp_path: Path) -> None:
+    assert fxprune.export(nn.DataParallel(small), tmp_path / "a.pt2", verify=False).path.exists()
+
+
+def test_arguments_that_mean_nothing_are_refused(small: nn.Module, tmp_path: Path) -> None:
+    for options, message in (
+        ({"dynamic": {7: "batch"}}, "dynamic names axis 7, which no input has; the inputs have axes 0 to 3"),
+        ({"dynamic": {-1: "width"}}, "dynamic names axis -1"),
+        ({"dynamic": "batch"}, "dynamic is 'batch'; it must be a mapping from axes to names"),
+        ({"dynamic": {0: 1}}, "dynamic is a dict; it must be"),
+        ({"format": torch.randn(1, 3, 16, 16)}, "format is a Tensor; it must be a name"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fxprune.export(small, tmp_path / "a.pt2", **options)
+
+
 def test_what_cannot_be_exported(small: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="example_inputs are missing"):
         fxprune.export(nn.Linear(3, 3), tmp_path / "a.pt2")

@@ -379,5 +379,13 @@ def test_an_older_file_stays_when_saving_fails(tmp_path: Path) -> None:
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="this Net: it carries no pruning record"):
         save(Net(), tmp_path / "s.safetensors")
+    (tmp_path / "file").write_text("in the way")
     with pytest.raises(FileError, match="choose a folder that can be written"):
-        save(slimmed(Net()), tmp_path / "absent" / "s.safetensors")
+        save(slimmed(Net()), tmp_path / "file" / "s.safetensors")
+
+
+def test_a_folder_is_made_and_wrappers_are_taken_off(tmp_path: Path) -> None:
+    slim = slimmed(Net())
+    save(nn.DataParallel(slim), tmp_path / "new" / "folder" / "s.safetensors")
+    loaded = load(tmp_path / "new" / "folder" / "s.safetensors", nn.DataParallel(Net()))
+    assert torch.equal(loaded(IMAGE), slim(IMAGE)) and record(loaded).kept.keys() == record(slim).kept.keys()

@@ -362,5 +362,5 @@ def test_weights_of_zero_beside_a_bias_are_named() -> None:
 
 
 def test_zeros_are_looked_for_in_a_graph() -> None:
-    with pytest.raises(InputError, match="zeros are looked for in what fxprune.analyze"):
+    with pytest.raises(InputError, match="graph is a Linear; pass what fxprune.analyze"):
         fxprune.Policy.from_zeros(nn.Linear(3, 3))

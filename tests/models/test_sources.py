@@ -78,9 +78,9 @@ def test_a_factory_of_the_working_directory_without_num_classes(users_module: st
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("users_model:number", "gave a int; it must give a torch.nn.Module"),
+        ("users_model:number", "gave an int; it must give a torch.nn.Module"),
         ("users_model:failing", "calling it failed: RuntimeError: first line$"),
-        ("users_model:constant", "is a int; it must be a function or class"),
+        ("users_model:constant", "is an int; it must be a function or class"),
         ("users_model:fixd", "has no 'fixd'; did you mean fixed"),
         ("users_broken:f", "cannot import 'users_broken'"),
         ("users_absent:f", "cannot import 'users_absent'"),

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import fxprune
 from fxprune.cli.command import main
-from fxprune.models.small import digits_net
+from fxprune.models.small import digits_net, resnet20
+from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.report.explaining import OTHERWISE, advice
+from fxprune.searching import problem
 
 AS_IT_MUST = {ReasonKind.INPUT, ReasonKind.OUTPUT, ReasonKind.SINGLE_UNIT, ReasonKind.STRUCTURE}
 
@@ -77,7 +81,7 @@ def test_advice_goes_by_the_kind_of_a_reason_not_by_its_words() -> None:
     met = Reason(ReasonKind.COMPUTED, "it comes from could_not_be_traced")
     assert advice(Reason(ReasonKind.FIXED_SIZE, "the layer reads channels of fixed size", because=given)) == ""
     assert "torch.export" in advice(Reason(ReasonKind.FIXED_SIZE, "the layer reads channels of fixed size", because=part))
-    assert "brackets" in advice(Reason(ReasonKind.FIXED_SIZE, "it meets a tensor of fixed size", because=met))
+    assert "in brackets" in advice(Reason(ReasonKind.FIXED_SIZE, "it meets a tensor of fixed size", because=met))
     assert advice(Reason(ReasonKind.OPERATION, "a window slides along it", operation="ignore", where="net.py:3")) == OTHERWISE
     assert all(advice(Reason(kind, "")) for kind in ReasonKind if kind not in AS_IT_MUST)
     assert not any(advice(Reason(kind, "")) for kind in AS_IT_MUST)
@@ -97,3 +101,32 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "groups of channels can be pruned" in capsys.readouterr().out
     assert not (tmp_path / "none").exists()
     assert main(["--explain", "--report", str(tmp_path)]) == 2
+
+
+def test_the_command_line_explains_the_network_it_names_by_its_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It used to take the weights of whatever run lay in the folder, and to pass over options of the analysis."""
+    monkeypatch.chdir(tmp_path)
+    kept = Path("fxprune-out") / "checkpoint" / "original.safetensors"
+    kept.parent.mkdir(parents=True)
+    save_file({"another.network": torch.zeros(2)}, kept)
+    assert main(["--explain"]) == 0
+    assert "groups of channels can be pruned" in capsys.readouterr().out
+    given: dict[str, object] = {}
+
+    def analyze(model: nn.Module, *inputs: object, **options: object) -> CouplingGraph:
+        given.update(options)
+        return fxprune.analyze(model, *inputs, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(problem, "analyze", analyze)
+    assert main(["--explain", "--norms", "exact", "--experts", "--blocks"]) == 0
+    assert (given["norms"], given["experts"], given["blocks"]) == ("exact", True, True)
+
+
+def test_blocks_are_told_of_where_they_were_looked_for() -> None:
+    found = fxprune.explain(fxprune.analyze(resnet20(), torch.randn(1, 3, 32, 32), blocks=True))
+    assert "7 of 7 blocks can be left out: layer1.0, layer1.1, layer1.2, layer2.1 and 3 more." in str(found)
+    some = replace(found, blocks={"a": "", "b": "its input has another form"})
+    assert "1 of 2 blocks can be left out: a." in str(some) and "b: its input has another form" in str(some).partition("have to stay")[2]
+    assert "blocks" not in str(replace(found, blocks={}))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.allocation.allocating import allocate
 from fxprune.allocation.trying import TRIALS
-from fxprune.errors import EvaluationError, TargetError
+from fxprune.errors import EvaluationError, FileError, TargetError
 from fxprune.importance.criteria import scores
 from fxprune.repair.repairer import Repairer
 from fxprune.searching.candidates import Candidates, Evaluate, Score, metrics_of
@@ -144,11 +144,11 @@ def test_what_is_wrong_with_evaluate_is_said_in_a_line(model: nn.Module) -> None
         return float(module(INPUTS[:, :2]).sum())
 
     cases: list[tuple[Any, str]] = [
-        (raising, r"evaluate raised ZeroDivisionError: division by zero \(test_searching.py:\d+\) on the network without 0 of its units"),
+        (raising, r"evaluate raised ZeroDivisionError: division by zero \(test_searching.py:\d+\) on the original network"),
         (wrong_shape, "evaluate raised RuntimeError: .*channels"),
-        (lambda module: float("nan"), "'accuracy' of a network without 0 of its units is nan"),
+        (lambda module: float("nan"), "'accuracy' of the original network is nan"),
         (lambda module: {"iou": "high"}, "no number"),
-        (lambda module: None, "returned a NoneType"),
+        (lambda module: None, "returned None"),
     ]
     for evaluate, message in cases:
         with pytest.raises(EvaluationError, match=message) as caught:
@@ -190,6 +190,15 @@ def test_visualize_of_a_slim_module_shows_what_it_is_now(model: nn.Module, capsy
     printed = capsys.readouterr().out
     assert f"{group.name}  {left}/{left} units, {gone} removed" in printed
     assert "removed" not in printed.replace(f"{left}/{left} units, {gone} removed", "")
+
+
+@pytest.mark.parametrize("suffix", [".html", ".txt", ".dot", ".graphml"])
+def test_visualize_makes_the_folder_or_says_that_it_cannot(model: nn.Module, tmp_path: Path, suffix: str) -> None:
+    fxprune.visualize(model, INPUTS, file=tmp_path / "new" / f"graph{suffix}")
+    assert (tmp_path / "new" / f"graph{suffix}").exists()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(FileError, match="cannot write the .* to .*; choose a folder that can be written"):
+        fxprune.visualize(model, INPUTS, file=tmp_path / "file" / f"graph{suffix}")
 
 
 def test_visualize_refuses_a_suffix_it_does_not_know(model: nn.Module, tmp_path: Path) -> None:
@@ -242,7 +251,7 @@ def test_norms_alone_are_recovered_after_the_repair_and_come_nearer_to_the_origi
 def test_outputs_that_are_no_class_scores_are_recovered_by_their_squared_error() -> None:
     assert float(unlike(torch.ones(3, 1), torch.zeros(3, 1), None)) == 1.0
     assert float(unlike({"logits": torch.eye(3)}, {"logits": torch.eye(3)}, None)) == pytest.approx(0)
-    with pytest.raises(fxprune.FxPruneError, match="recover is some; it must be one of none, norms"):
+    with pytest.raises(fxprune.FxPruneError, match="recover is 'some'; it must be one of none, norms"):
         fxprune.SearchConfig(recover="some")
 
 
