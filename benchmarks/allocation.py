@@ -173,7 +173,8 @@ def page(cells: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
         "# An allocation without a search",
         "",
         "Written by the command below from its results, means over the seeds that were run (range in brackets). Top-1 before any training, "
-        f"{options.macs:.0%} of the multiply-accumulates, {options.images} unlabelled training images, on {images}.",
+        f"{options.macs:.0%} of the multiply-accumulates, {options.images} unlabelled training images, on {images}. "
+        "The ResNets have the weights that akamaster/pytorch_resnet_cifar10 publishes, on CIFAR-10 as published (PNG).",
         "",
         f"```console\n$ python -m benchmarks.allocation {shlex.join(sys.argv[1:])}\n```",
         "",
