@@ -18,7 +18,7 @@ from fxprune.records import PruningRecord
 def made_record(
     graph: CouplingGraph, slimmer: Slimmer, keep: Any, policy: Policy, keep_class: bool = False, notes: tuple[str, ...] = ()
 ) -> PruningRecord:
-    """The record of one rewrite, in terms of the outermost original (Habit: facts are computed once and are plain data)."""
+    """The record of one rewrite, in terms of the outermost original."""
     skeleton = graph.traced.skeleton
     kept: dict[str, dict[int, torch.Tensor]] = {}
     for name in skeleton.names:

@@ -23,7 +23,7 @@ from fxprune.searching.recovery import read_weights, write_weights
 
 
 class KeptRepairs:
-    """Repairs networks as the ``Repairer`` does that ``make`` makes; what it came to is kept in ``folder``, by the weights it began with.
+    """Repairs like the ``Repairer`` that ``make`` returns, and keeps the results in ``folder``, by the weights that it began with.
 
     The weights are written first and what was done to them last, so that a repair is there whole or not at all. ``given``: the repair as
     the options name it.

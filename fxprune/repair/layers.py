@@ -406,7 +406,7 @@ _CALLS: tuple[tuple[tuple[Any, ...], Callable[..., None], Callable[..., Layer | 
 
 
 def key_of(node: fx.Node, part: str = "") -> str:
-    """A name that what a node calls, or the first tensor that it gets, has in any graph of the network, below ``part``; "" without one."""
+    """A key for a node that is the same in every graph: what it calls, or its first tensor, named below ``part``; "" without either."""
     place = node.target if node.op == "call_module" else next((n.target for n in node.all_input_nodes if n.op == "get_attr"), "")
     return str(place).removeprefix(f"{part}." if part else "")
 

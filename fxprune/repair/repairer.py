@@ -270,7 +270,8 @@ class Repairer:
             return [] if part else run.outputs()
 
     def _repeated(self, slim: nn.Module, part: str, slimmer: Slimmer, reading: Reading) -> None:
-        """Repair the layers that are called several times; where blocks were left out, towards what is left: it has the same calls."""
+        """Repair the layers that are called several times; where blocks were left out, the target is then
+        the network without the blocks, which makes the same calls."""
         if not reading.repeated():
             return
         mode, graph = f"{part}:eval" if part else "eval", slimmer.graph
@@ -304,7 +305,7 @@ class Repairer:
 
     def _left(self, slimmer: Slimmer) -> list[str]:
         left = _left(slimmer, set(self.layers), self._inputs)
-        why = "no layer whose weight only multiplies, or working across channels, or reading rows that values pick"
+        why = "its weight is not used as a plain multiplication, or it works along another pruned axis, or it reads rows chosen by data"
         return [f"repair left {_listed(left)} as sliced: {why}"] if left else []
 
     def _judged(self, slim: nn.Module, sliced: dict[str, Tensor], outputs: list[tuple[Any, Any]] | None) -> list[str]:

@@ -81,7 +81,7 @@ def _slices(members: Sequence[tuple[str, int, list[int], Any]]) -> str:
     """``weight[0:64]``, ``weight[:, 0:64]``: the slices of each parameter; parameters with the same slice together."""
     names_of: dict[str, list[str]] = {}
     for name, dim, indices, _ in members:
-        names_of.setdefault(f"[{':, ' * dim}{ranges(indices)}]", []).append(name.rpartition(".")[2])
+        names_of.setdefault(f"[{':, ' * dim}{slices(indices)}]", []).append(name.rpartition(".")[2])
     return " ".join(f"{_leaves(names)}{where}" for where, names in names_of.items())
 
 
@@ -89,7 +89,7 @@ def _leaves(names: Sequence[str]) -> str:
     return ",".join(names) if len(names) <= 2 else "all"
 
 
-def ranges(indices: Sequence[int]) -> str:
+def slices(indices: Sequence[int]) -> str:
     """Sorted indices as ranges: ``0:64``, ``0:8, 16:24``, ``0:64:2``; beyond four ranges the first, the last and how many there are."""
     step = indices[1] - indices[0] if len(indices) > 2 else 1
     if step > 1 and all(b - a == step for a, b in zip(indices, indices[1:], strict=False)):

@@ -27,7 +27,7 @@ _DEPTH = 2  # attributes of an attribute: self.config.hidden_size
 
 
 @dataclass(frozen=True)
-class Choice:
+class Attribute:
     """An attribute, seen from the module whose code is at work: steps up to the module that holds it, and the keys there.
 
     The attribute is the number ``times`` so much, ``over`` so much.
@@ -201,7 +201,7 @@ class Attributes:
             self._integers[id(module)] = list(integers(module))
         return self._integers[id(module)]
 
-    def _candidates(self, site: Any, of: Sequence[Literal], derived: bool = False) -> list[Choice]:
+    def _candidates(self, site: Any, of: Sequence[Literal], derived: bool = False) -> list[Attribute]:
         """The likeliest first. A number that stays is a candidate's only where the code around it names it.
 
         ``derived``: attributes whose multiple or part the number is (``self.width // 2``).
@@ -210,9 +210,9 @@ class Attributes:
         if not changes and of[0].along is None:
             return []
         here, around = names_at(of[0].where), names_of_class(site[0])
-        common: dict[Choice, tuple[Any, ...]] | None = None
+        common: dict[Attribute, tuple[Any, ...]] | None = None
         for one in of:
-            mine: dict[Choice, tuple[Any, ...]] = {}
+            mine: dict[Attribute, tuple[Any, ...]] = {}
             path, up = one.owner, 0
             while True:
                 for keys, value in self._held(self.modules[path]):
@@ -223,7 +223,7 @@ class Attributes:
                     rank = 0 if name in here else 1 if name in around else 2
                     place = isinstance(keys[-1], int) and keys[-1] != site[-1]  # the second of three parts is the second of a list
                     if rank == 0 or changes and not derived and (rank == 1 or not up):
-                        mine[Choice(up, keys, *share)] = (rank, up, place, len(keys), str(keys))
+                        mine[Attribute(up, keys, *share)] = (rank, up, place, len(keys), str(keys))
                 if not path:
                     break
                 path, up = path.rpartition(".")[0], up + 1
@@ -231,13 +231,13 @@ class Attributes:
         common = common or {}
         return sorted(common, key=common.__getitem__)
 
-    def slot(self, literal: Literal, choice: Choice) -> Slot:
+    def slot(self, literal: Literal, choice: Attribute) -> Slot:
         path = literal.owner
         for _ in range(choice.up):
             path = path.rpartition(".")[0]
         return Slot(path, choice.keys)
 
-    def choices(self, most: int) -> Iterator[dict[Any, Choice]]:
+    def choices(self, most: int) -> Iterator[dict[Any, Attribute]]:
         """One candidate for every site, the likeliest together first; other combinations follow, ``most`` in all.
 
         Two attributes of one value (as many heads as each is wide) are exchanged in all the code of a class, then line by line.
@@ -271,7 +271,7 @@ class Attributes:
         for change in [*switched, *single][: most - 1]:
             yield {**best, **change}
 
-    def values(self, choice: Mapping[Any, Choice]) -> dict[Slot, list[tuple[Literal, int]]]:
+    def values(self, choice: Mapping[Any, Attribute]) -> dict[Slot, list[tuple[Literal, int]]]:
         """What every chosen attribute stands for, and what it has to be for that."""
         found: dict[Slot, list[tuple[Literal, int]]] = defaultdict(list)
         for site, picked in choice.items():

@@ -14,7 +14,7 @@ from fxprune.passes.tracing.sizes.specialisation import Asked
 
 
 class Recorder(Protocol):
-    """The tracer at work, as those see it whom it uses itself.
+    """The tracer at work, as seen by the helpers that it calls.
 
     ``graph``: what is being recorded. ``read``: names of tensors whose values
     Python code has read. ``constants``: attribute name -> tensor that the graph holds beside parameters and buffers. ``busy``: an

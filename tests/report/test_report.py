@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 
 import fxprune
 from fxprune.report.formatting import Row, bytes_text, count_text, duration_text, latency_text
-from fxprune.report.layers import ranges
+from fxprune.report.layers import slices
 from fxprune.report.terminal import LAYERS_SHOWN, coupling_tree, result_table
 
 
@@ -69,8 +69,8 @@ def test_tree_shortens_groups_that_many_layers_share() -> None:
         ([*range(0, 20, 5), *range(21, 23), 30, 40], "0:1, …, 40:41 in 7 runs"),
     ],
 )
-def test_ranges(indices: list[int], text: str) -> None:
-    assert ranges(indices) == text
+def test_slices(indices: list[int], text: str) -> None:
+    assert slices(indices) == text
 
 
 ROWS = [Row("original", 0.9889, 1_250_000, 37_030, 0.0029, 152_848), Row("slim", 0.9861, 624_470, 17_580, 0.00021, 78_420)]
