@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from fxprune.atomic import replace_tensors
 from fxprune.attached import attach, record_of
 from fxprune.errors import FileError, FxPruneError, first_line
 from fxprune.evaluation.callers_modes import in_plain_modes
+from fxprune.evaluation.copying import copied
 from fxprune.evaluation.running import device_of
 from fxprune.evaluation.wrappers import own_module
 from fxprune.files.rebuilding import check_original, rebuilt
@@ -253,11 +253,11 @@ def _with_values_read(model: nn.Module, record: PruningRecord, tensors: Mapping[
     read = {name for name, holder, key in _slots(model) if name in tensors and _is_read(name, holder[key], tensors[name])}
     if not read:
         return model
-    copied = copy.deepcopy(model, {id(holder[key]): holder[key] for _, holder, key in _slots(model)})
-    for name, holder, key in list(_slots(copied)):
+    twin = copied(model, {id(holder[key]): holder[key] for _, holder, key in _slots(model)})
+    for name, holder, key in list(_slots(twin)):
         if name in read:
             holder[key] = tensors[name] if holder[key].is_meta else tensors[name].to(holder[key].device)
-    return copied
+    return twin
 
 
 def _is_read(name: str, own: Tensor, found: Tensor) -> bool:

@@ -3,7 +3,6 @@ features inside it, and from what a loss of the user's own says."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from fxprune.errors import InputError
 from fxprune.evaluation.accuracy import labelled, logits_of
 from fxprune.evaluation.callers_modes import in_plain_modes
+from fxprune.evaluation.copying import copied
 from fxprune.evaluation.running import call, device_of, evaluating, modes_kept, set_training, to_device
 from fxprune.passes.compat import tree_leaves
 from fxprune.training.config import History, TrainConfig, check_values
@@ -105,7 +105,7 @@ class _Distillation(Objective):
     def learner(self, model: nn.Module, loader: Iterable[Any], device: torch.device) -> nn.Module:
         config = self.config
         if device_of(self.teacher) != torch.empty(0, device=device).device:  # "cuda" is one of several
-            self.teacher = copy.deepcopy(self.teacher).to(device)
+            self.teacher = copied(self.teacher).to(device)
         if config.validate is not None and config.replace_teacher and not config.hints and not config.cache_teacher:
             with evaluating(self.teacher):
                 self.score = agreed(float(config.validate(self.teacher)), device)
@@ -179,7 +179,7 @@ class _Distillation(Objective):
     def validated(self, model: nn.Module, score: float) -> dict[str, Any]:
         if self.score is None or score <= self.score:
             return {}
-        self.teacher, self.score, self.replaced = copy.deepcopy(model).eval().requires_grad_(False), score, True
+        self.teacher, self.score, self.replaced = copied(model).eval().requires_grad_(False), score, True
         return {"teacher_replaced": True}
 
     def state(self) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class _Distillation(Objective):
     def restore(self, state: Mapping[str, Any], model: nn.Module) -> None:
         self.score = state["score"]
         if state["teacher"] is not None:
-            self.teacher, self.replaced = copy.deepcopy(model).eval().requires_grad_(False), True
+            self.teacher, self.replaced = copied(model).eval().requires_grad_(False), True
             self.teacher.load_state_dict(state["teacher"])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 from torch.nn.utils.rnn import PackedSequence
 
+from fxprune.evaluation.copying import copied
 from fxprune.passes.compat import OpOverload, tree_map
 from fxprune.passes.ir.factories import FACTORIES, RANDOM_FACTORIES
 from fxprune.passes.ir.nested import packed
@@ -102,7 +102,7 @@ def run_for_real(node: fx.Node, args: Any, kwargs: Any, skeleton: Skeleton) -> A
 
     args, kwargs = tree_map(ones, ones(args)), tree_map(ones, ones(kwargs))
     if node.op == "call_module":
-        module = copy.deepcopy(skeleton.original_module(str(node.target))).eval()
+        module = copied(skeleton.original_module(str(node.target))).eval()
         if any(t.is_meta for t in (*module.parameters(), *module.buffers())):  # a model without values: any will do for shapes
             module.to_empty(device="cpu")
             for tensor in (*module.parameters(), *module.buffers()):

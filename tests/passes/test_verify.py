@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import fxprune
-from fxprune.errors import VerificationError
+from fxprune.errors import InputError, VerificationError
 from fxprune.passes.rules import registry
 
 
@@ -218,3 +220,33 @@ def test_random_numbers_where_the_class_is_kept() -> None:
             return self.last(y + torch.randn(y.shape))
 
     fxprune.compress(Noisy().eval(), 0.5, torch.randn(2, 6), verify=True, keep_class=True)
+
+
+class Holder:
+    def __init__(self, held: Any) -> None:
+        self.held = [held]
+
+
+class Holding(nn.Module):
+    def __init__(self, held: Any) -> None:
+        super().__init__()
+        self.first, self.last, self.held = nn.Linear(5, 8), nn.Linear(8, 3), held
+        self.beside = {"first": self.first}
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.beside["first"](x).relu()
+        return self.last(made)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("make", [lambda: sys.stdout, threading.Lock, lambda: Holder(threading.Lock()), threading.local])
+def test_what_cannot_be_copied_is_shared(make: Any) -> None:
+    model, x = Holding(make()).eval(), torch.randn(4, 5)
+    fxprune.compress(model, 0.5, x, verify=True)
+    assert model.beside["first"] is model.first and model.first.out_features == 8
+
+
+def test_what_can_be_neither_copied_nor_shared_is_named() -> None:
+    model = Holding(None)
+    model.first.register_module("inner", Holding({"numbers": (i for i in range(3))}))
+    with pytest.raises(InputError, match=r"first\.inner\.held\['numbers'\] holds a generator, which cannot be copied"):
+        fxprune.compress(model, 0.5, torch.randn(4, 5), verify=True)
