@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
+import threading
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
@@ -16,6 +18,7 @@ from torch import fx, nn
 MAPPINGS = frozenset({dict, OrderedDict, defaultdict, weakref.WeakKeyDictionary, weakref.WeakValueDictionary})
 CONTAINERS = MAPPINGS | {list, set, deque, weakref.WeakSet}
 _BASES = (OrderedDict, dict, list, set, deque)
+BAGS = (types.SimpleNamespace, argparse.Namespace, threading.local)  # Python's own objects that hold whatever code puts there
 CachedFunction = type(functools.lru_cache(lambda: None))
 _FOREIGN = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "scipy", "networkx", "safetensors", "rich"}
 _OPAQUE = (
@@ -67,6 +70,12 @@ def _container(value: Any) -> Any:
     return kind if kind in CONTAINERS else next((base for base in _BASES if isinstance(value, base)), None)
 
 
+def _is_object(value: Any) -> bool:
+    """Whether a value is a plain object of the user's, or one of Python's that holds whatever code puts there."""
+    known = isinstance(value, BAGS) or not (isinstance(value, _OPAQUE) or is_foreign(type(value)))
+    return known and type(getattr(value, "__dict__", None)) is dict
+
+
 class Contents:
     """The contents of the containers that were added, and of those within them."""
 
@@ -87,7 +96,7 @@ class Contents:
             inner = self._held[id(value)][1]
         elif isinstance(value, tuple):
             inner = value
-        elif not isinstance(value, _OPAQUE) and not is_foreign(kind) and type(getattr(value, "__dict__", None)) is dict:
+        elif _is_object(value):
             self.add(value.__dict__, deep)
         if len(inner) <= _LONG:
             for one in inner:

@@ -207,6 +207,7 @@ class Skeleton:
     def _contents(self) -> Contents:
         contents = Contents()
         for module in self._own:
+            contents.add(module._non_persistent_buffers_set)
             for key, value in module.__dict__.items():
                 if key not in _OF_EVERY_MODULE:
                     contents.add(value)

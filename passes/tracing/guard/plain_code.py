@@ -32,7 +32,7 @@ _NAMES = frozenset(
     {
         *("str", "repr", "format"),
         *("id", "hash", "type", "callable", "globals", "locals", "vars", "dir", "hasattr", "setattr", "delattr", "eval", "exec", "compile"),
-        *("__dict__", "__class__", "__name__", "_modules", "_parameters", "_buffers", "data_ptr", "untyped_storage"),
+        *("__dict__", "__setattr__", "__class__", "__name__", "_modules", "_parameters", "_buffers", "data_ptr", "untyped_storage"),
         *("is_meta", "is_cuda", "is_cpu", "storage", "is_contiguous", "layout", "data"),
         *("item", "tolist", "numpy", "cpu", "register_buffer", "register_forward_hook", "register_forward_pre_hook", "add_module"),
         *("environ", "getenv", "random", "seed", "time", "perf_counter", "next", "iter", "state_dict", "is_fx_tracing", "is_compiling"),

@@ -65,6 +65,7 @@ def _untouched(model: nn.Module, reach: Reach, training: bool) -> Iterator[Unwri
     states = [(m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in _REGISTERED}) for m in modules]
     contents, held, hooks = Contents(), list(model.buffers()), [pair for m in modules for pair in hooks_of(m)]
     for module in modules:
+        contents.add(module._non_persistent_buffers_set)  # code may register a buffer on its first call
         for key in module.__dict__.keys() - _OF_EVERY_MODULE:
             value = module.__dict__[key]
             contents.add(value)

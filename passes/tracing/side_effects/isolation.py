@@ -28,7 +28,7 @@ from fxprune.passes.ir.contents import CONTAINERS, MAPPINGS, CachedFunction, Con
 from fxprune.passes.ir.notes import NoteKind
 from fxprune.passes.tracing.proxies import ShapeAttribute, ShapeProxy, ShapeTuple
 from fxprune.passes.tracing.recorder import Recorder
-from fxprune.passes.tracing.side_effects.reachable import Reach, held
+from fxprune.passes.tracing.side_effects.reachable import Reach, held, stored
 from fxprune.passes.tracing.sizes.arithmetic import stand_ins
 
 ALONE = threading.RLock()  # one trace or comparison at a time in a process: they replace names and set generators
@@ -48,6 +48,7 @@ def isolated(tracer: Recorder, reach: Reach, empty: Sequence[Any], first: Sequen
     for function in reach.functions:
         before.add((function.__defaults__, function.__kwdefaults__, function.__dict__))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_names_kept(reach))
         stack.callback(before.restore)
         for owner, name in reach.places.values():
             value = held(owner, name)
@@ -77,6 +78,22 @@ def isolated(tracer: Recorder, reach: Reach, empty: Sequence[Any], first: Sequen
             yield
 
 
+@contextlib.contextmanager
+def _names_kept(reach: Reach) -> Iterator[None]:
+    """What code binds that was not there goes again: globals, and attributes of classes (``type(self).table = ...``)."""
+    spaces = [(f.__globals__, name) for f in reach.functions for name in stored(f.__code__, "STORE_GLOBAL")]
+    absent = [(space, name) for space, name in spaces if name not in space]
+    classes = [(cls, set(cls.__dict__)) for cls in reach.classes]
+    try:
+        yield
+    finally:
+        for space, name in absent:
+            space.pop(name, None)
+        for cls, names in classes:
+            for name in [n for n in cls.__dict__ if n not in names and not n.startswith("__")]:
+                delattr(cls, name)
+
+
 def _rebind(space: dict[str, Any], name: str, value: Any) -> None:
     if value is _ABSENT:
         space.pop(name, None)
@@ -95,7 +112,8 @@ def contents_kept(reach: Reach) -> Iterator[None]:
         before.add(value)
     generators = random.getstate(), np.random.get_state()  # noqa: NPY002 - what the user's code may draw from
     try:
-        yield
+        with _names_kept(reach):
+            yield
     finally:
         random.setstate(generators[0])
         np.random.set_state(generators[1])  # noqa: NPY002
@@ -107,14 +125,15 @@ def contents_kept(reach: Reach) -> Iterator[None]:
 
 @contextlib.contextmanager
 def standing_in(reach: Reach, twins: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
-    """For the time of a run of a copy: what holds a module of the original, or is keyed by one, holds that of the copy (``twins``)."""
+    """For the time of a run of a copy: what holds a module of the original, or is keyed by one, holds that of the copy (``twins``). What
+    the run leaves outside of modules is taken out again."""
     before = Contents()
     for owner, name in reach.places.values():
         before.add(held(owner, name))
     for twin in twins.values():
         for name in twin.__dict__.keys() - _OF_EVERY_MODULE:
             before.add(twin.__dict__[name])
-    with contextlib.ExitStack() as stack:
+    with contents_kept(reach), contextlib.ExitStack() as stack:
         stack.callback(before.restore)
         _exchange(reach, before, twins, stack)
         yield

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
+import types
+from typing import Any
 
 import pytest
 import torch
@@ -119,3 +122,85 @@ def test_hooks_that_the_first_call_registers(ran: bool) -> None:
         assert all(len(layer._forward_hooks) == ran for layer in model.layers)
     assert gap(twin(x), model(x)) == 0
     assert all(len(layer._forward_hooks) == 1 for layer in model.layers)
+
+
+def ramp(length: int) -> Tensor:
+    return torch.arange(length).float()[:, None]
+
+
+class Keeping(nn.Module):
+    """It keeps a table on the first call, in a way of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.part, self.last = nn.Linear(5, 12), nn.Identity(), nn.Linear(12, 3)
+        self.bag, self.local = types.SimpleNamespace(table=None), threading.local()
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.last(self.first(x) + self.table(x.shape[0]))
+        assert isinstance(made, Tensor)
+        return made
+
+    def table(self, length: int) -> Tensor:
+        return ramp(length)
+
+    def state(self) -> Any:
+        modules = [(m, dict(m.__dict__), dict(m._buffers), set(m._non_persistent_buffers_set)) for m in self.modules()]
+        return modules, vars(self.bag).copy(), vars(self.local).copy(), set(vars(type(self))), _LATE in globals()
+
+
+_LATE = "LATE"
+
+
+class RegistersABuffer(Keeping):
+    def table(self, length: int) -> Tensor:
+        if not hasattr(self, "grid"):
+            self.register_buffer("grid", ramp(9), persistent=False)
+        return self.get_buffer("grid")[:length]
+
+
+class RegistersElsewhere(Keeping):
+    def table(self, length: int) -> Tensor:
+        if not hasattr(self.part, "grid"):
+            self.part.register_buffer("grid", ramp(9), persistent=False)
+        return self.part.get_buffer("grid")[:length]
+
+
+class InABag(Keeping):
+    def table(self, length: int) -> Tensor:
+        if self.bag.table is None:
+            self.bag.table = ramp(9)
+        return self.bag.table[:length]  # type: ignore[no-any-return]
+
+
+class InAThread(Keeping):
+    def table(self, length: int) -> Tensor:
+        if not hasattr(self.local, "table"):
+            self.local.table = ramp(9)
+        return self.local.table[:length]  # type: ignore[no-any-return]
+
+
+class OnTheClass(Keeping):
+    known: Tensor
+
+    def table(self, length: int) -> Tensor:
+        if not hasattr(type(self), "known"):
+            type(self).known = ramp(9)
+        return self.known[:length]
+
+
+class InANewGlobal(Keeping):
+    def table(self, length: int) -> Tensor:
+        global LATE
+        if _LATE not in globals():
+            LATE = ramp(9)
+        return LATE[:length]
+
+
+@pytest.mark.parametrize("kind", [RegistersABuffer, RegistersElsewhere, InABag, InAThread, OnTheClass, InANewGlobal])
+def test_the_original_holds_what_it_held(kind: type[Keeping]) -> None:
+    model, x = kind().eval(), torch.randn(4, 5)
+    before = model.state()
+    slim = fxprune.compress(model, 0.5, x, verify=True)
+    assert model.state() == before
+    assert not any("kept what it computed" in note for note in fxprune.record(slim).notes)
