@@ -192,9 +192,10 @@ def coupled(
     module = module_of(model)
     example = example_of(module, example_inputs, policy.inputs)
     blocks = bool(options.get("blocks"))
-    parts = options.get("parts") if example_inputs is None else None
+    parts, past = (options.get("parts"), as_recorded(options)["past"]) if example_inputs is None else (None, None)
     whole = bool(options.get("experts")) if experts is None else experts
-    graph = analysed(module, example, ignored, axis, choices.observe, choices.norms or "plain", blocks, choices.check, kept, parts, whole)
+    norms = choices.norms or "plain"
+    graph = analysed(module, example, ignored, axis, choices.observe, norms, blocks, choices.check, kept, parts, whole, past)
     return graph, example
 
 

@@ -37,6 +37,7 @@ from fxprune.passes.rules.layer_specs import outputs_of
 from fxprune.passes.tracing.guard.comparison import difference_of_slim, on_meta
 from fxprune.passes.tracing.modes import trace
 from fxprune.passes.tracing.partial import add_parts, calls_of, trace_parts
+from fxprune.passes.tracing.side_effects.history import GUESSED, KEPT, KNOWN
 
 NORMS = grouping.NORMS
 _KEY = "compilation"
@@ -155,6 +156,7 @@ class Couple(GraphPass):
         options: dict[str, Any] = {"attention": self.attention, "ignore": names}
         options |= {"norms": self.norms} if self.norms != "plain" else {}
         options |= {"experts": True} if self.experts else {}
+        options |= {"past": level} if (level := _level(traced)) != KNOWN else {}
         options |= {"outputs": list(self.outputs)} if self.outputs is not None else {}
         options |= {"parts": calls} if (calls := calls_of(traced)) is not None else {}
         graph = CouplingGraph(walk, self.inputs, options)
@@ -163,6 +165,12 @@ class Couple(GraphPass):
             graph.notes += (Note(NoteKind.OUTPUTS, f"returned with fewer channels, as outputs= does not name them: {', '.join(narrower)}"),)
         _advance(module, graph=graph)
         return module
+
+
+def _level(traced: TracedModel) -> str:
+    """What was found out about what forward keeps, for an analysis that cannot run the model."""
+    skeleton = traced.skeleton
+    return str(skeleton.started.level) if skeleton.has_history and skeleton.started is not None else KNOWN
 
 
 def listed(ignore: Any) -> tuple[Any, ...]:
@@ -298,6 +306,7 @@ def as_recorded(options: Mapping[str, Any]) -> dict[str, Any]:
         "outputs": as_listed(options.get("outputs")),
         "parts": options.get("parts"),
         "experts": bool(options.get("experts")),
+        "past": str(options.get("past", KNOWN)),
     }
 
 
@@ -314,9 +323,13 @@ def analysed(
     outputs: Outputs | None = None,
     parts: Mapping[str, Any] | None = None,
     experts: bool = False,
+    past: str | None = None,
 ) -> CouplingGraph:
     """Trace and couple; the steps every use of a model shares. ``check``: as for ``trace``. ``outputs``: which keep their widths.
-    ``parts``: those that an earlier analysis recorded in its options, to be taken again where code cannot be traced."""
+    ``parts``: those that an earlier analysis recorded in its options, to be taken again where code cannot be traced.
+    ``past``: likewise, how much of what forward keeps is a cache (``tracing.side_effects.history``)."""
+    if past not in (None, GUESSED, KNOWN, KEPT):
+        raise InputError(f"the policy's option past is {past!r}, which this fxprune does not know")
     if attention not in ("auto", "heads", "head_dim"):
         raise InputError(f'attention is {attention!r}; it must be "auto", "heads" or "head_dim"')
     if norms not in NORMS:
@@ -329,7 +342,7 @@ def analysed(
 
     refused: dict[str, str] = {}
     while True:
-        traced, values, cause = _traced(model, example_inputs, has_rule, check, refused, parts)
+        traced, values, cause = _traced(model, example_inputs, has_rule, check, refused, parts, past)
         if observe is not None:
             observe("Trace", traced, time.perf_counter() - start)
         carrier = traced_graph(traced)
@@ -360,6 +373,7 @@ def _traced(
     check: bool,
     refused: Mapping[str, str],
     parts: Mapping[str, Any] | None,
+    past: str | None,
 ) -> tuple[TracedModel, Any, TraceError | None]:
     """The traced model; the values that its parts were found with, None where there are no parts or they were recorded; and why the root
     could not be traced, if it could not."""
@@ -369,7 +383,7 @@ def _traced(
         return build(describe(example), device=device_of(model)) if _on_meta(example) else example
 
     try:
-        traced = trace(model, example, rules.is_known, has_rule, check=check)
+        traced = trace(model, example, rules.is_known, has_rule, check=check, level=past)
     except TraceError as error:
         given = None if parts is not None else values()
         taken = example if given is None else given

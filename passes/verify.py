@@ -24,7 +24,7 @@ from fxprune.passes.labels.values import Value, Vector, values
 from fxprune.passes.planning.plan import Keep
 from fxprune.passes.rewriting.blocks import with_zeroed_blocks
 from fxprune.passes.rewriting.slimmer import Slimmer
-from fxprune.passes.tracing.side_effects.history import past
+from fxprune.passes.tracing.side_effects.history import KNOWN, past
 from fxprune.passes.tracing.side_effects.isolation import standing_in
 
 TOLERANCE = 1e-4  # relative to the largest magnitude of the output, in float32
@@ -161,7 +161,7 @@ class _Pair:
             with same_random_numbers():
                 return self._original().run(*cloned([*args, *kwargs.values()]))
         model, twin = self.graph.model, copied(self.reference)
-        with standing_in(past(self.graph.traced.skeleton, True)[-1].reach, dict(zip(model.modules(), twin.modules(), strict=True))):
+        with standing_in(past(self.graph.traced.skeleton, KNOWN)[-1].reach, dict(zip(model.modules(), twin.modules(), strict=True))):
             return _run(twin, args, kwargs)
 
     def check_size(self, what: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -21,19 +21,22 @@ from fxprune.passes.rewriting.slimmer import Slimmer
 from fxprune.records import PruningRecord
 
 
-def rebuilt(model: nn.Module, record: PruningRecord) -> nn.Module:
+def rebuilt(model: nn.Module, record: PruningRecord, volatile: set[str] | None = None) -> nn.Module:
     """The slim module of ``record`` made of ``model``'s weights, which may lie on the meta device; ``model`` is not changed.
 
     It goes by the kept indices rather than by a policy, so it needs no scores; a module that was pruned twice is made in two steps.
-    Raises ``FileError`` naming the parameter whose kept indices this model cannot have.
+    Raises ``FileError`` naming the parameter whose kept indices this model cannot have. ``volatile`` gets the names of what forward keeps
+    for itself, and makes anew where it does not fit.
     """
     for step in record.steps:  # which axis of an attention goes may change once heads are narrower, so each step is made in turn
-        model = rebuilt(model, step)
+        model = rebuilt(model, step, volatile)
     if record.steps:
         return FoldBatchNorm().run(model) if record.folded and isinstance(model, fx.GraphModule) else model
     example = build(record.policy.inputs, device="meta")
     options = record.policy.options
     graph = analysed(model, example, (), str(options.get("attention", "auto")), **as_recorded(options))
+    if volatile is not None:
+        volatile |= graph.traced.skeleton.volatile()
     names = {alias: name for name, aliases in graph.traced.skeleton.aliases.items() for alias in aliases}
     if record.blocks:
         return _without(graph, record)

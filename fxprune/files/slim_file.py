@@ -145,9 +145,11 @@ def _loaded(path: Path, model: nn.Module, device: torch.device | None) -> tuple[
         record = decode_record(described["record"])
         aliases, layouts = _names(described["aliases"], "aliases"), _names(described["layouts"], "layouts")
         check_original(record, model, "the file's")
-        slim = rebuilt(_with_values_read(model, record, tensors), record)
+        volatile: set[str] = set()
+        slim = rebuilt(_with_values_read(model, record, tensors), record, volatile)
         if device is None:
             tensors = {name: tensor if name.startswith(_EXTRA) else tensor.to("meta") for name, tensor in tensors.items()}
+        _leave_out(slim, tensors, aliases, volatile)
         _assign(slim, tensors, aliases, layouts, device)
     except FileError as error:
         raise FileError(f"cannot load {path}: {error}") from error
@@ -268,6 +270,13 @@ def _is_read(name: str, own: Tensor, found: Tensor) -> bool:
     if own.is_meta:
         return own.numel() == 1 or not found.is_floating_point()
     return own.numel() == 1 and not name.endswith("num_batches_tracked") and not torch.equal(found.to(own.device), own.detach())
+
+
+def _leave_out(slim: nn.Module, tensors: dict[str, Tensor], aliases: Mapping[str, str], volatile: set[str]) -> None:
+    """Of what forward keeps for itself (``volatile``), a table that it made for another size than this model has: this one's will do."""
+    for name, holder, key in _slots(slim):
+        if name.startswith(_EXTRA) and name.removeprefix(_EXTRA) in volatile and name in tensors and name not in aliases.values():
+            tensors[name] = tensors[name] if tensors[name].shape == holder[key].shape else holder[key].detach()
 
 
 def _assign(

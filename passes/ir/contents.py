@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxprune.passes.compat import tree_leaves
+
 MAPPINGS = frozenset({dict, OrderedDict, defaultdict, weakref.WeakKeyDictionary, weakref.WeakValueDictionary})
 CONTAINERS = MAPPINGS | {list, set, deque, weakref.WeakSet}
 _BASES = (OrderedDict, dict, list, set, deque)
@@ -34,6 +36,8 @@ _OPAQUE = (
     fx.Node,
 )
 _VALUES = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.Tensor, nn.Parameter})
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+_SIMPLE = _VALUES - {torch.Tensor, nn.Parameter}
 _DEEP, _LONG = 4, 1000  # how far into containers within containers, and up to which length one is searched for others
 
 
@@ -70,10 +74,57 @@ def _container(value: Any) -> Any:
     return kind if kind in CONTAINERS else next((base for base in _BASES if isinstance(value, base)), None)
 
 
-def _is_object(value: Any) -> bool:
+def is_object(value: Any) -> bool:
     """Whether a value is a plain object of the user's, or one of Python's that holds whatever code puts there."""
     known = isinstance(value, BAGS) or not (isinstance(value, _OPAQUE) or is_foreign(type(value)))
-    return known and type(getattr(value, "__dict__", None)) is dict
+    return known and (type(getattr(value, "__dict__", None)) is dict or bool(slots(value)))
+
+
+@functools.lru_cache(maxsize=256)
+def _slots_of(cls: type) -> tuple[str, ...]:
+    named = [base.__dict__.get("__slots__", ()) for base in cls.__mro__ if not is_foreign(base)]
+    names = [name for held in named for name in ((held,) if isinstance(held, str) else held)]
+    return tuple(name for name in names if not name.startswith("__"))
+
+
+def slots(value: Any) -> tuple[str, ...]:
+    """The names of the slots of an object of the user's without a dict."""
+    cls: Any = type(value)
+    return () if hasattr(value, "__dict__") else _slots_of(cls)
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """What an object holds: its ``__dict__``, or what is in its slots."""
+    if hasattr(value, "__dict__"):
+        held: dict[str, Any] = value.__dict__
+        return held
+    return {name: getattr(value, name) for name in slots(value) if hasattr(value, name)}
+
+
+def has_tensors(value: Any) -> bool:
+    """Whether a nested value holds a tensor."""
+    if type(value) in _SIMPLE or (type(value) in (tuple, list) and _SIMPLE.issuperset(map(type, value))):  # sizes of layers, most of them
+        return False
+    leaves = tree_leaves(dict(vars(value)) if isinstance(value, BAGS) else value)
+    return any(isinstance(leaf, torch.Tensor) or (isinstance(leaf, BAGS) and has_tensors(leaf)) for leaf in leaves)
+
+
+def own_objects(owner: nn.Module, deep: int = _DEEP) -> list[Any]:
+    """Plain objects of the user's classes that a module holds as attributes, in containers, and within one another."""
+    found: list[Any] = []
+    todo = [(value, deep) for name, value in owner.__dict__.items() if type(value) not in _SIMPLE and name not in _OF_EVERY_MODULE]
+    while todo:
+        value, left = todo.pop()
+        inner: Any = ()
+        if not left:
+            continue
+        if type(value) in CONTAINERS or isinstance(value, tuple):
+            inner = (value.values() if type(value) in MAPPINGS else value) if len(value) <= _LONG else ()
+        elif is_object(value):
+            found += [] if isinstance(value, BAGS) else [value]
+            inner = attributes(value).values()
+        todo += [(one, left - 1) for one in inner if type(one) not in _SIMPLE]
+    return found
 
 
 class Contents:
@@ -81,10 +132,11 @@ class Contents:
 
     def __init__(self) -> None:
         self._held: dict[int, tuple[Any, list[Any]]] = {}
+        self._slots: dict[int, tuple[Any, dict[str, Any]]] = {}
 
     def add(self, value: Any, deep: int = _DEEP) -> None:
         kind = type(value)
-        if kind in _VALUES or deep == 0 or id(value) in self._held:
+        if kind in _VALUES or deep == 0 or id(value) in self._held or id(value) in self._slots:
             return
         inner: Any = ()
         container = _container(value)
@@ -96,8 +148,12 @@ class Contents:
             inner = self._held[id(value)][1]
         elif isinstance(value, tuple):
             inner = value
-        elif _is_object(value):
-            self.add(value.__dict__, deep)
+        elif is_object(value):
+            if slots(value):
+                self._slots[id(value)] = value, attributes(value)
+                inner = list(attributes(value).values())
+            else:
+                self.add(value.__dict__, deep)
         if len(inner) <= _LONG:
             for one in inner:
                 self.add(one, deep - 1)
@@ -126,6 +182,12 @@ class Contents:
             now = list(container.items(value)) if pairs else list(container.__iter__(value))
             if not _same(now, before, pairs):
                 _refill(value, before)
+        for value, state in self._slots.values():
+            for name in slots(value):
+                if name in state:
+                    object.__setattr__(value, name, state[name])
+                elif hasattr(value, name):
+                    object.__delattr__(value, name)
 
 
 def _refill(value: Any, held: list[Any]) -> None:

@@ -223,6 +223,12 @@ class Skeleton:
         hooks_back(before.hooks)
         before.contents.restore()
 
+    def volatile(self) -> set[str]:
+        """The names of what the graphs do without, since forward makes it when it is first called."""
+        first = self.started.first if self.started is not None else []
+        names = ((self.module_names[m], key) for m, values in first if m in self.module_names for key in values)
+        return {f"{name}.{key}" if name else key for name, key in names}
+
     def plain_tensors(self) -> list[torch.Tensor]:
         """The user's tensors that modules hold as plain attributes: the twins have the same."""
         held = (v for m in self._own for k, v in m.__dict__.items() if k not in _OF_EVERY_MODULE and isinstance(v, torch.Tensor))

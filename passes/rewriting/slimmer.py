@@ -6,7 +6,6 @@ that ``C ** -0.5`` stays what it was), and where a number becomes a shape it is 
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch.fx.node import map_arg
 from fxprune.errors import FAULTS, FxPruneError, UnsupportedError, first_line
 from fxprune.passes.collector import paused_collector
 from fxprune.passes.coupling.graph import CouplingGraph
+from fxprune.passes.ir.contents import has_tensors
 from fxprune.passes.ir.dead_code import impure
 from fxprune.passes.ir.nodes import op_name, target_name
 from fxprune.passes.ir.notes import Note
@@ -38,7 +38,7 @@ from fxprune.passes.rewriting.statistics import is_rms, rewrite_exact
 from fxprune.passes.rules import binding, registry
 from fxprune.passes.rules.layer_specs import has_sizes, resize
 from fxprune.passes.rules.moving.indexing import left_of
-from fxprune.passes.tracing.side_effects.memos import ABSENT, has_tensors
+from fxprune.passes.tracing.side_effects.memos import ABSENT, forget, stands_in
 from fxprune.passes.tracing.sizes.fixed_sizes import depends, is_fixed
 
 _ARITHMETIC = {
@@ -578,35 +578,40 @@ class Slimmer:
             original = self.skeleton.original
             added = {n: t for n, t in added.items() if hasattr(original.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2])}
         tree = assemble(modules, memo, added)
-        self._forget(memo)
+        self._forget(memo, own_classes)
         kept = self._kept_lines
         for module, x, y, lines in self._shared.resized:
             if any(kept[line] is not None for line in lines):
                 resize(self, memo[id(module)], x, y)
         return tree
 
-    def _forget(self, memo: Mapping[int, Any]) -> None:
-        """What forward keeps for itself is as before its first call, as it is in the graph. State that is saved stays."""
-        if self.skeleton.started is None:
+    def _forget(self, memo: Mapping[int, Any], own_classes: bool) -> None:
+        """What forward keeps for itself is as before its first call, as it is in the graph. State that is saved stays, unless forward
+        itself registers it; so does that of parts whose code was not seen to do without."""
+        started = self.skeleton.started
+        if started is None:
             return
         originals = {id(twin): module for module, twin in self.skeleton.twins.items()}
         around = Surroundings(self.graph.traced)
-        for twin, first in self.skeleton.started.first:
+        for twin, first in started.first:
             made = memo.get(id(originals.get(id(twin))))
             if not isinstance(made, nn.Module):
                 continue
-            path = self.skeleton.module_names.get(twin, "")
-            inside = around.opaque(path) is not None  # its code was not seen to do without
+            inside = around.opaque(self.skeleton.module_names.get(twin, "")) is not None
             for name, value in first.items():
-                if value is not ABSENT and has_tensors(value):  # it stands for a value that is not known
+                state = made.__dict__ if name in made.__dict__ else made._buffers
+                saved = state is made._buffers and name not in made._non_persistent_buffers_set
+                if name not in state or (inside and (value is ABSENT or has_tensors(value))) or (saved and value is not ABSENT):
                     continue
-                if name in made.__dict__ and has_tensors(made.__dict__[name]):
-                    if value is not ABSENT:
-                        made.__dict__[name] = copy.deepcopy(value)
-                    elif not inside:
-                        del made.__dict__[name]
-                elif name in made._non_persistent_buffers_set and made._buffers.get(name) is not None and value is not ABSENT:
-                    made._buffers[name] = copy.deepcopy(value)
+                if state is made.__dict__ and not own_classes and not has_tensors(state[name]):
+                    continue
+                if own_classes and stands_in(value):  # the class reads what it has
+                    continue
+                if value is ABSENT and not (started.blank and own_classes):
+                    del state[name]
+                    made._non_persistent_buffers_set.discard(name)
+                else:
+                    forget(made, {name: value}, started.blank)
 
 
 def _pure(node: fx.Node) -> bool:

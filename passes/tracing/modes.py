@@ -22,7 +22,7 @@ from fxprune.passes.tracing.guard.comparison import Comparison, Difference, anot
 from fxprune.passes.tracing.guard.plain_code import is_plain
 from fxprune.passes.tracing.module_state import hold_modes, keep_state, lost, written_back
 from fxprune.passes.tracing.side_effects.gradients import detach
-from fxprune.passes.tracing.side_effects.history import History, past
+from fxprune.passes.tracing.side_effects.history import GUESSED, KEPT, KNOWN, History, past, worse
 from fxprune.passes.tracing.side_effects.isolation import remove_left
 from fxprune.passes.tracing.sizes import fixed_sizes as extents
 from fxprune.passes.tracing.tracer import ShapeTracer, is_skipped
@@ -35,36 +35,43 @@ def trace(
     has_rule: Callable[[Any], bool] = lambda _: False,
     whole: Mapping[str, str] | None = None,
     check: bool = True,
+    level: str | None = None,
 ) -> TracedModel:
     """Trace ``model`` in evaluation mode and, where the traced code reads ``self.training``, in training mode as well.
 
     ``is_known(module)`` says whether a module is kept whole as one node; ``has_rule(function)`` whether a wrapped function is. A submodule
     that cannot be traced is kept whole; where ``whole`` (path -> why) is given, those are and no others. ``check``: compare the graphs with
-    the model on the example, unless its code is such that a trace cannot get it wrong. Raises ``TraceError`` with the line of the user's
+    the model on the example, unless its code is such that a trace cannot get it wrong. ``level``: how much of what
+    forward keeps is taken for a cache, where that was found out before (``history``). Raises ``TraceError`` with the line of the user's
     source where tracing of the root stopped, or where the graph first differs from the model.
     """
     skeleton = Skeleton(model, is_known)
     hold_modes(skeleton)
     found = TracedModel(skeleton, {}, {}, opaque=dict(whole or {}))
-    add_traced(found, "", call_form(example_inputs), is_known, has_rule, strict=whole is not None)
+    example = call_form(example_inputs)
+    level = level or (KNOWN if on_meta(model, example) else GUESSED)  # what is guessed has to be compared
+    add_traced(found, "", example, is_known, has_rule, strict=whole is not None, level=level)
     if skeleton.past is None:
         return found
     reach = skeleton.past[-1].reach
-    example = call_form(example_inputs)
 
     def difference(of: TracedModel, mode: str = "eval", on: Any = example, writing: bool = False) -> Difference | None:
         others = skeleton.other_modes(mode == "train")
         return Comparison(model, of.graphs[mode], of.constants, on, reach, mode == "train", others).difference(writing)
 
-    if skeleton.has_history:
+    while skeleton.has_history:
         # What an earlier call left may be of the example itself: what is computed anew then is the same, and another input's is not.
         if difference(found, writing=True) is None and ((other := difference(found, on=another(example))) is None or other.chooses):
             return found
         # What forward keeps is more than a cache: what it computes depends on it.
+        level = KEPT if skeleton.started.level == KEPT else worse(skeleton.started.level)
         found = TracedModel(skeleton, {}, {}, opaque=dict(whole or {}))
-        add_traced(found, "", example, is_known, has_rule, strict=whole is not None, forget=False)
+        add_traced(found, "", example, is_known, has_rule, strict=whole is not None, level=level)
+        if level != KEPT:
+            continue
         text = "what forward computes depends on its earlier calls; the slim module starts from what they left"
         found.notes += (Note(NoteKind.STATE, text),)
+        break
     if not check or whole is not None or not skeleton.has_history and is_plain(skeleton.twins, reach):
         return found
     if on_meta(model, ((), {})):
@@ -89,14 +96,14 @@ def add_traced(
     has_rule: Callable[[Any], bool],
     device: torch.device | None = None,
     strict: bool = False,
-    forget: bool = True,
+    level: str = KNOWN,
     history: History | None = None,
 ) -> None:
     """Trace the module at ``path`` and add its graphs, "eval" and where it differs "train", under ``path:`` for a part of the model.
 
     ``device``: where the inputs are, if the example only stands for them. ``strict``: what cannot be traced raises; the error's ``module``
-    is the path of the module whose code was at work. ``forget``: start from before the model's first call. ``history``: where to start
-    from, if what is around the module was traced already.
+    is the path of the module whose code was at work. ``level``: how much of what forward keeps is taken for a cache. ``history``: where to
+    start from, if what is around the module was traced already.
     """
     skeleton = traced.skeleton
     device = device or next((t.device for t in _tensors(example) if t.device.type != "meta"), torch.device("cpu"))
@@ -145,7 +152,7 @@ def add_traced(
         skeleton.started = history
         return made
 
-    histories = past(skeleton, forget) if history is None else [history]
+    histories = past(skeleton, level) if history is None else [history]
     skeleton.training_was_read = False
     tracer, graph = without_history(training=False)
     graphs, notes, constants = {"eval": graph}, dict(tracer.notes), dict(tracer.constants)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,47 @@ class Table(Net):
         if length != self._length or self._cosines is None or self._cosines.device != y.device:
             self._length, self._cosines = length, torch.arange(length, device=y.device).float().cos()[:, None]
         return y * self._cosines
+
+
+class Grown(Net):
+    """Two tables that grow, one by a method that ``__init__`` calls too."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", self.make(2), persistent=False)
+        self.build(2)
+
+    def make(self, length: int) -> Tensor:
+        return torch.arange(length)[:, None] * 0.1
+
+    def build(self, length: int) -> None:
+        self.rows, self.longest = self.make(length), length
+
+    def inside(self, y: Any) -> Any:
+        length = y.shape[1]
+        if self.table.shape[0] < length:
+            self.table = self.make(length)
+        if length > self.longest:
+            self.build(length)
+        return y * self.table[:length] + self.rows[:length]
+
+
+class Late(Net):
+    """What is there since the first call alone: a buffer, a cached property, and an attribute under a name that is computed."""
+
+    @functools.cached_property
+    def scale(self) -> Tensor:
+        return torch.linspace(0, 1, 16)
+
+    def inside(self, y: Any) -> Any:
+        if not hasattr(self, "table"):
+            self.register_buffer("table", torch.arange(16)[:, None] * 0.1, persistent=False)
+        name = f"shift_{self.first.out_features}"
+        if not hasattr(self, name):
+            setattr(self, name, torch.arange(16) * 0.1)
+        return y * self.scale + self.get_buffer("table")[: y.shape[1]] + getattr(self, name)
 
 
 class InAPart(nn.Module):
@@ -122,7 +164,7 @@ def test_a_model_without_values_takes_the_flags_of_the_file(make: Callable[[], n
     assert gap(slim(x), fxprune.load(tmp_path / "slim.safetensors", blank)(x)) < 1e-6
 
 
-@pytest.mark.parametrize("make", [RegistersInForward, Table, InAPart, Sparse, FilledOnce, FilledOnceByNumber])
+@pytest.mark.parametrize("make", [RegistersInForward, Table, Grown, Late, InAPart, Sparse, FilledOnce, FilledOnceByNumber])
 def test_what_ran_loads_into_what_never_ran(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     model, x = make().eval(), torch.randn(2, 5, 10)
     names = {name for name, _ in model.named_buffers()}
@@ -172,3 +214,42 @@ def test_short_lists_of_integers_are_described() -> None:
     assert made["lengths"].tolist() == [5, 3] and made["step"].item() == 7 and made["step"].shape == ()
     with pytest.raises(InputError, match="are no values of a tensor of shape"):
         build({"tensor": [2], "dtype": "int64", "values": [1, "a"]})
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_classes_that_stay_load_as_well(ran: bool, tmp_path: Path) -> None:
+    model, x = Grown().eval(), torch.randn(2, 5, 10)
+    if ran:
+        model(torch.randn(2, 7, 10))
+    slim = fxprune.compress(model, 0.5, x, keep_class=True)
+    fxprune.save(slim, tmp_path / "slim.safetensors")
+    loaded = fxprune.load(tmp_path / "slim.safetensors", Grown().eval())
+    for length in (5, 9, 2):
+        other = torch.randn(3, length, 10)
+        assert gap(slim(other), loaded(other)) < 1e-6
+
+
+class Remembering(Net):
+    """A method of the user's set a factor; forward mentions its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 1.0
+
+    def update(self, factor: float) -> None:
+        self.factor = factor
+
+    def inside(self, y: Any) -> Any:
+        known: dict[str, Any] = {}
+        known.update(y=y)
+        return known["y"] * self.factor
+
+
+def test_what_was_no_cache_is_none_when_the_file_is_loaded(tmp_path: Path) -> None:
+    model, fresh, x = Remembering().eval(), Remembering().eval(), torch.randn(2, 5, 10)
+    model.update(3.0)
+    fresh.update(3.0)
+    slim = fxprune.compress(model, 0.5, x)
+    assert any("depends on its earlier calls" in note for note in fxprune.record(slim).notes)
+    fxprune.save(slim, tmp_path / "slim.safetensors")
+    assert gap(slim(x), fxprune.load(tmp_path / "slim.safetensors", fresh)(x)) < 1e-6

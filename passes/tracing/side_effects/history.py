@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from fxprune.passes.ir.contents import attributes, has_tensors, own_objects
 from fxprune.passes.ir.skeleton import Skeleton
 from fxprune.passes.tracing.recorder import Recorder
+from fxprune.passes.tracing.side_effects.bindings import bound_outside
+from fxprune.passes.tracing.side_effects.elsewhere import Place, rebound
 from fxprune.passes.tracing.side_effects.isolation import isolated
-from fxprune.passes.tracing.side_effects.memos import ABSENT, caches, forget, forgotten, has_tensors, own_objects, rebound
+from fxprune.passes.tracing.side_effects.memos import ABSENT, caches, forget, forgotten, tables_of
 from fxprune.passes.tracing.side_effects.reachable import Reach, reachable
+
+GUESSED, KNOWN, KEPT = "guessed", "known", "kept"
+_BEST_FIRST = (GUESSED, KNOWN, KEPT)
 
 
 @dataclass(frozen=True)
 class History:
-    """``first``: (module or object of its own, attribute -> value before the first call). ``empty``, ``globals``: see ``isolated``."""
+    """``first``: (module or object of its own, attribute -> value before the first call). ``empty``, ``places``: see ``isolated``.
+
+    ``level``: whether these are "known", partly "guessed", or the state is "kept" as it is.
+    """
 
     reach: Reach
     first: list[tuple[Any, dict[str, Any]]]
     empty: list[Any]
-    globals: list[tuple[dict[str, Any], str, Any]]
+    places: list[Place]
+    level: str = KEPT
     blank: bool = False
 
     def forget(self) -> None:
@@ -29,27 +39,45 @@ class History:
             forget(module, values, self.blank)
 
     def isolated(self, tracer: Recorder) -> AbstractContextManager[None]:
-        return isolated(tracer, self.reach, self.empty, self.globals)
+        return isolated(tracer, self.reach, self.empty, self.places)
 
 
-def past(skeleton: Skeleton, wanted: bool) -> list[History]:
-    """Where to start from, best first; the last one is the state as it is."""
-    if skeleton.past is not None:  # of a model that is traced in parts
-        return list(skeleton.past) if wanted else skeleton.past[-1:]
-    reach = reachable(skeleton.module_names)
-    kept = History(reach, [], [], [])
-    if not wanted:
-        return [kept]
+def past(skeleton: Skeleton, level: str) -> list[History]:
+    """Where to start from, best first, none of them better than ``level``; the last one is the state as it is."""
+    if skeleton.past is None:
+        skeleton.past = _found(skeleton) if level != KEPT else [History(reachable(skeleton.module_names), [], [], [])]
+    known: list[History] = skeleton.past
+    return [one for one in known if _BEST_FIRST.index(one.level) >= _BEST_FIRST.index(level)]
+
+
+def worse(level: str) -> str:
+    """The level after one where what was guessed, or known, was no cache."""
+    return _BEST_FIRST[_BEST_FIRST.index(level) + 1]
+
+
+def _found(skeleton: Skeleton) -> list[History]:
     modules = list(skeleton.module_names)
-    first = [(m, values) for m in modules if (values := forgotten(m, reach))]
+    reach = reachable(modules)
     objects = {id(o): o for m in modules for o in own_objects(m)}
-    first += [(o, values) for o in objects.values() if (values := forgotten(o, reach)) and has_tensors([o.__dict__[n] for n in values])]
-    empty, bound = caches(reach), rebound(reach)
-    skeleton.has_history = bool(first or empty or bound)
-    found = [kept]
-    if skeleton.has_history:
-        found = [History(reach, first, empty, bound), kept]
-        if any(value is ABSENT for _, values in first for value in values.values()):
-            found.insert(1, History(reach, first, empty, bound, blank=True))
-    skeleton.past = found
-    return list(found)
+    owners = [*modules, *objects.values()]
+    held = set().union(*map(tables_of, owners), *(one.__dict__ for one in (*reach.classes, *reach.functions)))
+    outside = bound_outside(reach.functions.items(), held)
+    found = [(owner, *forgotten(owner, reach, outside)) for owner in owners]
+    for number in range(len(modules), len(owners)):  # of other objects, what is no tensor may be anything
+        owner, *both = found[number]
+        known, guessed = ({} if not has_tensors([attributes(owner)[n] for n in one]) else one for one in both)
+        found[number] = owner, known, guessed
+    empty, places = caches(reach), rebound(reach, outside)
+    told = History(reach, [(o, one) for o, one, _ in found if one], empty, places, KNOWN)
+    guessing = History(reach, [(o, one) for o, _, one in found if one], empty, places, GUESSED)
+    starts = [told] if all(one == other for _, one, other in found) else [guessing, told]
+    tried: list[History] = []
+    for start in starts:
+        blank = replace(start, blank=True)
+        if start.level == GUESSED:  # of a table nobody knows whether it was there
+            tried += [blank, start]
+        elif start.first or empty or places:
+            absent = any(value is ABSENT for _, values in start.first for value in values.values())
+            tried += [start, blank] if absent else [start]
+    skeleton.has_history = bool(tried)
+    return [*tried, History(reach, [], [], [])]

@@ -28,7 +28,10 @@ from fxprune.passes.ir.contents import CONTAINERS, MAPPINGS, CachedFunction, Con
 from fxprune.passes.ir.notes import NoteKind
 from fxprune.passes.tracing.proxies import ShapeAttribute, ShapeProxy, ShapeTuple
 from fxprune.passes.tracing.recorder import Recorder
-from fxprune.passes.tracing.side_effects.reachable import Reach, held, stored
+from fxprune.passes.tracing.side_effects.bindings import global_names
+from fxprune.passes.tracing.side_effects.elsewhere import Place
+from fxprune.passes.tracing.side_effects.memos import ABSENT, fresh
+from fxprune.passes.tracing.side_effects.reachable import Reach, held
 from fxprune.passes.tracing.sizes.arithmetic import stand_ins
 
 ALONE = threading.RLock()  # one trace or comparison at a time in a process: they replace names and set generators
@@ -38,8 +41,8 @@ _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
 @contextlib.contextmanager
-def isolated(tracer: Recorder, reach: Reach, empty: Sequence[Any], first: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
-    """For the time of a trace: ``empty`` are containers that start empty, ``first`` globals that start with another value.
+def isolated(tracer: Recorder, reach: Reach, empty: Sequence[Any], first: Sequence[Place]) -> Iterator[None]:
+    """For the time of a trace: ``empty`` are containers that start empty, ``first`` places that start with another value.
 
     A global, a closure or a default that holds a module of the model, and a container there that holds one or is keyed by it or by its
     ``id()``, holds the twin meanwhile.
@@ -64,8 +67,14 @@ def isolated(tracer: Recorder, reach: Reach, empty: Sequence[Any], first: Sequen
         _exchange(reach, before, tracer.skeleton.twins, stack)
         for container in empty:
             container.clear()
-        for space, name, value in first:
-            space[name] = value
+        for owner, name, value in first:
+            stack.callback(_bind, owner, name, held(owner, name))
+            if value is not ABSENT:
+                _bind(owner, name, fresh(value))
+            elif isinstance(owner, dict):
+                del owner[name]
+            else:
+                delattr(owner, name)
         for function in reach.functions:
             space = function.__globals__
             if "type" in function.__code__.co_names and "type" not in space:
@@ -81,7 +90,7 @@ def isolated(tracer: Recorder, reach: Reach, empty: Sequence[Any], first: Sequen
 @contextlib.contextmanager
 def _names_kept(reach: Reach) -> Iterator[None]:
     """What code binds that was not there goes again: globals, and attributes of classes (``type(self).table = ...``)."""
-    spaces = [(f.__globals__, name) for f in reach.functions for name in stored(f.__code__, "STORE_GLOBAL")]
+    spaces = [(f.__globals__, name) for f in reach.functions for name in global_names(f)]
     absent = [(space, name) for space, name in spaces if name not in space]
     classes = [(cls, set(cls.__dict__)) for cls in reach.classes]
     try:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from fxprune.passes.ir.contents import CachedFunction, is_foreign
+from fxprune.passes.ir.contents import CachedFunction, attributes, has_tensors, is_foreign, own_objects
 
 _WIDE, _IMPORT = dis.EXTENDED_ARG, dis.opmap["IMPORT_NAME"]
 _MANY = 1000  # entries of a list or dictionary beyond which it holds data rather than functions
@@ -23,7 +23,8 @@ _MANY = 1000  # entries of a list or dictionary beyond which it holds data rathe
 
 @dataclass
 class Reach:
-    """``functions`` -> the class whose method it is, or None. ``names``: all names their code mentions.
+    """``functions`` -> the class whose method it is, or None. ``names``: all names their code mentions;
+    ``bound``: those of attributes that it assigns to, on whatever.
 
     ``places``: where a mentioned global, class attribute or closed-over value is held, as (owner, name): a dict of globals and a key, a
     class and an attribute, a cell and its variable.
@@ -32,6 +33,7 @@ class Reach:
     functions: dict[types.FunctionType, type | None] = field(default_factory=dict)
     classes: dict[type, None] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
+    bound: set[str] = field(default_factory=set)
     places: dict[tuple[int, str], tuple[Any, str]] = field(default_factory=dict)
 
 
@@ -44,6 +46,9 @@ def reachable(modules: Iterable[nn.Module]) -> Reach:
                 found.value(value)
             elif type(value) in (dict, list, tuple):
                 found.container(value)
+        for one in own_objects(module):
+            if has_tensors(list(attributes(one).values())):  # whose methods may be what keeps them
+                found._class(type(one))
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for hook in hooks.values():
                 found.value(hook)
@@ -211,6 +216,7 @@ class _Search:
                     self.value(default)
             names = {name for code in codes(function.__code__) for name in code.co_names}
             self._spaces(function, names)
+            self.reach.bound |= stored(function.__code__, "STORE_ATTR")
             new = names - self.reach.names
             self.reach.names |= new
             for cls in list(self.reach.classes):

@@ -193,8 +193,8 @@ class InANewGlobal(Keeping):
     def table(self, length: int) -> Tensor:
         global LATE
         if _LATE not in globals():
-            LATE = ramp(9)
-        return LATE[:length]
+            LATE = ramp(9)  # type: ignore[name-defined]
+        return LATE[:length]  # type: ignore[name-defined, no-any-return]
 
 
 @pytest.mark.parametrize("kind", [RegistersABuffer, RegistersElsewhere, InABag, InAThread, OnTheClass, InANewGlobal])
