@@ -40,7 +40,14 @@ def rebuilt(model: nn.Module, record: PruningRecord, volatile: set[str] | None =
     names = {alias: name for name, aliases in graph.traced.skeleton.aliases.items() for alias in aliases}
     if record.blocks:
         return _without(graph, record)
-    slimmer = Slimmer(graph, units_kept(graph, record.kept, names))
+    keep = units_kept(graph, record.kept, names)
+    for group in graph.groups:  # of tensors without a name (layers in a plain list) no index is recorded, but which units went
+        gone = record.removed_units.get(group.name)
+        if gone is not None and all(name in graph.traced.constants for name, _, _ in group.members):
+            if int(gone.max()) >= group.size:
+                raise FileError(f"it does not fit this model: {group.name!r} has {group.size} channels here")
+            keep[int(graph.starts[group.number]) + gone.numpy()] = False
+    slimmer = Slimmer(graph, keep)
     for name in names.values():
         made, wanted = slimmer.kept_dims(name), record.kept.get(name, {})
         differing = [dim for dim in {*made, *wanted} if dim not in made or dim not in wanted or made[dim].tolist() != wanted[dim].tolist()]

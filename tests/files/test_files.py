@@ -389,3 +389,29 @@ def test_a_folder_is_made_and_wrappers_are_taken_off(tmp_path: Path) -> None:
     save(nn.DataParallel(slim), tmp_path / "new" / "folder" / "s.safetensors")
     loaded = load(tmp_path / "new" / "folder" / "s.safetensors", nn.DataParallel(Net()))
     assert torch.equal(loaded(IMAGE), slim(IMAGE)) and record(loaded).kept.keys() == record(slim).kept.keys()
+
+
+class InAPlainList(nn.Module):
+    """A frozen network where ``parameters()`` does not look."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(10, 16), nn.Linear(4, 4)
+        made = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4)).requires_grad_(False)
+        self.hidden, self.table = [made], (torch.randn(8, 4), torch.randn(8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.last(self.hidden[0](self.first(x)) @ self.table[0].T @ self.table[1])
+        assert isinstance(made, Tensor)
+        return made
+
+
+def test_layers_in_a_plain_list_are_pruned_and_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = InAPlainList().eval(), torch.randn(3, 10)
+    slim = compress(model, 0.5, x, verify=True)
+    assert not any(12 in value.shape for value in slim.state_dict().values())
+    twice = compress(slim, 0.5, x)
+    for one in (slim, twice):
+        save(one, tmp_path / "slim.safetensors")
+        torch.testing.assert_close(load(tmp_path / "slim.safetensors", InAPlainList().eval())(x), one(x))
