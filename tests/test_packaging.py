@@ -61,7 +61,7 @@ def test_the_wheel_is_whole(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for name in ("fxprune", "passes"):  # a copy: setuptools leaves a build folder behind, and would take old modules from one
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.cfg", "pyproject.toml", "fxprune_search.py", "README.md", "LICENSE"):
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     run("-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(source))
     (wheel,) = (tmp_path / "dist").glob("*.whl")

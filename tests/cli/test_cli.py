@@ -265,22 +265,6 @@ def test_an_interrupt_within_code_from_a_string_exits_as_any_other(tmp_path: Pat
     assert (done.returncode, done.stderr) == (130, "fxprune-search: interrupted; nothing had been started\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_of_the_imports_exits_as_any_other(tmp_path: Path, number: signal.Signals) -> None:
-    """They take seconds; an interrupt in them used to end in a traceback and death by the signal."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        "class Finder:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name == 'torch': os.kill(os.getpid(), {int(number)})\n"
-        "sys.meta_path.insert(0, Finder())\n"
-    )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    command = [sys.executable, "-c", "import sys, fxprune_search; sys.exit(fxprune_search.main())"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (130, "fxprune-search: interrupted; nothing had been started\n")
-
-
 def unharmed(out: Path) -> None:
     """Every file of a run can be read to its end; what was being written when it was killed goes by another name."""
     for path in out.rglob("*"):
