@@ -45,9 +45,15 @@ def _tables(done: Rows) -> str:
     if packages := [row for (_, library, _), row in done.items() if library == "packages"]:
         count = len({row["family"] for row in packages})
         parts.append(f"## {len(packages)} networks of {count} other packages\n\n{_passed(packages)}\n\n{_checks(packages)}")
-    if third := {name: row for (tool, _, name), row in done.items() if tool == TOOLS[2]}:
-        lines = [_line(["network", "params", "MACs", "oracle", "s"]), _line(["---"] * 5)]
-        parts.append("## torch-kirigami\n\n" + "\n".join(lines + [_line([name, *_result(row)]) for name, row in third.items()]))
+    if any(tool == TOOLS[2] for tool, _, _ in done):
+        lines = [
+            _line(["network", "budget", "params", "MACs", "oracle", "s", "fxprune: params", "MACs", "oracle", "s"]),
+            _line(["---"] * 10),
+        ]
+        for (tool, library, name), row in done.items():
+            if tool == TOOLS[2]:
+                lines.append(_line([name, row.get("settings", ""), *_result(row), *_result(done.get((TOOLS[0], library, name), {}))]))
+        parts.append("## torch-kirigami\n\n" + "\n".join(lines))
     parts.append("## What stands in the way\n\n" + _shortfalls(done))
     return "\n\n".join(parts) + "\n"
 

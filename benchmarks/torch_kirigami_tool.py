@@ -17,7 +17,8 @@ from benchmarks.zeroing import is_norm, judged
 
 
 def torch_kirigami_row(case: Case, sparsity: float) -> Row:
-    """The same share of every channel axis that it finds; it leaves inputs and outputs alone by itself and refuses what it cannot prove."""
+    """The same share of every channel axis that it finds, or of all parameters where an axis cannot give it. It leaves inputs and outputs
+    alone by itself and refuses what it cannot prove."""
     model, inputs, meta = built(case)
     if meta:
         return {"verdict": "not run", "why": "too large to be run on the CPU"}
@@ -25,8 +26,10 @@ def torch_kirigami_row(case: Case, sparsity: float) -> Row:
     twin = copy.deepcopy(model).double()  # numbers of elements are exact in double precision
     tag(twin)
     start = time.process_time()
-    count = prune(twin, tree_map(lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, inputs), sparsity)
-    row |= {"seconds": time.process_time() - start, "prunable": count}
+    count, budget = prune(
+        twin, tree_map(lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, inputs), sparsity
+    )
+    row |= {"seconds": time.process_time() - start, "prunable": count, "settings": budget}
     kept = untag(twin, model)
     if not kept:
         return row | {"verdict": "fails", "why": "nothing was removed"}
@@ -39,13 +42,19 @@ def statistics(model: nn.Module) -> bool:
     return any(map(is_norm, model.modules()))
 
 
-def prune(model: nn.Module, inputs: Any, sparsity: float) -> int:
-    """Prune ``model`` in place; returns how many channel axes were in the budget."""
+def prune(model: nn.Module, inputs: Any, sparsity: float) -> tuple[int, str]:
+    """Prune ``model`` in place; how many channel axes there were, and what the budget was in."""
     from torch_kirigami import DependencyGraph
-    from torch_kirigami.pruning import ChannelRatio, Greedy, GroupMagnitude, Pruner
+    from torch_kirigami.pruning import ChannelRatio, Greedy, GroupMagnitude, ParameterBudget, PlanningError, Pruner
 
     graph = DependencyGraph.build(model, args=tuple(inputs))
     pruner = Pruner(model, graph=graph)
     candidates = pruner.discover_candidates()
-    pruner.prune(candidates, budget=ChannelRatio(sparsity), strategy=Greedy(GroupMagnitude(p=2)))
-    return len(candidates.channel_axes)
+    strategy, axes = Greedy(GroupMagnitude(p=2)), len(candidates.channel_axes)
+    try:
+        pruner.prune(candidates, budget=ChannelRatio(sparsity), strategy=strategy)
+        return axes, "channels"
+    except PlanningError:  # it asks for the share on every axis, and there is one that cannot give it
+        most = int((1 - sparsity) * sum(p.numel() for p in model.parameters()))
+        pruner.prune(candidates, budget=ParameterBudget(max_params=most), strategy=strategy)
+        return axes, "parameters"

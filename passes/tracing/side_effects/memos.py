@@ -84,6 +84,8 @@ def forgotten(owner: Any, reach: Reach, outside: Bindings) -> tuple[dict[str, An
                 guessed[name] = _emptied(now, reach.bound)
                 continue
         elif name in told and (name not in said or first is not UNKNOWN):
+            if first is UNKNOWN and name in buffers and name not in volatile:
+                continue  # of the user's state_dict, whose shapes do not change
             if first is UNKNOWN:
                 first = _blank(now)
                 if type(now) in _NUMBERS:

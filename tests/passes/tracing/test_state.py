@@ -204,3 +204,33 @@ def test_the_original_holds_what_it_held(kind: type[Keeping]) -> None:
     slim = fxprune.compress(model, 0.5, x, verify=True)
     assert model.state() == before
     assert not any("kept what it computed" in note for note in fxprune.record(slim).notes)
+
+
+class Codebook(nn.Module):
+    """Its counts have a size that only a call of ``__init__`` knows, and forward updates them in training."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.codes = nn.Embedding(size, 12)
+        self.register_buffer("count", torch.zeros(size))
+        self.count: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        nearest = torch.cdist(x, self.codes.weight).argmin(1)
+        chosen = torch.zeros(len(x), len(self.codes.weight)).scatter_(1, nearest[:, None], 1)
+        if self.training:
+            self.count = self.count * 0.9 + 0.1 * chosen.sum(0)
+        return x + (chosen @ self.codes.weight - x).detach()
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_a_buffer_whose_size_is_an_argument(ran: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 12), Codebook(10), nn.Linear(12, 4)), torch.randn(6, 3)
+    if ran:
+        model.train()(x)
+    slim = fxprune.compress(model.eval(), 0.0, x)
+    assert not fxprune.record(slim).notes
+    for _ in range(2):
+        torch.testing.assert_close(slim.train()(x), model.train()(x))
+    assert torch.equal(slim.get_buffer("1.count"), model.get_buffer("1.count")) and float(slim.get_buffer("1.count").sum()) > 0.5
