@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx, nn
 
@@ -44,6 +46,11 @@ def keep_state(tracer: Recorder, graph: fx.Graph, before: Snapshot) -> None:
         _write(tracer, graph, bound)
 
 
+def _is_torchs(hook: Any) -> bool:
+    """Whether a hook is one of torch's own: those that compute a weight keep nothing."""
+    return str(getattr(hook, "__module__", None) or type(hook).__module__).startswith("torch.")
+
+
 def lost(skeleton: Skeleton, path: str) -> list[Note]:
     """What the modules at ``path`` and below have that a graph does not keep, a note each."""
     notes: list[Note] = []
@@ -52,7 +59,11 @@ def lost(skeleton: Skeleton, path: str) -> list[Note]:
         cls = type(module)
         if module._backward_hooks or module._backward_pre_hooks:
             notes.append(Note(NoteKind.LOST, f"the backward hooks of {called} are not kept, and nothing calls them in the slim module"))
-        if any(p is not None and p._backward_hooks for p in module._parameters.values()):
+        if any(not _is_torchs(hook) for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())):
+            text = f"of the forward hooks of {called} the slim module has what they compute of inputs and outputs"
+            notes.append(Note(NoteKind.LOST, f"{text}, not what they keep elsewhere"))
+        weights = [p for p in module._parameters.values() if p is not None]
+        if any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in weights):
             notes.append(Note(NoteKind.LOST, f"the hooks on parameters of {called} are not kept"))
         if cls.get_extra_state is not nn.Module.get_extra_state:
             notes.append(Note(NoteKind.LOST, f"the extra state of {called} (get_extra_state) is not in the slim module's state_dict()"))

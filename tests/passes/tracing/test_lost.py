@@ -122,6 +122,18 @@ def hooked() -> nn.Module:
     return model
 
 
+def watched() -> nn.Module:
+    model = Net(lambda _, y: y)
+    model.first.register_forward_hook(lambda module, inputs, output: None)
+    return model
+
+
+def accumulating() -> nn.Module:
+    model = Net(lambda _, y: y)
+    model.last.weight.register_post_accumulate_grad_hook(lambda p: None)
+    return model
+
+
 def parameter_hooked() -> nn.Module:
     model = Net(lambda _, y: y)
     model.last.weight.register_hook(lambda g: g)
@@ -144,6 +156,8 @@ def half_frozen() -> nn.Module:
     ("make", "said"),
     [
         (hooked, "the backward hooks of 'first' are not kept"),
+        (watched, "of the forward hooks of 'first' the slim module has what they compute"),
+        (accumulating, "the hooks on parameters of 'last' are not kept"),
         (parameter_hooked, "the hooks on parameters of 'last' are not kept"),
         (with_extra, "the extra state of 'last'"),
         (lambda: Merging(lambda _, y: y), "the slim module does not have the train() of the Merging"),
