@@ -35,7 +35,7 @@ from fxprune.errors import InputError, TraceError
 from fxprune.passes.compat import OpOverload, assert_true, tree_map
 from fxprune.passes.ir import objects
 from fxprune.passes.ir.constants import evaluate
-from fxprune.passes.ir.nodes import computed_from, sources
+from fxprune.passes.ir.nodes import sources
 from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton
 from fxprune.passes.tracing import aten
@@ -487,7 +487,7 @@ class ShapeTracer(fx.Tracer):
             return
         if counted.by_values(proxy.node, self.skeleton.module):
             raise TraceError(f"{self.here()}: {what} is how many elements of a tensor are true, which only its values say")
-        if any(map(extents.is_read, computed_from(proxy.node))):
+        if extents.reads(proxy.node):
             raise TraceError(f"{self.here()}: {what} depends on the values of a tensor, not only on its shape")
         if extents.depends(proxy.node, self.skeleton.module) is not None:
             self.asked.add(Note(NoteKind.SIZE, f"{what} was specialised to the example inputs", self.here()), self.source)

@@ -271,6 +271,18 @@ def is_read(node: fx.Node) -> bool:
     return any(n.op == "placeholder" for n in computed_from(source))
 
 
+def reads(node: fx.Node) -> bool:
+    """Whether a number is made of one that ``is_read``; the sizes of tensors are sizes, whatever they were made of."""
+    todo, seen = [node], set[fx.Node]()
+    while todo:
+        found = todo.pop()
+        if is_read(found):
+            return True
+        seen.add(found)
+        todo += [n for n in found.all_input_nodes if n not in seen and not isinstance(n.meta.get("val"), torch.Tensor)]
+    return False
+
+
 def _is_given(node: fx.Node) -> bool:
     """Whether a number is an input, or stands in one."""
     within = node.target is operator.getitem and not isinstance(node.args[0].meta["val"], torch.Tensor)  # type: ignore[union-attr]
