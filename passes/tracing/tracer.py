@@ -430,6 +430,8 @@ class ShapeTracer(fx.Tracer):
         value = node.meta["val"]
         if value.numel() != 1 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             return None
+        if not any(n.op == "placeholder" for n in sources(node)):
+            return None
         known = {n: _valued(v) for n, v in self.given.items() if isinstance(v, torch.Tensor) and not (v.is_floating_point() and v.is_meta)}
         before, self.busy = self.busy, True
         try:

@@ -118,7 +118,7 @@ def test_layers_whose_rows_values_pick_are_not_repaired_and_that_is_said(dispatc
         slim = fxprune.compress(model, wanted, batches[0], calibration=batches, repair=repair)
         found = fxprune.record(slim)
         assert bool(found.repaired) >= (wanted == 0.5) and not any("experts" in name for name in found.repaired)
-        assert any("mixture.experts." in note and "rows that values pick" in note for note in found.notes)
+        assert any("mixture.experts." in note and "rows chosen by data" in note for note in found.notes)
 
 
 INNER: dict[str, Callable[[], nn.Module]] = {
