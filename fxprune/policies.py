@@ -19,7 +19,7 @@ from fxprune.zeros import check_graph, removable
 
 FORMAT = "fxprune-policy/1"
 # On these the group names and the choice of units depend. ``units``: group name -> the units that go (``fxprune.index_lists``).
-OPTIONS = ("attention", "blocks", "experts", "ignore", "importance", "norms", "outputs", "parts", "round_to", "units")
+OPTIONS = ("attention", "blocks", "experts", "ignore", "importance", "norms", "outputs", "parts", "past", "round_to", "units")
 
 
 class _Group(Protocol):
