@@ -37,7 +37,7 @@ _OPAQUE = (
 )
 _VALUES = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.Tensor, nn.Parameter})
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
-_SIMPLE = _VALUES - {torch.Tensor, nn.Parameter}
+SIMPLE = _VALUES - {torch.Tensor, nn.Parameter}
 _DEEP, _LONG = 4, 1000  # how far into containers within containers, and up to which length one is searched for others
 
 
@@ -103,7 +103,7 @@ def attributes(value: Any) -> dict[str, Any]:
 
 def has_tensors(value: Any) -> bool:
     """Whether a nested value holds a tensor."""
-    if type(value) in _SIMPLE or (type(value) in (tuple, list) and _SIMPLE.issuperset(map(type, value))):  # sizes of layers, most of them
+    if type(value) in SIMPLE or (type(value) in (tuple, list) and SIMPLE.issuperset(map(type, value))):  # sizes of layers, most of them
         return False
     leaves = tree_leaves(dict(vars(value)) if isinstance(value, BAGS) else value)
     return any(isinstance(leaf, torch.Tensor) or (isinstance(leaf, BAGS) and has_tensors(leaf)) for leaf in leaves)
@@ -112,7 +112,7 @@ def has_tensors(value: Any) -> bool:
 def own_objects(owner: nn.Module, deep: int = _DEEP) -> list[Any]:
     """Plain objects of the user's classes that a module holds as attributes, in containers, and within one another."""
     found: list[Any] = []
-    todo = [(value, deep) for name, value in owner.__dict__.items() if type(value) not in _SIMPLE and name not in _OF_EVERY_MODULE]
+    todo = [(value, deep) for name, value in owner.__dict__.items() if type(value) not in SIMPLE and name not in _OF_EVERY_MODULE]
     while todo:
         value, left = todo.pop()
         inner: Any = ()
@@ -123,7 +123,7 @@ def own_objects(owner: nn.Module, deep: int = _DEEP) -> list[Any]:
         elif is_object(value):
             found += [] if isinstance(value, BAGS) else [value]
             inner = attributes(value).values()
-        todo += [(one, left - 1) for one in inner if type(one) not in _SIMPLE]
+        todo += [(one, left - 1) for one in inner if type(one) not in SIMPLE]
     return found
 
 

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from fxprune.passes.ir.contents import BAGS, CONTAINERS, MAPPINGS, attributes, has_tensors
+from fxprune.passes.ir.contents import BAGS, CONTAINERS, MAPPINGS, SIMPLE, attributes, has_tensors
 from fxprune.passes.tracing.side_effects.bindings import Bindings, bindings, binds_by_name, tree_of
 from fxprune.passes.tracing.side_effects.reachable import Reach, codes, held, reached_from, stored
 
@@ -57,7 +57,7 @@ def forgotten(owner: Any, reach: Reach, outside: Bindings) -> tuple[dict[str, An
     own += [v for v in state.values() if isinstance(v, types.FunctionType)]
     by_name = [bindings(f) for f in own if binds_by_name(f)]
     names: set[str] = set().union(*(stored(f.__code__, "STORE_ATTR") for f in own), *(b.own for b in by_name))
-    tables = tables_of(owner)
+    tables = tables_of(owner) if own or outside.others or outside.computed else set()
     if not outside.others.isdisjoint(tables):
         names |= outside.others
     lazy = {n for n in state if n in reach.names and _is_lazy(cls, n)}
@@ -117,7 +117,7 @@ def forgotten(owner: Any, reach: Reach, outside: Bindings) -> tuple[dict[str, An
 def tables_of(owner: Any) -> set[str]:
     """The attributes of a module or object that hold tensors and are no parameters, nor buffers of its state_dict."""
     state = attributes(owner)
-    found = {n for n in state.keys() - _OF_EVERY_MODULE if has_tensors(state[n])}
+    found = {n for n, v in state.items() if type(v) not in SIMPLE and n not in _OF_EVERY_MODULE and has_tensors(v)}
     kept = state.get("_non_persistent_buffers_set", ())
     return found | {n for n in kept if state["_buffers"].get(n) is not None}
 
