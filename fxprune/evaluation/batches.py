@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.errors import InputError
+from fxprune.errors import InputError, kind_of
 
 Form = Any
 """The example inputs as ``fxprune.example_inputs.describe`` records them; None where they are not known."""
@@ -74,7 +74,7 @@ def _misfit(inputs: Any, wanted: list[tuple[str, list[int], torch.dtype]], form:
     found = list(_found(inputs))
     for one in found:
         if not isinstance(one, (Tensor, bool, int, float, str, type(None))):
-            return f"holds a {type(one).__name__}; pass tensors, as the example inputs are"
+            return f"holds {kind_of(one)}; pass tensors, as the example inputs are"
     tensors = [one for one in found if isinstance(one, Tensor)]
     if not tensors:
         return "holds no tensor; pass inputs as the example has them, or (inputs, targets)" if wanted or form is None else ""

@@ -104,9 +104,10 @@ class Repairer:
         """Repair ``slim``, which ``slimmer`` made, in place. Returns how much was repaired and what could not be, in sentences; what
         was done to each layer is in ``layers``."""
         self.layers = {}
-        before = set(not_finite(slim))
         said = self._method(self, slim, slimmer)
-        if wrong := [name for name in not_finite(slim) if name not in before]:
+        found = not_finite(slim)
+        before = not_finite(self.graph.model) if found else []
+        if wrong := [name for name in found if name not in before]:
             raise EvaluationError(f"repair {self.kind!r} left {wrong[0]!r} with values that are not finite: {self._unfit()}")
         return said
 

@@ -36,7 +36,7 @@ _OPAQUE = (
     fx.Node,
 )
 _VALUES = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.Tensor, nn.Parameter})
-_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 SIMPLE = _VALUES - {torch.Tensor, nn.Parameter}
 _DEEP, _LONG = 4, 1000  # how far into containers within containers, and up to which length one is searched for others
 
@@ -112,7 +112,7 @@ def has_tensors(value: Any) -> bool:
 def own_objects(owner: nn.Module, deep: int = _DEEP) -> list[Any]:
     """Plain objects of the user's classes that a module holds as attributes, in containers, and within one another."""
     found: list[Any] = []
-    todo = [(value, deep) for name, value in owner.__dict__.items() if type(value) not in SIMPLE and name not in _OF_EVERY_MODULE]
+    todo = [(value, deep) for name, value in owner.__dict__.items() if type(value) not in SIMPLE and name not in OF_EVERY_MODULE]
     while todo:
         value, left = todo.pop()
         inner: Any = ()

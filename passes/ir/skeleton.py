@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from fxprune.errors import InputError
 from fxprune.evaluation.copying import WEAK, weakly
 from fxprune.evaluation.wrappers import BOUND, class_of_copy, is_compiled
-from fxprune.passes.ir.contents import CachedFunction, Contents, hooks_back, hooks_of
+from fxprune.passes.ir.contents import OF_EVERY_MODULE, CachedFunction, Contents, hooks_back, hooks_of
 
 _SHARED = (
     type(None),
@@ -50,9 +50,6 @@ _HOOKS = frozenset(
 _VALUES = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
 _PLAIN = frozenset({tuple, list, dict, set, OrderedDict})
 _SEQUENCES = frozenset({tuple, list})
-
-
-_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
 @dataclass(frozen=True)
@@ -209,7 +206,7 @@ class Skeleton:
         for module in self._own:
             contents.add(module._non_persistent_buffers_set)
             for key, value in module.__dict__.items():
-                if key not in _OF_EVERY_MODULE:
+                if key not in OF_EVERY_MODULE:
                     contents.add(value)
         return contents
 
@@ -231,7 +228,7 @@ class Skeleton:
 
     def plain_tensors(self) -> list[torch.Tensor]:
         """The user's tensors that modules hold as plain attributes: the twins have the same."""
-        held = (v for m in self._own for k, v in m.__dict__.items() if k not in _OF_EVERY_MODULE and isinstance(v, torch.Tensor))
+        held = (v for m in self._own for k, v in m.__dict__.items() if k not in OF_EVERY_MODULE and isinstance(v, torch.Tensor))
         return [t for t in dict.fromkeys(held) if not t.is_meta and t.layout is torch.strided and not t.is_quantized]
 
     def set_training(self, mode: bool) -> None:

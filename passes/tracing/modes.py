@@ -5,7 +5,7 @@ What is traced is a structural copy of the user's model on the meta device (``pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 from fxprune.errors import InputError, TraceError
 from fxprune.example_inputs import call_form
 from fxprune.passes.ir.dead_code import eliminate
+from fxprune.passes.ir.nested import tensors
 from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton, Snapshot
 from fxprune.passes.ir.traced import TracedModel
@@ -64,7 +65,7 @@ def trace(
         if difference(found, writing=True) is None and ((other := difference(found, on=another(example))) is None or other.chooses):
             return found
         # What forward keeps is more than a cache: what it computes depends on it.
-        level = KEPT if skeleton.started.level == KEPT else worse(skeleton.started.level)
+        level = worse(skeleton.started.level)
         found = TracedModel(skeleton, {}, {}, opaque=dict(whole or {}))
         add_traced(found, "", example, is_known, has_rule, strict=whole is not None, level=level)
         if level != KEPT:
@@ -106,7 +107,7 @@ def add_traced(
     start from, if what is around the module was traced already.
     """
     skeleton = traced.skeleton
-    device = device or next((t.device for t in _tensors(example) if t.device.type != "meta"), torch.device("cpu"))
+    device = device or next((t.device for t in tensors(example) if t.device.type != "meta"), torch.device("cpu"))
     blocked: dict[str, str] = {}
     prefix = f"{path}:" if path else ""
 
@@ -273,14 +274,3 @@ def _same(a: fx.Graph, b: fx.Graph) -> bool:
         return node.op, node.target, repr(map_arg((node.args, node.kwargs), lambda n: number[n]))
 
     return all(shape(x) == shape(y) for x, y in zip(first, second, strict=True))
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for v in value.values():
-            yield from _tensors(v)
-    elif isinstance(value, (tuple, list)):
-        for v in value:
-            yield from _tensors(v)

@@ -8,14 +8,13 @@ import torch
 from torch import fx, nn
 
 from fxprune.passes.compat import tree_leaves
-from fxprune.passes.ir.contents import is_foreign
+from fxprune.passes.ir.contents import OF_EVERY_MODULE, is_foreign
 from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton, Snapshot
 from fxprune.passes.ir.slim_module import MODES
 from fxprune.passes.tracing.proxies import ShapeProxy
 from fxprune.passes.tracing.recorder import Recorder
 
-_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _NUMBERS = (bool, int, float, str)
 
 
@@ -37,7 +36,7 @@ def keep_state(tracer: Recorder, graph: fx.Graph, before: Snapshot) -> None:
                 bound[tracer.skeleton.tensor_names[id(held)]] = now
             else:
                 _note(tracer, path, key, now)
-        for key in sorted(module.__dict__.keys() - _OF_EVERY_MODULE):
+        for key in sorted(module.__dict__.keys() - OF_EVERY_MODULE):
             now = module.__dict__[key]
             proxies = [leaf for leaf in tree_leaves(now) if isinstance(leaf, ShapeProxy)]
             if proxies or (isinstance(now, _NUMBERS) and state.get(key) != now):
@@ -60,8 +59,8 @@ def lost(skeleton: Skeleton, path: str) -> list[Note]:
         if module._backward_hooks or module._backward_pre_hooks:
             notes.append(Note(NoteKind.LOST, f"the backward hooks of {called} are not kept, and nothing calls them in the slim module"))
         if any(not _is_torchs(hook) for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())):
-            text = f"of the forward hooks of {called} the slim module has what they compute of inputs and outputs"
-            notes.append(Note(NoteKind.LOST, f"{text}, not what they keep elsewhere"))
+            text = f"the slim module keeps what the forward hooks of {called} do to inputs and outputs, but not what they store elsewhere"
+            notes.append(Note(NoteKind.LOST, text))
         weights = [p for p in module._parameters.values() if p is not None]
         if any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in weights):
             notes.append(Note(NoteKind.LOST, f"the hooks on parameters of {called} are not kept"))

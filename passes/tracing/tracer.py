@@ -18,7 +18,7 @@ import threading
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import is_dataclass
 from types import FrameType
@@ -244,9 +244,9 @@ class ShapeTracer(fx.Tracer):
             try:
                 return objects.parts(a, self.create_arg, make, lambda target, args: self.create_node("call_function", target, args, {}))
             except (ValueError, NotImplementedError) as error:
-                code = getattr(inspect.unwrap(self.module.forward), "__code__", None)
-                where = self.here() if code is None else f"{code.co_filename}:{code.co_firstlineno}"
-                raise TraceError(f"{where}: forward returns a {type(a).__name__}, which a graph cannot make: {error}") from error
+                raise TraceError(
+                    f"{_place(self.module) or self.here()}: forward returns a {type(a).__name__}, which a graph cannot make: {error}"
+                ) from error
         if _isinstance(a, dict):
             known = inspect.signature(self.module.forward).parameters
             held = {
@@ -279,11 +279,16 @@ class ShapeTracer(fx.Tracer):
     def _absent(self, name: str, last: bool) -> Any:
         """None, for an input that is. Callers go on passing it, so the graph takes it, and no other value."""
         given = self.graph.create_node("placeholder", name, (None,) if last else (), {})
-        none = self.graph.call_function(operator.is_, (given, None))
-        check = self.graph.call_function(assert_true, (none, f"{name} was None when the module was traced"))
-        for node, value in ((given, None), (none, True), (check, None)):
-            node.meta.update(val=value, where=self.here(), owner=self.path)
+        given.meta.update(val=None, where=self.here(), owner=self.path)
+        self._promise(operator.is_, given, None, f"{name} was None when the module was traced")
         return None
+
+    def _promise(self, holds: Any, node: fx.Node, value: Any, otherwise: str) -> None:
+        """The graph raises ``otherwise`` where what ``node`` gives is another than ``value``, that of the example."""
+        same = self.graph.call_function(holds, (node, value))
+        check = self.graph.call_function(assert_true, (same, otherwise))
+        for made, found in ((same, True), (check, None)):
+            made.meta.update(val=found, where=self.here(), owner=self._owner())
 
     def _say_left_out(self, bound: inspect.BoundArguments) -> None:
         names = [p.name for p in bound.signature.parameters.values() if p.default is not p.empty and p.name not in bound.arguments]
@@ -417,11 +422,11 @@ class ShapeTracer(fx.Tracer):
             self.failed = str(node.target)
             raise TraceError(f"{node.meta['where']}: {node.target} failed on tensors of ones of the example's shapes: {first}") from error
 
-    def actual(self, node: fx.Node) -> Any:
-        """The values of a tensor (or of several) that does not depend on the inputs, or None."""
+    def actual(self, node: fx.Node, given: Mapping[fx.Node, torch.Tensor] | None = None) -> Any:
+        """The values of a tensor (or of several) that depends on no inputs but those that are ``given``, or None."""
         before, self.busy = self.busy, True
         try:
-            return evaluate(node, self._named, {})
+            return evaluate(node, self._named, dict(given or {}))
         finally:
             self.busy = before
 
@@ -433,11 +438,8 @@ class ShapeTracer(fx.Tracer):
         if not any(n.op == "placeholder" for n in sources(node)):
             return None
         known = {n: _valued(v) for n, v in self.given.items() if isinstance(v, torch.Tensor) and not (v.is_floating_point() and v.is_meta)}
-        before, self.busy = self.busy, True
-        try:
-            return evaluate(node, self._named, known)  # type: ignore[no-any-return]
-        finally:
-            self.busy = before
+        found: torch.Tensor | None = self.actual(node, known)
+        return found
 
     def _number(self, node: fx.Node) -> Any:
         known = self.actual(node)
@@ -499,13 +501,8 @@ class ShapeTracer(fx.Tracer):
         if node in self.flags:
             return
         self.flags.add(node)
-        value = node.meta["val"]
-        same = self.graph.call_function(operator.eq, (node, value))
-        check = self.graph.call_function(
-            assert_true, (same, f"{self.here()}: the part {self.path!r} was traced with {what} and takes no other")
-        )
-        for made, found in ((same, True), (check, None)):
-            made.meta.update(val=found, where=self.here(), owner=self._owner())
+        text = f"{self.here()}: the part {self.path!r} was traced with {what} and takes no other"
+        self._promise(operator.eq, node, node.meta["val"], text)
 
     def moves(self, value: Any) -> bool:
         """Whether ``value`` is the proxy of a number that a size of the input enters, or that is an input, or of a tensor of one that
@@ -536,10 +533,8 @@ class ShapeTracer(fx.Tracer):
             text = f"torch.vmap over {count} was specialised to the example inputs"
             self.note(NoteKind.SIZE, f"{text}; the slim module takes no other number", self.here())
             size = self.graph.call_method("size", (given.node, axis))
-            same = self.graph.call_function(operator.eq, (size, count))
-            check = self.graph.call_function(assert_true, (same, f"{self.here()}: {text}, and takes no other number"))
-            for made, found in ((size, count), (same, True), (check, None)):
-                made.meta.update(val=found, where=self.here(), owner=self._owner())
+            size.meta.update(val=count, where=self.here(), owner=self._owner())
+            self._promise(operator.eq, size, count, f"{self.here()}: {text}, and takes no other number")
         return count
 
     def here(self) -> str:
@@ -582,7 +577,8 @@ def _valued(given: torch.Tensor) -> torch.Tensor:
 
 
 def _place(module: nn.Module) -> str:
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    """file:line of its ``forward``; empty where that is no Python code."""
+    code = getattr(inspect.unwrap(module.forward), "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else ""
 
 

@@ -69,7 +69,7 @@ def test_inputs_are_told_from_labels_everywhere(how: dict[str, Any]) -> None:
         ),
         ([images(0)[0]], r"^calibration batch 0 has a tensor of shape \(3, 8, 8\) where the example's has 4 axes"),
         ([images(0)[:0]], "^calibration batch 0 is empty$"),
-        ([images(0).numpy()], "^calibration batch 0 holds a ndarray"),
+        ([images(0).numpy()], "^calibration batch 0 holds an ndarray"),
         ([None], "^calibration batch 0 holds no tensor"),
         ((images(0), LABELS), r"^calibration batch 1 has a tensor of shape \(8,\)"),
         ([((images(0), images(1)), LABELS)], "^calibration batch 0 has 2 tensors as inputs where the example has 1"),

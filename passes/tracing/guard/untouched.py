@@ -15,12 +15,11 @@ from torch import nn
 
 from fxprune.evaluation.repeatable import same_random_numbers
 from fxprune.passes.compat import TorchDispatchMode
-from fxprune.passes.ir.contents import Contents, hooks_back, hooks_of
+from fxprune.passes.ir.contents import OF_EVERY_MODULE, Contents, hooks_back, hooks_of
 from fxprune.passes.ir.nested import tensors
 from fxprune.passes.tracing.side_effects.isolation import ALONE, contents_kept
 from fxprune.passes.tracing.side_effects.reachable import Reach
 
-_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 _LONG = 1000  # containers that are longer hold no state of a forward pass
 
@@ -66,7 +65,7 @@ def _untouched(model: nn.Module, reach: Reach, training: bool) -> Iterator[Unwri
     contents, held, hooks = Contents(), list(model.buffers()), [pair for m in modules for pair in hooks_of(m)]
     for module in modules:
         contents.add(module._non_persistent_buffers_set)  # code may register a buffer on its first call
-        for key in module.__dict__.keys() - _OF_EVERY_MODULE:
+        for key in module.__dict__.keys() - OF_EVERY_MODULE:
             value = module.__dict__[key]
             contents.add(value)
             held += [] if isinstance(value, (list, tuple, dict)) and len(value) > _LONG else tensors(value)

@@ -51,8 +51,8 @@ def past(skeleton: Skeleton, level: str) -> list[History]:
 
 
 def worse(level: str) -> str:
-    """The level after one where what was guessed, or known, was no cache."""
-    return _BEST_FIRST[_BEST_FIRST.index(level) + 1]
+    """The level after one where what was guessed, or known, was no cache; nothing comes after the state as it is."""
+    return _BEST_FIRST[min(_BEST_FIRST.index(level) + 1, len(_BEST_FIRST) - 1)]
 
 
 def _found(skeleton: Skeleton) -> list[History]:

@@ -24,7 +24,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import TraceError
-from fxprune.passes.ir.contents import CONTAINERS, MAPPINGS, CachedFunction, Contents
+from fxprune.passes.ir.contents import CONTAINERS, MAPPINGS, OF_EVERY_MODULE, CachedFunction, Contents
 from fxprune.passes.ir.notes import NoteKind
 from fxprune.passes.tracing.proxies import ShapeAttribute, ShapeProxy, ShapeTuple
 from fxprune.passes.tracing.recorder import Recorder
@@ -37,7 +37,6 @@ from fxprune.passes.tracing.sizes.arithmetic import stand_ins
 ALONE = threading.RLock()  # one trace or comparison at a time in a process: they replace names and set generators
 _isinstance = builtins.isinstance
 _ABSENT = object()
-_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
 @contextlib.contextmanager
@@ -140,7 +139,7 @@ def standing_in(reach: Reach, twins: Mapping[nn.Module, nn.Module]) -> Iterator[
     for owner, name in reach.places.values():
         before.add(held(owner, name))
     for twin in twins.values():
-        for name in twin.__dict__.keys() - _OF_EVERY_MODULE:
+        for name in twin.__dict__.keys() - OF_EVERY_MODULE:
             before.add(twin.__dict__[name])
     with contents_kept(reach), contextlib.ExitStack() as stack:
         stack.callback(before.restore)

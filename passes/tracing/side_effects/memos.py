@@ -18,16 +18,14 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
 
-from fxprune.passes.ir.contents import BAGS, CONTAINERS, MAPPINGS, SIMPLE, attributes, has_tensors
+from fxprune.passes.ir.contents import BAGS, CONTAINERS, MAPPINGS, OF_EVERY_MODULE, SIMPLE, attributes, has_tensors
 from fxprune.passes.tracing.side_effects.bindings import Bindings, bindings, binds_by_name, tree_of
 from fxprune.passes.tracing.side_effects.reachable import Reach, codes, held, reached_from, stored
 
 ABSENT = object()
 UNKNOWN = object()
 _NUMBERS = (bool, int, float)
-_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 # What was read from the source of functions that are still there.
 _known_writes: WeakKeyDictionary[types.FunctionType, list[tuple[str, str]]] = WeakKeyDictionary()
 _known_given: WeakKeyDictionary[types.FunctionType, list[tuple[str, ast.expr | None]] | None] = WeakKeyDictionary()
@@ -117,7 +115,7 @@ def forgotten(owner: Any, reach: Reach, outside: Bindings) -> tuple[dict[str, An
 def tables_of(owner: Any) -> set[str]:
     """The attributes of a module or object that hold tensors and are no parameters, nor buffers of its state_dict."""
     state = attributes(owner)
-    found = {n for n, v in state.items() if type(v) not in SIMPLE and n not in _OF_EVERY_MODULE and has_tensors(v)}
+    found = {n for n, v in state.items() if type(v) not in SIMPLE and n not in OF_EVERY_MODULE and has_tensors(v)}
     kept = state.get("_non_persistent_buffers_set", ())
     return found | {n for n in kept if state["_buffers"].get(n) is not None}
 

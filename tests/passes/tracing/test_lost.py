@@ -156,7 +156,7 @@ def half_frozen() -> nn.Module:
     ("make", "said"),
     [
         (hooked, "the backward hooks of 'first' are not kept"),
-        (watched, "of the forward hooks of 'first' the slim module has what they compute"),
+        (watched, "the slim module keeps what the forward hooks of 'first' do to inputs and outputs, but not what they store"),
         (accumulating, "the hooks on parameters of 'last' are not kept"),
         (parameter_hooked, "the hooks on parameters of 'last' are not kept"),
         (with_extra, "the extra state of 'last'"),
