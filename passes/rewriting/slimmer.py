@@ -505,6 +505,11 @@ class Slimmer:
             args = map_arg(old.args, made.__getitem__)
             if all(isinstance(a, (int, float)) for a in args):
                 return old.target(*args)  # type: ignore[operator]
+        if old.op == "call_method" or old.target is getattr:  # of a number, which Python's own text (16.bit_length()) could not ask for it
+            args = map_arg(old.args, made.__getitem__)
+            if isinstance(args[0], (int, float)):
+                found = getattr(args[0], str(old.target if old.op == "call_method" else args[1]))
+                return found(*args[1:], **old.kwargs) if old.op == "call_method" else found
         return None
 
     def _asserts_channels(self, old: fx.Node, values: Mapping[fx.Node, Any]) -> bool:

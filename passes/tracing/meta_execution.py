@@ -41,7 +41,9 @@ def execute(node: fx.Node, args: Any, kwargs: Any, skeleton: Skeleton) -> Any:
         if target == "to":
             args = tuple("meta" if _is_device(a) else a for a in args)
         return getattr(args[0], target)(*args[1:], **kwargs)
-    if getattr(target, "__name__", "") in FACTORIES + RANDOM_FACTORIES and getattr(torch, target.__name__, None) is not None:
+    name = getattr(target, "__name__", "")
+    drawn_for_tensors = name == "normal" and any(_isinstance(a, torch.Tensor) for a in (*args, *kwargs.values()))  # takes no device
+    if name in FACTORIES + RANDOM_FACTORIES and getattr(torch, name, None) is not None and not drawn_for_tensors:
         kwargs = {**kwargs, "device": "meta"}
     return target(*args, **kwargs)
 

@@ -13,6 +13,7 @@ from fxprune.passes.compat import assert_true
 from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value, values
+from fxprune.passes.rules.computing import zeros
 from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, named
 
@@ -27,6 +28,17 @@ def factory(ctx: LabelContext, node: fx.Node, **_: Any) -> Value:
     shape = tuple(node.meta["val"].shape)
     axes = {a: ctx.fresh("factory", n, soft=True) for a, n in enumerate(shape) if n > 1}
     return ctx.make(node, axes, axes if target_name(node) in ("zeros", "new_zeros") else (), f"it is made by {ctx.op_name()}")
+
+
+def _drawn_sizes(slim: Rewriter, node: fx.Node) -> None:
+    if slim.argument(node, "size") is not None:
+        _factory_sizes(slim, node)
+
+
+@functions(torch.normal, rewrite=_drawn_sizes)
+def drawn(ctx: LabelContext, node: fx.Node, **arguments: Any) -> Any:
+    """One number for each mean and standard deviation, or as many as its size says."""
+    return zeros.elementwise(ctx, node) if values(arguments) else factory(ctx, node)
 
 
 for _name in ("new_zeros", "new_ones", "new_empty", "new_full"):
@@ -96,7 +108,7 @@ def _is_static(ctx: LabelContext, node: fx.Node) -> bool:
     return all(_is_static(ctx, source) for source in node.all_input_nodes)
 
 
-@functions(torch.scalar_tensor, torch.randint, torch.randperm, torch.tril_indices, torch.triu_indices, torch.normal)
+@functions(torch.scalar_tensor, torch.randint, torch.randperm, torch.tril_indices, torch.triu_indices)
 def positions(ctx: LabelContext, node: fx.Node, **_: Any) -> Value:
     """Their values depend on where they stand, so their sizes stay."""
     return ctx.make(node, {}, (), f"it is made by {ctx.op_name()}")

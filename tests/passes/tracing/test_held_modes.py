@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
@@ -116,3 +117,57 @@ def test_a_module_called_in_both_modes_is_named() -> None:
     x = torch.randn(4, 3, 6, 6)
     slim = fxprune.compress(Both().eval(), 0.5, x)
     assert any("'norm.0' in training and in evaluation mode" in note for note in fxprune.record(slim).notes)
+
+
+class OfALayer(nn.Module):
+    """``body`` reads the mode of a layer of torch, or runs one past its ``__call__``."""
+
+    def __init__(self, body: Callable[[OfALayer, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.first, self.last = body, nn.Linear(10, 16), nn.Linear(16, 4)
+        self.bn, self.drop = nn.BatchNorm1d(16), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.last(self.body(self, self.first(x)).relu())
+        assert isinstance(made, Tensor)
+        return made
+
+
+def by_its_flag(net: OfALayer, y: Tensor) -> Tensor:
+    bn = net.bn
+    return F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, 0.1, bn.eps)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        by_its_flag,
+        lambda net, y: net.bn.forward(y),
+        lambda net, y: nn.BatchNorm1d.forward(net.bn, y),
+        lambda net, y: next(iter(map(net.bn.forward, [y]))),
+        lambda net, y: net.bn._call_impl(y),
+        lambda net, y: net.drop.forward(y),
+        lambda net, y: F.dropout(y, net.drop.p, net.drop.training),
+        lambda net, y: F.dropout(y, 0.5, next(net.children()).training),
+        lambda net, y: y * 2 if net.bn.training else net.bn(y),
+    ],
+)
+def test_the_mode_of_a_layer_read_by_code_around_it(body: Callable[[OfALayer, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 10) + 3
+    model = OfALayer(body).eval()
+    slim = fxprune.compress(model, 0.0, x, verify=True)
+    assert gap(model.eval()(x), slim.eval()(x)) < 1e-5
+    model.train(), slim.train()
+    for _ in range(2):
+        torch.manual_seed(1)
+        wanted = model(x)
+        torch.manual_seed(1)
+        assert gap(wanted, slim(x)) < 1e-5
+    torch.testing.assert_close(dict(slim.named_buffers()), dict(model.named_buffers()))
+
+
+def test_a_layer_that_is_called_asks_for_no_second_graph() -> None:
+    slim = fxprune.compress(OfALayer(lambda net, y: net.drop(net.bn(y))), 0.5, torch.randn(8, 10))
+    assert set(fxprune.analyze(OfALayer(lambda net, y: net.drop(net.bn(y))), torch.randn(8, 10)).traced.graphs) == {"eval"}
+    slim.train()(torch.randn(8, 10)).sum().backward()

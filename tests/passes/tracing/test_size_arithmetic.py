@@ -153,3 +153,24 @@ def test_code_that_uses_the_type_itself_is_left_alone() -> None:
     model, x = Net(by_identity).eval(), torch.randn(2, 3, 8, 8)
     slim = fxprune.compress(model, 0.0, x)
     assert gap(model(x), slim(x)) == 0
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda c: c.bit_length(),
+        lambda c: c.real,
+        lambda c: c.numerator,
+        lambda c: c.conjugate(),
+        lambda c: c.as_integer_ratio()[0],
+        lambda c: float((c / 1).is_integer()),
+        lambda c: 1 << (c - 1).bit_length(),
+    ],
+)
+def test_what_a_number_of_channels_is_asked_for(scale: Callable[[Any], Any]) -> None:
+    """It becomes the original's number, of which Python's text asks nothing: ``16.bit_length()`` is no code."""
+    torch.manual_seed(0)
+    net, x = Net(lambda y: y * scale(y.shape[1])).eval(), torch.randn(2, 3, 8, 8)
+    slim = fxprune.compress(net, 0.5, x, verify=True)
+    assert slim.first.out_channels == 8
+    assert gap(zeroed(net, fxprune.record(slim).kept)(x), slim(x)) < 1e-5
