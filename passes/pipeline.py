@@ -343,6 +343,7 @@ def analysed(
     refused: dict[str, str] = {}
     while True:
         traced, values, cause = _traced(model, example_inputs, has_rule, check, refused, parts, past)
+        rules.complete()  # forward itself may have imported torchvision first
         if observe is not None:
             observe("Trace", traced, time.perf_counter() - start)
         carrier = traced_graph(traced)

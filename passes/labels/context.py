@@ -307,7 +307,10 @@ class LabelContext(ParameterLabels):
         """Two sets of labels came to lie on one axis. An index goes if either of its labels does, which two sparsities cannot both
         decide: those that an expansion made yield, of others those with fewer units stay."""
         few, many = sorted((a, b), key=lambda v: (not self.is_soft(np.unique(v)), self.labels.units(v)))
-        self.pin(few, "it is folded into one axis with other channels", ReasonKind.FOLDED)
+        if np.isin(np.unique(few), np.unique(many)).any():  # as in a Gram matrix: an index is a pair of them
+            self.pin(few, "pairs of its channels lie on one axis")
+        else:
+            self.pin(few, "it is folded into one axis with other channels", ReasonKind.FOLDED)
         return many
 
     def is_fixed(self, node: Any, axis: int) -> bool:

@@ -106,7 +106,9 @@ def _is_instance(tracer: Recorder, original: Any) -> Any:
         if kind is ShapeProxy and _isinstance(cls, abc.ABCMeta):  # a proxy has every method, and so is Iterable and all
             return _isinstance(obj.value, cls)
         if kind is ShapeProxy or kind is ShapeAttribute:
-            if not _isinstance(obj, cls) or (_names_proxies(cls) and _by_the_users()):  # code that asks for tracers is to run as without one
+            if not _isinstance(obj, cls) or (
+                _names_proxies(cls) and _by_the_users()
+            ):  # code that asks for tracers is to run as without one
                 return _isinstance(obj.value, cls)
             return True
         return _isinstance(obj, cls)
@@ -347,7 +349,9 @@ def _training(tracer: Recorder, original: Any) -> Any:
         skeleton: Skeleton | None = state.get("_fxprune_skeleton")
         if skeleton is not None:
             skeleton.training_was_read = True
-        elif tracer.recording and module in tracer.skeleton.module_names:  # of a layer: by code around it, or its forward called past its call
+        elif (
+            tracer.recording and module in tracer.skeleton.module_names
+        ):  # of a layer: by code around it, or its forward called past its call
             tracer.skeleton.training_was_read = True
         return state["training"]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import importlib
 import io
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -280,3 +282,40 @@ def test_a_failed_analysis_leaves_the_model_alone() -> None:
         fxprune.analyze(model, torch.randn(2, 4))
     assert before == {n: sorted(vars(m)) for n, m in model.named_modules()} and model.training
     assert torch.zeros(2).shape == (2,) and isinstance(model, nn.Module)  # nothing that tracing patches stays patched
+
+
+def test_an_operation_that_forward_itself_is_the_first_to_import() -> None:
+    """In a process of its own: the first analysis finds the rule as every later one does."""
+    code = """
+import sys, torch, fxprune
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
+    def forward(self, x):
+        from torchvision.ops import roi_align
+        return self.last(roi_align(self.first(x), [torch.tensor([[0.0, 0, 4, 4]])] * x.shape[0], (2, 2)))
+assert "torchvision" not in sys.modules
+print(fxprune.compress(Net().eval(), 0.5, torch.randn(2, 3, 8, 8), verify=True).first.out_channels)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "8"
+
+
+class Gram(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(256, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x).flatten(2)
+        made = self.last((y @ y.mT).flatten(1))
+        assert isinstance(made, torch.Tensor)
+        return made
+
+
+def test_products_of_all_channels_with_all_say_why_they_stay() -> None:
+    found = fxprune.explain(fxprune.analyze(Gram().eval(), torch.randn(2, 3, 8, 8)))
+    assert "pairs of its channels lie on one axis" in str(found)
+    assert "the other channels on that axis can be pruned" not in str(found)

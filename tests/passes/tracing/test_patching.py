@@ -221,9 +221,8 @@ class AsksForProxies(nn.Module):
         super().__init__()
         self.first, self.last = nn.Linear(10, 16), nn.Linear(16, 4)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any) -> Any:
         made = self.last(self.first(x))
-        assert isinstance(made, Tensor)
         return made if isinstance(x, torch.fx.Proxy) else made.softmax(-1)
 
 
