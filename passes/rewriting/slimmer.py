@@ -22,6 +22,7 @@ from fxprune.passes.collector import paused_collector
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.contents import has_tensors
 from fxprune.passes.ir.dead_code import impure
+from fxprune.passes.ir.masks import is_mask
 from fxprune.passes.ir.nodes import op_name, target_name
 from fxprune.passes.ir.notes import Note
 from fxprune.passes.ir.skeleton import at_or_below
@@ -204,8 +205,9 @@ class Slimmer:
             raise UnsupportedError(
                 f"{node.meta.get('where', node.name)}: channels are picked by an index that cannot be renumbered; pass its layer to ignore="
             )
-        new = torch.from_numpy(left_of(node, actual.cpu().numpy() % size, kept)).to(actual.dtype)
-        if self._is_sole_use(index):
+        mask = is_mask(actual)
+        new = actual.cpu()[kept] if mask else torch.from_numpy(left_of(node, actual.cpu().numpy() % size, kept)).to(actual.dtype)
+        if self._is_sole_use(index) and not mask:  # a mask has labels of its own, which say what is cut
             self.renumber[str(index.target)] = new
             return index
         name = f"{self._prefix}_fxprune_index{len(self.constants)}"
