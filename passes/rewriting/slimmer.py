@@ -26,7 +26,7 @@ from fxprune.passes.ir.masks import is_mask
 from fxprune.passes.ir.nodes import op_name, target_name
 from fxprune.passes.ir.notes import Note
 from fxprune.passes.ir.skeleton import at_or_below
-from fxprune.passes.ir.slim_module import MODES, SlimModule
+from fxprune.passes.ir.slim_module import ASKING, MODES, SlimModule
 from fxprune.passes.ir.traced import Surroundings
 from fxprune.passes.ir.writes import is_rewritten_later, written
 from fxprune.passes.labels.values import Value, Vector, values
@@ -280,13 +280,15 @@ class Slimmer:
         return template.blanks.filled(self)
 
     def holding(self, module: SlimModule, prefix: str = "") -> SlimModule:
-        """``module`` with what the user's code holds in a mode of its own below ``prefix``."""
+        """``module`` with what the user's code holds in a mode of its own below ``prefix``, and what asks for its mode there."""
         held = {
             mode: {name.removeprefix(prefix): flag for name, flag in named.items() if name.startswith(prefix)}
             for mode, named in self.skeleton.held.items()
         }
         if any(held.values()):
             module.__dict__[MODES] = held
+        if asking := self.graph.traced.with_modes(prefix.removesuffix(".")):
+            module.__dict__[ASKING] = tuple(tuple(name.removeprefix(prefix).split(".")) for name in asking)
         return module
 
     def _inside(self, node: fx.Node, prefix: str) -> str:
