@@ -38,8 +38,8 @@ class Group:
     ``prunable``, ``reason``: whether units may go, and if not, why. ``notes``: what pruning it changes besides removing channels
     (a statistic over channels); where there are any, the zeroing oracle is not defined for the group. ``undefined``: those of the notes for
     which that holds with ``norms="exact"`` as well. ``experts``: whether the units are experts, among which a router
-    chooses. ``least``: the units that have to stay, as many as the choice takes. ``proved``: the norms with which ``verify`` covers the
-    group.
+    chooses. ``least``: the units that have to stay: as many as the choice takes, or as a variance over them needs. ``proved``: the norms
+    with which ``verify`` covers the group.
     """
 
     name: str
@@ -156,12 +156,18 @@ class CouplingGraph:
                 least[g] = max(least.get(g, 1), units)
         for g in self.groups_along(np.array(sorted(self.gated.labels), dtype=np.int64)) if self.gated else ():
             least.setdefault(g, 1)
+        fewest = dict(least)
+        for vector, count in self._walk.fewest:
+            along, groups_there = len(np.unique(self._unit_of_label[vector])), self.groups_along(vector)
+            units = -(-count * along // len(vector)) if len(groups_there) < count else 1
+            for g in groups_there:
+                fewest[g] = max(fewest.get(g, 1), units)
         for g in np.flatnonzero(made.in_layer).tolist():
             reason = walk.labels.pins[made.reason[g] - 1][1] if made.reason[g] else SINGLE if sizes[g] == 1 else ""
             note = (walk.labels.inexact[made.note[g] - 1][1],) if made.note[g] else ()
             left = (lasting[made.undefined[g] - 1],) if made.undefined[g] else ()
             proved = frozenset(norms for norms in NORMS if not made.unproven[norms][g])
-            groups.append(Group(names[g], int(sizes[g]), not reason, reason, note, left, g, self, least.get(g, 1), g in least, proved))
+            groups.append(Group(names[g], int(sizes[g]), not reason, reason, note, left, g, self, fewest.get(g, 1), g in least, proved))
         self.groups: tuple[Group, ...] = tuple(groups)
         self.by_name = {group.name: group for group in groups}
         self.by_number = {group.number: group for group in groups}

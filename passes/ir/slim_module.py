@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -41,6 +42,7 @@ _FX = frozenset(
 
 
 MODES = "_held_modes"  # attribute: mode of the whole, "train" or "eval" -> the submodules in another one, by name, and their flag
+ASKING = "_asking_modes"  # attribute: the submodules whose own code does something else in training, each as the names that lead to it
 _COPIED = "_user_preserved_attributes"  # where torch.fx looks for the attributes that a copy of a graph module has
 FOLLOWING = "_following"  # attribute that names the plain tensors of a module that move with it
 
@@ -129,6 +131,22 @@ class SlimModule(fx.GraphModule):
             for name in held.keys() & modules.keys():
                 modules[name].training = held[name]
         return self
+
+    def _say_other_modes(self) -> None:
+        """Warn of submodules that are in another mode than the graph has their code in: their layers follow, their code does not."""
+        held = self.__dict__.get(MODES, {}).get("train" if self.training else "eval", {})
+        for names in self.__dict__.get(ASKING, ()):
+            module: Any = self
+            for name in names:
+                module = module._modules.get(name) if module is not None else None
+            path = ".".join(names)
+            if module is not None and module.training != held.get(path, self.training):
+                own, whole = ("training" if flag else "evaluation" for flag in (module.training, self.training))
+                text = (
+                    f"{path!r} is in {own} mode and the network in {whole} mode: its layers follow, but what its own code does by "
+                    f"self.training is part of the graph, and done as in {whole}"
+                )
+                warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     @property
     def borrowed(self) -> bool:
@@ -226,7 +244,7 @@ class SlimModule(fx.GraphModule):
             call = ", ".join(str(n.target) for n in given)
             formal = ["self", *(f"{n.target}={n.args[0]!r}" if n.args else str(n.target) for n in given)]
             source = (
-                f"def forward({', '.join(formal)}):\n"
+                f"def forward({', '.join(formal)}):\n    self._say_other_modes()\n"
                 f"    if self.training:\n        return self._forward_train({call})\n    return self._forward_eval({call})\n"
             )
             cls.forward = forward_from_source(source, {})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from fxprune.passes.ir.notes import Note
 from fxprune.passes.ir.skeleton import Skeleton, below
@@ -70,6 +72,18 @@ class TracedModel:
         found = [p for p in self.parts if p != section and (not section or below(p, section))]
         return [p for p in found if not any(below(p, q) for q in found)]
 
+    def with_modes(self, section: str = "") -> tuple[str, ...]:
+        """The modules within ``section`` whose own code does something else in training: a graph has it as the mode of the whole has it.
+
+        Modules whose code computes as in evaluation there do not count, nor what is a layer of torch and asks for itself.
+        """
+        prefix = f"{section}:" if section else ""
+        if f"{prefix}train" not in self.graphs:
+            return ()
+        done = {mode: Counter(map(_as_written, self.graphs[prefix + mode].nodes)) for mode in ("eval", "train")}
+        differing = (done["eval"] - done["train"]) + (done["train"] - done["eval"])
+        return tuple(sorted({owner for owner, *_ in differing} - {"", section} - self.skeleton.as_in_evaluation.keys()))
+
     @property
     def eval_modes(self) -> list[str]:
         """The names of the graphs that evaluation runs."""
@@ -104,6 +118,12 @@ class Surroundings:
         alone = next((self.traced.no_parts[p] for p in _upwards(path) if p in self.traced.no_parts and below(p, opaque)), "")
         why = f"it is inside {opaque!r}, which could not be traced: {self.traced.opaque[opaque]}"
         return f"{why}; and {alone}" if alone else why
+
+
+def _as_written(node: fx.Node) -> tuple[str, ...]:
+    """The module whose code made a node, and what that says there: the call and its literals."""
+    given = map_arg((node.args, node.kwargs), lambda _: None)
+    return str(node.meta.get("owner") or ""), node.op, str(node.target), repr(given)
 
 
 def _upwards(path: str) -> Iterator[str]:

@@ -49,6 +49,7 @@ class LabelContext(ParameterLabels):
         self.statistics: dict[fx.Node, set[int]] = {}  # axes of the first input along which norms="exact" counts zeros
         self.clashes: list[tuple[Vector, Vector]] = []
         self.choices_among: list[Choice] = []  # top-k over channels, and the softmaxes that the oracle masks
+        self.fewest: list[tuple[Vector, int]] = []  # labels of an axis, and how many have to stay there
         self.gates: list[Gate] = []  # the share of one expert, where it is read alone
         self.gated: Any = None  # the experts that are modules (``coupling.gates.Gated``), once the walk is done
         self.sums: list[Sum] = []  # what an expert adds, where it adds it
@@ -106,6 +107,10 @@ class LabelContext(ParameterLabels):
             self.labels.inexact.append((x.axes[axis], Reason(ReasonKind.STATISTIC, detail, operation=self.op_name(), exact=exact)))
         if exact:
             self.statistics.setdefault(node, set()).add(axis)
+
+    def at_least(self, vector: Vector, count: int) -> None:
+        """What the current node computes along ``vector`` is nothing for fewer than ``count`` channels."""
+        self.fewest.append((vector, count))
 
     def choose(self, node: fx.Node, axis: int, vector: Vector, count: int) -> None:
         """The current node chooses ``count`` of the channels along ``axis`` of its first input. Fewer channels leave it fewer to choose

@@ -144,7 +144,7 @@ def _by_group(graph: CouplingGraph, policy: Mapping[str, float]) -> dict[str, fl
         if group is not None:
             if p > 0 and not group.prunable:
                 raise PolicyError(f"group {key!r} cannot be pruned: {group.reason}; set its sparsity to 0 or leave it out")
-            if (left := group.size - units_removed(p, group.size)) < group.least and group.least > 1:
+            if (left := group.size - units_removed(p, group.size)) < group.least and group.experts and group.least > 1:
                 raise PolicyError(
                     f"group {key!r} would keep {left} of {group.size} experts, and {group.least} are chosen for each token; "
                     f"its sparsity may be {group.most:g} at most"

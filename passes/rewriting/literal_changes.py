@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import fx
 from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.labels.values import Value, Vector
 from fxprune.passes.rewriting.slimmer import Slimmer
-from fxprune.passes.tracing.decompositions import AS_WIDE_AS
+from fxprune.passes.tracing.decompositions import AS_WIDE_AS, FLAT
 
 VIEWS = frozenset({"view", "reshape", "_unsafe_view", "expand", "broadcast_to"})
 SPLITS = frozenset({"split", "chunk", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"})
@@ -65,6 +66,8 @@ def literals(slimmer: Slimmer, mode: str, old: fx.Graph, new: fx.Graph) -> Itera
         if name in SPLITS:
             yield from _parts(slimmer, node, name, known)
             continue
+        if FLAT in node.meta:
+            yield from _flat(slimmer, node, known)
         before, after = list(leaves((node.args, node.kwargs))), list(leaves((made[node].args, made[node].kwargs)))
         if len(before) != len(after):
             continue
@@ -74,7 +77,18 @@ def literals(slimmer: Slimmer, mode: str, old: fx.Graph, new: fx.Graph) -> Itera
                 continue
             along = _axis_of(name, place, node, value, len(before))
             if a != b or along is not None:
-                yield _literal(slimmer, node, name, place, a, b, along)
+                yield _literal(slimmer, node.meta, name, place, a, b, along)
+
+
+def _flat(slimmer: Slimmer, node: fx.Node, known: Mapping[fx.Node, Any]) -> Iterator[Literal]:
+    """The sizes by which the code of a contraction makes its weight flat but for the first axis."""
+    sizes, meta = node.meta[FLAT]
+    weight = known[node.all_input_nodes[-1]]
+    left = [slimmer.count(weight, axis) for axis in range(weight.ndim)]
+    for place, size in enumerate(leaves(sizes)):
+        if is_number(size) and size in (weight.shape[0], math.prod(weight.shape[1:])):
+            new = math.prod(left[1:]) if place else left[0]
+            yield _literal(slimmer, meta, "view", place + 1, size, new, None if place else weight.axes.get(0))
 
 
 def _axis_of(name: str, place: int, node: fx.Node, value: Any, count: int) -> Vector | None:
@@ -99,7 +113,7 @@ def _parts(slimmer: Slimmer, node: fx.Node, name: str, known: Mapping[fx.Node, A
     if name in ("chunk", "unsafe_chunk", "tensor_split"):
         axis = int(dim) % parts[0].ndim
         if len({part.shape[axis] for part in parts}) == len({slimmer.count(part, axis) for part in parts}) == 1:
-            yield _literal(slimmer, node, name, 0, parts[0].shape[axis], slimmer.count(parts[0], axis), parts[0].axes.get(axis), True)
+            yield _literal(slimmer, node.meta, name, 0, parts[0].shape[axis], slimmer.count(parts[0], axis), parts[0].axes.get(axis), True)
         return
     for place, part in enumerate(parts):
         axis = int(dim) % part.ndim
@@ -107,7 +121,7 @@ def _parts(slimmer: Slimmer, node: fx.Node, name: str, known: Mapping[fx.Node, A
         if not isinstance(size, int) or size != part.shape[axis]:
             continue
         at = place if isinstance(sizes, (tuple, list)) else 0  # one number stands for all parts
-        yield _literal(slimmer, node, name, at, size, slimmer.count(part, axis), part.axes.get(axis))
+        yield _literal(slimmer, node.meta, name, at, size, slimmer.count(part, axis), part.axes.get(axis))
 
 
 def _split_arguments(node: fx.Node) -> tuple[Any, Any]:
@@ -118,9 +132,9 @@ def _split_arguments(node: fx.Node) -> tuple[Any, Any]:
 
 
 def _literal(
-    slimmer: Slimmer, node: fx.Node, name: str, place: int, old: int, new: int, along: Vector | None, implied: bool = False
+    slimmer: Slimmer, meta: Mapping[str, Any], name: str, place: int, old: int, new: int, along: Vector | None, implied: bool = False
 ) -> Literal:
-    owner, where = str(node.meta.get("owner") or ""), str(node.meta.get("where") or "forward")
+    owner, where = str(meta.get("owner") or ""), str(meta.get("where") or "forward")
     module = slimmer.skeleton.original_module(owner) if slimmer.skeleton.module_or_none(owner) is not None else slimmer.skeleton.original
     kind = type(module)
     return Literal(owner, where, name, (kind, where, name, place), old, new, along, implied)

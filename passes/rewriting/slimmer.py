@@ -22,10 +22,11 @@ from fxprune.passes.collector import paused_collector
 from fxprune.passes.coupling.graph import CouplingGraph
 from fxprune.passes.ir.contents import has_tensors
 from fxprune.passes.ir.dead_code import impure
+from fxprune.passes.ir.masks import is_mask
 from fxprune.passes.ir.nodes import op_name, target_name
 from fxprune.passes.ir.notes import Note
 from fxprune.passes.ir.skeleton import at_or_below
-from fxprune.passes.ir.slim_module import MODES, SlimModule
+from fxprune.passes.ir.slim_module import ASKING, MODES, SlimModule
 from fxprune.passes.ir.traced import Surroundings
 from fxprune.passes.ir.writes import is_rewritten_later, written
 from fxprune.passes.labels.values import Value, Vector, values
@@ -204,8 +205,9 @@ class Slimmer:
             raise UnsupportedError(
                 f"{node.meta.get('where', node.name)}: channels are picked by an index that cannot be renumbered; pass its layer to ignore="
             )
-        new = torch.from_numpy(left_of(node, actual.cpu().numpy() % size, kept)).to(actual.dtype)
-        if self._is_sole_use(index):
+        mask = is_mask(actual)
+        new = actual.cpu()[kept] if mask else torch.from_numpy(left_of(node, actual.cpu().numpy() % size, kept)).to(actual.dtype)
+        if self._is_sole_use(index) and not mask:  # a mask has labels of its own, which say what is cut
             self.renumber[str(index.target)] = new
             return index
         name = f"{self._prefix}_fxprune_index{len(self.constants)}"
@@ -278,13 +280,15 @@ class Slimmer:
         return template.blanks.filled(self)
 
     def holding(self, module: SlimModule, prefix: str = "") -> SlimModule:
-        """``module`` with what the user's code holds in a mode of its own below ``prefix``."""
+        """``module`` with what the user's code holds in a mode of its own below ``prefix``, and what asks for its mode there."""
         held = {
             mode: {name.removeprefix(prefix): flag for name, flag in named.items() if name.startswith(prefix)}
             for mode, named in self.skeleton.held.items()
         }
         if any(held.values()):
             module.__dict__[MODES] = held
+        if asking := self.graph.traced.with_modes(prefix.removesuffix(".")):
+            module.__dict__[ASKING] = tuple(tuple(name.removeprefix(prefix).split(".")) for name in asking)
         return module
 
     def _inside(self, node: fx.Node, prefix: str) -> str:

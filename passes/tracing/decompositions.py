@@ -5,6 +5,9 @@ projections, views and products whose sizes are ordinary literals of the graph; 
 embedding is heads times head dimension is then gone, and so is the need for a module of its own. A class that is kept calls torch's
 function, so the node of the heads side by side names the query that it must be as wide as (``AS_WIDE_AS``). Functions that a library
 wrapped with ``torch.fx.wrap`` are traced into; where that fails they stay calls.
+
+A product with a weight that is flat but for its first axis contracts the weight as it is (``contract_as_it_is``); the sizes of the
+view that made it flat stand on, for a class that is kept reads them (``FLAT``).
 """
 
 from __future__ import annotations
@@ -15,8 +18,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import fx
+
+from fxprune.passes.ir.nodes import sources, target_name
+from fxprune.passes.ir.writes import is_rewritten
 
 AS_WIDE_AS = "as_wide_as"  # in a node's meta: the name of a node whose last axis torch wants as long as its own
+FLAT = "flat"  # in a node's meta: the sizes of the view that a contraction does without, and the meta of that
 
 
 def _width(x: Any) -> int:
@@ -148,3 +156,53 @@ def unrolled_vmap(
 
 
 OPENERS: dict[Any, Callable[..., Any]] = {F.multi_head_attention_forward: attention_forward}
+
+
+_VIEWS = frozenset({"view", "reshape", "_unsafe_view"})
+
+
+def contract_as_it_is(graph: fx.Graph) -> None:
+    """``(a @ w.view(k, -1)).view(-1, i, 3, 3)``, kernels that are mixed for each sample, becomes the contraction of ``a`` with ``w``.
+
+    Flat, all axes of ``w`` but the first are one, and channels could go along one of them alone. torch computes the same product for both.
+    """
+    for node in list(graph.nodes):
+        weight = _flattened(node)
+        if weight is None or not all(_is_viewed(node, user) for user in node.users):
+            continue
+        (given, flat), product = node.all_input_nodes, node.meta["val"]
+        with graph.inserting_before(node):
+            made = graph.call_function(torch.tensordot, (given, weight), {"dims": 1})
+        shape = (*product.shape[:-1], *weight.meta["val"].shape[1:])
+        made.meta = {**node.meta, "val": torch.empty(shape, dtype=product.dtype, device=product.device)}
+        made.meta[FLAT] = flat.args[1:], {key: flat.meta[key] for key in ("owner", "where")}
+        node.replace_all_uses_with(made)
+
+
+def _flattened(node: fx.Node) -> fx.Node | None:
+    """The weight that ``node`` multiplies something with, of which several axes are one there; None where it does no such thing."""
+    operands = node.args
+    if target_name(node) not in ("mm", "matmul") or node.kwargs or len(operands) != 2 or not all(isinstance(a, fx.Node) for a in operands):
+        return None
+    flat: Any = operands[1]
+    source: Any = flat.args[0] if flat.args else None
+    if operands[0] is flat or target_name(flat) not in (*_VIEWS, "flatten") or not isinstance(source, fx.Node):
+        return None
+    before, after = source.meta.get("val"), flat.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or after.ndim != 2:
+        return None
+    if is_rewritten(source):  # what is flat may be a copy from before
+        return None
+    folded = before.ndim > 2 and before.shape[0] == after.shape[0] and sum(n > 1 for n in before.shape[1:]) > 1
+    # Of a tensor that the input enters the sizes are those of the example.
+    return source if folded and not any(n.op == "placeholder" for n in sources(flat)) else None
+
+
+def _is_viewed(node: fx.Node, user: fx.Node) -> bool:
+    """Whether ``user`` sees ``node`` in a form of its own, or reads a size that a contraction leaves where it is."""
+    if user.args[0] is not node or user.all_input_nodes.count(node) > 1:
+        return False
+    if target_name(user) == "size":
+        # That of every axis is read where code reads one; those that nothing uses do not count.
+        return not user.users or (isinstance(user.args[-1], int) and 0 <= user.args[-1] < node.meta["val"].ndim - 1)
+    return target_name(user) in _VIEWS and not any(isinstance(a, torch.dtype) for a in (*user.args, *user.kwargs.values()))

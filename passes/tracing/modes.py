@@ -5,6 +5,7 @@ What is traced is a structural copy of the user's model on the meta device (``pa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,9 +20,11 @@ from fxprune.passes.ir.nested import tensors
 from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton, Snapshot
 from fxprune.passes.ir.traced import TracedModel
+from fxprune.passes.tracing.decompositions import contract_as_it_is
 from fxprune.passes.tracing.guard.comparison import Comparison, Difference, another, on_meta
 from fxprune.passes.tracing.guard.plain_code import is_plain
 from fxprune.passes.tracing.module_state import hold_modes, keep_state, lost, written_back
+from fxprune.passes.tracing.proxies import ShapeProxy
 from fxprune.passes.tracing.side_effects.gradients import detach
 from fxprune.passes.tracing.side_effects.history import GUESSED, KEPT, KNOWN, History, past, worse
 from fxprune.passes.tracing.side_effects.isolation import remove_left
@@ -232,8 +235,7 @@ def _one(tracer: ShapeTracer, example: Any, training: bool, history: History) ->
     except (TraceError, InputError):
         raise
     except Exception as error:  # the user's forward may raise anything when it meets a proxy
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TraceError(f"{_where(error)}: {type(tracer.skeleton.original).__name__} could not be traced: {first}") from error
+        raise TraceError(f"{_where(error)}: {type(tracer.skeleton.original).__name__} could not be traced: {_said(error)}") from error
     finally:
         tracer.skeleton.restore(original)
         written_back(tracer, plain)
@@ -242,6 +244,7 @@ def _one(tracer: ShapeTracer, example: Any, training: bool, history: History) ->
     for node in graph.find_nodes(op="placeholder"):
         node.meta["val"] = node.meta.pop("given", node.meta["val"])
     detach(tracer, graph)
+    contract_as_it_is(graph)
     eliminate(graph)
     extents.forget(graph)
     return graph
@@ -262,6 +265,22 @@ def _where(error: BaseException) -> str:
             found = f"{file}:{frame.tb_lineno}"
         frame = frame.tb_next
     return found
+
+
+def _said(error: Exception) -> str:
+    """What an error of the user's code says, with what is the matter where code met a proxy in place of a tensor."""
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, TypeError) and first.startswith("descriptor '") and ShapeProxy.__name__ in first:
+        name = first.split("'")[1]
+        return f"torch.Tensor.{name}(x, ...) is a call that a trace cannot follow; write x.{name}(...)"
+    frame = error.__traceback__
+    while frame is not None:
+        code, names = frame.tb_frame.f_code, frame.tb_frame.f_locals
+        if code.co_filename == functools.__file__ and ("dispatch" in code.co_names or "dispatch" in names):
+            why = "functools.singledispatch chooses by the class of an argument, which a trace cannot follow: call the function meant"
+            return f"{first} ({why})"
+        frame = frame.tb_next
+    return first
 
 
 def _same(a: fx.Graph, b: fx.Graph) -> bool:

@@ -96,6 +96,25 @@ def _factory(tracer: Recorder, original: Any) -> Any:
     return record
 
 
+def _maker(tracer: Recorder, original: Any) -> Any:
+    """A factory; in a block of a device it makes its tensors there, unless it is told where."""
+    usual, record = tracer.default_device(), _factory(tracer, original)
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if not tracer.recording:
+            return original(*args, **kwargs)
+        given = args[0].value if args and type(args[0]) is ShapeProxy else args[0] if args else None
+        of_tensors = original is torch.normal and _isinstance(given, torch.Tensor)  # which says where
+        if kwargs.get("device") is None and not of_tensors:
+            device, outside = tracer.devices[-1] if tracer.devices else (None, usual)
+            now = tracer.default_device()
+            if device is not None or now != outside:
+                kwargs["device"] = device if now == outside else now
+        return record(*args, **kwargs)
+
+    return make
+
+
 def _is_instance(tracer: Recorder, original: Any) -> Any:
     """Only the tracing thread has proxies, so it is asked by looking for one: this is called all the time."""
 
@@ -364,7 +383,8 @@ def _training(tracer: Recorder, original: Any) -> Any:
 
 
 PATCHES: tuple[Patch, ...] = (
-    *(Patch(torch, name, _factory) for name in FACTORIES + RANDOM_FACTORIES + LIKE),
+    *(Patch(torch, name, _maker) for name in FACTORIES + RANDOM_FACTORIES),
+    *(Patch(torch, name, _factory) for name in LIKE),
     *(Patch(torch, name, _limits) for name in ("finfo", "iinfo")),
     *(Patch(math, name, recorded) for name in OF_MATH),
     *(Patch(torch, name, _checked) for name in compat.CHECKS),

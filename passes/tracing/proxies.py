@@ -71,6 +71,8 @@ class ShapeProxy(fx.Proxy):
     def _listed(self, entry: Any) -> Any:
         """A mask of one dimension that does not depend on the inputs picks what it picks now; how much that is, no shape could tell. Nor
         could it where the ends of a slice are elements of tensors, as in networks that come from ONNX."""
+        if _isinstance(entry, (list, np.ndarray)) and _is_mask(entry):
+            return np.flatnonzero(entry).tolist()
         if _isinstance(entry, slice):
             return slice(*map(self._known, (entry.start, entry.stop, entry.step)))
         if not _isinstance(entry, ShapeProxy) or not _isinstance(entry.value, torch.Tensor):
@@ -183,6 +185,16 @@ class ShapeProxy(fx.Proxy):
             return int(value.shape[0])
         return len(value)
 
+    def __enter__(self) -> Any:
+        """``with torch.device(x.device)``: what is made in the block is made there."""
+        if not _isinstance(self.value, torch.device):
+            raise TypeError(f"{type(self.value).__name__!r} object does not support the context manager protocol")
+        self.tracer.devices.append((self, self.tracer.default_device()))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.tracer.devices.pop()
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
@@ -209,6 +221,8 @@ class ShapeProxy(fx.Proxy):
         return item in self.value
 
     def __bool__(self) -> bool:
+        if type(self.value) is bool and checks.is_made_again(sys._getframe(1), self.value):
+            return self.value
         try:
             return bool(self._concrete("a condition"))
         except TraceError:
@@ -313,6 +327,13 @@ for _name in ("__mul__", "__rmul__"):
 
 for _operation in AUGMENTED:
     setattr(ShapeProxy, f"__{_operation.__name__}__", _augmented(_operation))
+
+
+def _is_mask(entry: Any) -> bool:
+    """Whether a list or an array is a mask of one dimension: it picks what it picks, and how much that is no shape could tell."""
+    if _isinstance(entry, np.ndarray):
+        return bool(entry.dtype == bool and entry.ndim == 1)
+    return bool(entry) and all(type(one) is bool for one in entry)
 
 
 class ShapeAttribute(ShapeProxy):

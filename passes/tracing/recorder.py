@@ -20,7 +20,8 @@ class Recorder(Protocol):
     Python code has read. ``constants``: attribute name -> tensor that the graph holds beside parameters and buffers. ``busy``: an
     operation runs for its shape, and nothing is recorded meanwhile. ``gradients``: whether the code at work is in no block without them.
     ``own_backward``: the code at work is that of a function with a backward of its own, which has no gradients in it anyway.
-    ``source``: the node being traced, where the module is a graph already.
+    ``source``: the node being traced, where the module is a graph already. ``devices``: those of the blocks at
+    work (``with x.device``), and which torch made tensors on around each.
     """
 
     graph: fx.Graph
@@ -33,6 +34,7 @@ class Recorder(Protocol):
     own_backward: bool
     source: fx.Node | None
     device: torch.device
+    devices: list[tuple[Any, torch.device]]
 
     @property
     def recording(self) -> bool:
@@ -49,6 +51,9 @@ class Recorder(Protocol):
 
     def aside(self, function: Callable[..., Any], args: tuple[Any, ...]) -> fx.Graph:
         """``function(*args)`` traced into a graph of its own, with an input for every proxy in the order in which fx meets them."""
+
+    def default_device(self) -> torch.device:
+        """Where torch makes tensors: in a block of a device, there."""
 
     def shape_of(self, proxy: Any) -> Any:
         """The shape of a tensor's proxy, as a tuple of size proxies."""

@@ -96,7 +96,19 @@ def _waves(
     return input.new_empty(*input.shape[:-2], found, dtype=input.dtype if return_complex else input.dtype.to_real())
 
 
-_MADE: dict[Any, Any] = {torch.istft: _waves, "istft": _waves, pack_padded: _pack, pad_packed: _unpack}
+def _counts(input: torch.Tensor, weights: torch.Tensor | None = None, minlength: int = 0) -> torch.Tensor | None:
+    """How often each number stands in ``input``: as many as the code asks for, which has to be more than the largest. torch has no meta
+    kernel for it."""
+    dtype = torch.int64 if weights is None else weights.dtype if weights.dtype == torch.float32 else torch.float64
+    return input.new_empty(minlength, dtype=dtype) if minlength > 0 else None
+
+
+_MADE: dict[Any, Any] = {
+    **dict.fromkeys((torch.istft, "istft"), _waves),
+    **dict.fromkeys((torch.bincount, "bincount"), _counts),
+    pack_padded: _pack,
+    pad_packed: _unpack,
+}
 
 
 def _rows(a: Any = None, b: Any = None, **named: Any) -> torch.Tensor | None:

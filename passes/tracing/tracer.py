@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import dis
 import functools
 import inspect
 import operator
@@ -90,6 +91,7 @@ class ShapeTracer(fx.Tracer):
         self.busy = False  # running an operation for its shape: nothing is recorded meanwhile
         self.gradients = True  # the code at work is in no block without them
         self.own_backward = False  # the code at work is that of a function with one
+        self.devices: list[tuple[Any, torch.device]] = []  # of the blocks at work, and torch's own around each
         self.returning = False  # forward is through: what is recorded now is its result
         self.thread = threading.get_ident()
         self.stack: list[str] = []  # names of the modules and functions at work, outermost first
@@ -450,6 +452,13 @@ class ShapeTracer(fx.Tracer):
         tensor = self.skeleton.real(name) if tensor is None else tensor
         return tensor if tensor.device.type != "meta" else None
 
+    def default_device(self) -> torch.device:
+        before, self.busy = self.busy, True  # it makes a tensor
+        try:
+            return torch.get_default_device()
+        finally:
+            self.busy = before
+
     def shape_of(self, proxy: ShapeProxy) -> ShapeTuple:
         node = proxy.node
         if node not in self._shapes:
@@ -520,7 +529,7 @@ class ShapeTracer(fx.Tracer):
         """Code loops over a tensor, or over the parts of one."""
         if counted.in_parts_by_values(proxy.node, self.skeleton.module):
             raise TraceError(f"{self.here()}: a loop goes over what is true in a tensor, and only its values say how much that is")
-        count = extents.loop(proxy.node, self.skeleton.module)
+        count = extents.loop(proxy.node, self.skeleton.module, _is_unpacking(sys._getframe(2)))
         if count is not None and any(n.op == "placeholder" for n in sources(proxy.node)):  # all else is as long at any size
             self.note(NoteKind.SIZE, f"loop over a dimension of {count} was specialised to the example inputs", self.here())
 
@@ -595,6 +604,11 @@ def _failure(kind: Any) -> type[TraceError]:
     if caught is None or issubclass(kind, NotImplementedError):  # which says that there is no kernel without values
         return TraceError
     return type("TraceError", (TraceError, caught), {"__module__": TraceError.__module__})
+
+
+def _is_unpacking(frame: FrameType) -> bool:
+    """Whether code has names for what it takes apart: ``a, b = ...``."""
+    return dis.opname[frame.f_code.co_code[frame.f_lasti]] == "UNPACK_SEQUENCE"
 
 
 def _is_flag(node: fx.Node) -> bool:

@@ -15,7 +15,7 @@ from fxprune.passes.labels.context import LabelContext
 from fxprune.passes.labels.values import Value
 from fxprune.passes.rules.computing.elementwise import CASTS, DIVISIONS, ELEMENTWISE
 from fxprune.passes.rules.protocols import Rewriter
-from fxprune.passes.rules.registry import functions
+from fxprune.passes.rules.registry import functions, named
 
 _CHOOSING = frozenset({"topk", "argmax", "max"})
 _BETWEEN = frozenset({*CASTS, *ELEMENTWISE, *DIVISIONS, "truediv", "itruediv", "iadd", "imul", "view", "reshape"})
@@ -80,6 +80,21 @@ def histogram(ctx: LabelContext, node: fx.Node, input: Value, bins: Any = 100, m
     picks = input.picks
     if picks is None or input.axes or (bins, min, max) != (len(picks), 0, len(picks) - 1):
         return ctx.opaque(node, [input], "its values are counted")
+    ctx.followed.append(picks)
+    return ctx.make(node, {0: picks}, (0,))
+
+
+def _lengths(slim: Rewriter, node: fx.Node) -> None:
+    if slim.pruned(node, 0):
+        slim.set_argument(node, "minlength", slim.size(node, 0))
+
+
+@named("bincount", inplace=False, rewrite=_lengths)
+def bincount(ctx: LabelContext, node: fx.Node, input: Value, weights: Value | None = None, minlength: Any = 0) -> Any:
+    """As ``histogram``, of whole numbers."""
+    picks = input.picks
+    if picks is None or input.axes or weights is not None or minlength != len(picks):
+        return ctx.opaque(node, [v for v in (input, weights) if v is not None], "its values are counted")
     ctx.followed.append(picks)
     return ctx.make(node, {0: picks}, (0,))
 

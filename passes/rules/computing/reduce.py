@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx.node import map_arg
 
+from fxprune.errors import UnsupportedError
 from fxprune.passes.ir.nodes import target_name
 from fxprune.passes.labels.choices import BOTH
 from fxprune.passes.labels.context import LabelContext
@@ -65,7 +69,7 @@ def length(ctx: LabelContext, node: fx.Node, input: Value, dim: Any = None, keep
 
 
 @named(
-    *("mean", "nanmean", "amax", "amin", "prod", "var", "std", "var_mean", "std_mean", "logsumexp", "median", "nanmedian"),
+    *("mean", "nanmean", "amax", "amin", "prod", "logsumexp", "median", "nanmedian"),
     *("any", "all", "aminmax"),
     inplace=False,
 )
@@ -75,6 +79,34 @@ def average(ctx: LabelContext, node: fx.Node, input: Value, dim: Any = None, kee
     if median:
         _pin_used_index(ctx, node, input, dims)
     return _reduce(ctx, node, input, dims, keepdim, exact=False, place_free=not median)
+
+
+def _least(named: Mapping[str, Any]) -> int:
+    """How many numbers a variance needs: one more than its correction."""
+    correction = named.get("correction")
+    return 1 + int(named.get("unbiased", True) if correction is None else correction)
+
+
+def _still_spread(slim: Rewriter, node: fx.Node) -> None:
+    """Of one part of a group there may be fewer left than of the whole."""
+    x, dim = slim.value(slim.argument(node, "input")), slim.argument(node, "dim")
+    dims = _dims(x, map_arg(dim, slim.number))
+    least = _least({name: slim.argument(node, name) for name in ("unbiased", "correction") if slim.argument(node, name) is not None})
+    left = math.prod(slim.count(x, axis) for axis in dims)
+    if left < least <= math.prod(x.shape[axis] for axis in dims):
+        where = node.meta.get("where", node.name)
+        raise UnsupportedError(
+            f"{where}: {target_name(node)} needs {least} numbers, and {left} would be left; remove fewer of these channels"
+        )
+
+
+@named("var", "std", "var_mean", "std_mean", inplace=False, rewrite=_still_spread)
+def spread(ctx: LabelContext, node: fx.Node, input: Value, dim: Any = None, keepdim: bool = False, **named: Any) -> Any:
+    dims = _dims(input, dim)
+    for axis in dims & set(input.axes):
+        if math.prod(input.shape[a] for a in dims - {axis}) == 1 and (least := _least(named)) > 1:
+            ctx.at_least(input.axes[axis], least)
+    return _reduce(ctx, node, input, dims, keepdim, exact=False, place_free=True)
 
 
 @named("quantile", "nanquantile", inplace=False)

@@ -10,13 +10,23 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxprune.passes.ir.constants import held
 from fxprune.passes.ir.masks import is_mask
-from fxprune.passes.ir.nodes import computed_from, target_name
+from fxprune.passes.ir.nodes import computed_from, sources, target_name
 from fxprune.passes.ir.reasons import ReasonKind
 from fxprune.passes.labels.context import LabelContext
-from fxprune.passes.labels.values import Value, values
+from fxprune.passes.labels.values import Value, Vector, values
 from fxprune.passes.rules import binding
-from fxprune.passes.rules.moving.indexing import entries_of, picked_by_position, pin_pairs, renumber_index, resolved, rewrite_getitem
+from fxprune.passes.rules.moving.indexing import (
+    axes_of,
+    entries_of,
+    made_for_a_size,
+    picked_by_position,
+    pin_pairs,
+    renumber_index,
+    resolved,
+    rewrite_getitem,
+)
 from fxprune.passes.rules.protocols import Rewriter
 from fxprune.passes.rules.registry import functions, named
 
@@ -30,7 +40,7 @@ def setitem(ctx: LabelContext, node: fx.Node, target: Value, index: Any, value: 
         ctx.combine(target.shape, [v for v in (target, index, value) if isinstance(v, Value)])
         ctx.overwritten(node.args[0], target.zero if _is_zero(value) else ())
         return
-    place = _place(ctx, node, target, index)
+    place = _masked(ctx, node, target, index, value) or _place(ctx, node, target, index)
     if place is None:
         for found in (target, *values((index, value))):
             ctx.pin_all(found, "a part of it is assigned to", ReasonKind.ASSIGNED)
@@ -63,6 +73,31 @@ def _place(ctx: LabelContext, node: fx.Node, target: Value, index: Any) -> tuple
     if stepped and any(isinstance(e, (list, torch.Tensor)) for e in entries):
         return None  # kept channels of a step are listed, and two lists would be taken together
     return ctx.region(node, target, lambda labels: labels[indexed])
+
+
+def _masked(ctx: LabelContext, node: fx.Node, target: Value, index: Any, value: Any) -> tuple[Value, dict[int, int]] | None:
+    """As ``_place``, where one mask says which channels are written (``y[:, mask] = 0``): it goes with them. None elsewhere."""
+    given: Any = node.args[1]
+    raw = entries_of(tuple(given) if isinstance(given, (tuple, list)) else (given,), target.ndim)
+    place = next((i for i, entry in enumerate(raw) if _masks(entry)), None)
+    others = [entry for i, entry in enumerate(raw) if i != place]
+    if place is None or axes_of(raw[place]) != 1 or any(entry is not None and not isinstance(entry, slice) for entry in others):
+        return None
+    axis = sum(entry is not None for entry in raw[:place])
+    source = raw[place]
+    mask, vector, actual = ctx.env[ctx.mode][source], target.axes.get(axis), ctx.real(source)
+    written = _without_ones(value, len(raw)) if isinstance(value, Value) else None
+    along = place - len(raw) + written.ndim if written is not None else -1
+    spans = written is not None and along >= 0 and written.shape[along] != 1
+    if vector is None or (actual is None and spans):
+        return None
+    if 0 in mask.axes and not spans and not held(source) & ctx.traced.read:
+        ctx.unite(vector, mask.axes[0])
+    elif actual is None or made_for_a_size(ctx, source):
+        return None
+    entries = entries_of(tuple(index) if isinstance(index, (tuple, list)) else (index,), target.ndim)
+    entries[place] = actual.cpu().nonzero().flatten() if spans and actual is not None else slice(None)
+    return ctx.region(node, target, lambda labels: labels[tuple(entries)])
 
 
 def _masks(index: Any) -> bool:
@@ -111,14 +146,54 @@ def masked_scatter(ctx: LabelContext, node: fx.Node, input: Value, mask: Value, 
     return ctx.make(node, {last: found[0]} if found else {}, zero, input.why)
 
 
-@named("scatter", "scatter_add", "scatter_reduce")
+def _renumbered(slim: Rewriter, node: fx.Node) -> None:
+    """A constant index into channels: what went is dropped from it, the rest is renumbered."""
+    x = slim.value(slim.argument(node, "input"))
+    name = "index" if slim.argument(node, "index") is not None else "indices"
+    dim = slim.argument(node, "dim")
+    if dim is None:
+        return
+    axis = slim.number(dim) % x.ndim
+    kept = slim.kept(x, axis)
+    if kept is None:
+        return
+    given = slim.argument(node, name)
+    base, _, sizes = _before_expansion(given, axis)
+    index = slim.renumbered(node, base, kept, x.shape[axis])
+    if base is not given:
+        found = [slim.new.call_method("size", s) if isinstance(s, tuple) else s for s in sizes]
+        if base.meta.get("old", base).meta["val"].ndim != len(sizes):
+            index = slim.new.call_method("view", (index, *(-1 if a == axis else 1 for a in range(len(sizes)))))
+        index = slim.new.call_method("expand", (index, *(-1 if a == axis else s for a, s in enumerate(found))))
+    slim.set_argument(node, name, index)
+
+
+@named("scatter", "scatter_add", "scatter_reduce", rewrite=_renumbered)
 def scatter(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Value, **rest: Any) -> Any:
     """``input`` with entries of the source put, or added, at computed positions along ``dim``; the other axes go together."""
     sources = values(rest)
     plain = next((v for v in rest.values() if isinstance(v, (int, float)) and not isinstance(v, bool)), 0)
     if (axis := _where_chosen(ctx, input, dim, index, sources)) is not None:
         return ctx.make(node, {axis: input.axes[axis]}, input.zero, input.why)
+    if (put := _put(ctx, node, input, dim % input.ndim, index, sources, not plain)) is not None:
+        return put
     return _along(ctx, node, input, dim, [index, *sources], sources if not plain else None)
+
+
+def _put(ctx: LabelContext, node: fx.Node, x: Value, axis: int, index: Value, sources: Sequence[Value], zero: bool) -> Value | None:
+    """Slices of the one source, or one number, at channels that a constant names, at all positions beside them: each goes with the channel
+    that it is put to. None elsewhere. ``zero``: no number but zero is put."""
+    slices = [v for v in sources if v.ndim]
+    if len(slices) > 1 or any(v.shape != index.shape or v.axes.keys() - {axis} for v in slices):
+        return None
+    chosen = _row(ctx, node, x, axis, index, "index")
+    if chosen is None or any(n != m for a, (n, m) in enumerate(zip(index.shape, x.shape, strict=True)) if a != axis):
+        return None
+    region = Value(index.shape, {axis: x.axes[axis][chosen]} if len(chosen) > 1 else {}, frozenset(), x.why)
+    if len(chosen) == 1:
+        ctx.pin(x.axes[axis][chosen], "a part of it is assigned to", ReasonKind.ASSIGNED)
+    ctx.combine(region.shape, [region, *slices])
+    return ctx.make(node, x.axes, {axis} if zero and all(axis in v.zero for v in (x, *slices)) else (), x.why)
 
 
 def _where_chosen(ctx: LabelContext, input: Value, dim: int, index: Value, sources: Sequence[Value] = ()) -> int | None:
@@ -158,27 +233,6 @@ def _written_channels(ctx: LabelContext, node: fx.Node, x: Value, dim: int, sour
     return ctx.make(node, x.axes, [a for a in x.axes if not filled and all(a in v.zero for v in (x, *slices))], x.why)
 
 
-def _renumbered(slim: Rewriter, node: fx.Node) -> None:
-    """A constant index into channels: what went is dropped from it, the rest is renumbered."""
-    x = slim.value(slim.argument(node, "input"))
-    name = "index" if slim.argument(node, "index") is not None else "indices"
-    dim = slim.argument(node, "dim")
-    if dim is None:
-        return
-    axis = slim.number(dim) % x.ndim
-    kept = slim.kept(x, axis)
-    if kept is None:
-        return
-    given = slim.argument(node, name)
-    base = _before_expansion(given, axis)
-    index = slim.renumbered(node, base, kept, x.shape[axis])
-    if base is not given:
-        sizes = _sizes_of(given)
-        found = [slim.new.call_method("size", s) if isinstance(s, tuple) else s for s in sizes]
-        index = slim.new.call_method("expand", (index, *(-1 if a == axis else s for a, s in enumerate(found))))
-    slim.set_argument(node, name, index)
-
-
 @named("gather", rewrite=_renumbered, inplace=False)
 def gather(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index: Value, **_: Any) -> Any:
     if (picked := _picked(ctx, node, input, dim, index, "index")) is not None:
@@ -197,22 +251,69 @@ def take_along_dim(ctx: LabelContext, node: fx.Node, input: Value, indices: Valu
     return _along(ctx, node, input, dim, [indices], [], broadcast=True)
 
 
-def _before_expansion(index: Any, axis: int) -> Any:
-    """What ``index`` is an expansion of, along other axes than ``axis``: to sizes that may be the input's."""
-    if not isinstance(index, fx.Node) or target_name(index) not in ("expand", "broadcast_to", "expand_as"):
-        return index
-    base: Any = index.args[0] if index.args else None
-    if base is None:
-        return index
-    before, after = (node.meta.get("old", node).meta["val"].shape for node in (base, index))
-    return base if len(before) == len(after) == len(_sizes_of(index)) and before[axis] == after[axis] else index
+_EXPANSIONS = frozenset({"expand", "broadcast_to", "expand_as", "repeat", "tile"})
+_AS_THEY_ARE = frozenset({"contiguous", "clone", "detach"})
+
+
+def _before_expansion(index: Any, axis: int) -> tuple[Any, int, list[Any]]:
+    """What ``index`` is an expansion of along other axes than ``axis``, to sizes that may be the input's; the axis there; and the sizes,
+    -1 where there is one along an axis already. ``index`` itself where it is no such expansion."""
+    unchanged: tuple[Any, int, list[Any]] = (index, axis, [])
+    if not isinstance(index, fx.Node):
+        return unchanged
+    ndim = _shape(index)[0]
+    sizes: list[Any] = [1] * ndim
+    inner: dict[int, int] = {a: a for a in range(ndim)}  # axes of ``index`` -> those of ``node`` that they are
+    node, expanded = index, False
+    while any(n.op == "placeholder" for n in sources(node)) or target_name(node) in _EXPANSIONS:
+        source: Any = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node):
+            break
+        before, after = _shape(source), _shape(node)
+        if target_name(node) in _EXPANSIONS:
+            given, shift = _sizes_of(node), after[0] - before[0]
+            if len(given) != after[0]:
+                break
+            for outer, place in list(inner.items()):
+                size, own = given[place], place - shift
+                if own >= 0 and (before[1][own] == after[1][place] != 1 or size == -1):
+                    inner[outer] = own
+                elif own < 0 or before[1][own] == 1:
+                    sizes[outer] = size
+                    del inner[outer]
+                else:
+                    return unchanged
+            expanded = True
+        elif target_name(node) == "unsqueeze" and len(node.args) == 2 and isinstance(node.args[1], int):
+            new = node.args[1] % after[0]
+            inner = {outer: place - (place > new) for outer, place in inner.items() if place != new}
+        elif target_name(node) not in _AS_THEY_ARE:
+            break
+        node = source
+    along = inner.get(axis)
+    if not expanded or along is None or any(n.op == "placeholder" for n in sources(node)):
+        return unchanged
+    before = _shape(node)
+    for outer, place in inner.items():
+        if outer != axis:
+            sizes[outer] = -1
+        if outer != axis and before[0] != ndim and before[1][place] != 1:
+            return unchanged
+    plain = before[0] == ndim or math.prod(before[1]) == before[1][along]
+    return (node, along, sizes) if plain and before[1][along] == _shape(index)[1][axis] else unchanged
+
+
+def _shape(node: fx.Node) -> tuple[int, Sequence[int]]:
+    """How many axes a tensor of the original graph has, and its shape; of the slim graph, those of the original's."""
+    shape = node.meta.get("old", node).meta["val"].shape
+    return len(shape), shape
 
 
 def _sizes_of(expansion: fx.Node) -> list[Any]:
     """The sizes that a tensor is expanded to; one of another tensor as that and its axis."""
     given = expansion.args[1:] or tuple(expansion.kwargs.values())
     if target_name(expansion) == "expand_as":
-        return [(given[0], a) for a in range(expansion.meta.get("old", expansion).meta["val"].ndim)]
+        return [(given[0], a) for a in range(_shape(expansion)[0])]
     return list(given[0]) if len(given) == 1 and isinstance(given[0], (tuple, list)) else list(given)
 
 
@@ -224,21 +325,26 @@ def _made_with_sizes(node: fx.Node) -> bool:
 def _picked(ctx: LabelContext, node: fx.Node, x: Value, dim: int, index: Value, name: str) -> Any:
     """Channels that a constant picks, the same for all positions beside them; None where that is not so."""
     axis = dim % x.ndim
-    given: Any = binding.form_of(node).arguments(node.args, node.kwargs).get(name)
-    full = given.meta["val"].shape
-    given = _before_expansion(given, axis)
+    chosen = _row(ctx, node, x, axis, index, name)
+    return None if chosen is None else ctx.make(node, {axis: x.axes[axis][chosen]}, {axis} & x.zero, x.why)
+
+
+def _row(ctx: LabelContext, node: fx.Node, x: Value, axis: int, index: Value, name: str) -> Vector | None:
+    """The channels of ``x`` that a constant names along its one axis of channels, the same for all positions beside them, of which it
+    names all or one; None where that is not so."""
+    full: Any = binding.form_of(node).arguments(node.args, node.kwargs).get(name)
+    given, along, _ = _before_expansion(full, axis)
     actual = ctx.real(given)
-    if axis not in x.axes or actual is None or index.ndim != x.ndim:
+    if set(x.axes) != {axis} or actual is None or index.ndim != x.ndim:
         return None
-    if actual.numel() > actual.shape[axis] and _made_with_sizes(given):
+    if actual.numel() > actual.shape[along] and _made_with_sizes(given):
         return None  # it is as large as the example beside the channels, which no constant may be
-    row = actual.movedim(axis, 0).reshape(actual.shape[axis], -1)
-    if not bool((row == row[:, :1]).all()) or set(x.axes) != {axis}:
+    row = actual.movedim(along, 0).reshape(actual.shape[along], -1)
+    if not bool((row == row[:, :1]).all()):
         return None
-    if any(n not in (1, m) for a, (n, m) in enumerate(zip(full, x.shape, strict=True)) if a != axis):
+    if any(n not in (1, m) for a, (n, m) in enumerate(zip(full.meta["val"].shape, x.shape, strict=True)) if a != axis):
         return None
-    chosen = x.axes[axis][row[:, 0].cpu().numpy()]
-    return ctx.make(node, {axis: chosen}, {axis} & x.zero, x.why)
+    return row[:, 0].cpu().numpy()
 
 
 def _along(

@@ -130,7 +130,7 @@ def picked_by_position(ctx: LabelContext, node: fx.Node, x: Value, raw: Sequence
     return Value(x.shape, axes, x.zero & axes.keys(), Reason(ReasonKind.COMPUTED, f"it comes from {op_name(node, ctx.traced)}"))
 
 
-def _made_for_a_size(ctx: LabelContext, index: fx.Node) -> bool:
+def made_for_a_size(ctx: LabelContext, index: fx.Node) -> bool:
     """Whether the size of the input enters an index of constants: with another size it picks others."""
     return any(isinstance(n.meta.get("val"), int) and not ctx.is_number(n) for n in computed_from(index))
 
@@ -178,7 +178,7 @@ def resolved(ctx: LabelContext, node: fx.Node, x: Value, index: Any, raw: Sequen
         elif isinstance(part, Value):
             actual = ctx.real(source)
             taken, mask = axes_of(source), is_mask(source.meta["val"])
-            if actual is not None and axis in x.axes and _made_for_a_size(ctx, source):
+            if actual is not None and axis in x.axes and made_for_a_size(ctx, source):
                 ctx.pin(x.axes[axis], _MOVING, ReasonKind.COMPUTED_INDEX)
             if mask:
                 done += as_positions(torch.empty(part.shape)) if actual is None else actual.cpu().nonzero(as_tuple=True)
@@ -238,7 +238,10 @@ def _kept_entry(slim: Rewriter, node: fx.Node, entry: Any, kept: Vector, size: i
     if isinstance(entry, int) or (isinstance(entry, fx.Node) and "number" in entry.meta):
         return int((kept < slim.number(entry) % size).sum())
     if isinstance(entry, (list, tuple, range)):
-        return left_of(node, np.asarray(entry) % size, kept).tolist()
+        chosen = np.asarray(entry)
+        return left_of(node, np.flatnonzero(chosen) if chosen.dtype == bool else chosen % size, kept).tolist()
+    if isinstance(entry, fx.Node) and is_mask(entry.meta.get("old", entry).meta.get("val")) and slim.pruned(entry, 0):
+        return entry  # a mask that goes with the channels
     return slim.renumbered(node, entry, kept, size)
 
 
@@ -279,6 +282,6 @@ def index_select(ctx: LabelContext, node: fx.Node, input: Value, dim: int, index
     actual = ctx.real(given)
     if actual is None:
         return ctx.opaque(node, [input, index], "it is indexed by values the graph computes", ReasonKind.COMPUTED_INDEX)
-    if _made_for_a_size(ctx, given):
+    if made_for_a_size(ctx, given):
         ctx.pin(input.axes[axis], _MOVING, ReasonKind.COMPUTED_INDEX)
     return ctx.move(node, input, lambda labels: labels.index_select(axis, actual.cpu()))

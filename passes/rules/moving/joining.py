@@ -40,14 +40,7 @@ def _joined(ctx: LabelContext, node: fx.Node, parts: Sequence[Value], dim: int) 
         if all(axis in p.zero for p in parts):
             zero.add(axis)
     if any(dim in p.axes for p in parts):
-        pieces = []
-        for part in parts:
-            piece = part.axes.get(dim)
-            if piece is None:
-                piece = ctx.fresh("cat", part.shape[dim])
-                ctx.pin(piece, "it is a part of fixed size", because=part.why)
-            pieces.append(piece)
-        axes[dim] = np.concatenate(pieces)
+        axes[dim] = np.concatenate([_piece(ctx, part, dim, "cat") for part in parts])
         if all(dim in p.zero or dim not in p.axes for p in parts):  # a part of fixed size loses nothing
             zero.add(dim)
     return ctx.make(node, axes, zero, parts[0].why)
@@ -115,6 +108,29 @@ def stacked(ctx: LabelContext, node: fx.Node, tensors: Sequence[Value], **_: Any
     if min(dims) > least or name == "hstack":
         return _joined(ctx, node, tensors, min(dim, min(dims) - 1))
     return stack(ctx, node, tensors, dim)
+
+
+@functions(torch.block_diag, torch.functional.block_diag)
+def block_diag(ctx: LabelContext, node: fx.Node, *tensors: Value) -> Any:
+    """Matrices along a diagonal: their rows follow one another, and their columns do."""
+    if any(t.ndim != 2 for t in tensors):
+        return ctx.opaque(node, list(tensors), "rows and matrices are put along a diagonal")
+    axes: dict[int, Vector] = {}
+    zero = []
+    for dim in (0, 1):
+        if any(dim in t.axes for t in tensors):
+            axes[dim] = np.concatenate([_piece(ctx, t, dim, "block_diag") for t in tensors])
+            zero += [dim] if all(dim in t.zero or dim not in t.axes for t in tensors) else []
+    return ctx.make(node, axes, zero, tensors[0].why)
+
+
+def _piece(ctx: LabelContext, part: Value, dim: int, key: str) -> Vector:
+    """The labels of what is joined; those of a part of fixed size stay."""
+    piece = part.axes.get(dim)
+    if piece is None:
+        piece = ctx.fresh(key, part.shape[dim])
+        ctx.pin(piece, "it is a part of fixed size", because=part.why)
+    return piece
 
 
 @functions(torch.broadcast_tensors)

@@ -44,12 +44,27 @@ def elsewhere(ctx: LabelContext, node: fx.Node, x: Value, made: Value, axis: int
         if moved:
             mixed = _stay(x, made, axis, places) and all(before[0] != after[0] for before, after in moved)
             return Elsewhere.IN_OTHER_SAMPLES if mixed else Elsewhere.IN_OTHER_CHANNELS
-        if any(t[source][1:] != x.shape[1:] for t in tried):
+        if any(t[source][1:] != x.shape[1:] for t in tried) or (axis and _is_every_size_tried(ctx, node, tried)):
             return Elsewhere.NOWHERE
     said = _by_what_its_sizes_say(ctx, node, x, axis, places)
     if tried is not None and said is Elsewhere.IN_OTHER_CHANNELS:  # the network takes no other size that was tried
         return Elsewhere.NOT_KNOWN
     return said
+
+
+def _is_every_size_tried(ctx: LabelContext, node: fx.Node, tried: Sequence[Shapes]) -> bool:
+    """Whether each size that the input decides was another in some of what was tried. What is viewed is then known to vary with the
+    batch alone where it did not vary with more: kernels that are made for each sample (``view(b * o, i, k, k)``)."""
+    for given in node.graph.find_nodes(op="placeholder"):
+        value = given.meta["val"]
+        if value is None:
+            continue
+        if not isinstance(value, torch.Tensor):
+            return False
+        for axis, size in enumerate(value.shape):
+            if not ctx.is_fixed(given, axis) and all(t[given][axis] == size for t in tried):
+                return False
+    return True
 
 
 def _stay(x: Value, made: Value, axis: int, places: Sequence[int]) -> bool:

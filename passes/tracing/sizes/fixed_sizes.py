@@ -109,6 +109,9 @@ def _is_fixed(node: fx.Node, value: Any, axis: int, module: Modules) -> bool:
             and axis >= value.ndim - 2
             and (is_fixed(source, -2, module) if axis == value.ndim - 2 else is_fixed(other, -1, module))
         )
+    if name == "tensordot" and node.kwargs.get("dims") == 1:
+        other, kept = node.all_input_nodes[-1], before.ndim - 1
+        return is_fixed(source, axis, module) if axis < kept else is_fixed(other, axis - kept + 1, module)
     if name in _ASKED or name.startswith("new_"):
         return False
     if name == "getitem":
@@ -289,8 +292,22 @@ def _is_given(node: fx.Node) -> bool:
     return (node.op == "placeholder" or within) and isinstance(node.meta.get("val"), (int, float, str))
 
 
-def loop(node: fx.Node, module: Modules) -> int | None:
-    """How many parts ``node`` gives, a tensor or a tuple of parts of one, where the input decides that; None where it does not."""
+def _shares(size: Any, source: fx.Node, dim: int) -> int | None:
+    """Into how many equal parts a split cuts its axis whose size is said as a part of that of the axis (``c // 2``); None of another."""
+    if not isinstance(size, fx.Node) or size.target is not operator.floordiv or type(size.args[1]) is not int:
+        return None
+    whole: Any = size.args[0]
+    if not isinstance(whole, fx.Node) or whole.target != "size" or whole.args[0] is not source:
+        return None
+    ndim = source.meta["val"].ndim
+    return size.args[1] if whole.args[1] % ndim == dim % ndim else None
+
+
+def loop(node: fx.Node, module: Modules, unpacked: bool = False) -> int | None:
+    """How many parts ``node`` gives, a tensor or a tuple of parts of one, where the input decides that; None where it does not.
+
+    ``unpacked``: the code has a name for each part, and so takes as many and no other number.
+    """
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
         return None if is_fixed(node, 0, module) else int(value.shape[0])
@@ -305,4 +322,6 @@ def loop(node: fx.Node, module: Modules) -> int | None:
     if name == "split" and (len(node.args) < 2 or isinstance(node.args[1], (tuple, list))):
         return None  # the sizes of the parts are listed
     dim = node.kwargs.get("dim", given[0] if name == "unbind" and given else given[1] if len(given) > 1 else 0)
+    if unpacked and name == "split" and _shares(node.args[1], source, int(dim)) == len(value):  # type: ignore[arg-type]
+        return None  # with a rest there would be one more, which the code has no name for
     return None if is_fixed(source, int(dim), module) else len(value)  # type: ignore[arg-type]

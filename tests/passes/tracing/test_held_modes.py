@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -117,6 +118,72 @@ def test_a_module_called_in_both_modes_is_named() -> None:
     x = torch.randn(4, 3, 6, 6)
     slim = fxprune.compress(Both().eval(), 0.5, x)
     assert any("'norm.0' in training and in evaluation mode" in note for note in fxprune.record(slim).notes)
+
+
+class Dropping(nn.Module):
+    """Its own code asks for its mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.asks = nn.Conv2d(16, 16, 1), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        if self.training and x.requires_grad:  # which makes no difference
+            x = x.contiguous()
+        return F.dropout(x.relu(), 0.5, self.training)
+
+
+class Plain(Dropping):
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.layer(x).relu()
+        assert isinstance(made, Tensor)
+        return made
+
+
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.drop = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1), nn.Dropout(0.5)
+        self.body, self.plain = nn.Sequential(Dropping()), Plain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.last(self.drop(self.plain(self.body(self.first(x)))))
+        assert isinstance(made, Tensor)
+        return made
+
+
+class InParts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Frozen()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.part(x)
+        return y * 2 if y.sum() > 1e6 else y  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("make", [Frozen, InParts])
+def test_a_module_set_to_another_mode_is_named_where_its_own_code_asks_for_it(make: type[nn.Module]) -> None:
+    x = torch.randn(2, 3, 4, 4)
+    slim = fxprune.compress(make().eval(), 0.5, x)
+    copies = [slim, copy.deepcopy(slim), *([] if make is InParts else [fxprune.compress(slim, 0.0, x), pickle.loads(pickle.dumps(slim))])]
+    for one in copies:
+        part = one.get_submodule("part") if make is InParts else one
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for mode in (True, False):
+                one.train(mode)
+                one(x)
+            one.train()
+            part.get_submodule("drop").eval()
+            part.get_submodule("plain").eval()
+            one(x)
+        for mode in (True, False):
+            one.train(mode)
+            part.get_submodule("body").train(not mode)
+            with pytest.warns(RuntimeWarning, match=r"'body\.0' is in .* mode and the network in"):
+                one(x)
 
 
 class OfALayer(nn.Module):
