@@ -175,6 +175,34 @@ class Memo(Layers):
         return self.grid
 
 
+class Entered:
+    """What the import of a module entered into a registry of the process, which refuses it when it comes again."""
+
+
+ENTERED: set[type] = {Entered}
+UNDER: set[tuple[str, int]] = {("grid", 1)}
+
+
+class MemoBesideARegistry(Memo):
+    """As transformers has it: classes that were entered are in a set of the code's own, so that each is entered once."""
+
+    def table(self, y: Tensor) -> Tensor:
+        if Entered not in ENTERED:
+            ENTERED.add(Entered)
+            raise ValueError("it is entered already")
+        return super().table(y)
+
+
+class MemoBesideAnother(Memo):
+    """The same with what is no class, which might be a cache."""
+
+    def table(self, y: Tensor) -> Tensor:
+        if ("grid", 1) not in UNDER:
+            UNDER.add(("grid", 1))
+            raise ValueError("it is entered already")
+        return super().table(y)
+
+
 class MemoList(Layers):
     def __init__(self) -> None:
         super().__init__()
@@ -476,7 +504,7 @@ class Late(Layers):
 
 KINDS = [LruCache, LruMethod, LruAttribute, LocalImport, LocalModule, InADict]
 KINDS += [GlobalDict, GlobalMemo, ClassDict, Closure, Default]
-KINDS += [Memo, MemoList, MemoLate, MemoDict, MemoObject, MemoBuffer, MemoBesideCode]
+KINDS += [Memo, MemoBesideARegistry, MemoBesideAnother, MemoList, MemoLate, MemoDict, MemoObject, MemoBuffer, MemoBesideCode]
 KINDS += [ByAHelper, BySetattr, ByDict, ByComputedName, ByAFunction, OnAChild, OnTheClass, OnAFunction, InANamespace, InObjects]
 KINDS += [Nonlocal, InGlobals, Properties, Grown, Late]
 
