@@ -12,8 +12,9 @@ from torch.fx.node import map_arg
 
 from fxprune.passes.ir.factories import DETERMINED
 from fxprune.passes.ir.nested import has_tensor
-from fxprune.passes.ir.nodes import computed_from
 from fxprune.passes.ir.writes import is_rewritten, memory, sharing, written
+
+_KINDS = (torch.dtype, torch.device, torch.layout)
 
 
 def evaluate(node: fx.Node, named: Callable[[str], torch.Tensor | None], memo: dict[fx.Node, Any]) -> Any:
@@ -86,5 +87,10 @@ def _run(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
 
 
 def held(node: fx.Node) -> set[str]:
-    """The names of the parameters, buffers and constants that a value is computed from."""
-    return {str(n.target) for n in computed_from(node) if n.op == "get_attr"}
+    """The names of the parameters, buffers and constants that a value is computed from. Who asks one for its dtype reads no value of it."""
+    seen, todo = {node}, [node]
+    for one in todo:  # it grows
+        new = {n for n in one.all_input_nodes if not isinstance(n.meta.get("val"), _KINDS)} - seen
+        seen |= new
+        todo += new
+    return {str(n.target) for n in seen if n.op == "get_attr"}

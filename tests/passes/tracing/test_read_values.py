@@ -81,3 +81,22 @@ def listed(y: Tensor, lengths: Tensor) -> Tensor:
 def test_what_they_decide_is_refused(how: Callable[[Tensor, Tensor], Tensor]) -> None:
     with pytest.raises(TraceError, match=r"test_read_values.py:\d+: .* depends on the values of a tensor"):
         fxprune.analyze(Net(how).eval(), (torch.randn(3, 6, 10), torch.tensor([5, 3, 2])))
+
+
+class Sampled(nn.Module):
+    """As ``torch.distributions`` checks its arguments: numbers of the dtype that a stream has, into which a parameter went."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.position, self.last = nn.Linear(10, 16), nn.Parameter(torch.randn(1, 1, 16)), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.first(x) + self.position
+        scale = torch.full((), 2.0, dtype=y.dtype, device=y.device)
+        return self.last(y * scale if scale > 0 else y)
+
+
+def test_who_asks_for_a_dtype_reads_no_values() -> None:
+    slim = fxprune.compress(Sampled().eval(), 0.5, torch.randn(2, 6, 10), verify=True)
+    assert slim.get_parameter("position").shape == (1, 1, 8)
+    assert not any("position" in note for note in fxprune.record(slim).notes)
