@@ -63,6 +63,27 @@ class LruMethod(Layers):
         return self.grown(y.shape[3])
 
 
+def cached_unless_compiling(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As transformers has it: the cache is what a decorator holds, and under a static method nothing says so."""
+    kept = functools.lru_cache(maxsize=8)(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs) if torch.compiler.is_compiling() else kept(*args, **kwargs)
+
+    return wrapper
+
+
+class LruStatic(Layers):
+    @staticmethod
+    @cached_unless_compiling
+    def grown(length: int, dtype: torch.dtype) -> Tensor:
+        return torch.arange(length, dtype=dtype)
+
+    def table(self, y: Tensor) -> Tensor:
+        return self.grown(y.shape[3], dtype=y.dtype)
+
+
 class LruAttribute(Layers):
     def __init__(self) -> None:
         super().__init__()
@@ -502,7 +523,7 @@ class Late(Layers):
         return self.get_buffer("rows")[: y.shape[2], None] + self.get_buffer("grid")[: y.shape[3]]
 
 
-KINDS = [LruCache, LruMethod, LruAttribute, LocalImport, LocalModule, InADict]
+KINDS = [LruCache, LruMethod, LruStatic, LruAttribute, LocalImport, LocalModule, InADict]
 KINDS += [GlobalDict, GlobalMemo, ClassDict, Closure, Default]
 KINDS += [Memo, MemoBesideARegistry, MemoBesideAnother, MemoList, MemoLate, MemoDict, MemoObject, MemoBuffer, MemoBesideCode]
 KINDS += [ByAHelper, BySetattr, ByDict, ByComputedName, ByAFunction, OnAChild, OnTheClass, OnAFunction, InANamespace, InObjects]
