@@ -12,8 +12,9 @@ from torch.fx.node import map_arg
 
 from fxprune.passes.ir.factories import DETERMINED
 from fxprune.passes.ir.nested import has_tensor
-from fxprune.passes.ir.nodes import computed_from
 from fxprune.passes.ir.writes import is_rewritten, memory, sharing, written
+
+_FORM = frozenset({"size", "dim", "ndimension", "numel", "nelement", "stride"})
 
 
 def evaluate(node: fx.Node, named: Callable[[str], torch.Tensor | None], memo: dict[fx.Node, Any]) -> Any:
@@ -86,5 +87,15 @@ def _run(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
 
 
 def held(node: fx.Node) -> set[str]:
-    """The names of the parameters, buffers and constants that a value is computed from."""
-    return {str(n.target) for n in computed_from(node) if n.op == "get_attr"}
+    """The names of the parameters, buffers and constants that a value is computed from. Who asks one for its form reads no value of it."""
+    seen, todo = {node}, [node]
+    for one in todo:  # it grows
+        new = {n for n in one.all_input_nodes if not _is_form(n)} - seen
+        seen |= new
+        todo += new
+    return {str(n.target) for n in seen if n.op == "get_attr"}
+
+
+def _is_form(node: fx.Node) -> bool:
+    """Whether it asks a tensor for a size, a dtype or a device."""
+    return (node.target is getattr or (node.op == "call_method" and node.target in _FORM)) and not has_tensor(node.meta.get("val"))

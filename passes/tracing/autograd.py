@@ -100,4 +100,11 @@ def _may_change(node: fx.Node) -> bool:
         rule = registry.METHODS.get(str(node.target))
     else:
         return True
-    return rule is not None and rule.rewrite is not None
+    return rule is not None and rule.rewrite is not None and not _is_a_number(node)
+
+
+def _is_a_number(node: fx.Node) -> bool:
+    """Whether it makes a tensor without axes of what is none, as ``torch.tensor(torch.finfo(x.dtype).min)`` does."""
+    value = node.meta.get("val")
+    read = (n.meta.get("val") for n in node.all_input_nodes)
+    return isinstance(value, torch.Tensor) and not value.ndim and not any(isinstance(v, torch.Tensor) for v in read)

@@ -79,5 +79,7 @@ def _found(skeleton: Skeleton) -> list[History]:
         elif start.first or empty or places:
             absent = any(value is ABSENT for _, values in start.first for value in values.values())
             tried += [start, blank] if absent else [start]
+            if start.first and (empty or places):  # what is outside of the modules may be no cache: code may refuse to do it twice
+                tried.append(replace(start, empty=[], places=[]))
     skeleton.has_history = bool(tried)
     return [*tried, History(reach, [], [], [])]

@@ -174,7 +174,10 @@ def caches(reach: Reach) -> list[Any]:
 
 
 def _is_cache(value: Any, how: set[str]) -> bool:
-    """Whether a container that code fills held nothing at first; a table of plain values under names may have been there before."""
+    """Whether a container that code fills held nothing at first; a table of plain values under names may have been there before, and one
+    of classes is a registry: to enter something twice may be an error (``torch.utils._pytree.register_pytree_node``)."""
+    if any(isinstance(k, type) for k in value) and not has_tensors(list(value.values()) if type(value) in MAPPINGS else list(value)):
+        return False
     if type(value) in MAPPINGS:
         return any(not isinstance(k, str) for k in value) or has_tensors(list(value.values()))
     return how == {"grow"} and not any(isinstance(v, str) for v in value)

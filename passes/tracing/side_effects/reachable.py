@@ -79,20 +79,25 @@ def reached_from(cls: type, start: str) -> dict[types.FunctionType, None]:
 
 def plain(value: Any) -> types.FunctionType | None:
     """The Python function behind a method, property, class method or decorator, or None."""
+    *_, last = layers_of(value)
+    return last if isinstance(last, types.FunctionType) else None
+
+
+def layers_of(value: Any) -> Iterator[Any]:
+    """What stands around a Python function, the outermost first, and the function: a decorator keeps its own around what it wraps."""
+    yield value
     for _ in range(8):
         if isinstance(value, (staticmethod, classmethod, types.MethodType)):
             value = value.__func__
         elif isinstance(value, property):
             value = value.fget
-        elif isinstance(value, functools.cached_property):
-            value = value.func
-        elif isinstance(value, functools.partial):
+        elif isinstance(value, (functools.cached_property, functools.partial)):
             value = value.func
         elif isinstance(value, (CachedFunction, types.FunctionType)) and hasattr(value, "__wrapped__"):
             value = value.__wrapped__
         else:
-            break
-    return value if isinstance(value, types.FunctionType) else None
+            return
+        yield value
 
 
 def codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -174,11 +179,9 @@ class _Search:
             if not issubclass(value, nn.Module) and "__init__" in value.__dict__:
                 self.value(value.__dict__["__init__"], value)
             return
-        if isinstance(value, types.FunctionType) and not is_foreign(value):
-            self._function(value, owner)
-        inner = plain(value)
-        if inner is not None and inner is not value and not is_foreign(inner):
-            self._function(inner, owner)
+        for layer in layers_of(value):
+            if isinstance(layer, types.FunctionType) and not is_foreign(layer):
+                self._function(layer, owner)
         if not isinstance(value, (types.FunctionType, types.ModuleType, nn.Module)) and not is_foreign(type(value)):
             self._class(type(value))
 

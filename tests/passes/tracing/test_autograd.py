@@ -50,6 +50,21 @@ class Reversed(torch.autograd.Function):
         return -a * y - b, -a * x - b
 
 
+class Masked(torch.autograd.Function):
+    """As DeBERTa's softmax: it makes a tensor of a number, and writes into what the softmax would keep for its own backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        made = torch.softmax(x.masked_fill(mask, torch.tensor(torch.finfo(x.dtype).min)), 0).masked_fill_(mask, 0)
+        ctx.save_for_backward(made)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (made,) = ctx.saved_tensors
+        return made * (gradient - (gradient * made).sum(0)), None
+
+
 class Mirrored(torch.autograd.Function):
     """The number of channels stands in the code, so the call cannot stay when they go."""
 
@@ -98,6 +113,10 @@ def doubled(x: Tensor) -> Any:
     y = x + 1
     Doubled.apply(y)
     return y
+
+
+def masked(x: Tensor) -> Any:
+    return Masked.apply(x, torch.zeros_like(x[:, :1]) > torch.arange(len(x))[:, None] - 0.5)
 
 
 def mirrored(x: Tensor) -> Any:
@@ -197,7 +216,7 @@ def test_blocks_without_gradients_in_a_forward_whose_backward_is_lost_keep_the_g
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
-@pytest.mark.parametrize("middle", [rounded, reversed_, doubled])
+@pytest.mark.parametrize("middle", [rounded, reversed_, doubled, masked])
 def test_gradients_are_those_of_its_own_backward(middle: Any, sparsity: float) -> None:
     torch.manual_seed(0)
     model, x = Net(middle).eval(), torch.randn(4, 5)

@@ -63,6 +63,27 @@ class LruMethod(Layers):
         return self.grown(y.shape[3])
 
 
+def cached_unless_compiling(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As transformers has it: the cache is what a decorator holds, and under a static method nothing says so."""
+    kept = functools.lru_cache(maxsize=8)(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs) if torch.compiler.is_compiling() else kept(*args, **kwargs)
+
+    return wrapper
+
+
+class LruStatic(Layers):
+    @staticmethod
+    @cached_unless_compiling
+    def grown(length: int, dtype: torch.dtype) -> Tensor:
+        return torch.arange(length, dtype=dtype)
+
+    def table(self, y: Tensor) -> Tensor:
+        return self.grown(y.shape[3], dtype=y.dtype)
+
+
 class LruAttribute(Layers):
     def __init__(self) -> None:
         super().__init__()
@@ -173,6 +194,34 @@ class Memo(Layers):
             self.grid = torch.arange(shape[2] * shape[3]).view(shape[2], shape[3]) / 10
             self.shape = shape
         return self.grid
+
+
+class Entered:
+    """What the import of a module entered into a registry of the process, which refuses it when it comes again."""
+
+
+ENTERED: set[type] = {Entered}
+UNDER: set[tuple[str, int]] = {("grid", 1)}
+
+
+class MemoBesideARegistry(Memo):
+    """As transformers has it: classes that were entered are in a set of the code's own, so that each is entered once."""
+
+    def table(self, y: Tensor) -> Tensor:
+        if Entered not in ENTERED:
+            ENTERED.add(Entered)
+            raise ValueError("it is entered already")
+        return super().table(y)
+
+
+class MemoBesideAnother(Memo):
+    """The same with what is no class, which might be a cache."""
+
+    def table(self, y: Tensor) -> Tensor:
+        if ("grid", 1) not in UNDER:
+            UNDER.add(("grid", 1))
+            raise ValueError("it is entered already")
+        return super().table(y)
 
 
 class MemoList(Layers):
@@ -474,9 +523,9 @@ class Late(Layers):
         return self.get_buffer("rows")[: y.shape[2], None] + self.get_buffer("grid")[: y.shape[3]]
 
 
-KINDS = [LruCache, LruMethod, LruAttribute, LocalImport, LocalModule, InADict]
+KINDS = [LruCache, LruMethod, LruStatic, LruAttribute, LocalImport, LocalModule, InADict]
 KINDS += [GlobalDict, GlobalMemo, ClassDict, Closure, Default]
-KINDS += [Memo, MemoList, MemoLate, MemoDict, MemoObject, MemoBuffer, MemoBesideCode]
+KINDS += [Memo, MemoBesideARegistry, MemoBesideAnother, MemoList, MemoLate, MemoDict, MemoObject, MemoBuffer, MemoBesideCode]
 KINDS += [ByAHelper, BySetattr, ByDict, ByComputedName, ByAFunction, OnAChild, OnTheClass, OnAFunction, InANamespace, InObjects]
 KINDS += [Nonlocal, InGlobals, Properties, Grown, Late]
 

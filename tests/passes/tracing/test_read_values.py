@@ -81,3 +81,42 @@ def listed(y: Tensor, lengths: Tensor) -> Tensor:
 def test_what_they_decide_is_refused(how: Callable[[Tensor, Tensor], Tensor]) -> None:
     with pytest.raises(TraceError, match=r"test_read_values.py:\d+: .* depends on the values of a tensor"):
         fxprune.analyze(Net(how).eval(), (torch.randn(3, 6, 10), torch.tensor([5, 3, 2])))
+
+
+class Sampled(nn.Module):
+    """As ``torch.distributions`` checks its arguments: numbers of the dtype that a stream has, into which a parameter went."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.position, self.last = nn.Linear(10, 16), nn.Parameter(torch.randn(1, 1, 16)), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.first(x) + self.position
+        scale = torch.full((), 2.0, dtype=y.dtype, device=y.device)
+        return self.last(y * scale if scale > 0 else y)
+
+
+class Padded(nn.Module):
+    """As EnCodec pads: the length of a stream and a buffer say by how much."""
+
+    stride: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.position, self.last = nn.Linear(10, 16), nn.Parameter(torch.randn(1, 1, 16)), nn.Linear(16, 4)
+        self.register_buffer("stride", torch.tensor(4), persistent=False)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.first(x) + self.position
+        frames = torch.ceil(y.shape[1] / self.stride).to(torch.int64)
+        missing = frames * self.stride - y.shape[1]
+        return self.last(nn.functional.pad(y, (0, 0, 0, 2)) if missing > 0 else y)
+
+
+@pytest.mark.parametrize("kind", [Sampled, Padded])
+def test_who_asks_for_the_form_of_a_tensor_reads_no_values(kind: type[nn.Module]) -> None:
+    model, x = kind().eval(), torch.randn(2, 6, 10)
+    slim = fxprune.compress(model, 0.5, x, verify=True)
+    assert slim.get_parameter("position").shape == (1, 1, 8)
+    assert not any("'position'" in note or "'first" in note for note in fxprune.record(slim).notes)
+    torch.testing.assert_close(slim(x).shape, model(x).shape)
