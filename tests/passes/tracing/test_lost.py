@@ -195,7 +195,8 @@ def by_class(_: Any, y: Tensor) -> Tensor:
 
 
 def by_match(_: Any, y: Tensor) -> Tensor:
-    match (y, y.shape[1], None):
+    given: Any = (y, y.shape[1], None)
+    match given:
         case (Tensor() as found, int(), None):
             return found * 2
     return y * 0
