@@ -171,16 +171,22 @@ class _Search:
         """Follow a function, class or bound method; anything else is no code."""
         if isinstance(value, type):
             self._class(value)
-            if not issubclass(value, nn.Module) and "__init__" in value.__dict__:
-                self.value(value.__dict__["__init__"], value)
+            for name in ("__new__", "__init__") if not issubclass(value, nn.Module) else ():
+                self.value(value.__dict__.get(name), value)
             return
         if isinstance(value, types.FunctionType) and not is_foreign(value):
             self._function(value, owner)
+        elif isinstance(value, types.FunctionType):  # a decorator of torch's, around a function of the user's
+            for variable, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+                if not _is_empty(cell) and isinstance(cell.cell_contents, CachedFunction):
+                    self.place(cell, variable)
         inner = plain(value)
         if inner is not None and inner is not value and not is_foreign(inner):
             self._function(inner, owner)
         if not isinstance(value, (types.FunctionType, types.ModuleType, nn.Module)) and not is_foreign(type(value)):
             self._class(type(value))
+            if not isinstance(value, type) and callable(value):  # an object that is called by its own name, as a decorator may leave it
+                self.value(getattr(type(value), "__call__", None), type(value))  # noqa: B004
 
     def container(self, value: Any) -> None:
         """Follow the functions that a list holds, or a dictionary under names, whose places they are."""
