@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 # Without a tensor among their arguments fx would not see them: a size there would be turned into a number.
-FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "tensor", "as_tensor", "tril_indices", "triu_indices")
+FACTORIES = (
+    *("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "tril_indices", "triu_indices"),
+    *("tensor", "as_tensor", "asarray"),
+)
 # What is drawn while tracing would be the same at every call.
 RANDOM_FACTORIES = ("rand", "randn", "randint", "randperm", "normal")
 # Older versions of torch look at ``dtype`` before they look for a proxy, and refuse one in its place.

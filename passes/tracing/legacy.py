@@ -74,7 +74,7 @@ def _made(tracer: Recorder, args: tuple[Any, ...], options: dict[str, Any]) -> A
         return tracer.create_proxy("call_function", torch.empty, (sizes,), options)
     (given,) = args
     if _is_tensor(given):
-        return given.detach()
+        return given[...]  # the same memory, and its gradient
     return tracer.create_proxy("call_function", torch.tensor, (given,), {"dtype": torch.get_default_dtype(), **options})
 
 
@@ -84,7 +84,7 @@ def new(proxy: Any, *args: Any, **kwargs: Any) -> Any:
     if sizes is not None:
         return proxy.tracer.create_proxy("call_method", "new_empty", (proxy, sizes or (0,)), kwargs)
     (given,) = args
-    return given.detach() if _is_tensor(given) else proxy.tracer.create_proxy("call_method", "new_tensor", (proxy, given), kwargs)
+    return given[...] if _is_tensor(given) else proxy.tracer.create_proxy("call_method", "new_tensor", (proxy, given), kwargs)
 
 
 def sizes_in(args: tuple[Any, ...]) -> tuple[Any, ...] | None:

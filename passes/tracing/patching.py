@@ -201,13 +201,15 @@ def _mapped(tracer: Recorder, original: Any) -> Any:
 
 
 def _checked(tracer: Recorder, original: Any) -> Any:
-    """A check of tensors or sizes is left out, one of anything else is made at once."""
+    """A check of tensors or sizes is left out of the graph. One of anything but tensors is made at once: a class that is kept makes it."""
 
-    def check(*args: Any, **kwargs: Any) -> None:
+    def check(*args: Any, **kwargs: Any) -> Any:
         if not tracer.recording or compat.find_proxy(args, kwargs) is None:
-            original(*args, **kwargs)
-        else:
-            tracer.note(NoteKind.LOST, checks.NOT_KEPT, tracer.here())
+            return original(*args, **kwargs)
+        known = [a.value if _isinstance(a, ShapeProxy) else a for a in args]
+        if not any(_isinstance(a, torch.Tensor) for a in known):
+            original(*known, **kwargs)
+        return tracer.note(NoteKind.LOST, checks.NOT_KEPT, tracer.here())
 
     return check
 

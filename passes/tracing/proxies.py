@@ -28,6 +28,7 @@ _isinstance = builtins.isinstance
 _STATIC_ATTRIBUTES = frozenset(
     {"ndim", "requires_grad", "layout", "is_sparse", "is_quantized", "is_nested", "grad", "grad_fn", "is_leaf", "names"}
 )
+_ON_DEVICES = frozenset({"is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu"})
 _STATIC_METHODS = frozenset({"dim", "ndimension", "is_floating_point", "is_complex"})
 
 
@@ -96,6 +97,16 @@ class ShapeProxy(fx.Proxy):
     def value(self) -> Any:
         return self.node.meta["val"]
 
+    @property
+    def __class__(self) -> Any:
+        """What code asks for by ``x.__class__``, and what ``match`` and ``singledispatch`` do: the class of the value."""
+        asks = str(sys._getframe(1).f_globals.get("__name__", ""))
+        return type(self) if type(self) is not ShapeProxy or asks.startswith(("torch.", "fxprune.")) else type(self.value)
+
+    @__class__.setter
+    def __class__(self, _: Any) -> None:
+        raise TraceError(f"{self.tracer.here()}: the class of a tensor is set, which a graph cannot keep")
+
     @classmethod
     def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
         args, kwargs = args or (), kwargs or {}
@@ -121,6 +132,8 @@ class ShapeProxy(fx.Proxy):
                 return getattr(value, name)
             if name in _STATIC_METHODS:
                 return getattr(value, name)
+            if name in _ON_DEVICES:  # which code may compare with True by ``is``
+                return self.tracer.device.type == name.removeprefix("is_")
             if name == "type":
                 return partial(legacy.cast, self)
             if name == "new":
@@ -174,9 +187,10 @@ class ShapeProxy(fx.Proxy):
     def __copy__(self) -> Any:
         return self
 
+    @property
     def keys(self) -> Any:
-        """Which fx has a method for: of a dictionary, those on the example, in their order."""
-        return dict.fromkeys(self.value).keys() if _isinstance(self.value, dict) else ShapeAttribute(self, "keys")()
+        """Which fx has a method for: of a dictionary, those on the example, in their order. Code tells tensors from dictionaries by it."""
+        return dict.fromkeys(self.value).keys if _isinstance(self.value, dict) else self.__getattr__("keys")
 
     def __len__(self) -> int:
         value = self.value

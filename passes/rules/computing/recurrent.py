@@ -112,10 +112,12 @@ def cell(
         ctx.read_as_weight(weight)
         ctx.cost(node.name, int(np.prod(input.shape[:-1])) * weight.shape[0] * weight.shape[1], *weight.axes.values())
     for part in (w_ih, w_hh, b_ih, b_hh):
-        if part is None or 0 not in part.axes:
+        if part is None:
             continue
-        if units is None:
-            ctx.pin(part.axes[0], "the cell has a single hidden unit")
+        if 0 not in part.axes:
+            ctx.pin(units, "it meets a weight of fixed size", because=part.why)
+        elif units is None:
+            ctx.pin(part.axes[0], *_lone(w_hh))
         else:
             ctx.unite(part.axes[0], np.tile(units, gates))
     arriving = input.axes.get(input.ndim - 1)
@@ -123,17 +125,28 @@ def cell(
         ctx.pin(w_ih.axes.get(1), "the layer reads channels of fixed size", because=input.why)
     elif 1 in w_ih.axes:
         ctx.unite(w_ih.axes[1], arriving)
+    else:
+        ctx.pin(arriving, "it meets a weight of fixed size", because=w_ih.why)
     for axis in range(input.ndim - 1):
         ctx.pin(input.axes.get(axis), "a recurrent cell runs along it")
-    if units is not None:
-        for state in states:
+    for state in states:
+        if units is not None:
             _state(ctx, state, units)
+        else:
+            ctx.pin(state.axes.get(state.ndim - 1), *_lone(w_hh))
     last = states[0].ndim - 1
     zero = {last} if all(last in s.zero for s in states) else set()  # gates of zero leave a state of zero where it is
     axes = {} if units is None else {last: units}
     if isinstance(node.meta["val"], torch.Tensor):
         return ctx.make(node, axes, zero)
     return tuple(ctx.make(node, axes, zero, "", i) for i in range(len(states)))
+
+
+def _lone(w_hh: Value) -> tuple[str, ReasonKind | None, Reason | None]:
+    """Why the units of a cell stay where the weight that goes from unit to unit has no channels."""
+    if w_hh.shape[1] == 1:
+        return "the cell has a single hidden unit", None, None
+    return "it meets a weight of fixed size", None, w_hh.why
 
 
 def _units(ctx: LabelContext, node: fx.Node, key: str, dim: int, size: int) -> Vector:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -70,25 +71,40 @@ def _picked(slim: Rewriter, node: fx.Node) -> None:
         kept = slim.kept(value, axis)
         if kept is not None:
             made = slim.new.create_node(node.op, node.target, node.args, node.kwargs)
-            node.target, node.args, node.kwargs = operator.getitem, (made, (*[slice(None)] * axis, kept.tolist())), {}
+            node.op, node.target, node.kwargs = "call_function", operator.getitem, {}
+            node.args = (made, (*[slice(None)] * axis, kept.tolist()))
 
 
 @functions(torch.arange, torch.linspace, torch.logspace, torch.eye, rewrite=_picked)
 def counted(ctx: LabelContext, node: fx.Node, **_: Any) -> Value:
     """Numbers made of literals and channel counts alone, one for each channel maybe (the frequencies of a positional encoding)."""
-    static = all(_is_static(ctx, source) for source in node.all_input_nodes)
+    return _counted(ctx, node, node.all_input_nodes)
+
+
+def _counted(ctx: LabelContext, node: fx.Node, given: Sequence[fx.Node]) -> Value:
+    static = all(_is_static(ctx, source) for source in given)
     axes = {a: ctx.fresh("factory", n, soft=True) for a, n in enumerate(node.meta["val"].shape) if n > 1 and static}
     made: Value = ctx.make(node, axes, (), f"it is made by {ctx.op_name()}")
     return made
 
 
-@functions(torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor, rewrite=_picked)
-@named("new_tensor", rewrite=_picked, inplace=False)
+def _given(node: fx.Node) -> list[fx.Node]:
+    """What a tensor is made of; another tensor, which it is made for, has no part in it."""
+    return [n for n in node.all_input_nodes if target_name(node) != "new_tensor" or n is not node.args[0]]
+
+
+def _copied(slim: Rewriter, node: fx.Node) -> None:
+    if not any(isinstance(slim.value(one), Value) for one in _given(node)):  # a tensor has lost its channels already
+        _picked(slim, node)
+
+
+@functions(torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor, rewrite=_copied)
+@named("new_tensor", rewrite=_copied, inplace=False)
 def copied(ctx: LabelContext, node: fx.Node, **arguments: Any) -> Any:
     """A copy of one tensor has its channels; one of literals may hold one number for each channel."""
     given = values({k: v for k, v in arguments.items() if k != "input" or target_name(node) != "new_tensor"})
     if not given:
-        return counted(ctx, node)
+        return _counted(ctx, node, _given(node))
     shape = tuple(node.meta["val"].shape)
     if len(given) == 1 and given[0].shape == shape:
         return ctx.make(node, given[0].axes, given[0].zero, given[0].why)

@@ -37,7 +37,8 @@ def _split_sizes(slim: Rewriter, node: fx.Node) -> None:
     if slim.kept(x, dim) is None:
         return
     parts: Any = [slim.count(part, dim) for part in slim.value(node)]
-    if len(set(parts)) == 1 and not slim.is_fixed(given, dim) and isinstance(slim.argument(node, "chunks"), int):
+    count = slim.argument(node, "chunks", slim.argument(node, "sections"))
+    if len(set(parts)) == 1 and not slim.is_fixed(given, dim) and isinstance(count, (int, fx.Node)):
         return  # equal parts, as many with every batch that may be folded in
     size = slim.argument(node, "split_size", slim.argument(node, "split_size_or_sections"))
     if isinstance(size, (int, fx.Node)) and len(set(parts)) == 1 and not slim.is_fixed(given, dim):
@@ -60,16 +61,22 @@ def split(ctx: LabelContext, node: fx.Node, input: Value, dim: int = 0, **sizes:
     parts = moved(ctx, node, input, **given)
     counted = isinstance(sizes.get("chunks", sizes.get("sections")), int)
     repeated = not counted and ctx.labels.units(input.axes[axis]) < input.shape[axis]
-    if repeated and not ctx.is_fixed(node.all_input_nodes[0], axis) and not _periodic(ctx, node, parts, axis, sizes):
+    folded = not ctx.is_fixed(node.all_input_nodes[0], axis)
+    periodic = (counted or _by_one_size(node, sizes)) and _same_channels(ctx, parts, axis)
+    if repeated and folded and not periodic:
         for part in parts:
             ctx.pin(part.axes.get(axis), "how many parts there are depends on the input", ReasonKind.COMPUTED_INDEX)
+    elif not (folded and periodic):
+        pin_moving(ctx, node, input, axis, "chunks", "sections", "split_size", "split_size_or_sections")
     return parts
 
 
-def _periodic(ctx: LabelContext, node: fx.Node, parts: Any, axis: int, sizes: Mapping[str, Any]) -> bool:
+def _by_one_size(node: fx.Node, sizes: Mapping[str, Any]) -> bool:
+    return target_name(node) in ("split", "unsafe_split") and isinstance(next(iter(sizes.values())), int)
+
+
+def _same_channels(ctx: LabelContext, parts: Any, axis: int) -> bool:
     """Whether all parts are the same channels, so that one size serves however many there are."""
-    if target_name(node) not in ("split", "unsafe_split") or not isinstance(next(iter(sizes.values())), int):
-        return False
     found = [ctx.labels.find(part.axes[axis]) for part in parts if axis in part.axes]
     return len(found) == len(parts) and all(np.array_equal(found[0], other) for other in found)
 

@@ -32,8 +32,8 @@ class Bindings:
 
 
 def tree_of(function: types.FunctionType) -> ast.AST | None:
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    try:  # of its code: ``inspect`` takes a decorated function for the one that it wraps
+        return ast.parse(textwrap.dedent(inspect.getsource(function.__code__)))
     except (OSError, SyntaxError, TypeError, ValueError):  # made by exec, or a lambda in the middle of something
         return None
 

@@ -54,6 +54,8 @@ def _attributes(function: types.FunctionType, held: dict[str, Any], space: dict[
     for name in sorted(names):
         said = _said(tree, name, function.__name__)
         first = first_value(said, space, None) if said is not None else ABSENT
+        if said is None and type(held[name]) in (int, float, bool) and function.__closure__:  # a decorator may have set it, to nothing yet
+            first = type(held[name])()
         if first is not UNKNOWN and not alike(first, held[name]):
             yield held, name, first
 

@@ -1,7 +1,7 @@
 """Blocks without gradients in ``forward``: a graph cannot hold the block, but what leaves it can be detached, which is the same.
 
-Nodes recorded in such a block are marked. What of them a gradient could flow into is detached where code outside reads it, and what they
-write into a buffer is detached before.
+Nodes recorded in such a block are marked. What of them a gradient could flow into is detached where code outside reads it, and those that
+write into a tensor are given it, and what they write, detached.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MARK = "without gradients"
 
 
 def detach(tracer: Recorder, graph: fx.Graph) -> None:
-    """Detach what was computed without gradients. What is written into a tensor with a gradient, or leaves in another form, is noted."""
+    """Detach what was computed without gradients. What leaves in another form is noted."""
     skeleton = tracer.skeleton
     learned: set[fx.Node] = set()
     for node in list(graph.nodes):
@@ -32,13 +32,16 @@ def detach(tracer: Recorder, graph: fx.Graph) -> None:
             continue
         target = written(node, skeleton.module)
         outside = [user for user in node.users if MARK not in user.meta]
-        if target in learned:
-            _say(tracer, node)
-        elif target is not None:
+        if (target is not None or "out" in node.kwargs) and "body" not in node.meta:
             learned.discard(node)
-            for source in node.all_input_nodes:
-                if source is not target and source in learned:
+            for source in node.all_input_nodes:  # the same memory, without a gradient: autograd lets no other be written so
+                if source in learned:
                     node.replace_input_with(source, _detached(graph, source, node))
+            if target in learned and MARK not in target.meta:  # what is given back is the tensor that was there, with its gradient
+                for user in outside:
+                    user.replace_input_with(node, target)
+        elif target in learned:
+            _say(tracer, node)
         elif isinstance(node.meta["val"], torch.Tensor):
             if outside:
                 found = _detached(graph, node, node.next)

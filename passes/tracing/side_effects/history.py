@@ -6,14 +6,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fxprune.passes.ir.contents import attributes, has_tensors, own_objects
+from fxprune.passes.ir.contents import BAGS, attributes, has_tensors, is_object, own_objects
 from fxprune.passes.ir.skeleton import Skeleton
 from fxprune.passes.tracing.recorder import Recorder
-from fxprune.passes.tracing.side_effects.bindings import bound_outside
+from fxprune.passes.tracing.side_effects.bindings import Bindings, bound_outside
 from fxprune.passes.tracing.side_effects.elsewhere import Place, rebound
 from fxprune.passes.tracing.side_effects.isolation import isolated
 from fxprune.passes.tracing.side_effects.memos import ABSENT, caches, forget, forgotten, tables_of
-from fxprune.passes.tracing.side_effects.reachable import Reach, reachable
+from fxprune.passes.tracing.side_effects.reachable import Reach, held, reachable
 
 GUESSED, KNOWN, KEPT = "guessed", "known", "kept"
 _BEST_FIRST = (GUESSED, KNOWN, KEPT)
@@ -55,19 +55,27 @@ def worse(level: str) -> str:
     return _BEST_FIRST[min(_BEST_FIRST.index(level) + 1, len(_BEST_FIRST) - 1)]
 
 
+def _of_objects(reach: Reach, outside: Bindings) -> list[Place]:
+    """What objects hold that code calls by a global name or a closure: ``TABLES.get(n)``, and a decorator that is an object."""
+    found = {id(value): value for value in (held(owner, name) for owner, name in reach.places.values()) if is_object(value)}
+    plain = [one for one in found.values() if not isinstance(one, BAGS) and hasattr(one, "__dict__")]
+    tables = [one for one in plain if has_tensors(list(vars(one).values()))]
+    return [(vars(one), name, first) for one in tables for name, first in forgotten(one, reach, outside)[0].items()]
+
+
 def _found(skeleton: Skeleton) -> list[History]:
     modules = list(skeleton.module_names)
     reach = reachable(modules)
     objects = {id(o): o for m in modules for o in own_objects(m)}
     owners = [*modules, *objects.values()]
-    held = set().union(*map(tables_of, owners), *(one.__dict__ for one in (*reach.classes, *reach.functions)))
-    outside = bound_outside(reach.functions.items(), held)
+    names = set().union(*map(tables_of, owners), *(one.__dict__ for one in (*reach.classes, *reach.functions)))
+    outside = bound_outside(reach.functions.items(), names)
     found = [(owner, *forgotten(owner, reach, outside)) for owner in owners]
     for number in range(len(modules), len(owners)):  # of other objects, what is no tensor may be anything
         owner, *both = found[number]
         known, guessed = ({} if not has_tensors([attributes(owner)[n] for n in one]) else one for one in both)
         found[number] = owner, known, guessed
-    empty, places = caches(reach), rebound(reach, outside)
+    empty, places = caches(reach), [*rebound(reach, outside), *_of_objects(reach, outside)]
     told = History(reach, [(o, one) for o, one, _ in found if one], empty, places, KNOWN)
     guessing = History(reach, [(o, one) for o, _, one in found if one], empty, places, GUESSED)
     starts = [told] if all(one == other for _, one, other in found) else [guessing, told]

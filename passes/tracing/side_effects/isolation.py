@@ -55,12 +55,9 @@ def isolated(tracer: Recorder, reach: Reach, empty: Sequence[Any], first: Sequen
         for owner, name in reach.places.values():
             value = held(owner, name)
             before.add(value)
-            if _isinstance(value, CachedFunction):
+            if (past := _past_caches(value)) is not value:
                 stack.callback(_bind, owner, name, value)
-                _bind(owner, name, _past_cache(value))
-            elif type(value) is functools.partial and _isinstance(value.func, CachedFunction):
-                stack.callback(_bind, owner, name, value)
-                _bind(owner, name, functools.partial(_past_cache(value.func), *value.args, **value.keywords))
+                _bind(owner, name, past)
             elif not _isinstance(value, (type, types.FunctionType, types.ModuleType, property)):
                 stack.callback(_bind, owner, name, value)
         _exchange(reach, before, tracer.skeleton.twins, stack)
@@ -178,6 +175,25 @@ def _bind(owner: Any, name: str, value: Any) -> None:
         owner.cell_contents = value
     else:
         setattr(owner, name, value)
+
+
+def _past_caches(value: Any) -> Any:
+    """What stands for a function with a cache, in whatever it is wrapped; anything else as it is."""
+    if _isinstance(value, CachedFunction):
+        return _past_cache(value)
+    kind: Any = type(value)
+    inner = {functools.partial: "func", property: "fget"}.get(kind, "__func__")
+    if kind not in (functools.partial, property, staticmethod, classmethod, types.MethodType):
+        return value
+    held_in = getattr(value, inner)
+    past = _past_caches(held_in)
+    if past is held_in:
+        return value
+    if kind is functools.partial:
+        return functools.partial(past, *value.args, **value.keywords)
+    if kind is property:
+        return value.getter(past)
+    return types.MethodType(past, value.__self__) if kind is types.MethodType else kind(past)
 
 
 def _past_cache(cached: Any) -> Any:

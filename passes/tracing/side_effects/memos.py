@@ -168,7 +168,7 @@ def caches(reach: Reach) -> list[Any]:
         code = function.__code__
         given = code.co_varnames[: code.co_argcount][-len(function.__defaults__ or ()) or code.co_argcount :]
         defaults = {**dict(zip(given, function.__defaults__ or (), strict=True)), **(function.__kwdefaults__ or {})}
-        full += [(name, value) for name, value in defaults.items() if type(value) in CONTAINERS and value]
+        full += [(n, v) for n, v in (*defaults.items(), *function.__dict__.items()) if type(v) in CONTAINERS and v]
     filled = _filled(reach.functions, {name for name, _ in full})
     return [value for name, value in full if name in filled and _is_cache(value, filled[name])]
 

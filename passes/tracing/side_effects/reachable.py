@@ -176,14 +176,20 @@ class _Search:
         """Follow a function, class or bound method; anything else is no code."""
         if isinstance(value, type):
             self._class(value)
-            if not issubclass(value, nn.Module) and "__init__" in value.__dict__:
-                self.value(value.__dict__["__init__"], value)
+            for name in ("__new__", "__init__") if not issubclass(value, nn.Module) else ():
+                self.value(value.__dict__.get(name), value)
             return
         for layer in layers_of(value):
             if isinstance(layer, types.FunctionType) and not is_foreign(layer):
                 self._function(layer, owner)
+            elif isinstance(layer, types.FunctionType):  # a decorator of torch's, around a function of the user's
+                for variable, cell in zip(layer.__code__.co_freevars, layer.__closure__ or (), strict=True):
+                    if not _is_empty(cell) and isinstance(cell.cell_contents, CachedFunction):
+                        self.place(cell, variable)
         if not isinstance(value, (types.FunctionType, types.ModuleType, nn.Module)) and not is_foreign(type(value)):
             self._class(type(value))
+            if not isinstance(value, type) and callable(value):  # an object that is called by its own name, as a decorator may leave it
+                self.value(getattr(type(value), "__call__", None), type(value))  # noqa: B004
 
     def container(self, value: Any) -> None:
         """Follow the functions that a list holds, or a dictionary under names, whose places they are."""

@@ -79,7 +79,7 @@ def _is_fixed(node: fx.Node, value: Any, axis: int, module: Modules) -> bool:
     if name == "einsum" and isinstance(source, str):
         return _summed(source, node.args[1:], value.shape[axis], axis, module)
     if not isinstance(source, fx.Node):
-        return name in ("tensor", "as_tensor") or _met(node, value, axis, module)  # as long as the list that stands there
+        return name in ("tensor", "as_tensor", "asarray") or _met(node, value, axis, module)  # as long as the list that stands there
     before, given = source.meta.get("val"), listed(node.args[1:])
     if name == "getitem" and isinstance(before, (tuple, list)):
         return _part(source, value.ndim, axis, node.args[1], module)

@@ -81,8 +81,22 @@ def selected(net: Folded, y: Tensor) -> Tensor:
     return y.view(b * c, h, w).index_select(0, torch.arange(b * c - 1, -1, -1)).view(b, c, h, w)
 
 
+def chunks(net: Folded, y: Tensor) -> Tensor:
+    """As many parts as there are samples."""
+    return torch.stack(y.flatten(0, 1).chunk(y.shape[0]))
+
+
+def sections(net: Folded, y: Tensor) -> Tensor:
+    return torch.stack(torch.tensor_split(y.flatten(0, 1), len(y), dim=0))
+
+
+def parts_by_height(net: Folded, y: Tensor) -> Tensor:
+    """As many parts of the channels as there are rows."""
+    return y + y.chunk(y.shape[2], dim=1)[0].mean(1, keepdim=True)
+
+
 Middle = Callable[[Folded, Tensor], Tensor]
-PRUNED: list[Middle] = [depthwise_over_the_batch, one_filter, lengths, transposed, largest, offsets]
+PRUNED: list[Middle] = [depthwise_over_the_batch, one_filter, lengths, transposed, largest, offsets, chunks, sections]
 KEPT: dict[Middle, str] = {
     sampled: "it meets a tensor of fixed size",
     counted: "the size of the input decides",
@@ -105,3 +119,9 @@ def test_other_sizes_than_one(middle: Middle, shape: tuple[int, ...]) -> None:
         for other in (x, torch.randn(1, 3, 4, 5), torch.randn(3, 3, 4, 5), torch.randn(2, 3, 1, 6), torch.randn(3, 3, 1, 1)):
             assert gap(zeroed(model, kept)(other), slim(other)) < 1e-4
     assert not [note for note in fxprune.record(slim).notes if "specialised" in note]
+
+
+def test_as_many_parts_of_the_channels_as_there_are_rows() -> None:
+    graph = fxprune.analyze(Folded(parts_by_height), torch.randn(2, 3, 4, 5))
+    groups = [g for g in graph.groups if g.name.startswith("first[")]
+    assert groups and all("the size of the input decides" in str(g.reason) for g in groups)

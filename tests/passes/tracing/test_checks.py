@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.errors import TraceError
+from fxprune.errors import TraceError, UnsupportedError
 from fxprune.passes.ir.notes import NoteKind
 from fxprune.testing import assert_sound
 
@@ -130,3 +130,15 @@ def test_a_branch_that_raises_for_the_arguments_of_the_example() -> None:
     for given in ((x,), (x, torch.ones(2, 5, 8), x)):  # here the branches do something
         with pytest.raises(TraceError, match=r"test_checks.py:\d+: a condition depends on the values"):
             fxprune.analyze(model, given)
+
+
+def of_channels(_: Tensor, y: Tensor) -> Tensor:
+    torch._check(y.shape[2] == 8, lambda: "eight channels")
+    return y
+
+
+def test_a_class_whose_checks_ask_for_its_channels_is_not_kept() -> None:
+    model, x = Checked(of_channels).eval(), torch.randn(2, 5, 6)
+    assert fxprune.compress(model, 0.5, x)(x).shape == (2, 5, 3)
+    with pytest.raises(UnsupportedError, match="eight channels"):
+        fxprune.compress(model, 0.5, x, keep_class=True)

@@ -77,7 +77,41 @@ def turned(net: Any, y: Tensor) -> Any:
     return w + z
 
 
-HOW = (in_no_grad, in_set_grad, as_a_function, in_inference_mode, as_a_decorator, with_gradients_within, running_mean, turned)
+def written(_: Any, y: Tensor) -> Any:
+    with torch.no_grad():
+        y[:, :, 0].mul_(2.0)
+    return y
+
+
+def written_and_returned(_: Any, y: Tensor) -> Any:
+    with torch.no_grad():
+        z = y.add_(1.0)
+    return z
+
+
+def into_a_tensor_of_its_own(net: Any, y: Tensor) -> Any:
+    with torch.no_grad():
+        found = torch.empty_like(y)
+        torch.mul(y, net.gain, out=found)
+    return y + found
+
+
+def into_its_input(net: Any, y: Tensor) -> Any:
+    with torch.no_grad():
+        torch.add(y, net.mean, alpha=2, out=y)
+    return y
+
+
+def into_a_parameter(net: Any, y: Tensor) -> Any:
+    with torch.no_grad():
+        net.gain.clamp_(0.5, 0.9)
+    return y * net.gain
+
+
+HOW = (
+    *(in_no_grad, in_set_grad, as_a_function, in_inference_mode, as_a_decorator, with_gradients_within, running_mean, turned),
+    *(written, written_and_returned, into_a_tensor_of_its_own, into_its_input, into_a_parameter),
+)
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -109,14 +143,16 @@ def test_it_is_pruned(how: Callable[[Any, Tensor], Any]) -> None:
         slim(x).sum().backward()
 
 
-def written(_: Any, y: Tensor) -> Any:
+def in_a_list(_: Any, y: Tensor) -> Any:
     with torch.no_grad():
-        y[:, :, 0].mul_(2.0)
-    return y
+        parts = y.chunk(2, 1)
+    return torch.cat(parts, 1)
 
 
-def test_what_is_written_into_a_tensor_with_a_gradient_is_said() -> None:
-    assert any("a block without gradients cannot be kept" in note for note in fxprune.analyze(Net(written), torch.randn(2, 3, 6, 6)).notes)
+def test_what_leaves_a_block_in_another_form_is_said() -> None:
+    assert any(
+        "a block without gradients cannot be kept" in note for note in fxprune.analyze(Net(in_a_list), torch.randn(2, 3, 6, 6)).notes
+    )
 
 
 class Norm(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import random
 import warnings
@@ -189,7 +190,44 @@ def by_dtype_table(_: Any, y: Tensor) -> Tensor:
     return y * {torch.float32: 2.0, torch.float16: 3.0}[y.dtype]
 
 
-@pytest.mark.parametrize("how", [exact, weight_type, no_callable, type_name, by_dtype_table])
+def by_class(_: Any, y: Tensor) -> Tensor:
+    return y * 2 if y.__class__ is Tensor and y.__class__.__name__ == "Tensor" else y * 0
+
+
+def by_match(_: Any, y: Tensor) -> Tensor:
+    given: Any = (y, y.shape[1], None)
+    match given:
+        case (Tensor() as found, int(), None):
+            return found * 2
+    return y * 0
+
+
+@functools.singledispatch
+def twice(y: Any) -> Any:
+    return y * 0
+
+
+@twice.register
+def _(y: Tensor) -> Tensor:
+    return y * 2
+
+
+def by_dispatch(_: Any, y: Tensor) -> Any:
+    return twice(y)
+
+
+def no_dictionary(_: Any, y: Tensor) -> Tensor:
+    return y * 0 if hasattr(y, "keys") or hasattr(y, "items") else y * 2
+
+
+def on_its_device(_: Any, y: Tensor) -> Tensor:
+    return y * 2 if y.is_cpu is True and y.is_cuda is False and y.is_meta is False else y * 0
+
+
+OF_TYPES = (exact, weight_type, no_callable, type_name, by_dtype_table, by_class, by_match, by_dispatch, no_dictionary, on_its_device)
+
+
+@pytest.mark.parametrize("how", OF_TYPES)
 def test_types_are_answered(how: Callable[[Any, Tensor], Tensor]) -> None:
     model = Net(how).eval()
     torch.testing.assert_close(fxprune.compress(model, 0.0, X)(X), model(X))

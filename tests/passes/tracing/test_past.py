@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 import fxprune
 from fxprune.passes.tracing.modes import trace
 from fxprune.passes.tracing.side_effects.reachable import imported
+from tests.passes.helpers import gap, zeroed
 
 torch.manual_seed(0)
 X, OTHER = torch.randn(2, 3, 8, 8), torch.randn(3, 3, 6, 10)
@@ -521,6 +522,148 @@ class Late(Layers):
             self.register_buffer("grid", columns(16), persistent=False)
             self.register_buffer(name="rows", tensor=columns(16))
         return self.get_buffer("rows")[: y.shape[2], None] + self.get_buffer("grid")[: y.shape[3]]
+
+
+def memo(function: Callable[..., Tensor]) -> Any:
+    """A decorator whose table is in a closure."""
+    table: dict[Any, Tensor] = {}
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Tensor:
+        if args not in table:
+            table[args] = function(*args)
+        return table[args]
+
+    return call
+
+
+def counting_memo(function: Callable[..., Tensor]) -> Any:
+    """One whose table is an attribute of the function that it gives."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        call.calls += 1  # type: ignore[attr-defined]
+        if args not in call.table:  # type: ignore[attr-defined]
+            call.table[args] = function(*args)  # type: ignore[attr-defined]
+        return call.table[args]  # type: ignore[attr-defined]
+
+    call.calls, call.table = 0, {}  # type: ignore[attr-defined]
+    return call
+
+
+class MemoOf:
+    """One that is an object, with its table among its attributes."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function, self.table = function, dict[Any, Tensor]()
+
+    def __call__(self, *args: Any) -> Tensor:
+        try:
+            return self.table[args]
+        except KeyError:
+            return self.table.setdefault(args, self.function(*args))
+
+
+class Store:
+    """Tables in an object that code finds by a global name."""
+
+    single: Any = None
+
+    def __init__(self) -> None:
+        self.tables: dict[int, Tensor] = {}
+        self.length = 0
+        self.last: Tensor | None = None
+
+    def get(self, length: int) -> Tensor:
+        if length not in self.tables:
+            self.tables[length] = torch.linspace(0, 1, length)
+        return self.tables[length]
+
+    def latest(self, length: int) -> Any:
+        if self.length != length:
+            self.length, self.last = length, torch.linspace(0, 1, length)
+        return self.last
+
+    @staticmethod
+    @functools.cache
+    def plain(length: int) -> Tensor:
+        return torch.linspace(0, 1, length)
+
+    @classmethod
+    @functools.cache
+    def of_class(cls, length: int) -> Tensor:
+        return torch.linspace(0, 1, length)
+
+    @functools.lru_cache  # noqa: B019
+    def own(self, length: int) -> Tensor:
+        return torch.linspace(0, 1, length)
+
+
+class Alone:
+    """An object of which there is one, made by the first call."""
+
+    one: Any = None
+    tables: dict[int, Tensor]
+
+    def __new__(cls) -> Alone:
+        if cls.one is None:
+            cls.one = super().__new__(cls)
+            cls.one.tables = {}
+        made: Alone = cls.one
+        return made
+
+    def get(self, length: int) -> Tensor:
+        return self.tables.setdefault(length, torch.linspace(0, 1, length))
+
+
+STORE = Store()
+BOUND = STORE.own
+in_closure, in_attribute, in_object = memo(torch.linspace), counting_memo(torch.linspace), MemoOf(torch.linspace)
+
+
+@torch.no_grad()
+@functools.cache
+def under_a_decorator(length: int) -> Tensor:
+    return torch.linspace(0, 1, length)
+
+
+RAMPS: dict[str, Callable[[int], Any]] = {
+    "static method": lambda n: STORE.plain(n),
+    "class method": lambda n: Store.of_class(n),
+    "method": lambda n: STORE.own(n),
+    "bound method": lambda n: BOUND(n),
+    "under a decorator": lambda n: under_a_decorator(n),
+    "decorator with a closure": lambda n: in_closure(0, 1, n),
+    "decorator with an attribute": lambda n: in_attribute(0, 1, n),
+    "decorator that is an object": lambda n: in_object(0, 1, n),
+    "object": lambda n: STORE.get(n),
+    "the latest of an object": lambda n: STORE.latest(n),
+    "one object": lambda n: Alone().get(n),
+}
+
+
+class ByRamp(Layers):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.ramp = RAMPS[how]
+
+    def table(self, y: Tensor) -> Any:
+        return self.ramp(y.shape[3])  # of one size: by a dictionary, a size that is equal on the example is the same
+
+
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("how", RAMPS)
+def test_caches_in_whatever_they_are_wrapped(how: str, ran: bool) -> None:
+    model = ByRamp(how).eval()
+    with torch.no_grad():
+        if ran:
+            model(X), model(OTHER), model(X)
+        slim = fxprune.compress(model, 0.5, X)
+        asked = [note for note in fxprune.record(slim).notes if "specialised" in note]
+        assert not asked or how == "the latest of an object"  # which asks whether a size is another than 0
+        for x in (X, OTHER, X[:1]):
+            assert type(model(x)) is Tensor
+            assert gap(zeroed(model, fxprune.record(slim).kept)(x), slim(x)) < 1e-4
 
 
 KINDS = [LruCache, LruMethod, LruStatic, LruAttribute, LocalImport, LocalModule, InADict]
