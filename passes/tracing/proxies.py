@@ -157,6 +157,8 @@ class ShapeProxy(fx.Proxy):
         elif _isinstance(value, tuple) and name in getattr(value, "_fields", ()) and getattr(value, name) is None:
             return None
         elif _isinstance(value, (torch.device, torch.dtype)):
+            if name == "itemsize":
+                self.tracer.note(NoteKind.DTYPE, f"the size of an element was specialised to that of {value}", self.tracer.here())
             return getattr(value, name)
         elif not hasattr(value, name):
             if name in OF_MATH and self.tracer.moves(self):

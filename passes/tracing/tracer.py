@@ -56,6 +56,7 @@ _isinstance = builtins.isinstance
 _FOLDERS = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)), os.path.dirname(errors.__file__))
 _SKIPPED = (*(f"{folder}{os.sep}" for folder in _FOLDERS), contextlib.__file__, "<")
 _DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}  # which torch takes for a dtype
+_OF_DTYPES = (torch.finfo, torch.iinfo, "element_size")  # the functions themselves: they are patched while tracing
 _NETWORKS = os.path.join("fxprune", "models.py")
 
 
@@ -495,6 +496,8 @@ class ShapeTracer(fx.Tracer):
             if all(_isinstance(a, torch.dtype) and (a.is_floating_point or a.is_complex) for a in compared):
                 self.note(NoteKind.DTYPE, f"a branch on the dtype was specialised to {compared[0]}", self.here())
             return
+        if _of_dtype(proxy.node):
+            self.note(NoteKind.DTYPE, f"{what}, which follows from a dtype, was specialised", self.here())
         if self.path and self.recording and _is_flag(proxy.node):
             self._held(proxy.node, what)
             return
@@ -609,6 +612,19 @@ def _failure(kind: Any) -> type[TraceError]:
 def _is_unpacking(frame: FrameType) -> bool:
     """Whether code has names for what it takes apart: ``a, b = ...``."""
     return dis.opname[frame.f_code.co_code[frame.f_lasti]] == "UNPACK_SEQUENCE"
+
+
+def _of_dtype(node: fx.Node) -> bool:
+    """Whether a condition or number is computed of how many bytes the elements of a tensor have, or of the limits of a dtype."""
+    todo, seen = [node], {node}
+    while todo:
+        one = todo.pop()
+        if one.target in _OF_DTYPES or (one.target is getattr and one.args[1] == "itemsize"):
+            return True
+        new = [n for n in one.all_input_nodes if n not in seen and not _isinstance(n.meta.get("val"), torch.Tensor)]
+        seen.update(new)
+        todo += new
+    return False
 
 
 def _is_flag(node: fx.Node) -> bool:

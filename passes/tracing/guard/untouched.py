@@ -77,7 +77,7 @@ def _untouched(model: nn.Module, reach: Reach, training: bool) -> Iterator[Unwri
     try:
         for module in modules:
             module.__dict__["training"] = training
-        with contents_kept(reach), same_random_numbers(), torch.no_grad(), guard:
+        with contents_kept(reach, modules), same_random_numbers(), torch.no_grad(), guard:
             yield guard
     finally:
         for module, state, registered in states:

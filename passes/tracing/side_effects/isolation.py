@@ -16,7 +16,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,7 @@ def isolated(tracer: Recorder, reach: Reach, empty: Sequence[Any], first: Sequen
         for space, name, value in list(stand_ins(tracer, reach.functions)):
             stack.callback(_rebind, space, name, space.get(name, _ABSENT))
             space[name] = value
-        with _generators(tracer):
+        with _generators(tracer, [*_own_generators(reach), *_of_modules(tracer.skeleton.module_names)]):
             yield
 
 
@@ -107,8 +107,9 @@ def _rebind(space: dict[str, Any], name: str, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def contents_kept(reach: Reach) -> Iterator[None]:
-    """For the time of a run of the model itself: what it leaves in globals, classes, closures and random generators is taken out again."""
+def contents_kept(reach: Reach, modules: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """For the time of a run of the model itself: what it leaves in globals, classes, closures and random generators, those that
+    ``modules`` hold among them, is taken out again."""
     before = Contents()
     held_now = [(owner, name, held(owner, name)) for owner, name in reach.places.values()]
     for function in reach.functions:
@@ -116,12 +117,15 @@ def contents_kept(reach: Reach) -> Iterator[None]:
     for _, _, value in held_now:
         before.add(value)
     generators = random.getstate(), np.random.get_state()  # noqa: NPY002 - what the user's code may draw from
+    own = [(one, _state_of(one)) for one in (*_own_generators(reach), *_of_modules(modules))]
     try:
         with _names_kept(reach):
             yield
     finally:
         random.setstate(generators[0])
         np.random.set_state(generators[1])  # noqa: NPY002
+        for one, state in own:
+            _set_state(one, state)
         before.restore()
         for owner, name, value in held_now:
             if not _isinstance(value, (type, types.FunctionType, types.ModuleType, property, CachedFunction)):
@@ -252,9 +256,10 @@ class _Type(type, metaclass=_SeenThrough):
 
 
 @contextlib.contextmanager
-def _generators(tracer: Recorder) -> Iterator[None]:
+def _generators(tracer: Recorder, own: Sequence[Any]) -> Iterator[None]:
     """Random numbers that Python or NumPy drew stay what they were, which is said; the user's generators do not move. What is drawn is
     what a run draws that ``same_random_numbers`` governs, so that the two can be compared."""
+    before = [_state_of(one) for one in own]
     python, numpy, torch_state = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()  # noqa: NPY002
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
@@ -270,11 +275,43 @@ def _generators(tracer: Recorder) -> Iterator[None]:
             drew.append("numpy.random")
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-        for name in drew:
+        for one, state in zip(own, before, strict=True):
+            if str(_state_of(one)) != str(state):
+                drew.append(f"a {type(one).__module__}.{type(one).__name__} of its own")
+                _set_state(one, state)
+        for name in dict.fromkeys(drew):
             text = f"forward draws from {name}; what was drawn while it was traced is specialised, every call has the same"
             tracer.note(NoteKind.VALUE, text)
         if not torch.equal(torch.get_rng_state(), torch_state):
             torch.set_rng_state(torch_state)
+
+
+def _own_generators(reach: Reach) -> list[Any]:
+    """Generators of random numbers that code holds by a global name, an attribute of a class or a closure."""
+    return list({id(v): v for v in (held(owner, name) for owner, name in reach.places.values()) if _draws(v)}.values())
+
+
+def _of_modules(modules: Iterable[nn.Module]) -> list[Any]:
+    found = [v for module in modules for v in module.__dict__.values() if _draws(v)]
+    return list({id(one): one for one in found}.values())
+
+
+def _draws(value: Any) -> bool:
+    known = _isinstance(value, (random.Random, np.random.Generator, np.random.RandomState))
+    return known and not _isinstance(value, random.SystemRandom)
+
+
+def _state_of(generator: Any) -> Any:
+    if _isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.getstate() if _isinstance(generator, random.Random) else generator.get_state()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if _isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.setstate(state) if _isinstance(generator, random.Random) else generator.set_state(state)
 
 
 def remove_left(made: Sequence[weakref.ref[Any]]) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import InputError, UnsupportedError
+from fxprune.passes.ir.notes import NoteKind
 
 torch.manual_seed(0)
 X = torch.randn(2, 3, 6, 6)
@@ -399,3 +400,37 @@ def test_vmap_over_the_batch_takes_one_batch_alone() -> None:
                 slim(torch.randn(7, 10))
         else:
             slim(torch.randn(7, 10))
+
+
+BY_DTYPE: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "element_size": lambda _, y: y * (1 if y.element_size() == 4 else 3),
+    "itemsize": lambda _, y: y * (1 if y.itemsize == 4 else 3),
+    "itemsize of the dtype": lambda _, y: y * (1 if y.dtype.itemsize == 4 else 3),
+    "limits": lambda _, y: y * (1 if torch.finfo(y.dtype).bits == 32 else 3),
+}
+
+
+@pytest.mark.parametrize("how", BY_DTYPE)
+def test_branches_on_what_follows_from_the_dtype_are_said(how: str) -> None:
+    kinds = {getattr(note, "kind", None) for note in fxprune.analyze(Net(BY_DTYPE[how]).eval(), X).notes}
+    assert NoteKind.DTYPE in kinds
+
+
+OWN = random.Random(3)
+GENERATOR = np.random.default_rng(3)
+
+
+@pytest.mark.parametrize(
+    "how", [lambda _, y: y * OWN.random(), lambda _, y: y * float(GENERATOR.random()), lambda m, y: y * m.own.random()]
+)
+def test_generators_of_the_users_do_not_move_and_what_they_draw_is_said(how: Callable[[Any, Tensor], Tensor]) -> None:
+    model: Any = Net(how).eval()
+    model.own = random.Random(4)
+
+    def states() -> Any:
+        return OWN.getstate(), GENERATOR.bit_generator.state, model.own.getstate()
+
+    before = states()
+    slim = fxprune.compress(model, 0.5, X)
+    assert states() == before
+    assert any("of its own" in note for note in fxprune.record(slim).notes)

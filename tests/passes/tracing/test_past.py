@@ -82,7 +82,8 @@ class LruStatic(Layers):
         return torch.arange(length, dtype=dtype)
 
     def table(self, y: Tensor) -> Tensor:
-        return self.grown(y.shape[3], dtype=y.dtype)
+        made: Tensor = self.grown(y.shape[3], dtype=y.dtype)
+        return made
 
 
 class LruAttribute(Layers):
