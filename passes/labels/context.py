@@ -273,6 +273,7 @@ class LabelContext(ParameterLabels):
             for i, result in enumerate(results):
                 placed = self.rectangle(node, result)
                 if placed is None:
+                    self._unseen(vector, full, result)
                     continue
                 where, found = placed
                 if where in axes[i]:
@@ -283,15 +284,25 @@ class LabelContext(ParameterLabels):
         made = [self.make(node, axes[i], zeros[i], x.why, None if single else i) for i in range(len(outs))]
         return made[0] if single else tuple(made)
 
+    def _unseen(self, vector: Vector, full: torch.Tensor, made: torch.Tensor) -> None:
+        """A tensor that has channels and no elements (a detector found nothing on the example) does not show where its channels go."""
+        copied = full.untyped_storage().data_ptr() != made.untyped_storage().data_ptr()
+        if not full.numel() or not made.numel() and copied and len(vector) in made.shape:
+            self.pin(vector, "the example leaves no elements beside them, so where they go does not show")
+
     def region(self, node: fx.Node, x: Value, run: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Value, dict[int, int]]:
         """The part of ``x`` that ``run`` picks, and for each of its labelled axes that of ``x``; one channel alone is pinned."""
         axes, back = {}, {}
         for axis, vector in x.axes.items():
             along = [1] * x.ndim
             along[axis] = len(vector)
-            placed = self.rectangle(node, run(torch.from_numpy(self.labels.find(vector)).view(along).expand(x.shape)))
+            full = torch.from_numpy(self.labels.find(vector)).view(along).expand(x.shape)
+            picked = run(full)
+            placed = self.rectangle(node, picked)
             if placed is not None:
                 axes[placed[0]], back[placed[0]] = placed[1], axis
+            else:
+                self._unseen(vector, full, picked)
         return Value(tuple(run(torch.zeros(()).expand(x.shape)).shape), axes, frozenset(), x.why), back
 
     def rectangle(self, node: fx.Node, labels: torch.Tensor) -> tuple[int, Vector] | None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fxprune
 from fxprune.passes.labels.rectangles import rectangle
 from fxprune.testing import assert_sound
 
@@ -81,3 +82,32 @@ class SwitchedOff(nn.Module):
 def test_what_has_no_width_is_no_obstacle(what: str) -> None:
     torch.manual_seed(0)
     assert_sound(SwitchedOff(what).eval(), torch.randn(2, 5, 8), removes=("a.weight",))
+
+
+class Found(nn.Module):
+    """What it finds is counted by the code, so it is kept whole; on inputs of ones it finds nothing."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = (x[0, 0] > 2).nonzero()
+        return places[:1000] if len(places) > 1000 else places
+
+
+class AtPlaces(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.find, self.stem, self.mix, self.last = Found(), nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 32, 1), nn.Linear(2, 4)
+        self.beside = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y, places = self.stem(x), self.find(x)
+        picked = y[0].permute(1, 2, 0)[places[:, 0], places[:, 1]].reshape(1, 1, -1, y.shape[1]).permute(2, 3, 0, 1)
+        return self.last(self.mix(picked)[:, :, 0, 0].view(len(places), 2, 16).permute(0, 2, 1)), self.beside(y)
+
+
+def test_channels_of_what_was_not_found_stay() -> None:
+    torch.manual_seed(0)
+    model, x = AtPlaces().eval(), torch.randn(2, 3, 16, 16)
+    graph = fxprune.analyze(model, x)
+    assert {g.name for g in graph.groups if "no elements" in g.reason} == {"stem", "mix"}
+    slim = fxprune.compress(graph, 0.5, x, verify=True)
+    assert [t.shape for t in slim(x)] == [t.shape for t in model(x)]
