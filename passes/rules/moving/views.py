@@ -193,7 +193,13 @@ def repeat(ctx: LabelContext, node: fx.Node, input: Value, **named: Any) -> Any:
     return ctx.make(node, axes, moved.zero, input.why)
 
 
-@named("repeat_interleave", inplace=False)
+def _as_long_as_it_gets(slim: Rewriter, node: fx.Node) -> None:
+    """The length of the result, which torch takes to save a look at the repeats, is that of the original: of one number it is known."""
+    if slim.argument(node, "output_size") is not None and isinstance(slim.argument(node, "repeats"), int):
+        slim.set_argument(node, "output_size", None)
+
+
+@named("repeat_interleave", rewrite=_as_long_as_it_gets, inplace=False)
 def repeat_interleave(ctx: LabelContext, node: fx.Node, input: Value, **named: Any) -> Any:
     if found := values(named):
         return ctx.opaque(node, [input, *found], "it is repeated a different number of times per index")
