@@ -96,11 +96,12 @@ class LabelContext(ParameterLabels):
         """The current node computes a statistic over the channels along ``axis`` of its first input, in which their order does not count.
 
         Pruning changes it, unless ``norms="exact"`` counts what is gone as zeros; that is what the zeroed original does where removed
-        slices of ``x`` hold zeros. ``softmax``: it is one; with plain norms what is gone has no share of it.
+        slices of ``x`` hold zeros, and where it is known how many they are. ``softmax``: it is one; with plain norms what is gone has no
+        share of it.
         """
         if axis not in x.axes:
             return
-        exact = axis in x.zero
+        exact = axis in x.zero and self._share_is_known(node, x, axis)
         if softmax:
             self.masked_softmax(node, axis, x.axes[axis], detail, frozenset({"plain"}), exact)
         else:
@@ -111,6 +112,16 @@ class LabelContext(ParameterLabels):
     def at_least(self, vector: Vector, count: int) -> None:
         """What the current node computes along ``vector`` is nothing for fewer than ``count`` channels."""
         self.fewest.append((vector, count))
+
+    def _share_is_known(self, node: fx.Node, x: Value, axis: int) -> bool:
+        """Whether it is known how many positions go along ``axis`` of the node's first input, whatever size the input has: the size is
+        always the same, or each channel has an equal share of it. A map beside what was pooled from it is neither."""
+        _, shares = np.unique(self.labels.find(x.axes[axis]), return_counts=True)
+        source: Any = node.args[0] if node.args else node.kwargs["input"]
+        if len(np.unique(shares)) == 1 or node.op == "call_module" or self.is_fixed(source, axis):
+            return True
+        tried = self.other_shapes(node)
+        return bool(tried) and all(shapes[source][axis] == x.shape[axis] for shapes in tried or ())
 
     def choose(self, node: fx.Node, axis: int, vector: Vector, count: int) -> None:
         """The current node chooses ``count`` of the channels along ``axis`` of its first input. Fewer channels leave it fewer to choose

@@ -2,15 +2,17 @@
 
 In the zeroed original a removed channel is a zero that still counts: in the mean and variance of a layer norm, in the sum below a
 softmax. Where that is known of the input (``LabelContext.statistic``), the slim graph puts the zeros back in front of the operation and
-drops their places behind it, which is exact whatever the operation is, as long as it does not look at the order of channels. A mean and an
-RMS norm need no zeros, only a factor. (Squeeze-Release, arXiv 2606.14346, keeps the divisor of layer norms by a norm of its own; these are
-plain operations.)
+drops their places behind it, which is exact whatever the operation is, as long as it does not look at the order of channels. Where space
+or a batch is folded in with the channels (``view(b, groups, -1)``) there are more zeros for larger inputs, and the graph counts them. A
+mean and an RMS norm need no zeros, only a factor. (Squeeze-Release, arXiv 2606.14346, keeps the divisor of layer norms by a norm of its
+own; these are plain operations.)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +26,9 @@ from fxprune.passes.rules.protocols import Rewriter
 
 Exact = Callable[[Rewriter, fx.Node, Any, Sequence[int]], fx.Node]
 """``rewrite(slim, node, module, axes) -> node``: ``axes`` of the input are pruned and share a statistic; what stands for the result."""
+
+
+_VIEWS = frozenset({"view", "view_as", "_unsafe_view"})
 
 
 def rewrite_exact(slim: Rewriter, node: fx.Node, module: nn.Module | None, axes: Sequence[int]) -> fx.Node:
@@ -47,11 +52,22 @@ def is_rms(module: Any) -> bool:
 def _padded(slim: Rewriter, node: fx.Node, module: Any, axes: Sequence[int]) -> fx.Node:
     x = _input(node)
     value, result = slim.value(x), slim.value(node)
-    node.replace_input_with(x, _zeros_back(slim, node, x, axes))
+    gone = _gone(slim, node, x, axes)
+    node.replace_input_with(x, _zeros_back(slim, node, x, gone))
     single = result if isinstance(result, Value) else None
     if single is None or single.ndim != value.ndim or any(single.shape[a] != value.shape[a] for a in axes):
         return node  # the axes are reduced
-    return _dropped(slim, node, value, axes)
+    from_end = _from_end(slim, node, module, value.ndim)
+    return _dropped(slim, node, node, x, {axis - value.ndim if axis in from_end else axis: amount for axis, amount in gone.items()})
+
+
+def _from_end(slim: Rewriter, node: fx.Node, module: Any, ndim: int) -> set[int]:
+    """The axes that the user counted from the end: they are others of a tensor with more axes."""
+    if module is not None and not hasattr(module, "dim"):  # Softmax2d, whose channels have two axes behind them
+        return set(range(ndim))
+    given = slim.argument(node, "dim") if module is None else module.dim
+    dims = given if isinstance(given, (tuple, list)) else () if given is None else (given,)
+    return {ndim + int(d) for d in map(slim.number, dims) if d < 0}
 
 
 def _layer_norm(slim: Rewriter, node: fx.Node, module: Any, axes: Sequence[int]) -> fx.Node:
@@ -60,26 +76,31 @@ def _layer_norm(slim: Rewriter, node: fx.Node, module: Any, axes: Sequence[int])
     shape = module.normalized_shape if module is not None else slim.argument(node, "normalized_shape")
     eps = module.eps if module is not None else slim.argument(node, "eps", 1e-5)
     weight, bias = _affine(slim, node, module)
-    sizes = list(value.shape[value.ndim - len(shape) :])
-    made = _call(slim, node, F.layer_norm, _zeros_back(slim, node, x, axes), sizes, None, None, eps)
-    return _scaled(slim, node, _dropped(slim, made, value, axes), weight, bias)
+    gone = _gone(slim, node, x, axes, fixed=module is not None)
+    # A size that the graph reads is still that of the original here.
+    made = _call(slim, node, F.layer_norm, _zeros_back(slim, node, x, gone), list(shape), None, None, eps)
+    dropped = _dropped(slim, node, made, x, {axis - value.ndim: amount for axis, amount in gone.items()})
+    return _scaled(slim, node, dropped, weight, bias)
 
 
 def _group_norm(slim: Rewriter, node: fx.Node, module: Any, axes: Sequence[int]) -> fx.Node:
     x = _input(node)
     value = slim.value(x)
-    groups = module.num_groups if module is not None else slim.number(slim.argument(node, "num_groups"))
+    given = module.num_groups if module is not None else slim.argument(node, "num_groups")
+    groups = slim.number(given)
     eps = module.eps if module is not None else slim.argument(node, "eps", 1e-5)
     weight, bias = _affine(slim, node, module)
     whole, left, now = value.shape[1] // groups, slim.count(value, 1), groups_left(slim, value, groups)
     each = left // now
+    now = slim.rescaled(given, now)  # a batch may be folded in
     grouped = _call(slim, node, torch.unflatten, x, 1, (now, each))
     pads = [0, 0] * (value.ndim - 2) + [0, whole - each]
     full = _call(slim, node, torch.flatten, _call(slim, node, F.pad, grouped, pads), 1, 2)
     made = _call(slim, node, F.group_norm, full, now, None, None, eps)
     parts = _call(slim, node, torch.narrow, _call(slim, node, torch.unflatten, made, 1, (now, whole)), 2, 0, each)
     after = [1] * (value.ndim - 2)
-    columns = [None if t is None else _call(slim, node, torch.reshape, t, (left, *after)) for t in (weight, bias)]
+    channels = left if isinstance(now, int) else -1
+    columns = [None if t is None else _call(slim, node, torch.reshape, t, (channels, *after)) for t in (weight, bias)]
     return _scaled(slim, node, _call(slim, node, torch.flatten, parts, 1, 2), *columns)
 
 
@@ -92,8 +113,8 @@ def _rms_norm(slim: Rewriter, node: fx.Node, module: Any, axes: Sequence[int]) -
     x = _input(node)
     value = slim.value(x)
     shape = slim.argument(node, "normalized_shape")
-    left = [slim.count(value, a) for a in range(value.ndim - len(shape), value.ndim)]
-    slim.set_argument(node, "normalized_shape", left)
+    with slim.new.inserting_before(node):
+        slim.set_argument(node, "normalized_shape", slim.sizes(x, shape, value.ndim - len(shape)))
     example = node.meta["old"].meta["val"]
     slim.set_argument(node, "eps", (torch.finfo(example.dtype).eps if eps is None else eps) * ratio)
     return _call(slim, node, torch.mul, node, math.sqrt(ratio))
@@ -108,21 +129,46 @@ def share(slim: Rewriter, value: Value, axes: Sequence[int]) -> float:
     return math.prod(value.shape[a] for a in axes) / math.prod(slim.count(value, a) for a in axes)
 
 
-def _zeros_back(slim: Rewriter, node: fx.Node, x: fx.Node, axes: Sequence[int]) -> fx.Node:
-    value = slim.value(x)
-    pads: list[int] = []
-    for axis in range(value.ndim - 1, min(axes) - 1, -1):
-        pads += [0, value.shape[axis] - slim.count(value, axis) if axis in axes else 0]
-    with slim.new.inserting_before(node):
-        made = slim.new.call_function(F.pad, (x, pads))
-    made.meta = _place(node)
-    return made
-
-
-def _dropped(slim: Rewriter, node: fx.Node, value: Value, axes: Sequence[int]) -> fx.Node:
+def _gone(slim: Rewriter, node: fx.Node, x: fx.Node, axes: Sequence[int], fixed: bool = False) -> dict[int, Any]:
+    """How many positions of ``x`` went along each axis: a number, or where the input decides how long the axis is the same share of that.
+    ``fixed``: it decides none."""
+    value, before = slim.value(x), _input(node.meta["old"])
+    found: dict[int, Any] = {}
     for axis in axes:
-        node = _call(slim, node, torch.narrow, node, axis, 0, slim.count(value, axis))
-    return node
+        left = slim.count(value, axis)
+        gone = value.shape[axis] - left
+        if fixed or slim.is_fixed(before, axis):
+            found[axis] = gone
+            continue
+        divisor = math.gcd(gone, left)
+        with slim.new.inserting_before(node):
+            amount = _size(slim, node, x, axis - value.ndim)
+            if gone > divisor:
+                amount = _call(slim, node, operator.mul, amount, gone // divisor)
+            found[axis] = _call(slim, node, operator.floordiv, amount, left // divisor) if left > divisor else amount
+    return found
+
+
+def _zeros_back(slim: Rewriter, node: fx.Node, x: fx.Node, gone: Mapping[int, Any]) -> fx.Node:
+    pads: list[Any] = []
+    for axis in range(slim.value(x).ndim - 1, min(gone) - 1, -1):
+        pads += [0, gone.get(axis, 0)]
+    with slim.new.inserting_before(node):
+        return _call(slim, node, F.pad, x, pads)
+
+
+def _dropped(slim: Rewriter, node: fx.Node, made: fx.Node, x: fx.Node, gone: Mapping[int, Any]) -> fx.Node:
+    """``made``, in place of ``node``, without the zeros that were put behind ``x``: as many as ``gone`` says by axis, which may count from
+    the end."""
+    value = slim.value(x)
+    for axis, amount in gone.items():
+        left = slim.count(value, axis % value.ndim) if isinstance(amount, int) else _size(slim, node, x, axis)
+        made = _call(slim, node, torch.narrow, made, axis, 0, left)
+    if not any(target_name(user) in _VIEWS for user in node.meta["old"].users):
+        return made
+    dense = slim.new.call_method("contiguous", (made,))  # a view takes no gaps where the zeros were
+    dense.meta = _place(node)
+    return dense
 
 
 def _scaled(slim: Rewriter, node: fx.Node, made: fx.Node, weight: Any, bias: Any) -> fx.Node:
@@ -148,6 +194,12 @@ def _affine(slim: Rewriter, node: fx.Node, module: Any) -> tuple[Any, Any]:
 
 def _call(slim: Rewriter, node: fx.Node, function: Any, *args: Any) -> fx.Node:
     made = slim.new.call_function(function, args)
+    made.meta = _place(node)
+    return made
+
+
+def _size(slim: Rewriter, node: fx.Node, x: fx.Node, axis: int) -> fx.Node:
+    made = slim.new.call_method("size", (x, axis))
     made.meta = _place(node)
     return made
 

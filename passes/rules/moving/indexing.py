@@ -197,23 +197,22 @@ def rewrite_getitem(slim: Rewriter, node: fx.Node) -> None:
     if not isinstance(x, Value) or not any(slim.kept(x, a) is not None for a in x.axes):
         return
     index = node.args[1]
-    many = isinstance(index, tuple)
-    entries = entries_of(index if many else (index,), x.ndim)
-    axis = -1
+    entries = list(index) if isinstance(index, tuple) else [index]
+    # What the user counts from the end stays counted from the end: the network may be called with tensors of more axes or of fewer.
+    spread = next((i for i, entry in enumerate(entries) if entry is Ellipsis), len(entries))
+    spare = x.ndim - sum(map(axes_of, entries))
+    axis = 0
     for i, entry in enumerate(entries):
-        if entry is None:
+        first, axis = axis, axis + (spare if i == spread else axes_of(entry))
+        if axes_of(entry) != 1 or (isinstance(entry, slice) and entry == slice(None)) or (kept := slim.kept(x, first)) is None:
             continue
-        axis += axes_of(entry)
-        kept = slim.kept(x, axis)
-        if kept is None or axes_of(entry) > 1 or (isinstance(entry, slice) and entry == slice(None)):
-            continue
-        entries[i] = _kept_entry(slim, node, entry, kept, x.shape[axis])
+        entries[i] = _kept_entry(slim, node, entry, kept, x.shape[first])
         if isinstance(entry, slice) and isinstance(entries[i], list) and any(_is_list(e) for e in entries if e is not entries[i]):
             # Two lists would be taken together: this one picks before.
-            picked = slim.new.call_function(operator.getitem, (node.args[0], (*[slice(None)] * axis, entries[i])))
+            beside = [slice(None)] * (first if i < spread else x.ndim - axis)
+            where: Any = (*beside, entries[i]) if i < spread else (Ellipsis, entries[i], *beside)
+            picked = slim.new.call_function(operator.getitem, (node.args[0], where))
             node.args, entries[i] = (picked, *node.args[1:]), slice(None)
-    while entries and isinstance(entries[-1], slice) and entries[-1] == slice(None) and len(entries) > 1:
-        entries.pop()
     node.args = (node.args[0], tuple(entries), *node.args[2:])
 
 

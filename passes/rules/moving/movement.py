@@ -170,11 +170,14 @@ named("channel_shuffle", "native_channel_shuffle", rewrite=_shuffled, inplace=Fa
 
 
 def _squeezed(slim: Rewriter, node: fx.Node) -> None:
-    """Axes of size one are dropped, and others never are: a channel axis left with one channel must stay."""
+    """Axes of size one are dropped, and others never are: a channel axis left with one channel must stay. Which others are of size one,
+    the batch among them, is not the same for every input."""
     x = slim.value(slim.argument(node, "input"))
     dim = slim.argument(node, "dim")
-    dims = range(x.ndim) if dim is None else [d % x.ndim for d in (dim if isinstance(dim, (tuple, list)) else [slim.number(dim)])]
-    slim.set_argument(node, "dim", tuple(a for a in dims if x.shape[a] == 1))
+    alone = {a for a in x.axes if slim.count(x, a) == 1 < x.shape[a]}
+    dims = range(x.ndim) if dim is None else dim if isinstance(dim, (tuple, list)) else [dim]
+    if alone & {slim.number(d) % x.ndim for d in dims}:
+        slim.set_argument(node, "dim", tuple(d for d in dims if slim.number(d) % x.ndim not in alone))
 
 
 named("squeeze", rewrite=_squeezed)(move)

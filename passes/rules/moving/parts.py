@@ -32,18 +32,20 @@ def _axis(node: fx.Node, x: Value, dim: Any) -> int:
 def _split_sizes(slim: Rewriter, node: fx.Node) -> None:
     """Each part's new size: parts of one tensor may lose different numbers of channels, whatever split them."""
     given = slim.argument(node, "input")
-    x = slim.value(given)
-    dim = _axis(node, x, slim.number(slim.argument(node, "dim", 0)))
+    x, along = slim.value(given), slim.argument(node, "dim", 0)
+    dim = _axis(node, x, slim.number(along))
     if slim.kept(x, dim) is None:
         return
+    if target_name(node) in _ALONG:  # of a single axis ``hsplit`` takes that, of two the last
+        along = -1 if x.ndim == 1 else dim
     parts: Any = [slim.count(part, dim) for part in slim.value(node)]
-    count = slim.argument(node, "chunks", slim.argument(node, "sections"))
-    if len(set(parts)) == 1 and not slim.is_fixed(given, dim) and isinstance(count, (int, fx.Node)):
+    counted = slim.argument(node, "chunks", slim.argument(node, "sections"))
+    if len(set(parts)) == 1 and not slim.is_fixed(given, dim) and isinstance(counted, (int, fx.Node)):
         return  # equal parts, as many with every batch that may be folded in
     size = slim.argument(node, "split_size", slim.argument(node, "split_size_or_sections"))
     if isinstance(size, (int, fx.Node)) and len(set(parts)) == 1 and not slim.is_fixed(given, dim):
         parts = slim.rescaled(size, parts[0])  # a batch may be folded in: with more of it there are more parts
-    node.args, node.kwargs = (given, parts), {"dim": dim}
+    node.args, node.kwargs = (given, parts), {"dim": along}
     node.target = "split" if node.op == "call_method" else torch.split
 
 

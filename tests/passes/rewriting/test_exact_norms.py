@@ -124,6 +124,94 @@ def test_what_is_not_zero_when_it_is_removed_stays_undefined() -> None:
     fxprune.compress(model, 0.5, x, norms="exact", verify=True)  # the group is left out of the comparison
 
 
+def normed_in_groups(net: Any, y: Tensor) -> Tensor:
+    """Group norm as it is written by hand."""
+    z = y.view(y.shape[0], 3, -1)
+    z = (z - z.mean(-1, keepdim=True)) / (z.var(-1, keepdim=True) + 1e-5).sqrt()
+    return z.view(y.shape)
+
+
+def normed_by_function(net: Any, y: Tensor) -> Tensor:
+    b, c, h, w = y.shape
+    return F.layer_norm(y.view(b, 3, -1), (c // 3 * h * w,)).view(b, c, h, w)
+
+
+def groups_with_the_batch(net: Any, y: Tensor) -> Tensor:
+    b, c, h, w = y.shape
+    gain = torch.linspace(0.5, 2, 12)
+    return F.group_norm(y.reshape(1, b * c, h, w), b * 3).view(b, c, h, w) * gain.view(1, -1, 1, 1)
+
+
+FOLDED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "group_norm_by_hand": normed_in_groups,
+    "layer_norm_of_groups": normed_by_function,
+    "group_norm_with_the_batch": groups_with_the_batch,
+    "layer_norm_of_the_size": lambda n, y: F.layer_norm(y, y.shape[1:]),
+    "rms_norm_of_the_size": lambda n, y: F.rms_norm(y, y.shape[1:]),
+    "spread_of_a_sample": lambda n, y: y / (y.flatten(1).std(1)[:, None, None, None] + 1),
+    "spread_of_all": lambda n, y: y / (y.var() + 1),
+    "mean_of_a_sample": lambda n, y: y - y.flatten(1).mean(1).view(-1, 1, 1, 1),
+    "softmax_of_a_sample": lambda n, y: y * y.flatten(1).softmax(1).view(y.shape) * 100,
+    "softmax_of_transposed": lambda n, y: y * y.flatten(2).mT.flatten(1).softmax(-1).view(y.shape[0], -1, y.shape[1]).mT.reshape(y.shape),
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+@pytest.mark.parametrize("space", [8, 3])
+def test_zeros_are_counted_where_space_is_folded_in(name: str, space: int) -> None:
+    """A statistic over channels and space: larger maps have more zeros."""
+    torch.manual_seed(0)
+    model, x = Pooled(FOLDED[name]), (torch.randn(2, 3, space, space),)
+    prime(model, x)
+    graph = fxprune.analyze(model, x)
+    assert not any(g.undefined for g in graph.groups if g.prunable)
+    slim = fxprune.compress(graph, 0.5, norms="exact", verify=True).eval()
+    reference = zeroed(model, fxprune.record(slim).kept)
+    with torch.no_grad():
+        for shape in ((2, 3, 8, 8), (1, 3, 6, 6), (3, 3, 5, 12)):
+            y = torch.randn(shape)
+            assert gap(reference(y), slim(y)) < TOLERANCE, shape
+    exported = torch.export.export(slim, x).module()
+    assert gap(slim(*x), exported(*x)) < 1e-5
+
+
+class Beside(nn.Module):
+    """The spread of a map beside what is pooled of another one."""
+
+    def __init__(self, size: int | None) -> None:
+        super().__init__()
+        self.size, self.a, self.c, self.b = size, nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(12, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, other = self.a(x), self.c(x)
+        if self.size:
+            other = F.adaptive_avg_pool2d(other, self.size)
+        found: Tensor = self.b(y / (torch.cat([y.flatten(1), other.flatten(1)], 1).std(1).view(-1, 1, 1, 1) + 1))
+        return found
+
+
+def test_where_nobody_knows_how_many_zeros_there_are_it_stays_undefined() -> None:
+    """A pooled map has as many positions for every input, the one beside it has not."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    undefined = [g for g in fxprune.analyze(Beside(2).eval(), x).groups if g.prunable and g.undefined]
+    assert len(undefined) == 2 and all("a reduction over channels" in g.undefined[0] for g in undefined)
+    model = Beside(None).eval()
+    slim = fxprune.compress(model, {"a": 0.5, "c": 0.25}, x, norms="exact", verify=True).eval()
+    reference = zeroed(model, fxprune.record(slim).kept)
+    with torch.no_grad():
+        y = torch.randn(3, 3, 6, 9)
+        assert gap(reference(y), slim(y)) < TOLERANCE
+
+
+def test_sizes_that_are_fixed_stay_numbers() -> None:
+    for name in ("layer_norm", "layer_norm_over_two_axes", "softmax", "spread", "largest"):
+        make, inputs = CASES[name]
+        slim = fxprune.compress(make().eval(), 0.5, inputs(), norms="exact")
+        pads = [node for node in slim.graph.nodes if node.target is F.pad]
+        assert pads and all(type(n) is int for node in pads for n in node.args[1]), name
+
+
 def test_the_slim_module_saves_copies_exports_and_compresses_again(tmp_path: Path) -> None:
     for name in ("layer_norm", "rms_norm", "group_norm"):
         make, inputs = CASES[name]
