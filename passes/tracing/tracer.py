@@ -35,10 +35,10 @@ from fxprune.errors import InputError, TraceError
 from fxprune.passes.compat import OpOverload, assert_true, tree_map
 from fxprune.passes.ir import objects
 from fxprune.passes.ir.constants import evaluate
-from fxprune.passes.ir.nodes import sources
+from fxprune.passes.ir.nodes import is_read, reads, sources
 from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton
-from fxprune.passes.tracing import aten
+from fxprune.passes.tracing import aten, checks
 from fxprune.passes.tracing import decompositions as openers
 from fxprune.passes.tracing.graph_inputs import graph_of, interpret, origin
 from fxprune.passes.tracing.meta_execution import execute, hides_structure, run_for_real, to_meta, with_numbers
@@ -46,7 +46,7 @@ from fxprune.passes.tracing.patching import patched
 from fxprune.passes.tracing.proxies import ShapeProxy, ShapeTuple
 from fxprune.passes.tracing.recorder import Recorder
 from fxprune.passes.tracing.side_effects import gradients
-from fxprune.passes.tracing.sizes import counted
+from fxprune.passes.tracing.sizes import counted, read_values
 from fxprune.passes.tracing.sizes import fixed_sizes as extents
 from fxprune.passes.tracing.sizes.specialisation import Asked
 
@@ -55,6 +55,7 @@ _isinstance = builtins.isinstance
 _FOLDERS = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)), os.path.dirname(errors.__file__))
 _SKIPPED = (*(f"{folder}{os.sep}" for folder in _FOLDERS), contextlib.__file__, "<")
 _DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}  # which torch takes for a dtype
+_LISTED = 1024  # numbers that ``tolist()`` gives, at most: each is a node
 _NETWORKS = os.path.join("fxprune", "models.py")
 
 
@@ -194,7 +195,7 @@ class ShapeTracer(fx.Tracer):
             if not _isinstance(value, ShapeProxy):
                 return value
             made = self.create_proxy("placeholder", f"input_{len(self.graph.nodes)}", (), {})
-            made.node.meta["val"] = value.value
+            made.node.meta.update({key: value.node.meta[key] for key in ("val", read_values.OTHER) if key in value.node.meta})
             return made
 
         try:
@@ -379,6 +380,12 @@ class ShapeTracer(fx.Tracer):
             return self.device
         self.busy = True
         try:
+            if is_read(node):
+                source = node.all_input_nodes[0]
+                known = self.actual(source)
+                return read_values.number(node, self._of_inputs(source) if known is None else known)
+            if read_values.among(node):
+                return read_values.computed(node, lambda args, kwargs: execute(node, args, kwargs, self.skeleton))
             some = counted.picked(node, args, kwargs)
             return execute(node, args, kwargs, self.skeleton) if some is None else self._picked(node, *some)
         except TraceError:
@@ -433,7 +440,12 @@ class ShapeTracer(fx.Tracer):
     def of_example(self, node: fx.Node) -> torch.Tensor | None:
         """The example's value of a whole number that is computed from the inputs alone (``lengths.max()``), or None."""
         value = node.meta["val"]
-        if value.numel() != 1 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            return None
+        return self._of_inputs(node)
+
+    def _of_inputs(self, node: fx.Node) -> torch.Tensor | None:
+        if node.meta["val"].numel() != 1:
             return None
         if not any(n.op == "placeholder" for n in sources(node)):
             return None
@@ -491,8 +503,8 @@ class ShapeTracer(fx.Tracer):
             return
         if counted.by_values(proxy.node, self.skeleton.module):
             raise TraceError(f"{self.here()}: {what} is how many elements of a tensor are true, which only its values say")
-        if extents.reads(proxy.node):
-            raise TraceError(f"{self.here()}: {what} depends on the values of a tensor, not only on its shape")
+        if reads(proxy.node):
+            raise TraceError(f"{self.here()}: {what.partition(' on the value ')[0]} {checks.OF_VALUES}")
         if extents.depends(proxy.node, self.skeleton.module) is not None:
             self.asked.add(Note(NoteKind.SIZE, f"{what} was specialised to the example inputs", self.here()), self.source)
 
@@ -515,6 +527,23 @@ class ShapeTracer(fx.Tracer):
             sized = extents.depends(value.node, self.skeleton.module) is not None and self.actual(value.node) is not None
             return sized or self.of_example(value.node) is not None
         return type(value.value) in (int, float) and extents.depends(value.node, self.skeleton.module) is not None
+
+    def follows(self, value: Any) -> bool:
+        """Whether a number that code reads from ``value`` is recorded: it is the proxy of a tensor of one that the inputs enter."""
+        tensor: Any = value.value if _isinstance(value, ShapeProxy) else None
+        if not _isinstance(tensor, torch.Tensor) or tensor.numel() != 1 or tensor.is_complex():
+            return False
+        return any(n.op == "placeholder" for n in sources(value.node)) and self.actual(value.node) is None
+
+    def lists(self, proxy: ShapeProxy) -> bool:
+        """Whether the numbers of a tensor are recorded, each for itself: inputs enter them, and there are as many at every call."""
+        tensor = proxy.value
+        if not 0 < tensor.numel() <= _LISTED or tensor.is_complex():
+            return False
+        if not tensor.ndim:
+            return self.moves(proxy) or self.follows(proxy)
+        known = not any(n.op == "placeholder" for n in sources(proxy.node)) or self.actual(proxy.node) is not None
+        return not known and all(extents.is_fixed(proxy.node, axis, self.skeleton.module) for axis in range(tensor.ndim))
 
     def unrolled(self, proxy: ShapeProxy) -> None:
         """Code loops over a tensor, or over the parts of one."""
