@@ -295,6 +295,7 @@ class ShapeProxy(fx.Proxy):
         if _isinstance(value, torch.Tensor):
             actual = self.tracer.actual(self.node)
             if actual is None:
+                self.tracer.read |= held(self.node)  # one that forward wrote before: it can be read at each call
                 raise TraceError(f"{self.tracer.here()}: {use} {checks.OF_VALUES}")
             for name in held(self.node) - self.tracer.constants.keys():
                 self.tracer.note(NoteKind.VALUE, f"{use} was specialised to the value of {name!r}", self.tracer.here())

@@ -35,9 +35,10 @@ from fxprune.errors import InputError, TraceError
 from fxprune.passes.compat import OpOverload, assert_true, tree_map
 from fxprune.passes.ir import objects
 from fxprune.passes.ir.constants import evaluate
-from fxprune.passes.ir.nodes import is_read, reads, sources
+from fxprune.passes.ir.nodes import CHANGING, changes, is_read, reads, sources
 from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton
+from fxprune.passes.ir.writes import is_rewritten
 from fxprune.passes.tracing import aten, checks
 from fxprune.passes.tracing import decompositions as openers
 from fxprune.passes.tracing.graph_inputs import graph_of, interpret, origin
@@ -87,6 +88,8 @@ class ShapeTracer(fx.Tracer):
         self.given: dict[fx.Node, Any] = {}  # what the example has for each input
         self.flags: set[fx.Node] = set()  # those that the graph holds to what they are on the example
         self.read: set[str] = set()
+        self.writes: set[str] = set()  # buffers and parameters that the graph writes
+        self.changing: set[str] = set()  # buffers that forward writes, of which code reads values
         self.graph_is_training = False
         self.busy = False  # running an operation for its shape: nothing is recorded meanwhile
         self.gradients = True  # the code at work is in no block without them
@@ -263,6 +266,8 @@ class ShapeTracer(fx.Tracer):
         node = self.graph.create_node(kind, target, args, kwargs, name, None)
         node.meta["where"] = self.here()
         node.meta["owner"] = self._owner()
+        if kind == "get_attr" and target in self.changing:
+            node.meta[CHANGING] = True
         if not self.gradients and kind != "get_attr" and target is not getattr:  # these are recorded when they are first read
             node.meta[gradients.MARK] = True
         if kind not in ("placeholder", "output"):
@@ -447,9 +452,11 @@ class ShapeTracer(fx.Tracer):
     def _of_inputs(self, node: fx.Node) -> torch.Tensor | None:
         if node.meta["val"].numel() != 1:
             return None
-        if not any(n.op == "placeholder" for n in sources(node)):
+        if not any(map(changes, sources(node))):
             return None
+        held = {n: self.skeleton.real(str(n.target)) for n in sources(node) if CHANGING in n.meta}
         known = {n: _valued(v) for n, v in self.given.items() if isinstance(v, torch.Tensor) and not (v.is_floating_point() and v.is_meta)}
+        known.update((n, tensor) for n, tensor in held.items() if not tensor.is_meta)
         found: torch.Tensor | None = self.actual(node, known)
         return found
 
@@ -458,9 +465,16 @@ class ShapeTracer(fx.Tracer):
         return self.of_example(node) if known is None else known
 
     def _named(self, name: str) -> torch.Tensor | None:
+        if name in self.changing:
+            return None
         tensor = self.constants.get(name)
         tensor = self.skeleton.real(name) if tensor is None else tensor
         return tensor if tensor.device.type != "meta" else None
+
+    def frozen(self, graph: fx.Graph) -> set[str]:
+        """The buffers that the graph writes and of which code has read values, so that these would be those of the first call for good."""
+        self.writes = {str(n.target) for n in graph.find_nodes(op="get_attr") if is_rewritten(n)}
+        return self.writes & self.read
 
     def shape_of(self, proxy: ShapeProxy) -> ShapeTuple:
         node = proxy.node
@@ -533,7 +547,7 @@ class ShapeTracer(fx.Tracer):
         tensor: Any = value.value if _isinstance(value, ShapeProxy) else None
         if not _isinstance(tensor, torch.Tensor) or tensor.numel() != 1 or tensor.is_complex():
             return False
-        return any(n.op == "placeholder" for n in sources(value.node)) and self.actual(value.node) is None
+        return any(map(changes, sources(value.node))) and self.actual(value.node) is None
 
     def lists(self, proxy: ShapeProxy) -> bool:
         """Whether the numbers of a tensor are recorded, each for itself: inputs enter them, and there are as many at every call."""
@@ -542,7 +556,7 @@ class ShapeTracer(fx.Tracer):
             return False
         if not tensor.ndim:
             return self.moves(proxy) or self.follows(proxy)
-        known = not any(n.op == "placeholder" for n in sources(proxy.node)) or self.actual(proxy.node) is not None
+        known = not any(map(changes, sources(proxy.node))) or self.actual(proxy.node) is not None
         return not known and all(extents.is_fixed(proxy.node, axis, self.skeleton.module) for axis in range(tensor.ndim))
 
     def unrolled(self, proxy: ShapeProxy) -> None:
