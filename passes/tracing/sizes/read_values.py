@@ -38,7 +38,7 @@ def number(node: fx.Node, known: torch.Tensor | None) -> Any:
     if known is not None and reading:
         return node.target(known) if callable(node.target) else known.item()
     if node.target in (int, float):
-        kind: type = node.target  # type: ignore[assignment]
+        kind: type = node.target
     else:
         kind = bool if not reading or source.dtype == torch.bool else float if source.is_floating_point() else int
     if reading and source.numel() != 1:

@@ -239,6 +239,9 @@ def test_a_buffer_whose_size_is_an_argument(ran: bool) -> None:
 class Queue(nn.Module):
     """As MoCo keeps one: the buffer says where the next keys go."""
 
+    queue: Tensor
+    place: Tensor
+
     def __init__(self, trains: bool = False) -> None:
         super().__init__()
         self.a, self.b, self.trains = nn.Linear(10, 16), nn.Linear(16, 12), trains
@@ -273,6 +276,8 @@ def test_a_place_in_a_buffer_is_read_at_every_call(trains: bool) -> None:
 class Initialised(nn.Module):
     """Sets itself up by its first batch, as ActNorm of flows."""
 
+    done: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.shift = nn.Parameter(torch.zeros(16))
@@ -298,6 +303,8 @@ def test_what_is_set_up_once_is_not_set_up_at_every_step() -> None:
 
 class Temperature(nn.Module):
     """Evaluation reads what training counts."""
+
+    step: Tensor
 
     def __init__(self) -> None:
         super().__init__()
