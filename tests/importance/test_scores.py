@@ -74,6 +74,6 @@ def test_a_ranking_is_remembered_while_the_weights_are_unchanged(importance: str
 def test_weights_that_are_not_finite_are_named() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     with torch.no_grad():
-        model[0].weight[2, 1] = float("nan")
+        model.get_parameter("0.weight")[2, 1] = float("nan")
     with pytest.raises(InputError, match="'0.weight' holds values that are not finite, by which importance 'l2' cannot rank"):
         fxprune.compress(model, 0.5, torch.randn(2, 6))
