@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections import namedtuple
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,7 +65,8 @@ def describe(example: Any) -> Json:
     if isinstance(example, Mapping):
         return {"dict": {str(k): describe(v) for k, v in example.items()}}
     if isinstance(example, tuple):
-        return {"tuple": [describe(v) for v in example]}
+        found = {"tuple": [describe(v) for v in example]}
+        return found | {"fields": list(example._fields), "class": _class_of(type(example))} if hasattr(example, "_fields") else found
     if isinstance(example, list):
         return {"list": [describe(v) for v in example]}
     if example is None or isinstance(example, (bool, int, float, str)):
@@ -91,12 +94,33 @@ def _build(spec: Json, device: torch.device, generator: torch.Generator) -> Any:
     if "dict" in spec:
         return {k: _build(v, device, generator) for k, v in spec["dict"].items()}
     if "tuple" in spec:
-        return tuple(_build(v, device, generator) for v in spec["tuple"])
+        parts = [_build(v, device, generator) for v in spec["tuple"]]
+        return tuple(parts) if "fields" not in spec else _named_tuple(spec)(*parts)
     if "list" in spec:
         return [_build(v, device, generator) for v in spec["list"]]
     if "value" in spec:
         return spec["value"]
     raise InputError(f"recorded inputs are malformed: {sorted(spec)} names no known kind of input")
+
+
+def _class_of(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _named_tuple(spec: dict[str, Json]) -> Any:
+    """The class of a named tuple, where the program has it: nothing is imported for it. Else one with the same fields."""
+    fields, (home, _, path) = spec["fields"], str(spec.get("class", "")).partition(":")
+    if not isinstance(fields, list) or len(fields) != len(spec["tuple"]) or not all(isinstance(f, str) for f in fields):
+        raise InputError(f"recorded inputs are malformed: {str(fields)[:80]} are no names of {len(spec['tuple'])} parts")
+    found: Any = sys.modules.get(home)
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    if isinstance(found, type) and issubclass(found, tuple) and getattr(found, "_fields", None) == tuple(fields):
+        return found
+    try:
+        return namedtuple(path.rpartition(".")[2] or "Inputs", fields)
+    except ValueError as error:
+        raise InputError(f"recorded inputs are malformed: {error}") from error
 
 
 def _tensor(spec: dict[str, Json], device: torch.device, generator: torch.Generator) -> torch.Tensor:

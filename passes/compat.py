@@ -26,11 +26,13 @@ from torch.nn.modules.conv import _ConvNd as ConvNd
 from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd as DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNormBase
+from torch.testing import _comparison as close_errors_home
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 __all__ = [
     "CHECKS",
+    "CLOSE_ERRORS",
     "WEIGHT_NORMS",
     "BatchNormBase",
     "ConvNd",
@@ -46,6 +48,7 @@ __all__ = [
     "ScriptMethod",
     "TorchDispatchMode",
     "assert_true",
+    "close_errors_home",
     "dispatched",
     "find_proxy",
     "forward_from_source",
@@ -84,6 +87,7 @@ native_functions: Any = torch._C._nn
 assert_true: Any = torch._assert
 pack_padded: Any = torch._VF._pack_padded_sequence
 pad_packed: Any = torch._VF._pad_packed_sequence
+CLOSE_ERRORS = "not_close_error_metas"  # of which assert_close raises the first
 CHECKS = ("_check", "_check_with", "_check_tensor_all", "_check_tensor_all_with", "_check_index", "_check_value", "_check_is_size")
 WEIGHT_NORMS: tuple[Any, ...] = (torch._weight_norm,) if hasattr(torch, "_weight_norm") else ()  # what the old weight_norm calls
 

@@ -64,7 +64,14 @@ class Criterion:
         strange = sorted(set(map(str, found)) - {group.name for group in graph.groups})
         if strange:
             raise PolicyError(f"importance {self.name!r} gave scores for {strange[0]!r}, which is no group")
-        return {g.name: checked(found[g.name], g, f"importance {self.name!r}") for g in graph.groups if g.prunable and g.name in found}
+        try:
+            return {g.name: checked(found[g.name], g, f"importance {self.name!r}") for g in graph.groups if g.prunable and g.name in found}
+        except PolicyError as error:
+            broken = [n for n in names.parameter_names if self.needs_values and not bool(names.real(n).isfinite().all())]
+            if not broken:
+                raise
+            text = f"{broken[0]!r} holds values that are not finite, by which importance {self.name!r} cannot rank channels"
+            raise InputError(f'{text}; mend the weights, or pass importance="random"') from error
 
 
 CRITERIA: dict[str, Criterion] = {}

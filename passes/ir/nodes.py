@@ -65,6 +65,43 @@ def computed_from(node: fx.Node) -> set[fx.Node]:
     return set(sources(node))
 
 
+_READING = (int, float, "item")
+_COMPARING = frozenset({"allclose", "equal", "is_nonzero"})  # which give no tensor, but an answer
+
+
+def _compares(node: fx.Node) -> bool:
+    return target_name(node) in _COMPARING and (node.op == "call_method" or getattr(torch, str(target_name(node))) is node.target)
+
+
+CHANGING = "changing"  # in the meta of a buffer that forward writes and code reads: the next call finds another value
+
+
+def changes(node: fx.Node) -> bool:
+    """Whether a node has other values at another call: it is an input, or a buffer that is known to change."""
+    return node.op == "placeholder" or CHANGING in node.meta
+
+
+def is_read(node: fx.Node) -> bool:
+    """Whether a number is the value of a tensor that is computed from the inputs (``int(lengths.max())``), or
+    from a buffer that changes."""
+    source = node.args[0] if node.args and (node.target in _READING or _compares(node)) else None
+    if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), torch.Tensor):
+        return False
+    return any(changes(n) for one in node.all_input_nodes for n in computed_from(one))
+
+
+def reads(node: fx.Node) -> bool:
+    """Whether a number is made of one that ``is_read``; the sizes of tensors are sizes, whatever they were made of."""
+    todo, seen = [node], set[fx.Node]()
+    while todo:
+        found = todo.pop()
+        if is_read(found):
+            return True
+        seen.add(found)
+        todo += [n for n in found.all_input_nodes if n not in seen and not isinstance(n.meta.get("val"), torch.Tensor)]
+    return False
+
+
 def leads_to(node: fx.Node, found: Callable[[fx.Node], bool], through: Callable[[fx.Node], bool]) -> bool:
     """Whether a node that is ``found`` reads what ``node`` gives, or what those make of it that the walk goes ``through``."""
     seen, todo = {node}, [node]

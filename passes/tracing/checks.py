@@ -7,6 +7,7 @@ import functools
 from types import CodeType, FrameType
 
 NOT_KEPT = "a check of values, which raises an error, cannot be kept in a graph; the slim module computes without it"
+OF_VALUES = "depends on the values of a tensor, not only on its shape; what only prints or logs can be left out of forward"
 _LOCALS = frozenset({"LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_FAST_BORROW"})
 _LONGEST = 100  # instructions that make an error's text, at most
 
@@ -53,6 +54,9 @@ def _raises(steps: list[dis.Instruction], start: int, handled: set[int], at: dic
         number += 1
         if step.opname == "RAISE_VARARGS":
             return step.offset not in handled
+        if step.opname == "JUMP_FORWARD" and step.argval in at:  # to the error of a chain, ``0 <= x <= 1``
+            number = at[step.argval]
+            continue
         if step.opname.endswith("NONE") and "BACKWARD" not in step.opname and asked.opname in _LOCALS and step.argval in at:
             if (asked.argval in nones) is not step.opname.endswith("NOT_NONE"):
                 number = at[step.argval]

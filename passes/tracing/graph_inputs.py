@@ -100,7 +100,9 @@ def _run(tracer: Recorder, module: Any, node: fx.Node, args: Any, kwargs: Any) -
         return _block(tracer, target, args)
     if isinstance(target, (OpOverload, OpOverloadPacket)) or target in _FACTORIES:
         return tracer.create_proxy("call_function", target, args, kwargs)
-    if (target in RECORDED and any(map(tracer.moves, args))) or (target in _LIMITS and find_proxy(args, kwargs) is not None):
+    read = target in (int, float) and any(map(tracer.follows, args))
+    moved = target in RECORDED and any(map(tracer.moves, args))
+    if read or moved or (target in _LIMITS and find_proxy(args, kwargs) is not None):
         return tracer.create_proxy("call_function", target, args, kwargs)  # called, they would give the numbers of the example
     return target(*args, **kwargs)
 

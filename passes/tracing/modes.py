@@ -112,15 +112,24 @@ def add_traced(
     skeleton = traced.skeleton
     device = device or next((t.device for t in tensors(example) if t.device.type != "meta"), torch.device("cpu"))
     blocked: dict[str, str] = {}
+    changing: set[str] = set()
     prefix = f"{path}:" if path else ""
 
     def attempt(training: bool, history: History, blocked: dict[str, str]) -> tuple[ShapeTracer, fx.Graph]:
         outward = _Outward(skeleton, path)
         while True:
             tracer = ShapeTracer(skeleton, is_known, {*traced.opaque, *blocked}, device, has_rule, path)
+            tracer.changing |= changing
             try:
-                return tracer, _one(tracer, example, training, history)
+                graph = _one(tracer, example, training, history)
+                if frozen := tracer.frozen(graph) - changing:  # traced again, with what is read of them as a part of the graph
+                    changing.update(frozen)
+                    continue
+                return tracer, graph
             except TraceError as error:
+                if frozen := tracer.frozen(tracer.graph) - changing:
+                    changing.update(frozen)
+                    continue
                 at_work = _at_work(error)
                 culprit = at_work[-1] if at_work else ""
                 if training and not error.needs_training and outward.next(at_work, str(error)):
@@ -156,6 +165,17 @@ def add_traced(
         skeleton.started = history
         return made
 
+    def again(frozen: set[str]) -> tuple[fx.Graph, ShapeTracer] | None:
+        """Evaluation traced with values of these read at each call; None where that cannot be done: a note says that they stay."""
+        before = set(changing)
+        changing.update(frozen)
+        try:
+            made, graph = without_history(training=False)
+            return graph, made
+        except TraceError:
+            changing.intersection_update(before)
+            return None
+
     histories = past(skeleton, level) if history is None else [history]
     skeleton.training_was_read = False
     tracer, graph = without_history(training=False)
@@ -166,6 +186,9 @@ def add_traced(
         skeleton.taken = frozenset(constants)  # the graphs of both modes find their constants in one module
         try:
             second, graph = without_history(training=True)
+            if frozen := second.writes & tracer.read - tracer.changing:  # evaluation reads what training writes
+                graphs["eval"], tracer = again(frozen) or (graphs["eval"], tracer)
+                notes, constants = dict(tracer.notes), {**constants, **tracer.constants}
             notes.update(second.notes)  # of equal graphs too: of two that are drawn at random, training may have got evaluation's
             if not _same(graphs["eval"], graph):
                 graphs["train"] = graph

@@ -214,6 +214,18 @@ def _checked(tracer: Recorder, original: Any) -> Any:
     return check
 
 
+def _close(tracer: Recorder, original: Any) -> Any:
+    """``torch.testing.assert_close``, by whatever name code holds it, finds nothing to raise."""
+
+    def errors(*args: Any, **kwargs: Any) -> Any:
+        if not tracer.recording or compat.find_proxy(args, kwargs) is None:
+            return original(*args, **kwargs)
+        tracer.note(NoteKind.LOST, checks.NOT_KEPT, tracer.here())
+        return []
+
+    return errors
+
+
 def _asserted(tracer: Recorder, original: Any) -> Any:
     """``torch._assert`` stays in the graph where it asks for sizes."""
 
@@ -391,6 +403,7 @@ PATCHES: tuple[Patch, ...] = (
     *(Patch(math, name, recorded) for name in OF_MATH),
     *(Patch(torch, name, _checked) for name in compat.CHECKS),
     Patch(torch, "_assert", _asserted),
+    Patch(compat.close_errors_home, compat.CLOSE_ERRORS, _close),
     Patch(type(torch.autograd.Function), "__getattribute__", _of_functions),
     *(Patch(torch.autograd.functional, name, _derives) for name in ("vjp", "jvp", "vhp", "hvp", "jacobian", "hessian")),
     Patch(torch, "is_grad_enabled", _asks_for_gradients),

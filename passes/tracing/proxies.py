@@ -21,6 +21,7 @@ from fxprune.passes.ir.nodes import AUGMENTED, RESHAPING
 from fxprune.passes.ir.notes import NoteKind
 from fxprune.passes.tracing import checks, legacy
 from fxprune.passes.tracing.recorder import Recorder
+from fxprune.passes.tracing.sizes import read_values
 from fxprune.passes.tracing.sizes.arithmetic import OF_MATH
 
 # ``isinstance`` is patched while tracing (see ``patching``); here the real one is meant.
@@ -138,15 +139,14 @@ class ShapeProxy(fx.Proxy):
                 return partial(legacy.cast, self)
             if name == "new":
                 return partial(legacy.new, self)
-            if name == "item" and self.tracer.moves(self):
+            if name == "item" and (self.tracer.moves(self) or self.tracer.follows(self)):
                 return ShapeAttribute(self, name)
-            listed = name == "tolist" and value.ndim == 1 and len(value) and self.tracer.actual(self.node) is not None
-            if listed and self.tracer.moves(self[0]):
-                return lambda: [self[i].item() for i in range(value.shape[0])]
+            if name == "tolist" and self._is_listed():
+                return self._numbers
             if name in ("tolist", "item"):
                 return lambda: self._concrete(name, name)
-            if name == "numpy" and self.tracer.actual(self.node) is not None:
-                return lambda: self._concrete("numpy()", "numpy").copy()
+            if name == "numpy":
+                return lambda **_: self._concrete("numpy()", "numpy").copy()
             if not hasattr(value, name):
                 raise AttributeError(f"'Tensor' object has no attribute {name!r}")
             if name == "nelement" or name == "numel":
@@ -167,6 +167,18 @@ class ShapeProxy(fx.Proxy):
                 return lambda: getattr(np, name)(self._concrete(f"numpy.{name}()"))
             raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
         return ShapeAttribute(self, name)
+
+    def _is_listed(self) -> bool:
+        """Whether ``tolist()`` gives numbers that a graph computes at each call."""
+        value = self.value
+        if value.ndim == 1 and len(value) and self.tracer.actual(self.node) is not None:
+            return self.tracer.moves(self[0])
+        return self.tracer.lists(self)
+
+    def _numbers(self) -> Any:
+        if not self.value.ndim:
+            return self.item()
+        return [self[i]._numbers() for i in range(self.value.shape[0])]
 
     def __iter__(self) -> Iterator[Any]:
         value = self.value
@@ -281,10 +293,17 @@ class ShapeProxy(fx.Proxy):
     def __rdivmod__(self, other: Any) -> tuple[Any, Any]:
         return other // self, other % self
 
+    def __repr__(self) -> str:
+        return read_values.TEXT if read_values.OTHER in self.node.meta else super().__repr__()
+
     def __format__(self, spec: str) -> str:
+        if read_values.OTHER in self.node.meta:
+            return read_values.TEXT
         return repr(self) if _isinstance(self.value, torch.Tensor) else format(self._shown(), spec)
 
     def __str__(self) -> str:
+        if read_values.OTHER in self.node.meta:
+            return read_values.TEXT
         return repr(self) if _isinstance(self.value, torch.Tensor) else str(self._shown())
 
     def _shown(self) -> Any:
@@ -295,14 +314,19 @@ class ShapeProxy(fx.Proxy):
 
     def __hash__(self) -> int:
         value = self.value
-        return hash(value) if _isinstance(value, (int, float, str, bool, torch.dtype, torch.device)) else id(self)
+        if not _isinstance(value, (int, float, str, bool, torch.dtype, torch.device)):
+            return id(self)
+        if read_values.OTHER in self.node.meta:
+            raise TraceError(f"{self.tracer.here()}: a key {checks.OF_VALUES}")
+        return hash(value)
 
     def _concrete(self, use: str, method: str = "item") -> Any:
         value = self.value
         if _isinstance(value, torch.Tensor):
             actual = self.tracer.actual(self.node)
             if actual is None:
-                raise TraceError(f"{self.tracer.here()}: {use} depends on the values of a tensor, not only on its shape")
+                self.tracer.read |= held(self.node)  # one that forward wrote before: it can be read at each call
+                raise TraceError(f"{self.tracer.here()}: {use} {checks.OF_VALUES}")
             for name in held(self.node) - self.tracer.constants.keys():
                 self.tracer.note(NoteKind.VALUE, f"{use} was specialised to the value of {name!r}", self.tracer.here())
                 self.tracer.read.add(name)

@@ -70,6 +70,12 @@ class Recorder(Protocol):
     def moves(self, value: Any) -> bool:
         """Whether ``value`` is the proxy of a number that a size of the input enters, or that is an input."""
 
+    def follows(self, value: Any) -> bool:
+        """Whether a number that code reads from ``value``, a tensor of one element, is recorded rather than known."""
+
+    def lists(self, proxy: Any) -> bool:
+        """Whether ``tolist()`` gives numbers that are recorded."""
+
     def unrolled(self, proxy: Any) -> None:
         """Code loops over a tensor, or over the parts of one."""
 

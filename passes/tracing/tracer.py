@@ -36,10 +36,11 @@ from fxprune.errors import InputError, TraceError
 from fxprune.passes.compat import OpOverload, assert_true, tree_map
 from fxprune.passes.ir import objects
 from fxprune.passes.ir.constants import evaluate
-from fxprune.passes.ir.nodes import sources
+from fxprune.passes.ir.nodes import CHANGING, changes, is_read, reads, sources
 from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton
-from fxprune.passes.tracing import aten
+from fxprune.passes.ir.writes import is_rewritten
+from fxprune.passes.tracing import aten, checks
 from fxprune.passes.tracing import decompositions as openers
 from fxprune.passes.tracing.graph_inputs import graph_of, interpret, origin
 from fxprune.passes.tracing.meta_execution import execute, hides_structure, run_for_real, to_meta, with_numbers
@@ -47,7 +48,7 @@ from fxprune.passes.tracing.patching import patched
 from fxprune.passes.tracing.proxies import ShapeProxy, ShapeTuple
 from fxprune.passes.tracing.recorder import Recorder
 from fxprune.passes.tracing.side_effects import gradients
-from fxprune.passes.tracing.sizes import counted
+from fxprune.passes.tracing.sizes import counted, read_values
 from fxprune.passes.tracing.sizes import fixed_sizes as extents
 from fxprune.passes.tracing.sizes.specialisation import Asked
 
@@ -57,6 +58,7 @@ _FOLDERS = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__f
 _SKIPPED = (*(f"{folder}{os.sep}" for folder in _FOLDERS), contextlib.__file__, "<")
 _DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}  # which torch takes for a dtype
 _OF_DTYPES = (torch.finfo, torch.iinfo, "element_size")  # the functions themselves: they are patched while tracing
+_LISTED = 1024  # numbers that ``tolist()`` gives, at most: each is a node
 _NETWORKS = os.path.join("fxprune", "models.py")
 
 
@@ -88,6 +90,8 @@ class ShapeTracer(fx.Tracer):
         self.given: dict[fx.Node, Any] = {}  # what the example has for each input
         self.flags: set[fx.Node] = set()  # those that the graph holds to what they are on the example
         self.read: set[str] = set()
+        self.writes: set[str] = set()  # buffers and parameters that the graph writes
+        self.changing: set[str] = set()  # buffers that forward writes, of which code reads values
         self.graph_is_training = False
         self.busy = False  # running an operation for its shape: nothing is recorded meanwhile
         self.gradients = True  # the code at work is in no block without them
@@ -197,7 +201,7 @@ class ShapeTracer(fx.Tracer):
             if not _isinstance(value, ShapeProxy):
                 return value
             made = self.create_proxy("placeholder", f"input_{len(self.graph.nodes)}", (), {})
-            made.node.meta["val"] = value.value
+            made.node.meta.update({key: value.node.meta[key] for key in ("val", read_values.OTHER) if key in value.node.meta})
             return made
 
         try:
@@ -265,6 +269,8 @@ class ShapeTracer(fx.Tracer):
         node = self.graph.create_node(kind, target, args, kwargs, name, None)
         node.meta["where"] = self.here()
         node.meta["owner"] = self._owner()
+        if kind == "get_attr" and target in self.changing:
+            node.meta[CHANGING] = True
         if not self.gradients and kind != "get_attr" and target is not getattr:  # these are recorded when they are first read
             node.meta[gradients.MARK] = True
         if kind not in ("placeholder", "output"):
@@ -382,6 +388,12 @@ class ShapeTracer(fx.Tracer):
             return self.device
         self.busy = True
         try:
+            if is_read(node):
+                source = node.all_input_nodes[0]
+                known = self.actual(source)
+                return read_values.number(node, self._of_inputs(source) if known is None else known)
+            if read_values.among(node):
+                return read_values.computed(node, lambda args, kwargs: execute(node, args, kwargs, self.skeleton))
             some = counted.picked(node, args, kwargs)
             return execute(node, args, kwargs, self.skeleton) if some is None else self._picked(node, *some)
         except TraceError:
@@ -436,11 +448,18 @@ class ShapeTracer(fx.Tracer):
     def of_example(self, node: fx.Node) -> torch.Tensor | None:
         """The example's value of a whole number that is computed from the inputs alone (``lengths.max()``), or None."""
         value = node.meta["val"]
-        if value.numel() != 1 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             return None
-        if not any(n.op == "placeholder" for n in sources(node)):
+        return self._of_inputs(node)
+
+    def _of_inputs(self, node: fx.Node) -> torch.Tensor | None:
+        if node.meta["val"].numel() != 1:
             return None
+        if not any(map(changes, sources(node))):
+            return None
+        held = {n: self.skeleton.real(str(n.target)) for n in sources(node) if CHANGING in n.meta}
         known = {n: _valued(v) for n, v in self.given.items() if isinstance(v, torch.Tensor) and not (v.is_floating_point() and v.is_meta)}
+        known.update((n, tensor) for n, tensor in held.items() if not tensor.is_meta)
         found: torch.Tensor | None = self.actual(node, known)
         return found
 
@@ -449,6 +468,8 @@ class ShapeTracer(fx.Tracer):
         return self.of_example(node) if known is None else known
 
     def _named(self, name: str) -> torch.Tensor | None:
+        if name in self.changing:
+            return None
         tensor = self.constants.get(name)
         tensor = self.skeleton.real(name) if tensor is None else tensor
         return tensor if tensor.device.type != "meta" else None
@@ -459,6 +480,11 @@ class ShapeTracer(fx.Tracer):
             return torch.get_default_device()
         finally:
             self.busy = before
+
+    def frozen(self, graph: fx.Graph) -> set[str]:
+        """The buffers that the graph writes and of which code has read values, so that these would be those of the first call for good."""
+        self.writes = {str(n.target) for n in graph.find_nodes(op="get_attr") if is_rewritten(n)}
+        return self.writes & self.read
 
     def shape_of(self, proxy: ShapeProxy) -> ShapeTuple:
         node = proxy.node
@@ -503,8 +529,8 @@ class ShapeTracer(fx.Tracer):
             return
         if counted.by_values(proxy.node, self.skeleton.module):
             raise TraceError(f"{self.here()}: {what} is how many elements of a tensor are true, which only its values say")
-        if extents.reads(proxy.node):
-            raise TraceError(f"{self.here()}: {what} depends on the values of a tensor, not only on its shape")
+        if reads(proxy.node):
+            raise TraceError(f"{self.here()}: {what.partition(' on the value ')[0]} {checks.OF_VALUES}")
         if extents.depends(proxy.node, self.skeleton.module) is not None:
             self.asked.add(Note(NoteKind.SIZE, f"{what} was specialised to the example inputs", self.here()), self.source)
 
@@ -527,6 +553,23 @@ class ShapeTracer(fx.Tracer):
             sized = extents.depends(value.node, self.skeleton.module) is not None and self.actual(value.node) is not None
             return sized or self.of_example(value.node) is not None
         return type(value.value) in (int, float) and extents.depends(value.node, self.skeleton.module) is not None
+
+    def follows(self, value: Any) -> bool:
+        """Whether a number that code reads from ``value`` is recorded: it is the proxy of a tensor of one that the inputs enter."""
+        tensor: Any = value.value if _isinstance(value, ShapeProxy) else None
+        if not _isinstance(tensor, torch.Tensor) or tensor.numel() != 1 or tensor.is_complex():
+            return False
+        return any(map(changes, sources(value.node))) and self.actual(value.node) is None
+
+    def lists(self, proxy: ShapeProxy) -> bool:
+        """Whether the numbers of a tensor are recorded, each for itself: inputs enter them, and there are as many at every call."""
+        tensor = proxy.value
+        if not 0 < tensor.numel() <= _LISTED or tensor.is_complex():
+            return False
+        if not tensor.ndim:
+            return self.moves(proxy) or self.follows(proxy)
+        known = not any(map(changes, sources(proxy.node))) or self.actual(proxy.node) is not None
+        return not known and all(extents.is_fixed(proxy.node, axis, self.skeleton.module) for axis in range(tensor.ndim))
 
     def unrolled(self, proxy: ShapeProxy) -> None:
         """Code loops over a tensor, or over the parts of one."""

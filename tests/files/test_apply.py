@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -152,3 +152,33 @@ def test_parameters_that_are_in_parts_are_refused() -> None:
             fxprune.compress(model, 0.5, X)
         with pytest.raises(UnsupportedError, match=r"this process holds a part of part alone .*: prune before FSDP"):
             fxprune.apply(fxprune.compress(net(), 0.5, X), model)
+
+
+class Batch(NamedTuple):
+    x: torch.Tensor
+    mask: Any = None
+
+
+class TakesBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(10, 16), nn.Linear(16, 4)
+
+    def forward(self, batch: Batch) -> Any:
+        assert isinstance(batch, tuple) and hasattr(batch, "_fields")
+        return self.b(self.a(batch.x).relu())
+
+
+def test_named_tuples_as_inputs_keep_their_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, inputs = TakesBatch().eval(), (Batch(torch.randn(3, 10)),)
+    slim = fxprune.compress(model, 0.5, inputs, verify=True)
+    fxprune.save(slim, tmp_path / "slim.safetensors")
+    for again in (fxprune.load(tmp_path / "slim.safetensors", TakesBatch()), fxprune.apply(slim, model)):
+        torch.testing.assert_close(again(*inputs), slim(*inputs))
+    graph = fxprune.analyze(model, inputs)
+    policy = fxprune.Policy.uniform(graph, 0.5)
+    policy.save(tmp_path / "policy.json")
+    torch.testing.assert_close(fxprune.compress(model, str(tmp_path / "policy.json"))(*inputs), slim(*inputs))
+    same = fxprune.compress(model, 0.5, inputs, keep_class=True, verify=True)
+    torch.testing.assert_close(same(*inputs), slim(*inputs))

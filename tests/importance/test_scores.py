@@ -69,3 +69,11 @@ def test_a_ranking_is_remembered_while_the_weights_are_unchanged(importance: str
             change()
         fresh = scores(fxprune.analyze(model, torch.randn(3, 4)), importance)["0"]
         assert (scores(graph, importance)["0"] == fresh).all() and len(made) == 2 * count - 1
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    with torch.no_grad():
+        model.get_parameter("0.weight")[2, 1] = float("nan")
+    with pytest.raises(InputError, match="'0.weight' holds values that are not finite, by which importance 'l2' cannot rank"):
+        fxprune.compress(model, 0.5, torch.randn(2, 6))

@@ -14,10 +14,12 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
+from fxprune.passes.ir.nodes import reads
 from fxprune.passes.labels.context import LabelContext
 
 # What stands for an operand of which nothing is known: both signs, small and large, fractions.
 _SAMPLES = 16
+_READ = (2.6, -2.6, 0.4, -0.4)  # and for a number that is read from values
 _MOST = 4  # indices along each axis that a probe has
 
 _known: dict[Any, tuple[tuple[bool, bool], ...]] = {}
@@ -37,11 +39,14 @@ def after_zeros(node: fx.Node, module: nn.Module | None, zeros: Sequence[bool], 
     kinds = tuple((n.meta["val"].dtype, tuple(n.meta["val"].shape) if full else n.meta["val"].ndim) for n in tensors)
     literals = repr(map_arg(_given(node), lambda n: _Named("T" if n in tensors else repr(n.meta.get("val")))))
     own = (type(module), module.extra_repr(), module.training) if module is not None else node.target
-    key = (node.op, own, literals, kinds, tuple(zeros), full)
+    read = tuple(n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (int, float)) and reads(n))
+    key = (node.op, own, literals, kinds, tuple(zeros), full, bool(read))
     if key not in _known:
         if len(_known) > 10_000:
             _known.clear()
-        _known[key] = _probe(node, module, tensors, zeros, full)
+        probes = [_probe(node, module, tensors, zeros, full, dict.fromkeys(read, one)) for one in (_READ if read else (0,))]
+        # Whatever a number is that code reads from values; of one that the operation does not take nothing is known.
+        _known[key] = tuple((all(z for z, _ in of), all(f for _, f in of)) for of in zip(*probes, strict=True)) if all(probes) else ()
     return _known[key]
 
 
@@ -57,12 +62,16 @@ class _Named(str):
 
 
 def _probe(
-    node: fx.Node, module: nn.Module | None, tensors: Sequence[fx.Node], zeros: Sequence[bool], full: bool
+    node: fx.Node, module: nn.Module | None, tensors: Sequence[fx.Node], zeros: Sequence[bool], full: bool, read: dict[fx.Node, float]
 ) -> tuple[tuple[bool, bool], ...]:
-    at_zero = _run(node, module, tensors, [_sample(n, i, z, full, 0) for i, (n, z) in enumerate(zip(tensors, zeros, strict=True))])
+    def run(value: int) -> list[torch.Tensor]:
+        given = [_sample(n, i, z, full, value) for i, (n, z) in enumerate(zip(tensors, zeros, strict=True))]
+        return _run(node, module, tensors, given, read)
+
+    at_zero = run(0)
     if not at_zero:
         return ()
-    at_one = _run(node, module, tensors, [_sample(n, i, z, full, 1) for i, (n, z) in enumerate(zip(tensors, zeros, strict=True))])
+    at_one = run(1)
     return tuple(
         (bool((got == 0).all()), bool(got.isfinite().all()) or not bool(beside.isfinite().all()))
         for got, beside in zip(at_zero, at_one, strict=True)
@@ -85,10 +94,12 @@ def _sample(node: fx.Node, number: int, zero: bool, full: bool, value: int) -> t
 
 
 @torch.no_grad()
-def _run(node: fx.Node, module: nn.Module | None, tensors: Sequence[fx.Node], given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _run(
+    node: fx.Node, module: nn.Module | None, tensors: Sequence[fx.Node], given: Sequence[torch.Tensor], read: dict[fx.Node, float]
+) -> list[torch.Tensor]:
     """The tensors that the operation gives, none where it does not run so; the user's random numbers stay where they are."""
     left = list(given)
-    args, kwargs = map_arg(_given(node), lambda n: left.pop(0) if n in tensors else n.meta.get("val"))
+    args, kwargs = map_arg(_given(node), lambda n: left.pop(0) if n in tensors else _number(n, read))
     kwargs = {key: value for key, value in kwargs.items() if key != "device"}
     run: Callable[..., Any] = module if module is not None else node.target  # type: ignore[assignment]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -100,6 +111,13 @@ def _run(node: fx.Node, module: nn.Module | None, tensors: Sequence[fx.Node], gi
             return []
     found = list(found) if isinstance(found, (tuple, list)) else [found]
     return found if all(isinstance(t, torch.Tensor) for t in found) else []
+
+
+def _number(node: fx.Node, read: dict[fx.Node, float]) -> Any:
+    value = node.meta.get("val")
+    if node not in read:
+        return value
+    return read[node] if isinstance(value, float) else int(read[node])
 
 
 def elementwise(ctx: LabelContext, node: fx.Node, module: nn.Module | None = None) -> Any:

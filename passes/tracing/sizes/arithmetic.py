@@ -56,7 +56,7 @@ def _kind(tracer: Recorder, original: Any) -> Any:
 
     class Kind(type):
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-            if tracer.recording and len(args) == 1 and not kwargs and tracer.moves(args[0]):
+            if tracer.recording and len(args) == 1 and not kwargs and (tracer.moves(args[0]) or tracer.follows(args[0])):
                 return tracer.create_proxy("call_function", original, args, {})
             return original(*args, **kwargs)
 

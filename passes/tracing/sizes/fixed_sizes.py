@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.passes.ir.nodes import computed_from, target_name
+from fxprune.passes.ir.nodes import is_read, target_name
 from fxprune.passes.rules.layer_specs import spec_of
 from fxprune.passes.tracing.sizes.axis_origin import arguments, listed, number, picked, places
 
@@ -264,26 +264,6 @@ def depends(node: fx.Node, module: Modules) -> fx.Node | None:
             continue
         todo.extend(found.all_input_nodes)
     return None
-
-
-def is_read(node: fx.Node) -> bool:
-    """Whether a number is the value of a tensor that is computed from the inputs (``int(lengths.max())``)."""
-    source = node.args[0] if node.args and node.target in (int, float, "item") else None
-    if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), torch.Tensor):
-        return False
-    return any(n.op == "placeholder" for n in computed_from(source))
-
-
-def reads(node: fx.Node) -> bool:
-    """Whether a number is made of one that ``is_read``; the sizes of tensors are sizes, whatever they were made of."""
-    todo, seen = [node], set[fx.Node]()
-    while todo:
-        found = todo.pop()
-        if is_read(found):
-            return True
-        seen.add(found)
-        todo += [n for n in found.all_input_nodes if n not in seen and not isinstance(n.meta.get("val"), torch.Tensor)]
-    return False
 
 
 def _is_given(node: fx.Node) -> bool:

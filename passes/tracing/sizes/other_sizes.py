@@ -11,6 +11,7 @@ from torch.fx.node import map_arg
 
 from fxprune.errors import FAULTS
 from fxprune.passes.compat import tree_leaves, tree_map_only
+from fxprune.passes.ir.nodes import is_read
 from fxprune.passes.ir.traced import TracedModel
 from fxprune.passes.tracing.meta_execution import execute, hides_structure, run_for_real
 from fxprune.passes.tracing.sizes import counted
@@ -90,6 +91,8 @@ def _run(graph: fx.Graph, traced: TracedModel, inputs: dict[fx.Node, Any]) -> Sh
 
 
 def _result(node: fx.Node, args: Any, kwargs: Any, traced: TracedModel) -> Any:
+    if is_read(node):
+        return node.meta["val"]
     picked = counted.picked(node, args, kwargs)
     if picked is not None:
         return picked[0]

@@ -14,6 +14,7 @@ import fxprune
 from fxprune.errors import TraceError, UnsupportedError
 from fxprune.passes.ir.notes import NoteKind
 from fxprune.testing import assert_sound
+from tests.passes import asserting
 
 
 def raises(x: Tensor, y: Tensor) -> Tensor:
@@ -142,3 +143,33 @@ def test_a_class_whose_checks_ask_for_its_channels_is_not_kept() -> None:
     assert fxprune.compress(model, 0.5, x)(x).shape == (2, 5, 3)
     with pytest.raises(UnsupportedError, match="eight channels"):
         fxprune.compress(model, 0.5, x, keep_class=True)
+
+
+def read_before(x: Tensor, y: Tensor) -> Tensor:
+    fine, count = torch.isfinite(y).all().item(), int((y > 1e9).sum())
+    if not fine or count > 0:
+        raise ValueError(f"{count} are too large")
+    return y
+
+
+def clamps(x: Tensor, y: Tensor) -> Tensor:
+    if x.max().item() > 1:
+        y = y.clamp(max=1.0)
+    return y
+
+
+@pytest.mark.parametrize("check", [asserting.reads, asserting.compares, read_before])
+def test_checks_of_numbers_that_are_read_are_left_out(check: Callable[[Tensor, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model, x = Checked(check).eval(), torch.randn(2, 5, 6)
+    with torch.no_grad():
+        for _ in range(50):
+            model(x)
+    graph = assert_sound(model, x, removes=("a.weight",))
+    notes = [note for note in graph.traced.notes if note.kind is NoteKind.LOST]
+    assert notes and all(("test_checks.py" in note or "asserting.py" in note) and "a check of values" in note for note in notes)
+
+
+def test_a_branch_on_a_number_that_is_read_is_refused() -> None:
+    with pytest.raises(TraceError, match=r"test_checks.py:\d+: a condition depends on the values of a tensor.*can be left out of forward"):
+        fxprune.analyze(Checked(clamps).eval(), torch.randn(2, 5, 6))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,3 +122,92 @@ def test_who_asks_for_the_form_of_a_tensor_reads_no_values(kind: type[nn.Module]
     assert slim.get_parameter("position").shape == (1, 1, 8)
     assert not any("'position'" in note or "'first" in note for note in fxprune.record(slim).notes)
     torch.testing.assert_close(slim(x).shape, model(x).shape)
+
+
+class Logged(nn.Module):
+    """Numbers that are read from what is computed, for a log or for more arithmetic."""
+
+    def __init__(self, how: Callable[[Any, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.last, self.how, self.m = nn.Linear(10, 16), nn.Linear(16, 4), how, 0.0
+
+    def forward(self, x: Tensor) -> Any:
+        return self.how(self, x, self.first(x).relu())
+
+
+def kept(net: Any, x: Tensor, y: Tensor) -> Any:
+    net.m = y.mean().item()
+    sys.stdout.write(f"mean {y.mean().item():.3f} {float(y.mean())} {y.mean(0).tolist() if net.training else ''}")
+    return net.last(y)
+
+
+def returned(net: Any, x: Tensor, y: Tensor) -> Any:
+    loss = net.last(y).pow(2).mean()
+    return net.last(y), {"loss": loss.item(), "twice": 2 * float(loss) + 1, "positive": (loss > 0).sum().item(), "rows": x[0, :2].tolist()}
+
+
+def scaled(net: Any, x: Tensor, y: Tensor) -> Any:
+    return net.last(y / x.abs().max().item() * max(float(x.abs().mean()), 0.1)) + (x.mean().item() > 0)
+
+
+def rooted(net: Any, x: Tensor, y: Tensor) -> Any:
+    return net.last(y) * math.sqrt(net.last(y).pow(2).sum().item()) + torch.full((4,), x.std().item())
+
+
+@pytest.mark.parametrize("how", [kept, returned, scaled, rooted])
+def test_numbers_are_read_at_every_call(how: Callable[[Any, Tensor, Tensor], Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, example = Logged(how).eval(), torch.randn(3, 10)
+    whole = fxprune.compress(model, 0.0, example)
+    for x in (torch.randn(5, 10) * 3, torch.randn(2, 10) - 2):
+        with torch.no_grad():
+            torch.testing.assert_close(whole(x), model(x))
+    slim = fxprune.compress(model, 0.5, example, verify=True)
+    assert slim.get_parameter("first.weight").shape == (8, 10)
+    fxprune.save(slim, tmp_path / "slim.safetensors")
+    loaded = fxprune.load(tmp_path / "slim.safetensors", Logged(how))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(example), slim(example), rtol=0, atol=0)
+
+
+def test_zeros_do_not_stay_where_a_number_that_is_read_decides() -> None:
+    """What the trace made up for it says nothing: at another input the bound is below zero."""
+
+    def bounded(net: Any, x: Tensor, y: Tensor) -> Any:
+        return net.last(y) + y.clamp(max=x.mean().item()).sum(1, keepdim=True)
+
+    def plain(net: Any, x: Tensor, y: Tensor) -> Any:
+        return net.last(y) + y.clamp(max=1.0).sum(1, keepdim=True)
+
+    notes = []
+    for how in (plain, bounded):
+        (group,) = [g for g in fxprune.analyze(Logged(how).eval(), torch.randn(3, 10) + 5).groups if g.prunable]
+        notes.append(group.notes)
+    assert not notes[0] and notes[1]
+
+
+def indexed(net: Any, x: Tensor, y: Tensor) -> Any:
+    return net.last(y[:, : int(y.sum()) * 0 + 16])
+
+
+def sized(net: Any, x: Tensor, y: Tensor) -> Any:
+    return net.last(y) + torch.zeros(int(y.argmax()), 1).sum()
+
+
+def resized(net: Any, x: Tensor, y: Tensor) -> Any:
+    return net.last(y) + torch.nn.functional.interpolate(x[None], scale_factor=y.mean().item()).mean()
+
+
+def keyed(net: Any, x: Tensor, y: Tensor) -> Any:
+    return net.last(y * {0.5: 1.0}.get(y.mean().item(), 2.0))
+
+
+def arrayed(net: Any, x: Tensor, y: Tensor) -> Any:
+    net.m = y.mean(0).detach().cpu().numpy()
+    return net.last(y)
+
+
+@pytest.mark.parametrize("how", [indexed, sized, resized, keyed, arrayed])
+def test_what_they_are_no_arithmetic_for_is_refused(how: Callable[[Any, Tensor, Tensor], Any]) -> None:
+    with pytest.raises(TraceError, match=r"test_read_values.py:\d+: .* depends on the values of a tensor"):
+        fxprune.analyze(Logged(how).eval(), torch.randn(3, 10))

@@ -234,3 +234,93 @@ def test_a_buffer_whose_size_is_an_argument(ran: bool) -> None:
     for _ in range(2):
         torch.testing.assert_close(slim.train()(x), model.train()(x))
     assert torch.equal(slim.get_buffer("1.count"), model.get_buffer("1.count")) and float(slim.get_buffer("1.count").sum()) > 0.5
+
+
+class Queue(nn.Module):
+    """As MoCo keeps one: the buffer says where the next keys go."""
+
+    queue: Tensor
+    place: Tensor
+
+    def __init__(self, trains: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.trains = nn.Linear(10, 16), nn.Linear(16, 12), trains
+        self.register_buffer("queue", torch.randn(12, 15))
+        self.register_buffer("place", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.b(self.a(x).relu())
+        found = y @ self.queue.clone().detach()
+        if self.training or not self.trains:
+            start, batch = int(self.place), y.shape[0]
+            self.queue[:, start : start + batch] = y.detach().T
+            self.place[0] = (start + batch) % 15
+        return found
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_place_in_a_buffer_is_read_at_every_call(trains: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Queue(trains).eval(), torch.randn(3, 10)
+    whole = fxprune.compress(model, 0.0, x)
+    model.train(), whole.train()
+    for _ in range(6):
+        x = torch.randn(3, 10)
+        torch.testing.assert_close(whole(x), model(x))
+        assert torch.equal(whole.get_buffer("place"), model.place)
+        torch.testing.assert_close(whole.get_buffer("queue"), model.queue)
+    slim = fxprune.compress(model.eval(), 0.5, x, verify=True)
+    assert slim.get_parameter("a.weight").shape == (8, 10)
+
+
+class Initialised(nn.Module):
+    """Sets itself up by its first batch, as ActNorm of flows."""
+
+    done: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(16))
+        self.register_buffer("done", torch.tensor(0, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Any:
+        if self.training and self.done.item() == 0:
+            with torch.no_grad():
+                self.shift.copy_(-x.mean(0))
+                self.done.fill_(1)
+        return x + self.shift
+
+
+def test_what_is_set_up_once_is_not_set_up_at_every_step() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(10, 16), Initialised(), nn.Linear(16, 4)).eval(), torch.randn(3, 10)
+    whole = fxprune.compress(model, 0.0, x)
+    model.train(), whole.train()
+    for _ in range(3):
+        x = torch.randn(3, 10)
+        torch.testing.assert_close(whole(x), model(x))
+
+
+class Temperature(nn.Module):
+    """Evaluation reads what training counts."""
+
+    step: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(10, 16), nn.Linear(16, 4)
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Any:
+        if self.training:
+            self.step += 1
+        return self.b(self.a(x).relu()) / (1 + int(self.step))
+
+
+def test_a_count_of_steps_is_read_at_every_call() -> None:
+    torch.manual_seed(0)
+    model, x = Temperature().eval(), torch.randn(3, 10)
+    whole = fxprune.compress(model, 0.0, x)
+    for training in (True, True, False, True, False):
+        model.train(training), whole.train(training)
+        torch.testing.assert_close(whole(x), model(x))
