@@ -127,7 +127,7 @@ def add_traced(
                     continue
                 return tracer, graph
             except TraceError as error:
-                if frozen := tracer.frozen(tracer.graph) - changing:
+                if frozen := tracer.frozen(tracer.__dict__.get("graph")) - changing:
                     changing.update(frozen)
                     continue
                 at_work = _at_work(error)

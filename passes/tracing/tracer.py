@@ -481,8 +481,10 @@ class ShapeTracer(fx.Tracer):
         finally:
             self.busy = before
 
-    def frozen(self, graph: fx.Graph) -> set[str]:
+    def frozen(self, graph: fx.Graph | None) -> set[str]:
         """The buffers that the graph writes and of which code has read values, so that these would be those of the first call for good."""
+        if graph is None:  # the trace did not begin
+            return set()
         self.writes = {str(n.target) for n in graph.find_nodes(op="get_attr") if is_rewritten(n)}
         return self.writes & self.read
 
