@@ -98,16 +98,6 @@ class ShapeProxy(fx.Proxy):
     def value(self) -> Any:
         return self.node.meta["val"]
 
-    @property
-    def __class__(self) -> Any:
-        """What code asks for by ``x.__class__``, and what ``match`` and ``singledispatch`` do: the class of the value."""
-        asks = str(sys._getframe(1).f_globals.get("__name__", ""))
-        return type(self) if type(self) is not ShapeProxy or asks.startswith(("torch.", "fxprune.")) else type(self.value)
-
-    @__class__.setter
-    def __class__(self, _: Any) -> None:
-        raise TraceError(f"{self.tracer.here()}: the class of a tensor is set, which a graph cannot keep")
-
     @classmethod
     def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
         args, kwargs = args or (), kwargs or {}

@@ -156,7 +156,7 @@ class ShapeTracer(fx.Tracer):
 
     def _called(self, m: nn.Module, name: str) -> None:
         """Remember in which mode a module is called where forward itself has set that."""
-        mode, flag = self.graph_is_training, bool(vars(m)["training"])  # by which the code that is traced asks for nothing
+        mode, flag = self.graph_is_training, _mode(m)
         held = self.skeleton.held["train" if mode else "eval"]
         if flag == held.get(name, mode):
             self.in_mode.add(name)
@@ -166,7 +166,7 @@ class ShapeTracer(fx.Tracer):
             )
         else:
             for path, module in m.named_modules(remove_duplicate=False):
-                held[f"{name}.{path}" if path else name] = bool(vars(module)["training"])
+                held[f"{name}.{path}" if path else name] = _mode(module)
             self.in_mode.add(name)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -670,6 +670,11 @@ def _of_dtype(node: fx.Node) -> bool:
         seen.update(new)
         todo += new
     return False
+
+
+def _mode(module: nn.Module) -> bool:
+    """Its mode, for which the code that is traced does not ask by this. A scripted module answers for itself."""
+    return bool(vars(module).get("training") if "training" in vars(module) else module.training)
 
 
 def _is_flag(node: fx.Node) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
 import random
 import warnings
@@ -191,32 +190,6 @@ def by_dtype_table(_: Any, y: Tensor) -> Tensor:
     return y * {torch.float32: 2.0, torch.float16: 3.0}[y.dtype]
 
 
-def by_class(_: Any, y: Tensor) -> Tensor:
-    return y * 2 if y.__class__ is Tensor and y.__class__.__name__ == "Tensor" else y * 0
-
-
-def by_match(_: Any, y: Tensor) -> Tensor:
-    given: Any = (y, y.shape[1], None)
-    match given:
-        case (Tensor() as found, int(), None):
-            return found * 2
-    return y * 0
-
-
-@functools.singledispatch
-def twice(y: Any) -> Any:
-    return y * 0
-
-
-@twice.register
-def _(y: Tensor) -> Tensor:
-    return y * 2
-
-
-def by_dispatch(_: Any, y: Tensor) -> Any:
-    return twice(y)
-
-
 def no_dictionary(_: Any, y: Tensor) -> Tensor:
     return y * 0 if hasattr(y, "keys") or hasattr(y, "items") else y * 2
 
@@ -225,7 +198,7 @@ def on_its_device(_: Any, y: Tensor) -> Tensor:
     return y * 2 if y.is_cpu is True and y.is_cuda is False and y.is_meta is False else y * 0
 
 
-OF_TYPES = (exact, weight_type, no_callable, type_name, by_dtype_table, by_class, by_match, by_dispatch, no_dictionary, on_its_device)
+OF_TYPES = (exact, weight_type, no_callable, type_name, by_dtype_table, no_dictionary, on_its_device)
 
 
 @pytest.mark.parametrize("how", OF_TYPES)
