@@ -267,8 +267,8 @@ def _before_expansion(index: Any, axis: int) -> tuple[Any, int, list[Any]]:
     node, expanded = index, False
     while any(n.op == "placeholder" for n in sources(node)) or target_name(node) in _EXPANSIONS:
         source: Any = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node):
-            break
+        if not isinstance(source, fx.Node) or not isinstance(source.meta.get("old", source).meta["val"], torch.Tensor):
+            break  # one of several results (top-k) is no expansion
         before, after = _shape(source), _shape(node)
         if target_name(node) in _EXPANSIONS:
             given, shift = _sizes_of(node), after[0] - before[0]
