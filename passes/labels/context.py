@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from fxprune.passes.ir.nodes import op_name, target_name
 from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.reasons import Reason, ReasonKind
 from fxprune.passes.ir.traced import TracedModel
-from fxprune.passes.ir.writes import is_rewritten_later, memory
+from fxprune.passes.ir.writes import is_rewritten, is_rewritten_later, memory
 from fxprune.passes.labels.choices import Choice, Gate, Sum
 from fxprune.passes.labels.ledger import Cost, Meeting
 from fxprune.passes.labels.parameters import ParameterLabels
@@ -366,6 +367,9 @@ class LabelContext(ParameterLabels):
                 if not self._has_fixed(node.args[0], node.args[1]):
                     return False
                 continue
+            if node.target is operator.getitem and (one := _listed(*node.args)) is not None:
+                todo.append(one)  # ``torch.tensor(y.shape)[1]``
+                continue
             if isinstance(node.meta.get("val"), torch.Tensor) and node.op != "get_attr":
                 return False
             todo.extend(node.all_input_nodes)
@@ -419,3 +423,12 @@ class LabelContext(ParameterLabels):
             return self.traced.constants[name]
         tensor = self.traced.skeleton.real(name)
         return tensor if tensor.device.type != "meta" else None
+
+
+def _listed(tensor: Any, index: Any) -> Any:
+    """The number at ``index`` of a tensor that is made of listed numbers and never written into; None elsewhere."""
+    if not isinstance(tensor, fx.Node) or target_name(tensor) not in ("tensor", "as_tensor", "asarray") or is_rewritten(tensor):
+        return None
+    given: Any = tensor.args[0] if tensor.args else None
+    fits = isinstance(given, (tuple, list)) and type(index) is int and -len(given) <= index < len(given)
+    return given[index] if fits else None
