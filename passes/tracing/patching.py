@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from fxprune.errors import TraceError
 from fxprune.passes import compat
@@ -124,19 +124,11 @@ def _is_instance(tracer: Recorder, original: Any) -> Any:
             return _isinstance(obj, cls) or _isinstance(torch.Size(), cls)
         if kind is ShapeProxy and _isinstance(cls, abc.ABCMeta):  # a proxy has every method, and so is Iterable and all
             return _isinstance(obj.value, cls)
-        if kind is ShapeProxy or kind is ShapeAttribute:
-            if not _isinstance(obj, cls) or (
-                _names_proxies(cls) and _by_the_users()
-            ):  # code that asks for tracers is to run as without one
-                return _isinstance(obj.value, cls)
-            return True
+        if (kind is ShapeProxy or kind is ShapeAttribute) and not _isinstance(obj, cls):
+            return _isinstance(obj.value, cls)
         return _isinstance(obj, cls)
 
     return isinstance_
-
-
-def _names_proxies(cls: Any) -> bool:
-    return cls is fx.Proxy or (_isinstance(cls, tuple) and fx.Proxy in cls)
 
 
 def _length(tracer: Recorder, original: Any) -> Any:
@@ -382,9 +374,7 @@ def _training(tracer: Recorder, original: Any) -> Any:
         skeleton: Skeleton | None = state.get("_fxprune_skeleton")
         if skeleton is not None:
             skeleton.training_was_read = True
-        elif (
-            tracer.recording and module in tracer.skeleton.module_names
-        ):  # of a layer: by code around it, or its forward called past its call
+        elif tracer.recording and module in tracer.skeleton.module_names:  # of a layer, by code around it or past its call
             tracer.skeleton.training_was_read = True
         return state["training"]
 

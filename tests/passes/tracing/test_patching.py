@@ -212,20 +212,3 @@ def test_modules_keep_their_classes(training: bool) -> None:
     slim = fxprune.compress(model, 0.0, X)
     for mode in (True, False):
         torch.testing.assert_close(slim.train(mode)(X), model.train(mode)(X))
-
-
-class AsksForProxies(nn.Module):
-    """As ``is_torch_fx_proxy`` of other libraries does, to take another way for tracers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(10, 16), nn.Linear(16, 4)
-
-    def forward(self, x: Any) -> Any:
-        made = self.last(self.first(x))
-        return made if isinstance(x, torch.fx.Proxy) else made.softmax(-1)
-
-
-def test_code_that_asks_for_proxies_runs_as_without_a_trace() -> None:
-    net, x = AsksForProxies().eval(), torch.randn(3, 10)
-    torch.testing.assert_close(fxprune.compress(net, 0.0, x)(x), net(x))
