@@ -212,3 +212,22 @@ def test_modules_keep_their_classes(training: bool) -> None:
     slim = fxprune.compress(model, 0.0, X)
     for mode in (True, False):
         torch.testing.assert_close(slim.train(mode)(X), model.train(mode)(X))
+
+
+class Masked(nn.Module):
+    """As transformers does: who traces is not asked for the values of a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(10, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Any, mask: Any) -> Any:
+        y = self.first(x)
+        if isinstance(mask, torch.fx.Proxy) or not mask.all():
+            y = y * mask
+        return self.last(y)
+
+
+def test_code_that_asks_for_proxies_is_told() -> None:
+    graph = fxprune.analyze(Masked().eval(), (torch.randn(3, 10), torch.ones(3, 1)))
+    assert not graph.traced.in_parts and any(group.prunable for group in graph.groups)
