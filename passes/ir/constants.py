@@ -12,6 +12,7 @@ from torch.fx.node import map_arg
 
 from fxprune.passes.ir.factories import DETERMINED
 from fxprune.passes.ir.nested import has_tensor
+from fxprune.passes.ir.nodes import sources
 from fxprune.passes.ir.writes import is_rewritten, memory, sharing, written
 
 _FORM = frozenset({"size", "dim", "ndimension", "numel", "nelement", "stride"})
@@ -88,12 +89,7 @@ def _run(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
 
 def held(node: fx.Node) -> set[str]:
     """The names of the parameters, buffers and constants that a value is computed from. Who asks one for its form reads no value of it."""
-    seen, todo = {node}, [node]
-    for one in todo:  # it grows
-        new = {n for n in one.all_input_nodes if not _is_form(n)} - seen
-        seen |= new
-        todo += new
-    return {str(n.target) for n in seen if n.op == "get_attr"}
+    return {str(n.target) for n in sources(node, lambda n: not _is_form(n)) if n.op == "get_attr"}
 
 
 def _is_form(node: fx.Node) -> bool:

@@ -50,14 +50,18 @@ def op_name(node: fx.Node, traced: TracedModel) -> str:
     return name[1:] if node.target in AUGMENTED else name  # ``x += y`` is an addition to its readers
 
 
-def sources(node: fx.Node) -> Iterator[fx.Node]:
-    """The node and all that it is computed from, the nearest first."""
+def sources(node: fx.Node, through: Callable[[fx.Node], bool] | None = None) -> Iterator[fx.Node]:
+    """The node and all that it is computed from, the nearest first; with ``through``, only by way of those for which it holds."""
     seen, todo = {node}, [node]
     for one in todo:  # it grows
         yield one
-        new = [n for n in one.all_input_nodes if n not in seen]
+        new = [n for n in one.all_input_nodes if n not in seen and (through is None or through(n))]
         seen.update(new)
         todo += new
+
+
+def is_no_tensor(node: fx.Node) -> bool:
+    return not isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def computed_from(node: fx.Node) -> set[fx.Node]:
@@ -65,7 +69,7 @@ def computed_from(node: fx.Node) -> set[fx.Node]:
     return set(sources(node))
 
 
-_READING = (int, float, "item")
+READING = (int, float, "item")  # what takes the number out of a tensor of one
 _COMPARING = frozenset({"allclose", "equal", "is_nonzero"})  # which give no tensor, but an answer
 
 
@@ -84,7 +88,7 @@ def changes(node: fx.Node) -> bool:
 def is_read(node: fx.Node) -> bool:
     """Whether a number is the value of a tensor that is computed from the inputs (``int(lengths.max())``), or
     from a buffer that changes."""
-    source = node.args[0] if node.args and (node.target in _READING or _compares(node)) else None
+    source = node.args[0] if node.args and (node.target in READING or _compares(node)) else None
     if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), torch.Tensor):
         return False
     return any(changes(n) for one in node.all_input_nodes for n in computed_from(one))
@@ -92,14 +96,7 @@ def is_read(node: fx.Node) -> bool:
 
 def reads(node: fx.Node) -> bool:
     """Whether a number is made of one that ``is_read``; the sizes of tensors are sizes, whatever they were made of."""
-    todo, seen = [node], set[fx.Node]()
-    while todo:
-        found = todo.pop()
-        if is_read(found):
-            return True
-        seen.add(found)
-        todo += [n for n in found.all_input_nodes if n not in seen and not isinstance(n.meta.get("val"), torch.Tensor)]
-    return False
+    return any(map(is_read, sources(node, is_no_tensor)))
 
 
 def leads_to(node: fx.Node, found: Callable[[fx.Node], bool], through: Callable[[fx.Node], bool]) -> bool:

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fxprune.evaluation.copying import copied
 from fxprune.passes.compat import OpOverload, tree_map
-from fxprune.passes.ir.factories import FACTORIES, RANDOM_FACTORIES
+from fxprune.passes.ir.factories import FACTORIES, RANDOM_FACTORIES, takes_no_device
 from fxprune.passes.ir.nested import packed
 from fxprune.passes.ir.skeleton import Skeleton
 from fxprune.passes.tracing import shapes
@@ -42,8 +42,8 @@ def execute(node: fx.Node, args: Any, kwargs: Any, skeleton: Skeleton) -> Any:
             args = tuple("meta" if _is_device(a) else a for a in args)
         return getattr(args[0], target)(*args[1:], **kwargs)
     name = getattr(target, "__name__", "")
-    drawn_for_tensors = name == "normal" and any(_isinstance(a, torch.Tensor) for a in (*args, *kwargs.values()))  # takes no device
-    if name in FACTORIES + RANDOM_FACTORIES and getattr(torch, name, None) is not None and not drawn_for_tensors:
+    made = name in FACTORIES + RANDOM_FACTORIES and getattr(torch, name, None) is not None
+    if made and not takes_no_device(name, (*args, *kwargs.values())):
         kwargs = {**kwargs, "device": "meta"}
     return target(*args, **kwargs)
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from fxprune.errors import TraceError
 from fxprune.passes import compat
-from fxprune.passes.ir.factories import FACTORIES, LIKE, RANDOM_FACTORIES
+from fxprune.passes.ir.factories import FACTORIES, LIKE, RANDOM_FACTORIES, takes_no_device
 from fxprune.passes.ir.notes import NoteKind
 from fxprune.passes.ir.skeleton import Skeleton
 from fxprune.passes.tracing import checks, legacy
@@ -103,9 +103,8 @@ def _maker(tracer: Recorder, original: Any) -> Any:
     def make(*args: Any, **kwargs: Any) -> Any:
         if not tracer.recording:
             return original(*args, **kwargs)
-        given = args[0].value if args and type(args[0]) is ShapeProxy else args[0] if args else None
-        of_tensors = original is torch.normal and _isinstance(given, torch.Tensor)  # which says where
-        if kwargs.get("device") is None and not of_tensors:
+        given = (a.value if type(a) is ShapeProxy else a for a in (*args, *kwargs.values()))
+        if kwargs.get("device") is None and not takes_no_device(original.__name__, given):
             device, outside = tracer.devices[-1] if tracer.devices else (None, usual)
             now = tracer.default_device()
             if device is not None or now != outside:

@@ -36,7 +36,7 @@ from fxprune.errors import InputError, TraceError
 from fxprune.passes.compat import OpOverload, assert_true, tree_map
 from fxprune.passes.ir import objects
 from fxprune.passes.ir.constants import evaluate
-from fxprune.passes.ir.nodes import CHANGING, changes, is_read, reads, sources
+from fxprune.passes.ir.nodes import CHANGING, changes, is_no_tensor, is_read, reads, sources
 from fxprune.passes.ir.notes import Note, NoteKind
 from fxprune.passes.ir.skeleton import Skeleton
 from fxprune.passes.ir.writes import is_rewritten
@@ -661,20 +661,16 @@ def _is_unpacking(frame: FrameType) -> bool:
 
 def _of_dtype(node: fx.Node) -> bool:
     """Whether a condition or number is computed of how many bytes the elements of a tensor have, or of the limits of a dtype."""
-    todo, seen = [node], {node}
-    while todo:
-        one = todo.pop()
-        if one.target in _OF_DTYPES or (one.target is getattr and one.args[1] == "itemsize"):
-            return True
-        new = [n for n in one.all_input_nodes if n not in seen and not _isinstance(n.meta.get("val"), torch.Tensor)]
-        seen.update(new)
-        todo += new
-    return False
+    return any(
+        n.target in _OF_DTYPES or (n.target is getattr and n.args[1] == "itemsize")  # the latter of a dtype
+        for n in sources(node, is_no_tensor)
+    )
 
 
 def _mode(module: nn.Module) -> bool:
     """Its mode, for which the code that is traced does not ask by this. A scripted module answers for itself."""
-    return bool(vars(module).get("training") if "training" in vars(module) else module.training)
+    flag = vars(module).get("training")
+    return bool(module.training if flag is None else flag)
 
 
 def _is_flag(node: fx.Node) -> bool:

@@ -162,7 +162,7 @@ def _renumbered(slim: Rewriter, node: fx.Node) -> None:
     index = slim.renumbered(node, base, kept, x.shape[axis])
     if base is not given:
         found = [slim.new.call_method("size", s) if isinstance(s, tuple) else s for s in sizes]
-        if base.meta.get("old", base).meta["val"].ndim != len(sizes):
+        if _original(base).ndim != len(sizes):
             index = slim.new.call_method("view", (index, *(-1 if a == axis else 1 for a in range(len(sizes)))))
         index = slim.new.call_method("expand", (index, *(-1 if a == axis else s for a, s in enumerate(found))))
     slim.set_argument(node, name, index)
@@ -261,31 +261,31 @@ def _before_expansion(index: Any, axis: int) -> tuple[Any, int, list[Any]]:
     unchanged: tuple[Any, int, list[Any]] = (index, axis, [])
     if not isinstance(index, fx.Node):
         return unchanged
-    ndim = _shape(index)[0]
+    ndim = _original(index).ndim
     sizes: list[Any] = [1] * ndim
     inner: dict[int, int] = {a: a for a in range(ndim)}  # axes of ``index`` -> those of ``node`` that they are
     node, expanded = index, False
     while any(n.op == "placeholder" for n in sources(node)) or target_name(node) in _EXPANSIONS:
         source: Any = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node) or not isinstance(source.meta.get("old", source).meta["val"], torch.Tensor):
+        if not isinstance(source, fx.Node) or not isinstance(_original(source), torch.Tensor):
             break  # one of several results (top-k) is no expansion
-        before, after = _shape(source), _shape(node)
+        before, after = _original(source).shape, _original(node).shape
         if target_name(node) in _EXPANSIONS:
-            given, shift = _sizes_of(node), after[0] - before[0]
-            if len(given) != after[0]:
+            given, shift = _sizes_of(node), len(after) - len(before)
+            if len(given) != len(after):
                 break
             for outer, place in list(inner.items()):
                 size, own = given[place], place - shift
-                if own >= 0 and (before[1][own] == after[1][place] != 1 or size == -1):
+                if own >= 0 and (before[own] == after[place] != 1 or size == -1):
                     inner[outer] = own
-                elif own < 0 or before[1][own] == 1:
+                elif own < 0 or before[own] == 1:
                     sizes[outer] = size
                     del inner[outer]
                 else:
                     return unchanged
             expanded = True
         elif target_name(node) == "unsqueeze" and len(node.args) == 2 and isinstance(node.args[1], int):
-            new = node.args[1] % after[0]
+            new = node.args[1] % len(after)
             inner = {outer: place - (place > new) for outer, place in inner.items() if place != new}
         elif target_name(node) not in _AS_THEY_ARE:
             break
@@ -293,27 +293,26 @@ def _before_expansion(index: Any, axis: int) -> tuple[Any, int, list[Any]]:
     along = inner.get(axis)
     if not expanded or along is None or any(n.op == "placeholder" for n in sources(node)):
         return unchanged
-    before = _shape(node)
+    before = _original(node).shape
     for outer, place in inner.items():
         if outer != axis:
             sizes[outer] = -1
-        if outer != axis and before[0] != ndim and before[1][place] != 1:
+        if outer != axis and len(before) != ndim and before[place] != 1:
             return unchanged
-    plain = before[0] == ndim or math.prod(before[1]) == before[1][along]
-    return (node, along, sizes) if plain and before[1][along] == _shape(index)[1][axis] else unchanged
+    plain = len(before) == ndim or math.prod(before) == before[along]
+    return (node, along, sizes) if plain and before[along] == _original(index).shape[axis] else unchanged
 
 
-def _shape(node: fx.Node) -> tuple[int, Sequence[int]]:
-    """How many axes a tensor of the original graph has, and its shape; of the slim graph, those of the original's."""
-    shape = node.meta.get("old", node).meta["val"].shape
-    return len(shape), shape
+def _original(node: fx.Node) -> Any:
+    """What a node of the original graph gives on the example; of one of the slim graph, what the original's does."""
+    return node.meta.get("old", node).meta["val"]
 
 
 def _sizes_of(expansion: fx.Node) -> list[Any]:
     """The sizes that a tensor is expanded to; one of another tensor as that and its axis."""
     given = expansion.args[1:] or tuple(expansion.kwargs.values())
     if target_name(expansion) == "expand_as":
-        return [(given[0], a) for a in range(_shape(expansion)[0])]
+        return [(given[0], a) for a in range(_original(expansion).ndim)]
     return list(given[0]) if len(given) == 1 and isinstance(given[0], (tuple, list)) else list(given)
 
 

@@ -15,7 +15,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxprune.errors import TraceError
-from fxprune.passes.ir.nodes import target_name
+from fxprune.passes.ir.nodes import READING, target_name
 from fxprune.passes.ir.writes import changes_container
 from fxprune.passes.tracing.checks import OF_VALUES
 
@@ -34,7 +34,7 @@ _ARITHMETIC = frozenset(
 def number(node: fx.Node, known: torch.Tensor | None) -> Any:
     """What ``node`` reads from a tensor: from its values on the example, where these are ``known``."""
     source = node.all_input_nodes[0].meta["val"]
-    reading = node.target in (int, float, "item")
+    reading = node.target in READING
     if known is not None and reading:
         return node.target(known) if callable(node.target) else known.item()
     if node.target in (int, float):

@@ -45,3 +45,21 @@ def test_drawn_by_means_or_by_size(body: Callable[[Tensor], Tensor]) -> None:
     torch.manual_seed(1)
     torch.testing.assert_close(fxprune.compress(net, 0.0, x)(x), wanted)
     assert slim(torch.randn(7, 10)).shape == (7, 4)
+
+
+class OnADevice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(10, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        with x.device:
+            made = self.last(y + torch.normal(mean=0.0, std=torch.ones_like(y)))
+        assert isinstance(made, Tensor)
+        return made
+
+
+def test_drawn_in_a_block_of_a_device() -> None:
+    slim = fxprune.compress(OnADevice().eval(), 0.5, torch.randn(5, 10), verify=True)
+    assert slim.get_parameter("first.weight").shape == (8, 10)
